@@ -1,0 +1,33 @@
+"""The exception types users meet. Every message names the node, module or argument concerned."""
+
+
+class TfmqError(Exception):
+    """Base of all errors raised on purpose by tfmq_fx."""
+
+
+class ConfigError(TfmqError, ValueError):
+    """An argument or configuration value that cannot be used."""
+
+
+class CaptureError(TfmqError, RuntimeError):
+    """The model cannot be turned into a graph, or the graph is not the same function."""
+
+
+class InputError(TfmqError, ValueError):
+    """A call with inputs that the captured graph was not made for (shape, dtype, timestep)."""
+
+
+class CalibrationError(TfmqError, RuntimeError):
+    """Calibration data is missing or unusable (no data, NaN, Inf)."""
+
+
+class GraphError(TfmqError, RuntimeError):
+    """A graph breaks the rules of its stage: a bug in a pass or a graph edited by hand."""
+
+
+class ArtifactError(TfmqError, RuntimeError):
+    """A saved model cannot be written or read."""
+
+
+class BackendError(TfmqError, RuntimeError):
+    """A backend is unknown, not installed, or cannot run on this machine."""

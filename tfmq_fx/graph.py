@@ -1,0 +1,107 @@
+"""Graph rewrites as pure functions: fork, rewrite, say what was done and what was left alone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec
+
+import torch
+from torch import fx
+
+from .dialect import Stage, check, stage_of
+from .errors import TfmqError
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """A candidate that a pass left alone, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Rewrite:
+    """What a pass returns.
+
+    changed: the number of sites rewritten; 0 means the graph is as it was.
+    details: JSON-ready facts for the report (errors measured, choices made).
+    """
+
+    gm: fx.GraphModule
+    changed: int
+    declined: list[Declined] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    seconds: float = 0.0
+
+
+def fork(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module that shares modules and parameters with `gm` and owns its graph."""
+    # The constructor copies only what the graph refers to, as a tree of fresh containers:
+    # replacing a submodule in the fork leaves the original alone.
+    forked = fx.GraphModule(gm, copy.deepcopy(gm.graph), type(gm).__name__)
+    forked.meta = dict(gm.meta)
+    forked.train(gm.training)
+    return forked
+
+
+def graph_pass(
+    *, takes: Stage | tuple[Stage, ...], gives: Stage
+) -> Callable[
+    [Callable[Concatenate[fx.GraphModule, P], Rewrite]],
+    Callable[Concatenate[fx.GraphModule, P], Rewrite],
+]:
+    """Make a function GraphModule -> Rewrite a pass: the input is checked, forked and never changed,
+    the body runs without grad, dead code goes, and the output is marked and checked as `gives`."""
+    accepted = takes if isinstance(takes, tuple) else (takes,)
+
+    def decorate(
+        body: Callable[Concatenate[fx.GraphModule, P], Rewrite],
+    ) -> Callable[Concatenate[fx.GraphModule, P], Rewrite]:
+        @functools.wraps(body)
+        def run(gm: fx.GraphModule, *args: P.args, **kwargs: P.kwargs) -> Rewrite:
+            found = stage_of(gm)
+            check(gm, found if found in accepted else accepted[0])
+            start = time.perf_counter()
+            try:
+                with torch.no_grad():
+                    result = body(fork(gm), *args, **kwargs)
+            except TfmqError as error:
+                error.add_note(f"in pass {body.__name__}")
+                raise
+            result.gm.graph.eliminate_dead_code()
+            result.gm.delete_all_unused_submodules()
+            result.gm.recompile()
+            result.gm.meta["stage"] = gives
+            result.name = body.__name__
+            result.seconds = time.perf_counter() - start
+            check(result.gm, gives)
+            return result
+
+        return run
+
+    return decorate
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module whose forward recorded `node`; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1] if paths else ""
+
+
+def set_buffer(gm: fx.GraphModule, name: str, value: torch.Tensor) -> str:
+    """Register `value` as a buffer under `name`, or `name_1`, ... if taken; returns the name used."""
+    free, n = name, 0
+    while hasattr(gm, free):
+        n += 1
+        free = f"{name}_{n}"
+    gm.register_buffer(free, value)
+    return free
