@@ -1,0 +1,314 @@
+"""What a quantized denoiser is judged by: noise ratios, Frechet distance, and the images it draws.
+
+Pure functions over tensors; sums run in float64. `sample` takes any denoiser and any diffusers
+scheduler whose `step` returns the previous sample first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+
+def _same_shape(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ConfigError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.numel() == 0:
+        raise ConfigError(f"nothing to compare: the shape is {tuple(a.shape)}")
+
+
+def _decibels(signal: float, error: float) -> float:
+    """10 log10(signal / error): inf without error, -inf for an error with no signal."""
+    if math.isnan(signal) or math.isnan(error):
+        return math.nan
+    if error == 0:
+        return math.inf
+    # Two logarithms: the quotient itself could overflow or vanish.
+    return 10 * (math.log10(signal) - math.log10(error)) if signal > 0 else -math.inf
+
+
+def _energies(reference: Tensor, estimate: Tensor) -> tuple[float, float]:
+    signal = reference.detach().double()
+    return float(signal.square().sum()), float((signal - estimate.detach()).square().sum())
+
+
+def sqnr(reference: Tensor, estimate: Tensor) -> float:
+    """Signal to quantization noise in dB: 10 log10(sum f^2 / sum (f - fhat)^2) over all elements.
+
+    reference, estimate: one shape, any real dtype, summed in float64. inf where they are equal,
+    -inf where only the reference is zero, nan where either has a nan. Raises ConfigError for
+    unequal or empty shapes.
+    """
+    _same_shape(reference, estimate)
+    return _decibels(*_energies(reference, estimate))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSqnr:
+    """Signal to quantization noise of a denoiser's outputs along a trajectory, in dB.
+
+    per_step: one ratio for each denoising step, over all images.
+    mean: their arithmetic mean; inf as soon as one step is exact.
+    pooled: one ratio of the energies summed over all steps.
+    """
+
+    per_step: list[float]
+    mean: float
+    pooled: float
+
+
+def output_sqnr(reference_outputs: Tensor, outputs: Tensor) -> OutputSqnr:
+    """Noise ratios in dB of outputs (steps, n, ...) against the full-precision ones.
+
+    Each step: 10 log10(sum f^2 / sum (f - fhat)^2) over the n images and their elements, as in
+    `sqnr`. Raises ConfigError for unequal, empty or one-dimensional shapes.
+    """
+    _same_shape(reference_outputs, outputs)
+    if outputs.dim() < 2:
+        raise ConfigError(f"outputs must be (steps, n, ...), got {tuple(outputs.shape)}")
+    pairs = [_energies(f, fhat) for f, fhat in zip(reference_outputs, outputs, strict=True)]
+    per_step = [_decibels(signal, error) for signal, error in pairs]
+    pooled = _decibels(math.fsum(s for s, _ in pairs), math.fsum(e for _, e in pairs))
+    return OutputSqnr(per_step=per_step, mean=sum(per_step) / len(per_step), pooled=pooled)
+
+
+def psnr(reference: Tensor, images: Tensor, data_range: float = 2.0) -> Tensor:
+    """Peak signal to noise of each image in dB, float64 (n,); inf where an image is exact.
+
+    reference, images: (n, ...) of one shape, in units in which `data_range` is the span from
+    lowest to highest: 2 for [-1, 1]. 10 log10(data_range^2 / mean square error). Raises
+    ConfigError for unequal or empty shapes and for data_range <= 0.
+    """
+    _same_shape(reference, images)
+    if reference.dim() < 2:
+        raise ConfigError(f"images must be (n, ...), got {tuple(images.shape)}")
+    if not data_range > 0:
+        raise ConfigError(f"data_range must be > 0, got {data_range}")
+    error = (reference.detach().double() - images.detach()).square().flatten(1).mean(1)
+    return 20 * math.log10(data_range) - 10 * error.log10()
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    if features.dim() != 2 or features.shape[0] < 2 or features.shape[1] < 1:
+        raise ConfigError(f"features must be (n >= 2, d >= 1), got {tuple(features.shape)}")
+    values = features.detach().double()
+    return values.mean(0), torch.cov(values.T).reshape(values.shape[1], values.shape[1])
+
+
+def _square_root(symmetric: Tensor) -> Tensor:
+    """Square root of a positive semidefinite (d, d) matrix; rounding below zero counts as zero."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return cast(Tensor, (vectors * values.clamp_min(0).sqrt()) @ vectors.T)
+
+
+def gaussian_distance(
+    mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor
+) -> float:
+    """Frechet distance of two Gaussians: |ma - mb|^2 + tr(Ca + Cb - 2 (Ca^1/2 Cb Ca^1/2)^1/2).
+
+    means: (d,). covariances: (d, d), symmetric, positive semidefinite. Computed in float64. The
+    trace of the last root is the sum of the singular values of Ca^1/2 Cb^1/2, which is exact where
+    a general matrix root loses half its digits near singular covariances. (Heusel et al. 2017,
+    the squared form known as FID.)
+    """
+    root_a, root_b = _square_root(covariance_a.double()), _square_root(covariance_b.double())
+    overlap = torch.linalg.svdvals(root_a @ root_b).sum()
+    between = (mean_a.double() - mean_b.double()).square().sum()
+    return float(between + covariance_a.double().trace() + covariance_b.double().trace()) - 2 * (
+        float(overlap)
+    )
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Frechet distance of Gaussians fitted to two sets of features; 0 is best.
+
+    features_a: (n, d) and features_b: (m, d), n and m at least 2, any real dtype, in the same
+    units; the distance is in those units squared. Covariances are unbiased and everything is in
+    float64, so equal sets give 0 up to rounding, of either sign. Raises ConfigError for other
+    shapes.
+    """
+    if features_a.shape[-1] != features_b.shape[-1]:
+        raise ConfigError(
+            f"feature dimensions differ: {features_a.shape[-1]} and {features_b.shape[-1]}"
+        )
+    return gaussian_distance(*_moments(features_a), *_moments(features_b))
+
+
+def bootstrap_interval(
+    features_a: Tensor,
+    features_b: Tensor,
+    *,
+    samples: int = 200,
+    level: float = 0.95,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """Percentile interval (low, high) of the Frechet distance, resampling the generated features.
+
+    features_a: (n, d) generated features, resampled with replacement `samples` times.
+    features_b: (m, d) reference features, kept. The distance is biased upwards in small sets and a
+    resampled set has fewer distinct rows, so the interval sits a little above the distance
+    itself: compare intervals with intervals. Raises ConfigError for samples < 1 or level outside
+    (0, 1), and for shapes as `frechet_distance`.
+    """
+    if samples < 1:
+        raise ConfigError(f"samples must be at least 1, got {samples}")
+    if not 0 < level < 1:
+        raise ConfigError(f"level must be between 0 and 1, got {level}")
+    if features_a.shape[-1] != features_b.shape[-1]:
+        raise ConfigError(
+            f"feature dimensions differ: {features_a.shape[-1]} and {features_b.shape[-1]}"
+        )
+    fixed = _moments(features_b)
+    n = features_a.shape[0]
+    distances = []
+    for _ in range(samples):
+        rows = torch.randint(n, (n,), generator=generator, device=generator.device)
+        resampled = features_a[rows.to(features_a.device)]
+        distances.append(gaussian_distance(*_moments(resampled), *fixed))
+    tail = (1 - level) / 2
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.quantile(torch.tensor(distances, dtype=torch.float64), ends).tolist()
+    return low, high
+
+
+def confident_share(logits: Tensor, threshold: float = 0.9) -> float:
+    """Share in [0, 1] of rows whose most probable class has a probability above `threshold`.
+
+    logits: (n, classes), n >= 1. Raises ConfigError for other shapes.
+    """
+    if logits.dim() != 2 or logits.numel() == 0:
+        raise ConfigError(f"logits must be (n >= 1, classes), got {tuple(logits.shape)}")
+    largest = logits.detach().double().softmax(1).amax(1)
+    return float((largest > threshold).double().mean())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """What a denoiser saw and answered while sampling, in the order of the steps.
+
+    timesteps: (steps,), as the scheduler gives them.
+    inputs: (steps, n, ...), the noisy images x_t.
+    outputs: (steps, n, ...), the denoiser's answers.
+    """
+
+    timesteps: Tensor
+    inputs: Tensor
+    outputs: Tensor
+
+
+def _progress_bar(total: int) -> Any:
+    return importlib.import_module("tqdm").tqdm(total=total, desc="sample")
+
+
+def _prediction(answer: Any) -> Tensor:
+    if isinstance(answer, tuple):
+        answer = answer[0]
+    return cast(Tensor, answer if isinstance(answer, Tensor) else answer.sample)
+
+
+def initial_noise(shape: Sequence[int], *, seed: int) -> Tensor:
+    """Standard normal noise, float32 on the CPU, of `shape` (n, ...).
+
+    Drawn image by image from one generator, so the first images of a longer run are those of a
+    shorter one with the same seed. Raises ConfigError for an empty shape.
+    """
+    if len(shape) < 2 or min(shape) < 1:
+        raise ConfigError(f"shape must be (n, ...) with no empty dimension, got {tuple(shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(*shape[1:], generator=generator) for _ in range(shape[0])])
+
+
+@overload
+def sample(
+    denoiser: Callable[[Tensor, Tensor], Any],
+    scheduler: Any,
+    shape: Sequence[int],
+    *,
+    num_inference_steps: int,
+    seed: int = ...,
+    batch_size: int = ...,
+    device: torch.device | str = ...,
+    progress: bool = ...,
+    record: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def sample(
+    denoiser: Callable[[Tensor, Tensor], Any],
+    scheduler: Any,
+    shape: Sequence[int],
+    *,
+    num_inference_steps: int,
+    seed: int = ...,
+    batch_size: int = ...,
+    device: torch.device | str = ...,
+    progress: bool = ...,
+    record: Literal[True],
+) -> tuple[Tensor, Trajectory]: ...
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Callable[[Tensor, Tensor], Any],
+    scheduler: Any,
+    shape: Sequence[int],
+    *,
+    num_inference_steps: int,
+    seed: int = 0,
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    record: bool = False,
+) -> Tensor | tuple[Tensor, Trajectory]:
+    """Images (n, ...) drawn by deterministic DDIM (eta 0), on the CPU; with record, a Trajectory.
+
+    denoiser(x, t): x is (batch, ...) float32 and t a tensor without dimensions, both on `device`;
+    returns a tensor, a tuple that starts with one, or an object with `.sample`.
+    scheduler: a diffusers DDIMScheduler; its timesteps are set here.
+    shape: (n, ...) of all images. seed: of the initial noise, which is drawn before batching, as
+    in `initial_noise`; so the images do not depend on batch_size beyond rounding.
+    Raises ConfigError for an empty shape, batch_size < 1 or num_inference_steps < 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    if num_inference_steps < 1:
+        raise ConfigError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    noise = initial_noise(shape, seed=seed)
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    timesteps = scheduler.timesteps
+    batches = torch.split(noise, batch_size)
+    images, inputs, outputs = [], [], []
+    bar = _progress_bar(len(batches) * len(timesteps)) if progress else None
+    for batch in batches:
+        x = batch.to(device) * scheduler.init_noise_sigma
+        seen, answered = [], []
+        for t in timesteps:
+            answer = _prediction(denoiser(x, t))
+            if record:
+                # Copies: a denoiser may answer from a buffer that its next call overwrites.
+                seen.append(x.to("cpu", copy=True))
+                answered.append(answer.to("cpu", copy=True))
+            x = scheduler.step(answer, t, x, eta=0.0, return_dict=False)[0]
+            if bar is not None:
+                bar.update()
+        images.append(x.cpu())
+        if record:
+            inputs.append(torch.stack(seen))
+            outputs.append(torch.stack(answered))
+    if bar is not None:
+        bar.close()
+    drawn = torch.cat(images)
+    if not record:
+        return drawn
+    return drawn, Trajectory(
+        timesteps=timesteps.cpu(), inputs=torch.cat(inputs, 1), outputs=torch.cat(outputs, 1)
+    )
