@@ -1,8 +1,9 @@
 """Train the classifier and the denoiser of `tfmq_fx.digits` and write them as package assets.
 
     python -m tests.bench.train_digits
+    python -m tests.bench.train_digits --only evaluate
 
-Both trainings are seeded. The denoiser's stops after --iterations or --minutes, whichever comes
+The second measures what is in the assets and prints one line of JSON. Both trainings are seeded. The denoiser's stops after --iterations or --minutes, whichever comes
 first, and its learning rate falls with whichever is nearer; an interrupted run continues from
 --checkpoint. Bit-for-bit repetition needs the same machine and no limit of minutes.
 """
@@ -10,6 +11,7 @@ first, and its learning rate falls with whichever is nearer; an interrupted run 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tfmq_fx import digits
+from tfmq_fx import digits, metrics
 
 UNET = {
     "sample_size": digits.IMAGE_SIZE,
@@ -194,10 +196,65 @@ def train_unet(args: argparse.Namespace) -> tuple[dict[str, Tensor], int, float]
     return average, iteration, spent / 60
 
 
+def nearest(images: Tensor, others: Tensor) -> float:
+    """Median over images of the root mean square distance per pixel to the nearest other image."""
+    distances = torch.cdist(images.flatten(1), others.flatten(1)).amin(1)
+    return float(distances.median()) / math.sqrt(images[0].numel())
+
+
+def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) -> dict[str, Any]:
+    """Figures of the shipped models: Frechet distances, confidence, and distance to training."""
+    train, _ = digits.load_images("train")
+    heldout, labels = digits.load_images("heldout")
+    model = digits.load_classifier()
+    drawn = metrics.sample(
+        digits.load_unet(),
+        digits.make_scheduler(),
+        (count, 1, digits.IMAGE_SIZE, digits.IMAGE_SIZE),
+        num_inference_steps=inference_steps,
+        seed=seed,
+        progress=True,
+    )
+    if grid is not None:
+        save_grid(drawn[:64], grid)
+    with torch.no_grad():
+        real = model.features(train)
+        generated = model.features(drawn)
+        unseen = model.features(heldout)
+        logits, heldout_logits = model(drawn), model(heldout)
+    generator = torch.Generator().manual_seed(seed)
+    same_size = len(heldout)
+    return {
+        "torch": torch.__version__,
+        "samples": count,
+        "inference_steps": inference_steps,
+        "seed": seed,
+        "fid": metrics.frechet_distance(generated, real),
+        "fid_interval": metrics.bootstrap_interval(generated, real, generator=generator),
+        f"fid_of_{same_size}": metrics.frechet_distance(generated[:same_size], real),
+        "fid_heldout": metrics.frechet_distance(unseen, real),
+        "confident": metrics.confident_share(logits),
+        "confident_heldout": metrics.confident_share(heldout_logits),
+        "accuracy_heldout": accuracy(model, heldout, labels),
+        "classes": logits.argmax(1).bincount(minlength=digits.CLASSES).tolist(),
+        "nearest_train": nearest(drawn, train),
+        "nearest_train_heldout": nearest(heldout, train),
+    }
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Write 64 images (64, 1, 16, 16) as a PNG of 8 by 8, four pixels to each of theirs."""
+    from PIL import Image
+
+    tiles = F.pad(images[:64], (1, 1, 1, 1), value=1.0).reshape(8, 8, 18, 18).transpose(1, 2)
+    pixels = ((tiles.reshape(144, 144) + 1) * 127.5).round().to(torch.uint8)
+    Image.fromarray(pixels.numpy()).resize((576, 576), Image.Resampling.NEAREST).save(path)
+
+
 def main() -> None:
     """Train what the arguments ask for and write the assets."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=("classifier", "unet"), help="train one of the two")
+    parser.add_argument("--only", choices=("classifier", "unet", "evaluate"), help="one part")
     parser.add_argument("--assets", type=Path, default=digits.ASSETS)
     parser.add_argument("--checkpoint", type=Path, default=Path("digits-unet.ckpt"))
     parser.add_argument("--epochs", type=int, default=60, help="of the classifier")
@@ -207,6 +264,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=200, help="iterations")
     parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--samples", type=int, default=2000, help="drawn to evaluate")
+    parser.add_argument("--inference-steps", type=int, default=20)
+    parser.add_argument("--grid", type=Path, help="PNG of the first 64 samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
@@ -214,12 +274,20 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     args = parser.parse_args()
 
-    if args.only != "unet":
+    if args.only in (None, "classifier"):
         model = train_classifier(epochs=args.epochs, batch_size=64, seed=args.seed)
         save_classifier(model, args.assets / digits.CLASSIFIER_FILE.name)
-    if args.only != "classifier":
+    if args.only in (None, "unet"):
         average, _, _ = train_unet(args)
         save_unet(average, args.assets / digits.UNET_FOLDER.name)
+    if args.only == "evaluate":
+        figures = evaluate(
+            count=args.samples,
+            inference_steps=args.inference_steps,
+            seed=args.seed,
+            grid=args.grid,
+        )
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":
