@@ -3,9 +3,10 @@
     python -m tests.bench.train_digits
     python -m tests.bench.train_digits --only evaluate
 
-The second measures what is in the assets and prints one line of JSON. Both trainings are seeded. The denoiser's stops after --iterations or --minutes, whichever comes
-first, and its learning rate falls with whichever is nearer; an interrupted run continues from
---checkpoint. Bit-for-bit repetition needs the same machine and no limit of minutes.
+The second measures what is in the assets and prints one line of JSON. Both trainings are seeded.
+The denoiser's stops after --iterations or --minutes, whichever comes first, and its learning rate
+falls with whichever is nearer; an interrupted run continues from --checkpoint. Bit-for-bit
+repetition needs the same machine and no limit of minutes.
 """
 
 from __future__ import annotations
