@@ -1,0 +1,361 @@
+"""Saving and loading of converted models: the only place that touches the disk.
+
+A saved model is a directory of two files. `tfmq_fx.json` holds the graph, what the caller wants
+kept, and the size and SHA-256 of the other file; `model.safetensors` holds the tensors. Nothing
+in either can run code when it is read (see `graph_json`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, fx, nn
+
+from .errors import ArtifactError
+from .graph_json import from_json, keys, owner_of, tensors_of, to_json
+
+FORMAT_VERSION = 1
+GRAPH_FILE = "tfmq_fx.json"
+TENSORS_FILE = "model.safetensors"
+_KEYS = "format format_version torch tensors graph call config extra"
+_DTYPES = {
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.complex64,
+    torch.complex128,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a saved model holds: its graph with tensors on the CPU, and what was saved beside it."""
+
+    gm: fx.GraphModule
+    call: dict[str, Any]
+    config: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def save(
+    directory: str | Path,
+    *,
+    gm: fx.GraphModule,
+    call: dict[str, Any],
+    config: dict[str, Any],
+    extra: dict[str, Any],
+) -> None:
+    """Write a model into `directory`, which is made, or replaced if it is an earlier save.
+
+    call, config, extra: JSON-ready; tuples come back as lists. The new files are complete on disk
+    before an earlier save goes. Raises ArtifactError where the graph or a value cannot be saved,
+    where `directory` holds anything else, and where it cannot be written.
+    """
+    target = Path(directory).resolve()
+    graph = to_json(gm)
+    tensors = _to_store(tensors_of(gm), graph["tensors"])
+    document = {
+        "format": "tfmq_fx",
+        "format_version": FORMAT_VERSION,
+        "torch": torch.__version__,
+        "graph": graph,
+    }
+    for name, value in (("call", call), ("config", config), ("extra", extra)):
+        document[name] = _plain(value, name)
+    with _writing(target):
+        _recover(target)
+        _check_replaceable(target)
+        _make_parents(target.parent)
+    with _sibling(target, "new") as new, _writing(target):
+        os.mkdir(new)
+        safetensors.torch.save_file(tensors, new / TENSORS_FILE)
+        os.chmod(new / TENSORS_FILE, os.stat(new).st_mode & 0o666)  # safetensors writes 0600
+        document["tensors"] = _fingerprint(new / TENSORS_FILE)
+        (new / GRAPH_FILE).write_text(json.dumps(document, indent=1, allow_nan=False))
+        for path in (new / TENSORS_FILE, new / GRAPH_FILE, new):
+            _sync(path)
+        _swap(new, target)
+        _sync(target.parent)
+
+
+def load(directory: str | Path) -> Loaded:
+    """The model saved in `directory`, in eval mode, its tensors on the CPU.
+
+    Raises ArtifactError, saying which, if the directory or a file is missing, is not one of ours,
+    comes from a newer version, is truncated or altered, or names something a graph may not hold.
+    """
+    place = _present(Path(directory).resolve())
+    if not place.is_dir():
+        raise ArtifactError(f"{place}: there is no such directory")
+    document = _read_document(place)
+    weights = place / TENSORS_FILE
+    expected = keys(document["tensors"], f"{place / GRAPH_FILE}: tensors", "bytes sha256")
+    try:
+        found = _fingerprint(weights, expected["bytes"])
+        tensors = safetensors.torch.load_file(weights) if found == expected else {}
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{weights} is missing") from error
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{weights} cannot be read: {error}") from error
+    if found != expected:
+        what = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
+        raise ArtifactError(
+            f"{weights} is truncated or was altered: its {what} is {found[what]}, "
+            f"but {GRAPH_FILE} says {expected[what]}"
+        )
+    gm = from_json(document["graph"])
+    _fill(gm, tensors, document["graph"]["tensors"], weights)
+    call, config, extra = (_restored(document[name]) for name in ("call", "config", "extra"))
+    return Loaded(gm, call, config, extra)
+
+
+def saved_bytes(directory: str | Path) -> int:
+    """Bytes on disk of the model saved in `directory`. Raises ArtifactError if there is none."""
+    place = _present(Path(directory).resolve())
+    try:
+        return sum((place / name).stat().st_size for name in (GRAPH_FILE, TENSORS_FILE))
+    except OSError as error:
+        raise ArtifactError(f"{place} holds no saved model: {error}") from error
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` in JSON's own types, with a tag for the floats that JSON lacks."""
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        for key in value:
+            if type(key) is not str:
+                raise ArtifactError(f"{where}: key {key!r} is not a string")
+        return {k: _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
+    raise ArtifactError(f"{where}: a {type(value).__name__} cannot be written as JSON")
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_restored(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"$float"}:
+        return float(value["$float"])
+    return {k: _restored(v) for k, v in value.items()}
+
+
+def _read_document(place: Path) -> dict[str, Any]:
+    path = place / GRAPH_FILE
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{place} is not a model saved by tfmq_fx: no {GRAPH_FILE}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is truncated or not JSON: {error}") from error
+    if not _is_ours(document):
+        raise ArtifactError(f"{path} was not written by tfmq_fx")
+    version = document["format_version"]
+    if type(version) is not int or version < 1:
+        raise ArtifactError(f"{path}: format_version {version!r} is not a version number")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format_version {version}, and this tfmq_fx reads up to {FORMAT_VERSION}; "
+            "install a newer tfmq_fx"
+        )
+    return keys(document, str(path), _KEYS)
+
+
+def _is_ours(document: Any) -> bool:
+    return (
+        isinstance(document, dict)
+        and document.get("format") == "tfmq_fx"
+        and "format_version" in document
+    )
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _to_store(tensors: dict[str, Tensor], table: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the file: contiguous, on the CPU, sharing no memory, each once."""
+    stored: dict[str, Tensor] = {}
+    used: set[int] = set()
+    for name, entry in table.items():
+        if "same_as" in entry:
+            continue
+        value = tensors[name].detach()
+        if value.dtype not in _DTYPES:
+            raise ArtifactError(f"{name}: tensors of {value.dtype} cannot be saved")
+        if value.is_meta:
+            raise ArtifactError(f"{name}: the tensor is on the meta device and has no content")
+        value = value.resolve_conj().resolve_neg().cpu()
+        if value.is_complex():  # which safetensors does not know
+            value = torch.view_as_real(value)
+        value = value.contiguous()
+        if value.untyped_storage().data_ptr() in used:  # part of another one: safetensors refuses
+            value = value.clone()
+        used.add(value.untyped_storage().data_ptr())
+        stored[name] = value
+    return stored
+
+
+def _fill(
+    gm: fx.GraphModule, tensors: dict[str, Tensor], table: dict[str, Any], path: Path
+) -> None:
+    """Put the tensors of the file into the graph's empty ones."""
+    wanted = {name for name, entry in table.items() if "same_as" not in entry}
+    if wanted != set(tensors):
+        raise ArtifactError(
+            f"{path} does not fit the graph: missing {sorted(wanted - set(tensors))}, "
+            f"not used {sorted(set(tensors) - wanted)}"
+        )
+    filled: dict[str, Tensor] = {}
+    for name, empty in tensors_of(gm).items():
+        value = tensors[table[name].get("same_as", name)]
+        if empty.is_complex() and value.shape[-1:] == (2,):
+            value = torch.view_as_complex(value)
+        if value.shape != empty.shape or value.dtype != empty.dtype:
+            raise ArtifactError(
+                f"{path}: {name} is {value.dtype} {tuple(value.shape)}, "
+                f"but the graph takes {empty.dtype} {tuple(empty.shape)}"
+            )
+        filled[name] = value
+    persistent = gm.state_dict().keys()
+    gm.load_state_dict({k: v for k, v in filled.items() if k in persistent}, assign=True)
+    for name, value in filled.items():
+        owner, leaf = owner_of(gm, name)
+        if leaf not in owner._parameters:
+            owner._buffers[leaf] = value  # also those that a state dict leaves out
+    for name, entry in table.items():
+        if "same_as" in entry:
+            (owner, leaf), (other, first) = owner_of(gm, name), owner_of(gm, entry["same_as"])
+            if isinstance(other._parameters.get(first), nn.Parameter):
+                owner._parameters[leaf] = other._parameters[first]
+            else:
+                owner._buffers[leaf] = other._buffers[first]
+
+
+# ---------------------------------------------------------------- files
+
+
+def _fingerprint(path: Path, size: int | None = None) -> dict[str, Any]:
+    """Size and SHA-256; the file is not read where its size already differs from `size`."""
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return {"bytes": found, "sha256": ""}
+    with path.open("rb") as file:
+        return {"bytes": found, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot save to {target}: {error}") from error
+
+
+@contextlib.contextmanager
+def _sibling(target: Path, purpose: str) -> Iterator[Path]:
+    """A path beside `target` that is gone afterwards, whatever happens."""
+    path = target.parent / f".{target.name}.{purpose}-{secrets.token_hex(4)}"
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _backup(target: Path) -> Path:
+    return target.parent / f".{target.name}.previous"
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; a directory cannot be renamed over a full one."""
+    backup = _backup(target)
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(new, target)
+        return
+    shutil.rmtree(backup, ignore_errors=True)
+    os.replace(target, backup)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.rename(backup, target)
+        raise
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def _present(target: Path) -> Path:
+    """Where the save of `target` lies: beside it, if a process died between the two renames."""
+    backup = _backup(target)
+    return backup if not target.exists() and (backup / GRAPH_FILE).exists() else target
+
+
+def _recover(target: Path) -> None:
+    if _present(target) != target:
+        os.rename(_backup(target), target)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ArtifactError(f"{target} exists and is not a directory")
+    found = {path.name for path in target.iterdir()}
+    if not found:
+        return
+    try:
+        ours = _is_ours(json.loads((target / GRAPH_FILE).read_text()))
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise ArtifactError(f"{target} is not empty and not a model saved by tfmq_fx; left alone")
+    if foreign := sorted(found - {GRAPH_FILE, TENSORS_FILE}):
+        raise ArtifactError(
+            f"{target} holds files that saving it again would delete: {foreign}; "
+            "move them or save elsewhere"
+        )
+
+
+def _make_parents(parent: Path) -> None:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot make the directory {parent}: {error}") from error
+    if not os.access(parent, os.W_OK):
+        raise ArtifactError(f"the directory {parent} is not writable")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
