@@ -13,9 +13,11 @@ import torch
 from torch import fx
 
 from .dialect import Stage, check, stage_of
-from .errors import TfmqError
+from .errors import GraphError, TfmqError
+from .ops import timestep_row
 
 P = ParamSpec("P")
+KEYS = "temporal_keys"  # buffer of the timesteps that tables have rows for
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +107,37 @@ def set_buffer(gm: fx.GraphModule, name: str, value: torch.Tensor) -> str:
         free = f"{name}_{n}"
     gm.register_buffer(free, value)
     return free
+
+
+def timestep_node(gm: fx.GraphModule) -> fx.Node:
+    """The placeholder of the timestep, (B,)."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if node.target == gm.meta["timestep"]:
+            return node
+    raise GraphError(f"the graph has no input {gm.meta['timestep']!r}")
+
+
+def insert_timestep_row(
+    gm: fx.GraphModule, name: str, table: torch.Tensor, timesteps: torch.Tensor
+) -> fx.Node:
+    """A look-up of `table` (K, F) by t behind the placeholders; its value is (B, F).
+
+    timesteps: (K,) sorted keys, stored once for all look-ups over the same set.
+    """
+    t = timestep_node(gm)
+    last = list(gm.graph.find_nodes(op="placeholder"))[-1]
+    table_name = set_buffer(gm, name, table)
+    keys_name = next(
+        (n for n, b in gm.named_buffers() if n.startswith(KEYS) and torch.equal(b, timesteps)), None
+    ) or set_buffer(gm, KEYS, timesteps.clone())
+    with gm.graph.inserting_after(last):
+        keys = gm.graph.get_attr(keys_name)
+    with gm.graph.inserting_after(keys):
+        rows = gm.graph.get_attr(table_name)
+    with gm.graph.inserting_after(rows):
+        row = gm.graph.call_function(timestep_row, (rows, keys, t))
+    batch = t.meta["val"]
+    with batch.fake_mode:
+        value = torch.empty((batch.shape[0], table.shape[1]), dtype=table.dtype, device=batch.device)
+    row.meta = {"val": value, "nn_module_stack": {"": ("", type(gm))}}
+    return row

@@ -1,0 +1,181 @@
+"""Lower quantized layers to what torch.compile turns into integer kernels.
+
+On CPU, quantize / dequantize written round a convolution or linear becomes one oneDNN int8 kernel
+(`qconv_pointwise`, `qlinear_pointwise`) when Inductor freezes constants. The scale that the pattern
+sees must be a constant, so a scale per timestep multiplies before and after: x / s[t] is quantized
+with scale 1, and the integer product is multiplied by s[t].
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tfmq_fx.affine import levels
+from tfmq_fx.dialect import Stage
+from tfmq_fx.errors import BackendError
+from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
+
+
+def available() -> str | None:
+    """None where this machine can compile for its CPU, else the reason why not."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        compiler = get_cpp_compiler()
+    except Exception as error:  # Inductor raises its own InvalidCxxCompiler, a private type
+        return f"torch.compile needs a C++ compiler and found none ({type(error).__name__})"
+    if shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler and {compiler!r} is not installed"
+    return None
+
+
+class LoweredLayer(nn.Module):
+    """A quantized layer as the op pattern that Inductor fuses into an int8 kernel.
+
+    Weights are int8 codes less their zero points (4-bit weights are expanded: the kernels are the
+    same). Buffers: `weight` int8 (out, ...), `weight_scale` (out,) float32, `weight_zero` (out,)
+    int64 zeros, `bias`.
+    """
+
+    stage = Stage.LOWERED
+
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        assert layer.act_bits is not None
+        # The op that applies weights; its own (packed) buffers are dropped.
+        self.op = _Op(layer)
+        self.per_timestep = layer.per_timestep
+        self.zero, self.top = int(layer.act_zero), levels(layer.act_bits)
+        self.scale = 1.0 if layer.per_timestep else float(layer.act_scale)
+        self.bias_shape = layer.bias_shape
+        self.register_buffer("weight", layer.weight_codes())
+        self.register_buffer("weight_scale", layer.weight_scale.clone())
+        self.register_buffer("weight_zero", torch.zeros(len(self.weight_scale), dtype=torch.int64))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.clone())
+        self.weight: Tensor
+        self.weight_scale: Tensor
+        self.weight_zero: Tensor
+        self.bias: Tensor | None
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The layer's output on x (B, ...); scale: (B,) where ranges come per timestep."""
+        ops = torch.ops.quantized_decomposed
+        dtype = x.dtype
+        if self.per_timestep:
+            assert scale is not None
+            scale = scale.view(-1, *[1] * (x.dim() - 1))
+            x = x * (1.0 / scale)
+        grid = (self.scale, self.zero, 0, self.top, torch.uint8)
+        x = ops.dequantize_per_tensor.default(
+            ops.quantize_per_tensor.default(x.float(), *grid), *grid
+        )
+        weight = ops.dequantize_per_channel.default(
+            self.weight, self.weight_scale, self.weight_zero, 0, -128, 127, torch.int8
+        )
+        if not self.per_timestep:
+            return self.op(x, weight, self.bias).to(dtype)
+        y = self.op(x, weight, None) * scale
+        if self.bias is not None:
+            y = y + self.bias.view(self.bias_shape)
+        return y.to(dtype)
+
+
+class _Op(nn.Module):
+    """The float operation of a quantized layer, without its weights."""
+
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        self.convolution: Any = None
+        if isinstance(layer, QuantConv):
+            self.convolution = type(layer).convolution
+            self.settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.convolution is None:
+            return F.linear(x, weight, bias)
+        return self.convolution(x, weight, bias, *self.settings)
+
+
+class FloatLayer(nn.Module):
+    """A quantized layer that no integer kernel runs: dequantized weights, the input rounded as it
+    was, computed in floating point."""
+
+    stage = Stage.LOWERED
+
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("dequantized", layer.weight.to(layer.dtype))
+        self.dequantized: Tensor
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        seen = self.layer.quantized_input(x, scale).to(x.dtype)
+        return self.layer.apply_op(seen, self.dequantized, self.layer.bias)
+
+
+def can_run(layer: QuantLayer) -> str | None:
+    """None where an int8 kernel runs the layer, else the reason why not."""
+    if layer.act_bits is None:
+        return "activations are in floating point"
+    if layer.act_bits > 8:
+        return f"activations have {layer.act_bits} bits"
+    if isinstance(layer, QuantConv):
+        if len(layer.weight_shape) != 4:
+            return "int8 kernels exist for 2-d convolutions only"
+        if layer.padding_mode != "zeros":
+            return f"padding mode {layer.padding_mode!r}"
+    elif not isinstance(layer, QuantLinear):
+        return f"no int8 kernel for {type(layer).__name__}"
+    return None
+
+
+@graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
+def lower(gm: fx.GraphModule) -> Rewrite:
+    """The graph with every quantized layer written for Inductor; declined are those that run in
+    floating point, with the reason."""
+    declined, changed = [], 0
+    for name, layer in list(gm.named_modules()):
+        if not isinstance(layer, QuantLayer):
+            continue
+        reason = can_run(layer)
+        if reason is None:
+            gm.set_submodule(name, LoweredLayer(layer))
+            changed += 1
+        else:
+            declined.append(Declined(name, f"runs in floating point: {reason}"))
+            gm.set_submodule(name, FloatLayer(layer))
+    return Rewrite(gm, changed, declined)
+
+
+class FrozenCallable:
+    """A compiled graph that freezes constants whenever it is called or compiled again.
+
+    Freezing has to be on while Dynamo traces, which a later call with other sizes does too; the
+    setting is entered for the call alone (about 20 us) and nothing global stays changed.
+    """
+
+    def __init__(self, gm: fx.GraphModule, options: dict[str, Any]) -> None:
+        self.compiled = torch.compile(gm, fullgraph=True, **options)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        from torch._inductor import config
+
+        with torch.no_grad(), config.patch(freezing=True):
+            return self.compiled(*inputs)
+
+
+def compile_graph(gm: fx.GraphModule, **options: Any) -> tuple[FrozenCallable, Rewrite]:
+    """The compiled form of a quantized graph, and what was not lowered to integers.
+
+    Raises BackendError where nothing can be compiled on this machine.
+    """
+    if reason := available():
+        raise BackendError(f"backend 'inductor': {reason}. Use backend='eager'.")
+    lowered = lower(gm)
+    return FrozenCallable(lowered.gm, options), lowered

@@ -1,0 +1,38 @@
+"""Put a range observer in front of every quantizable layer.
+
+y = conv(x)    ->    y = conv(observe(x, t))
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tfmq_fx.dialect import Stage
+from tfmq_fx.graph import Rewrite, graph_pass
+from tfmq_fx.observers import RangeObserver
+from tfmq_fx.sites import find_sites
+
+PREFIX = "observers"
+
+
+def observer_name(site: str) -> str:
+    """Path of the observer of a site; dots would nest modules, so they become underscores."""
+    return f"{PREFIX}.{site.replace('_', '__').replace('.', '_')}"
+
+
+@graph_pass(takes=Stage.CAPTURED, gives=Stage.OBSERVED)
+def observe_layers(gm: fx.GraphModule) -> Rewrite:
+    """The graph with observers; outputs are unchanged (exactly). A layer called several times
+    shares one observer. Reads gm.meta["timestep"], the name of the timestep's placeholder."""
+    (t,) = (n for n in gm.graph.find_nodes(op="placeholder") if n.target == gm.meta["timestep"])
+    sites, declined = find_sites(gm)
+    for site in sites:
+        gm.add_submodule(observer_name(site.name), RangeObserver(site.name))
+        for node in site.nodes:
+            x = node.args[0] if node.args else node.kwargs["input"]
+            assert isinstance(x, fx.Node)
+            with gm.graph.inserting_before(node):
+                seen = gm.graph.call_module(observer_name(site.name), (x, t))
+            seen.meta = {"val": x.meta["val"], "nn_module_stack": node.meta["nn_module_stack"]}
+            node.replace_input_with(x, seen)
+    return Rewrite(gm, len(sites), declined)

@@ -1,0 +1,117 @@
+"""Replace convolution and linear layers by quantized ones, weights rounded to nearest.
+
+y = conv(x)    ->    scales = timestep_row(activation_scales, keys, t);  y = conv_q(x, scales[:, i])
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.affine import shared_zero_scales, weight_qparams
+from tfmq_fx.config import ActivationSpec, LayerConfig
+from tfmq_fx.dialect import Stage
+from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row
+from tfmq_fx.nn import QuantLayer, kind_of
+from tfmq_fx.observers import Ranges
+from tfmq_fx.rounding import round_nearest
+from tfmq_fx.sites import Site, find_sites
+
+
+@graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED), gives=Stage.QUANTIZED)
+def quantize_layers(
+    gm: fx.GraphModule,
+    *,
+    plan: Mapping[str, LayerConfig],
+    ranges: Mapping[str, Ranges],
+    timesteps: Tensor,
+    ready: Mapping[str, QuantLayer] | None = None,
+) -> Rewrite:
+    """The graph with every planned site quantized.
+
+    plan: what each site becomes; sites it leaves in floating point are declined with that reason.
+    ranges: the input range of each site whose activations are quantized, over `timesteps` (K,).
+    ready: layers quantized elsewhere (the temporal block), put in place as they are.
+    A site whose input does not carry the batch in dim 0 gets one static range.
+    """
+    sites, declined = find_sites(gm)
+    scales: list[Tensor] = []
+    wanting: list[tuple[Site, int]] = []
+    changed = 0
+    for site in sites:
+        layer_plan = plan[site.name]
+        if layer_plan.weights is None:
+            declined.append(Declined(site.name, "its configuration keeps it in floating point"))
+            continue
+        made = (ready or {}).get(site.name)
+        per_timestep, reason = _per_timestep(gm, site, layer_plan.activations)
+        if reason:
+            declined.append(Declined(site.name, reason))
+        if made is None:
+            made = _quantized(site, layer_plan, per_timestep)
+        if layer_plan.activations is not None:
+            seen = ranges[site.name]
+            low, high = seen.low, seen.high
+            if not per_timestep:
+                low, high = low.min()[None], high.max()[None]
+            scale, zero = shared_zero_scales(low, high, bits=layer_plan.activations.bits)
+            made.set_static_range(float(scale.max()), zero)
+            if per_timestep:
+                wanting.append((site, len(scales)))
+                scales.append(scale)
+        gm.set_submodule(site.name, made)
+        changed += 1
+    if wanting:
+        _pass_scales(gm, wanting, torch.stack(scales, 1), timesteps)
+    return Rewrite(gm, changed, declined)
+
+
+def _per_timestep(
+    gm: fx.GraphModule, site: Site, spec: ActivationSpec | None
+) -> tuple[bool, str | None]:
+    """Whether the site's input can be scaled per timestep, and why not where it was asked for."""
+    if spec is None or not spec.per_timestep:
+        return False, None
+    (t,) = (n for n in gm.graph.find_nodes(op="placeholder") if n.target == gm.meta["timestep"])
+    batch = t.meta["val"].shape[0]
+    for node in site.nodes:
+        shape = node.all_input_nodes[0].meta["val"].shape
+        if len(shape) < 2 or str(shape[0]) != str(batch):
+            return False, f"static range: dim 0 of its input {tuple(shape)} is not the batch"
+    return True, None
+
+
+def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
+    kind = kind_of(site.layer)
+    assert kind is not None and plan.weights is not None
+    made = kind.from_float(
+        site.layer,  # type: ignore[arg-type]  # the class was chosen by the layer's own
+        weight_bits=plan.weights.bits,
+        act_bits=plan.activations.bits if plan.activations else None,
+        per_timestep=per_timestep,
+    )
+    weight = site.layer.weight
+    assert isinstance(weight, Tensor)
+    grid = weight_qparams(weight, plan.weights)
+    codes = round_nearest(weight.detach().float().flatten(1), grid)
+    made.set_weight(codes.view(weight.shape), grid)
+    return made
+
+
+def _pass_scales(
+    gm: fx.GraphModule, wanting: list[tuple[Site, int]], table: Tensor, timesteps: Tensor
+) -> None:
+    row = insert_timestep_row(gm, "activation_scales", table, timesteps)
+    fake = row.meta["val"]
+    for site, column in wanting:
+        for node in site.nodes:
+            with gm.graph.inserting_before(node):
+                scale = gm.graph.call_function(operator.getitem, (row, (slice(None), column)))
+            scale.name = f"scale_{node.name}"
+            with fake.fake_mode:
+                scale.meta = {"val": fake[:, column], "nn_module_stack": node.meta["nn_module_stack"]}
+            node.args = (node.all_input_nodes[0], scale)
+            node.kwargs = {}

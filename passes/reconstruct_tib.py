@@ -1,0 +1,108 @@
+"""Temporal information aware reconstruction (TIAR): round the temporal block as one unit.
+
+features = tib_q(t), rounded to nearest    ->    rounded so that all features together stay put
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from tfmq_fx.config import ReconstructionSpec
+from tfmq_fx.dialect import Stage
+from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.nn import QuantLayer
+from tfmq_fx.soft import SoftLayer, learn, start_of
+
+
+@graph_pass(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
+def reconstruct_tib(
+    gm: fx.GraphModule,
+    *,
+    reference: fx.GraphModule,
+    timesteps: Tensor,
+    visits: Tensor,
+    iters: int,
+    spec: ReconstructionSpec,
+) -> Rewrite:
+    """The quantized temporal block with weights rounded by AdaRound, all layers jointly.
+
+    gm, reference: t (K,) -> features, quantized and full precision.  timesteps: (K,), the whole
+    set: every one of them is in every step.  visits: (K,) weight of each, how often the sampler
+    comes by.  The objective is TFMQ-DM's (section 3.2): the sum over features of their squared
+    error, here relative to each feature's size, and only rounding moves, besides biases.
+    Where the decided block is worse than the one given, that one stays and the pass says so.
+    """
+    sites = [name for name, m in gm.named_modules() if isinstance(m, QuantLayer)]
+    if not sites or iters == 0:
+        return Rewrite(gm, 0)
+    targets = reference(timesteps)
+    root_weight = (visits / visits.mean()).sqrt().float()
+    trained = fx.GraphModule(gm, gm.graph)
+    soft = {}
+    for name in sites:
+        layer, original = gm.get_submodule(name), reference.get_submodule(name).weight
+        assert isinstance(layer, QuantLayer) and isinstance(original, Tensor)
+        soft[name] = SoftLayer(layer, start_of(layer, original), quantize_input=False)
+        trained.set_submodule(name, soft[name])
+    weighted = _Weighted(trained, root_weight)
+    learn(
+        weighted,
+        list(soft.values()),
+        [((timesteps,), tuple(weighted.scale(f) for f in targets))],
+        iters=iters,
+        learning_rate=spec.learning_rate,
+        regularization=spec.regularization,
+        generator=torch.Generator().manual_seed(spec.seed),
+        name="the temporal information block",
+    )
+    before = feature_errors(gm, targets, timesteps)
+    original_layers = {name: gm.get_submodule(name) for name in sites}
+    for name, layer in soft.items():
+        gm.set_submodule(name, layer.decided())
+    after = feature_errors(gm, targets, timesteps)
+    weights = sum(layer.rounding.alpha.numel() for layer in soft.values())
+    decided = sum(s.rounding.decided() * s.rounding.alpha.numel() for s in soft.values()) / weights
+    details = {
+        "error_before": float(before.mean()),
+        "error_after": float(after.mean()),
+        "decided": decided,
+    }
+    if after.mean() >= before.mean():
+        for name, module in original_layers.items():
+            gm.set_submodule(name, module)
+        reason = f"learnt rounding is no better ({after.mean():.3g} >= {before.mean():.3g})"
+        return Rewrite(gm, 0, [Declined("temporal block", reason)], details)
+    return Rewrite(gm, len(sites), [], details)
+
+
+def feature_errors(gm: fx.GraphModule, targets: tuple[Tensor, ...], timesteps: Tensor) -> Tensor:
+    """Relative L2 error of each feature at each timestep: (features, K)."""
+    with torch.no_grad():
+        found = gm(timesteps)
+    return relative_errors(found, targets)
+
+
+def relative_errors(found: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+    """|found - target| / |target| for each feature (K, ...) and row: (features, K), 0/0 is 0."""
+    return torch.stack(
+        [
+            (f.float() - t.float()).flatten(1).norm(dim=1)
+            / t.float().flatten(1).norm(dim=1).clamp(min=1e-12)
+            for f, t in zip(found, targets, strict=True)
+        ]
+    )
+
+
+class _Weighted(nn.Module):
+    """The block with each timestep's features multiplied by the root of its weight."""
+
+    def __init__(self, block: nn.Module, root_weight: Tensor) -> None:
+        super().__init__()
+        self.block, self.root_weight = block, root_weight
+
+    def scale(self, feature: Tensor) -> Tensor:
+        return feature * self.root_weight.view(-1, *[1] * (feature.dim() - 1))
+
+    def forward(self, t: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.scale(f) for f in self.block(t))

@@ -1,0 +1,149 @@
+"""Affine quantization: parameters, rounding to codes and back. Pure functions on tensors.
+
+Codes of b bits run over [0, 2**b - 1]; the value of code q is scale * (q - zero).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import WeightSpec
+
+SEARCH_POWER = 2.4  # exponent of the range search in TFMQ-DM's released settings
+_SHRINK = 0.01  # each further candidate of the search clips one hundredth of the range more
+
+
+@dataclass(frozen=True, slots=True)
+class QParams:
+    """Scale and zero point of one grid per channel.
+
+    scale: (channels,) float, > 0, in the units of the tensor.
+    zero: (channels,) float holding integers in [0, 2**bits - 1].
+    """
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+
+def levels(bits: int) -> int:
+    """The largest code of `bits` bits."""
+    return int(2**bits) - 1
+
+
+def qparams(low: Tensor, high: Tensor, *, bits: int) -> QParams:
+    """Scale and zero point of asymmetric quantization over [low, high].
+
+    low, high: (channels,), in the units of the tensor; the range is widened to contain 0.
+    scale = (high - low) / (2**bits - 1); a channel that is zero throughout gets scale 1.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / levels(bits)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = (-low / scale).round().clamp(0, levels(bits))
+    return QParams(scale, zero, bits)
+
+
+def symmetric_qparams(bound: Tensor, *, bits: int) -> QParams:
+    """Scale and zero point of symmetric quantization over [-bound, bound].
+
+    bound: (channels,), >= 0.  The zero point is 2**(bits - 1), so that codes less the zero point
+    are signed integers; the scale is bound / (2**(bits - 1) - 1), or 1 for an all-zero channel.
+    """
+    scale = bound / (2 ** (bits - 1) - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return QParams(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
+
+
+def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes of `x` as floats holding integers in [0, 2**bits - 1]; scale and zero broadcast to x."""
+    return (torch.round(x / scale) + zero).clamp(0, levels(bits))
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Values of `codes`, in the dtype of `scale`."""
+    return (codes - zero) * scale
+
+
+def weight_qparams(weight: Tensor, spec: WeightSpec) -> QParams:
+    """Parameters for a weight (channels, ...), per output channel, by search over clipped ranges.
+
+    The search keeps, per channel, the candidate that minimises sum |w - what|^2.4. All-zero and
+    constant channels are fine: they get scale 1 (all zero) or a grid that holds their value.
+    8 bits and `spec.symmetric` give symmetric grids.
+    """
+    rows = weight.detach().flatten(1).float()
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    symmetric = spec.symmetric or spec.bits == 8
+
+    def candidate(share: float) -> QParams:
+        if symmetric:
+            bound = torch.maximum(-low, high)
+            return symmetric_qparams(bound * share, bits=spec.bits)
+        return qparams(low * share, high * share, bits=spec.bits)
+
+    best = candidate(1.0)
+    scale, zero = best.scale.clone(), best.zero.clone()
+    loss = _search_loss(rows, best)
+    for i in range(1, spec.search):
+        share = 1.0 - i * _SHRINK
+        if share <= 0:
+            break
+        trial = candidate(share)
+        trial_loss = _search_loss(rows, trial)
+        better = trial_loss < loss
+        loss = torch.where(better, trial_loss, loss)
+        scale = torch.where(better, trial.scale, scale)
+        zero = torch.where(better, trial.zero, zero)
+    return QParams(scale, zero, spec.bits)
+
+
+def _search_loss(rows: Tensor, grid: QParams) -> Tensor:
+    scale, zero = grid.scale[:, None], grid.zero[:, None]
+    restored = dequantize(quantize(rows, scale, zero, grid.bits), scale, zero)
+    return (rows - restored).abs().pow(SEARCH_POWER).sum(1)
+
+
+def shared_zero_scales(
+    low: Tensor, high: Tensor, *, bits: int, weight: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Per-timestep scales under one zero point: (scale (K,), zero).
+
+    low, high: (K,) range at each timestep, widened to contain 0.  weight: (K,) importance, >= 0.
+    s[t] = max(-low[t] / z, high[t] / (2**bits - 1 - z)); z minimises sum_t weight (s[t] / span[t])^2,
+    the relative rounding error.  One z for all t keeps zero-padded borders exact in integer kernels.
+    A timestep whose range is empty takes the median scale of the others (1 if there is none).
+    """
+    top = levels(bits)
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    span = high - low
+    seen = span > 0
+    if not bool(seen.any()):
+        return torch.ones(len(low), device=low.device), 0
+    zeros = _zero_candidates(low[seen], high[seen], top)
+    negative = -low[seen][:, None] / zeros.clamp(min=0.5)  # z = 0 only stands where low is 0
+    positive = high[seen][:, None] / (top - zeros).clamp(min=0.5)
+    scales = torch.maximum(negative, positive)  # (seen, candidates)
+    importance = torch.ones_like(span) if weight is None else weight.double()
+    error = (importance[seen][:, None] * (scales / span[seen][:, None]) ** 2).sum(0)
+    pick = int(error.argmin())
+    scale = torch.full_like(span, float(scales[:, pick].median()))
+    scale[seen] = scales[:, pick]
+    return scale.float(), int(zeros[pick])
+
+
+def _zero_candidates(low: Tensor, high: Tensor, top: int) -> Tensor:
+    """Zero points worth trying: the whole grid for small bit widths, else around the ideal ones."""
+    if top <= 255:
+        candidates = torch.arange(top + 1, device=low.device, dtype=torch.float64)
+    else:
+        ideal = (-low / (high - low) * top).round()
+        candidates = torch.unique(ideal)
+    if bool((low < 0).any()):
+        candidates = candidates[candidates > 0]
+    if bool((high > 0).any()):
+        candidates = candidates[candidates < top]
+    return candidates if len(candidates) else torch.tensor([top // 2], dtype=torch.float64)

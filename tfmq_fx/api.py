@@ -1,0 +1,281 @@
+"""The way through: prepare, calibrate, convert. Each reads from top to bottom."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import capture
+from .config import Config, LayerConfig, resolve
+from .dataflow import temporal_block
+from .errors import CalibrationError, ConfigError
+from .graph import Rewrite
+from .metrics import sample
+from .modules import Converted, Prepared
+from .observers import RangeObserver, Ranges, SampleCache
+from .ops import check_timesteps
+from .passes.fold_timesteps import fold_timesteps as fold_pass
+from .passes.observe_layers import observe_layers, observer_name
+from .passes.quantize_layers import quantize_layers
+from .passes.quantize_tables import quantize_tables
+from .passes.reconstruct_blocks import reconstruct_blocks
+from .passes.round_weights import round_weights
+from .pipelines import find_timestep, named_inputs, timestep_values, with_denoiser
+from .progress import progress_bar
+from .report import pass_record, site_records
+from .sites import Site, check_weights, find_sites, plan_sites
+from .temporal import choose_temporal
+from .walk import Walk
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    timesteps: Any = None,
+    timestep: str | None = None,
+    config: str | Config = "w8a8",
+    overrides: Mapping[str, LayerConfig] | None = None,
+    dynamic: Collection[str] = ("batch",),
+) -> Prepared:
+    """A captured, analysed and observed form of `model`, which is never changed.
+
+    example_inputs: arguments of model.forward as a tuple or a dict; left out, they are derived from
+    a diffusers model's config.  timesteps: the finite set the model will be called with: an int N
+    (0 to N - 1), a 1-d tensor or sequence of integers or floats, or a scheduler; left out, the
+    steps that calibration visits.  timestep: the name of that input; left out, it is found by name.
+    config: a preset name or a Config.  overrides: module name patterns (fnmatch) -> LayerConfig.
+    dynamic: "batch" and, if wanted, "spatial": sizes the graph leaves free.
+
+    Calls of the result answer like the original and record ranges and samples.  Raises ConfigError
+    for arguments that cannot be used, CaptureError where the model cannot be captured exactly.
+    """
+    recipe = resolve(config)
+    inputs = named_inputs(model, example_inputs)
+    name = find_timestep(inputs, timestep)
+    values = timestep_values(timesteps)
+    if values is not None and values.is_floating_point():
+        inputs[name] = torch.as_tensor(inputs[name]).float()
+    captured = capture(model, inputs, timestep=name, dynamic=dynamic)
+    gm = captured.gm
+    dtype = inputs[name].dtype if isinstance(inputs[name], Tensor) else None
+    sites, _ = find_sites(gm)
+    check_weights(sites)
+    plan_sites(sites, recipe, overrides=overrides)  # refuse a pattern that matches nothing now
+    if values is not None:
+        gm.meta["timesteps"] = check_timesteps(values, dtype or values.dtype)
+    gm.meta["capture"] = {
+        "route": captured.route,
+        "seconds": captured.seconds,
+        "nodes": len(gm.graph.nodes),
+        "guards": [f"{g.text} is {g.holds} ({g.source})" for g in captured.call.guards],
+        "notes": list(captured.notes),
+    }
+    observed = observe_layers(gm).gm
+    spec = recipe.reconstruction
+    return Prepared(
+        gm,
+        observed,
+        captured.call,
+        recipe=recipe,
+        overrides=overrides or {},
+        cache=SampleCache(capacity=spec.memory, seed=spec.seed),
+        source=model,
+        model_config=getattr(model, "config", None),
+    )
+
+
+def calibrate(
+    prepared: Prepared,
+    source: Any,
+    *args: Any,
+    num_inference_steps: int = 50,
+    samples: int = 64,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Prepared:
+    """`prepared`, after one full-precision sampling pass that showed it every step.
+
+    source: a diffusers pipeline (called with *args and **kwargs), a (scheduler, shape) pair with
+    shape that of one sample, or any iterable of inputs (tuples or dicts of arguments).
+    num_inference_steps, samples, batch_size, seed: of the sampling; an iterable brings its own.
+    Raises CalibrationError naming the layer where NaN or Inf appears.
+    """
+    if hasattr(source, "components"):
+        pipe = with_denoiser(source, prepared.source, prepared)
+        pipe.set_progress_bar_config(disable=not progress)
+        generator = torch.Generator().manual_seed(seed)
+        if not args and "prompt" not in kwargs:
+            kwargs.setdefault("batch_size", samples)
+        pipe(*args, num_inference_steps=num_inference_steps, generator=generator, **kwargs)
+    elif isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step"):
+        scheduler, shape = source
+        sample(
+            prepared,
+            copy.deepcopy(scheduler),
+            (samples, *shape),
+            num_inference_steps=num_inference_steps,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    elif isinstance(source, Iterable):
+        for inputs in progress_bar(source, "calibration", enabled=progress):
+            if isinstance(inputs, Mapping):
+                prepared(**inputs)
+            else:
+                prepared(*inputs)
+    else:
+        raise ConfigError(
+            "calibrate() takes a diffusers pipeline, a (scheduler, shape) pair or an iterable of "
+            f"inputs, got {type(source).__name__}"
+        )
+    return prepared
+
+
+def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
+    """The folded and quantized model that `prepared` and its calibration describe.
+
+    capture -> temporal block measured and chosen -> tables -> quantized layers -> second-order
+    rounding -> block reconstruction.  Deterministic for a seed on one machine.
+    Raises CalibrationError where a layer that needs data saw none.
+    """
+    recipe, gm, spec = prepared.recipe, prepared.gm, prepared.recipe.reconstruction
+    timesteps, visits = _finite_set(prepared)
+    block = temporal_block(gm)
+    sites, declined = find_sites(gm)
+    plan = plan_sites(sites, recipe, temporal=block.modules, overrides=prepared.overrides)
+    ranges = _ranges(prepared, sites, plan, timesteps)
+    done: list[Rewrite] = []
+
+    def apply(rewrite: Rewrite) -> torch.fx.GraphModule:
+        done.append(rewrite)
+        return rewrite.gm
+
+    temporal = choose_temporal(
+        block, config=recipe, plan=plan, ranges=ranges, timesteps=timesteps, visits=visits
+    )
+    done.extend(temporal.passes)
+    gm = apply(fold_pass(gm, timesteps=timesteps, only=temporal.tabled))
+    if temporal.cached:
+        gm = apply(quantize_tables(gm, bits=temporal.cached))
+    gm = apply(
+        quantize_layers(gm, plan=plan, ranges=ranges, timesteps=timesteps, ready=temporal.layers)
+    )
+    learnt = spec.rounding == "second-order" or spec.iters
+    if learnt and any(plan[s.name].weights for s in sites):
+        chunks = _chunks(prepared)
+        if spec.rounding == "second-order":
+            gm = apply(
+                round_weights(
+                    gm,
+                    reference=prepared.gm,
+                    chunks=chunks,
+                    plan=plan,
+                    spec=spec,
+                    skip=temporal.layers,
+                    progress=progress,
+                )
+            )
+        if spec.iters:
+            gm = apply(
+                reconstruct_blocks(
+                    gm,
+                    reference=prepared.gm,
+                    chunks=chunks,
+                    spec=spec,
+                    skip=temporal.layers,
+                    progress=progress,
+                )
+            )
+    gm.meta["timesteps"] = timesteps
+    record = {
+        "capture": gm.meta.pop("capture", {}),
+        "block": block.summary(),
+        "temporal": temporal.details,
+        "sites": site_records(gm, plan, ranges),
+        "declined": [[d.site, d.reason] for d in declined],
+        "passes": [pass_record(rewrite) for rewrite in done],
+        "float_bytes": prepared.nbytes(),
+    }
+    return Converted(
+        gm, prepared.call, recipe=recipe, record=record, model_config=prepared.model_config
+    )
+
+
+def fold_timesteps(
+    model: nn.Module,
+    timesteps: Any,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    timestep: str | None = None,
+) -> Converted:
+    """`model` with everything that depends on the timestep alone read from exact tables.
+
+    Nothing lossy: at batch 1 outputs equal the model's bit for bit at every one of `timesteps`;
+    at other batch sizes they are equal up to float reassociation.
+    """
+    prepared = prepare(
+        model, example_inputs, timesteps=timesteps, timestep=timestep, config="fp"
+    )
+    return convert(prepared, progress=False)
+
+
+def _finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """The timesteps (K,), sorted, and how often calibration visited each (1 where it did not run)."""
+    given, seen = prepared.timesteps, prepared.cache.visits
+    if given is None:
+        if not seen:
+            raise CalibrationError(
+                "convert() before any calibration: no timestep is known. Run "
+                "tfmq_fx.calibrate(prepared, ...) or give prepare() the timesteps."
+            )
+        position = prepared.call.names.index(prepared.call.timestep)
+        given = check_timesteps(torch.tensor(list(seen)), prepared.call.inputs[position].dtype)
+        given = given.to(prepared.device)
+    visits = torch.tensor([float(seen.get(step, 0)) for step in given.tolist()])
+    return given, visits if bool(visits.sum() > 0) else torch.ones(len(given))
+
+
+def _ranges(
+    prepared: Prepared, sites: list[Site], plan: Mapping[str, LayerConfig], timesteps: Tensor
+) -> dict[str, Ranges]:
+    """The input range of every site whose activations are quantized, over the finite set."""
+    wanted = [s.name for s in sites if plan[s.name].activations is not None]
+    observers = {name: prepared.observed.get_submodule(observer_name(name)) for name in wanted}
+    empty = [n for n, o in observers.items() if isinstance(o, RangeObserver) and not o.seen]
+    if empty:
+        raise CalibrationError(
+            f"convert() before any calibration: {len(empty)} of {len(wanted)} layers saw no data "
+            f"({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}). "
+            "Run tfmq_fx.calibrate(prepared, ...) first."
+        )
+    return {
+        name: observer.ranges(timesteps)
+        for name, observer in observers.items()
+        if isinstance(observer, RangeObserver)
+    }
+
+
+def _chunks(prepared: Prepared) -> list[tuple[Tensor, ...]]:
+    """Calibration samples for rounding, as many as the configured memory lets be walked at once."""
+    spec = prepared.recipe.reconstruction
+    if not len(prepared.cache):
+        raise CalibrationError(
+            "convert() before any calibration: rounding weights needs sample inputs. Run "
+            "tfmq_fx.calibrate(prepared, ...) first, or use rounding='nearest' and iters=0."
+        )
+    # Two models are walked side by side, and a unit's inputs and outputs are held besides.
+    fitting = spec.memory // (3 * max(Walk.widest(prepared.gm), 1))
+    return prepared.cache.chunks(
+        max(1, min(spec.samples, fitting)),
+        batched=prepared.batched(),
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )

@@ -1,0 +1,232 @@
+"""What users hold: thin nn.Modules round a graph that are called like the original model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx, nn
+
+from .config import Config, LayerConfig
+from .dialect import stage_of
+from .errors import InputError
+from .graph import timestep_node
+from .observers import SampleCache
+from .ops import find_unknown
+from .signature import CallSpec
+
+
+class ModelConfig(dict[str, Any]):
+    """A saved model configuration that answers both config["key"] and config.key."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(f"the model's config has no {name!r}") from error
+
+
+class GraphModel(nn.Module):
+    """A graph called like the model it came from: same arguments, same output type.
+
+    gm: the graph, open to inspection.  call: how arguments and outputs map to it.
+    config: the original's `.config` (what diffusers pipelines read), or None.
+    """
+
+    gm: fx.GraphModule
+
+    def __init__(self, gm: fx.GraphModule, call: CallSpec, model_config: Any = None) -> None:
+        super().__init__()
+        self.gm = gm
+        self.call = call
+        self.model_config = model_config
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, in its own type. Raises InputError for a call the graph is not for."""
+        inputs, return_dict = self.call.bind(args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.check_timesteps(inputs)
+        return self.call.rebuild(self.run(inputs), return_dict)
+
+    def run(self, inputs: list[Tensor]) -> Any:
+        """The graph's flat outputs."""
+        return self.gm(*inputs)
+
+    def check_timesteps(self, inputs: list[Tensor]) -> None:
+        """Raise InputError naming any timestep that the graph has no rows for."""
+        keys = self.timesteps
+        if keys is None:
+            return
+        t = inputs[self.call.names.index(self.call.timestep)]
+        if unknown := find_unknown(keys, t):
+            raise InputError(
+                f"{self.call.timestep}: {unknown[0]} is not among the {len(keys)} timesteps this "
+                f"model was made for ({keys[0].item()} to {keys[-1].item()}). Prepare it again with "
+                "timesteps= that include it, or set the scheduler as in calibration."
+            )
+
+    @property
+    def timesteps(self) -> Tensor | None:
+        """The finite set (K,) the graph has rows for, sorted; None before there is one."""
+        keys = self.gm.meta.get("timesteps")
+        return keys if isinstance(keys, Tensor) else None
+
+    @property
+    def config(self) -> Any:
+        """The original model's configuration."""
+        return self.model_config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype the model computes in."""
+        for spec in self.call.inputs:
+            if spec.dtype.is_floating_point and spec.name != self.call.timestep:
+                return spec.dtype
+        return torch.get_default_dtype()
+
+    @property
+    def device(self) -> torch.device:
+        """The device the model lies on."""
+        for tensor in self.tensors():
+            return tensor.device
+        return torch.device("cpu")
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every parameter and buffer."""
+        yield from self.parameters()
+        yield from self.buffers()
+
+    def nbytes(self) -> int:
+        """Bytes of parameters and buffers in memory, tensors shared by two names counted once."""
+        return sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+
+    def print_readable(self) -> None:
+        """Print the graph as code, look-up nodes and quantized layers included."""
+        self.gm.print_readable()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = (self.device, self.dtype)
+        probe = fn(torch.empty(0, dtype=before[1], device=before[0]))
+        super()._apply(fn, recurse)
+        if (probe.device, probe.dtype) != before:
+            retarget(self.gm, before, (probe.device, probe.dtype))
+            self.call = self.call.moved(device=probe.device.type, dtype=probe.dtype)
+            if (keys := self.timesteps) is not None:
+                self.gm.meta["timesteps"] = keys.to(probe.device)
+        return self
+
+
+def retarget(
+    gm: fx.GraphModule,
+    before: tuple[torch.device, torch.dtype],
+    after: tuple[torch.device, torch.dtype],
+) -> None:
+    """Replace device and dtype constants of `before` in the graph's arguments by those of `after`."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, torch.device) and value.type == before[0].type:
+            return after[0]
+        return after[1] if value is before[1] else value
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(walk, value))
+        if isinstance(value, dict):
+            return {key: walk(item) for key, item in value.items()}
+        return changed(value)
+
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            node.args = walk(tuple(node.args))
+            node.kwargs = walk(dict(node.kwargs))
+    gm.recompile()
+
+
+class Prepared(GraphModel):
+    """A captured model that records ranges and sample inputs at each call, and answers as before.
+
+    observed: the graph with observers, which runs.  gm: the captured graph, which `convert` takes.
+    """
+
+    def __init__(
+        self,
+        captured: fx.GraphModule,
+        observed: fx.GraphModule,
+        call: CallSpec,
+        *,
+        recipe: Config,
+        overrides: Mapping[str, LayerConfig],
+        cache: SampleCache,
+        source: nn.Module,
+        model_config: Any = None,
+    ) -> None:
+        super().__init__(captured, call, model_config)
+        self.observed = observed
+        self.recipe, self.overrides, self.cache = recipe, dict(overrides), cache
+        # A tuple keeps the user's module out of this one's submodules and state_dict.
+        self._source = (source,)
+
+    @property
+    def source(self) -> nn.Module:
+        """The user's own model, untouched."""
+        return self._source[0]
+
+    @torch.no_grad()
+    def run(self, inputs: list[Tensor]) -> Any:
+        position = self.call.names.index(self.call.timestep)
+        outputs = self.observed(*inputs)
+        self.cache.add(inputs, self.batched(), position)
+        return outputs
+
+    def batched(self) -> list[bool]:
+        """Which placeholders carry the batch in dim 0."""
+        batch = str(timestep_node(self.gm).meta["val"].shape[0])
+        nodes = self.gm.graph.find_nodes(op="placeholder")
+        shapes = [node.meta["val"].shape for node in nodes]
+        return [len(shape) > 0 and str(shape[0]) == batch for shape in shapes]
+
+
+class Converted(GraphModel):
+    """A folded and quantized model in its canonical form: eager reference semantics, integer
+    buffers, the graph open to inspection as `.gm`.
+
+    recipe: the configuration it was made by.  record: JSON-ready facts for `report`.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        call: CallSpec,
+        *,
+        recipe: Config,
+        record: dict[str, Any],
+        model_config: Any = None,
+    ) -> None:
+        super().__init__(gm, call, model_config)
+        self.recipe, self.record = recipe, record
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            gm = self.__dict__.get("_modules", {}).get("gm")
+            if gm is not None and name in gm._modules:
+                return gm._modules[name]
+            raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
+        gm = copy.deepcopy(self.gm, memo)
+        gm.meta = dict(self.gm.meta)
+        return Converted(
+            gm,
+            self.call,
+            recipe=self.recipe,
+            record=copy.deepcopy(self.record, memo),
+            model_config=copy.deepcopy(self.model_config, memo),
+        )
+
+    def extra_repr(self) -> str:
+        return f"stage={stage_of(self.gm).value}, recipe={self.recipe.name}"

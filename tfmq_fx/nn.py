@@ -1,0 +1,317 @@
+"""Quantized layers: integer buffers, reference semantics in eager. The one canonical, saved form.
+
+A layer holds weight codes (packed), a scale and zero point per output channel, and says how its
+input is quantized: not at all, with one static range, or with a scale per timestep that arrives as
+an argument. Backends replace these modules by their own; results are compared with these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .affine import QParams, dequantize, levels
+from .dialect import Stage
+from .errors import ConfigError
+from .packing import pack, packed_size, unpack
+
+_FLOAT_BUFFERS = ("weight_scale", "act_scale")  # keep float32 whatever the model's dtype
+
+
+class QuantLayer(nn.Module):
+    """Common part of quantized linear and convolution layers.
+
+    Buffers: `codes` uint8, packed (see `packing`); `weight_scale` (out,) float32; `weight_zero`
+    (out,) uint8; `bias` (out,) in the model's dtype, or None; `act_scale`, `act_zero`, 0-d float32
+    and int32: the static input range, or the shared zero point where scales come per timestep.
+    """
+
+    stage = Stage.QUANTIZED
+
+    def __init__(
+        self,
+        *,
+        weight_shape: tuple[int, ...],
+        weight_bits: int,
+        act_bits: int | None,
+        per_timestep: bool,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if per_timestep and act_bits is None:
+            raise ConfigError("a layer without activation bits has no scale per timestep")
+        self.weight_shape, self.weight_bits = tuple(weight_shape), weight_bits
+        self.act_bits, self.per_timestep, self.dtype = act_bits, per_timestep, dtype
+        out, count = weight_shape[0], torch.Size(weight_shape).numel()
+        self.register_buffer("codes", torch.empty(packed_size(count, weight_bits), dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.empty(out))
+        self.register_buffer("weight_zero", torch.empty(out, dtype=torch.uint8))
+        self.register_buffer("bias", torch.empty(out, dtype=dtype) if bias else None)
+        self.register_buffer("act_scale", torch.ones(()))
+        self.register_buffer("act_zero", torch.zeros((), dtype=torch.int32))
+        self.codes: Tensor
+        self.weight_scale: Tensor
+        self.weight_zero: Tensor
+        self.bias: Tensor | None
+        self.act_scale: Tensor
+        self.act_zero: Tensor
+
+    # ------------------------------------------------------------------ weights
+
+    def set_weight(self, codes: Tensor, grid: QParams) -> None:
+        """Store integer `codes` (out, ...) on `grid`; earlier tensors are replaced, not written."""
+        if tuple(codes.shape) != self.weight_shape or grid.bits != self.weight_bits:
+            raise ConfigError(
+                f"codes of shape {tuple(codes.shape)} at {grid.bits} bits do not fit a layer of "
+                f"shape {self.weight_shape} at {self.weight_bits} bits"
+            )
+        self.codes = pack(codes, self.weight_bits)
+        self.weight_scale = grid.scale.detach().float().clone()
+        self.weight_zero = grid.zero.detach().to(torch.uint8)
+
+    def weight_codes(self) -> Tensor:
+        """Codes less their zero points: (out, ...) int8, every bit width included."""
+        codes = unpack(self.codes, self.weight_bits, self.weight_shape).to(torch.int16)
+        zero = self.weight_zero.to(torch.int16).view(-1, *[1] * (len(self.weight_shape) - 1))
+        return (codes - zero).to(torch.int8)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight these integers stand for: (out, ...) float32."""
+        scale = self.weight_scale.view(-1, *[1] * (len(self.weight_shape) - 1))
+        return dequantize(self.weight_codes().float(), scale, torch.zeros_like(scale))
+
+    # ------------------------------------------------------------------ activations
+
+    def set_static_range(self, scale: float, zero: int) -> None:
+        """Use one range for every timestep (or, with per_timestep, the shared zero point)."""
+        self.act_scale = torch.tensor(float(scale), device=self.act_scale.device)
+        self.act_zero = torch.tensor(int(zero), dtype=torch.int32, device=self.act_zero.device)
+
+    def input_codes(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Input codes less the zero point, as floats; `scale` broadcasts to x.
+
+        Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale.
+        """
+        assert self.act_bits is not None
+        zero = self.act_zero.to(torch.float32)
+        codes = (torch.round(x * (1.0 / scale)) + zero).clamp(0, levels(self.act_bits))
+        return codes - zero
+
+    def broadcast_scale(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """`scale` (B,) shaped to multiply x (B, ...), or the static scale."""
+        if not self.per_timestep:
+            return self.act_scale
+        if scale is None:
+            raise ConfigError("this layer's input is quantized per timestep: it needs a scale")
+        return scale.view(-1, *[1] * (x.dim() - 1))
+
+    def quantized_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """What the layer sees of x: the value itself, or its nearest representable one."""
+        if self.act_bits is None:
+            return x
+        broadcast = self.broadcast_scale(x, scale)
+        return self.input_codes(x, broadcast) * broadcast
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The layer's output on x (B, ...), in x's dtype; scale: (B,) where given per timestep."""
+        if self.act_bits is None:
+            return self.apply_op(x, self.weight.to(x.dtype), self.bias)
+        broadcast = self.broadcast_scale(x, scale)
+        y = self.apply_op(self.input_codes(x, broadcast), self.weight, None) * broadcast
+        if self.bias is not None:
+            y = y + self.bias.view(self.bias_shape)
+        return y.to(x.dtype)
+
+    def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float operation: linear or convolution."""
+        raise TypeError("use QuantLinear or one of the QuantConv classes")
+
+    @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """Shape in which a bias is added to the output."""
+        return (-1,)
+
+    # ------------------------------------------------------------------ plumbing
+
+    def weight_shape_numel(self) -> int:
+        """The number of weights."""
+        return torch.Size(self.weight_shape).numel()
+
+    def range_kind(self) -> str:
+        """How the input is ranged: "none", "static" or "per timestep"."""
+        if self.act_bits is None:
+            return "none"
+        return "per timestep" if self.per_timestep else "static"
+
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready constructor arguments; `from_spec` builds the module, empty, from them."""
+        return {
+            "weight_shape": list(self.weight_shape),
+            "weight_bits": self.weight_bits,
+            "act_bits": self.act_bits,
+            "per_timestep": self.per_timestep,
+            "bias": self.bias is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """The module that `spec` describes, its buffers still empty."""
+        shape, dtype = tuple(spec["weight_shape"]), getattr(torch, spec["dtype"])
+        return cls(**{**spec, "weight_shape": shape, "dtype": dtype})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: getattr(self, name) for name in _FLOAT_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():  # .half() must not touch scales
+            setattr(self, name, value.to(getattr(self, name).device))
+        if self.bias is not None:
+            self.dtype = self.bias.dtype
+        return self
+
+    def extra_repr(self) -> str:
+        acts = "float" if self.act_bits is None else f"{self.act_bits} bits {self.range_kind()}"
+        shape = "x".join(map(str, self.weight_shape))
+        return f"{shape}, weights {self.weight_bits} bits, activations {acts}"
+
+
+class QuantLinear(QuantLayer):
+    """y = x W^T + b with integer W (out, in) and, as configured, integer x (B, ..., in)."""
+
+    @classmethod
+    def from_float(
+        cls, layer: nn.Linear, *, weight_bits: int, act_bits: int | None, per_timestep: bool
+    ) -> Self:
+        """An empty quantized layer for `layer`, with its bias."""
+        made = cls(
+            weight_shape=tuple(layer.weight.shape),
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            per_timestep=per_timestep,
+            bias=layer.bias is not None,
+            dtype=layer.weight.dtype,
+        ).to(layer.weight.device)
+        if layer.bias is not None:
+            made.bias = layer.bias.detach().clone()
+        return made
+
+    def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class QuantConv(QuantLayer):
+    """Common part of quantized convolutions; weights are (out, in / groups, *kernel)."""
+
+    convolution: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        *,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...] | str,
+        dilation: tuple[int, ...],
+        groups: int,
+        padding_mode: str,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
+        self.padding = padding if isinstance(padding, str) else tuple(padding)
+        self.padding_mode = padding_mode
+
+    @classmethod
+    def from_float(
+        cls, layer: nn.Module, *, weight_bits: int, act_bits: int | None, per_timestep: bool
+    ) -> Self:
+        """An empty quantized layer for a torch convolution, with its bias."""
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)
+        made = cls(
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+            weight_shape=tuple(weight.shape),
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            per_timestep=per_timestep,
+            bias=bias is not None,
+            dtype=weight.dtype,
+        ).to(weight.device)
+        if isinstance(bias, Tensor):
+            made.bias = bias.detach().clone()
+        return made
+
+    def spec(self) -> dict[str, Any]:
+        return super().spec() | {
+            "stride": list(self.stride),
+            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "padding_mode": self.padding_mode,
+        }
+
+    @property
+    def bias_shape(self) -> tuple[int, ...]:
+        return (-1, *[1] * (len(self.weight_shape) - 2))
+
+    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
+        """x padded by a mode that convolutions do not have, and the padding left to do."""
+        if self.padding_mode == "zeros":
+            return x, self.padding
+        if isinstance(self.padding, str):
+            kernel = self.weight_shape[2:]
+            total = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
+            sides = [(n // 2, n - n // 2) if self.padding == "same" else (0, 0) for n in total]
+        else:
+            sides = [(n, n) for n in self.padding]
+        widths = [width for pair in reversed(sides) for width in pair]
+        return F.pad(x, widths, mode=self.padding_mode), (0,) * len(sides)
+
+    def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, padding = self.pad(x)
+        return type(self).convolution(
+            x, weight, bias, self.stride, padding, self.dilation, self.groups
+        )
+
+
+class QuantConv1d(QuantConv):
+    """Quantized nn.Conv1d."""
+
+    convolution = staticmethod(F.conv1d)
+
+
+class QuantConv2d(QuantConv):
+    """Quantized nn.Conv2d."""
+
+    convolution = staticmethod(F.conv2d)
+
+
+class QuantConv3d(QuantConv):
+    """Quantized nn.Conv3d."""
+
+    convolution = staticmethod(F.conv3d)
+
+
+QUANTIZED: dict[type[nn.Module], type[QuantLinear] | type[QuantConv]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+}
+"""The quantized class for each layer class that has one; subclasses are matched by `kind_of`."""
+
+
+def kind_of(layer: nn.Module) -> type[QuantLinear] | type[QuantConv] | None:
+    """The quantized class for `layer`, or None where there is none (transposed convolutions)."""
+    for kind, quantized in QUANTIZED.items():
+        if isinstance(layer, kind) and type(layer).forward is kind.forward:
+            return quantized
+    return None

@@ -1,0 +1,119 @@
+"""What calibration records: the range of each layer's input per timestep, and sample inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .dialect import Stage
+from .errors import CalibrationError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """Lowest and highest input of one layer at each timestep of a set.
+
+    low, high: (K,) float32.  interpolated: how many of the K were not visited by calibration.
+    """
+
+    low: Tensor
+    high: Tensor
+    interpolated: int
+
+
+class RangeObserver(nn.Module):
+    """Returns its input unchanged and records its lowest and highest value for each timestep."""
+
+    stage = Stage.OBSERVED
+
+    def __init__(self, site: str) -> None:
+        super().__init__()
+        self.site = site
+        self.seen: dict[float, tuple[float, float]] = {}
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: (B, ...) or (n B, ...); t: (B,).  Raises CalibrationError on NaN or Inf."""
+        rows = x.detach().reshape(len(t), -1)
+        low, high = rows.amin(1).float().tolist(), rows.amax(1).float().tolist()
+        for step, a, b in zip(t.tolist(), low, high, strict=True):
+            if not (np.isfinite(a) and np.isfinite(b)):
+                raise CalibrationError(
+                    f"the input of {self.site} holds NaN or Inf at timestep {step}; "
+                    "check the calibration data and the model's weights"
+                )
+            old = self.seen.get(step)
+            self.seen[step] = (min(a, old[0]), max(b, old[1])) if old else (a, b)
+        return x
+
+    def ranges(self, timesteps: Tensor) -> Ranges:
+        """The range at each of `timesteps` (K,); those not visited are interpolated in t."""
+        steps = np.array(sorted(self.seen))
+        wanted = timesteps.double().cpu().numpy()
+        low = np.interp(wanted, steps, [self.seen[s][0] for s in steps])
+        high = np.interp(wanted, steps, [self.seen[s][1] for s in steps])
+        missing = int((~np.isin(wanted, steps)).sum())
+        return Ranges(torch.tensor(low).float(), torch.tensor(high).float(), missing)
+
+
+class SampleCache:
+    """A bounded, seeded sample of the inputs calibration saw, spread evenly over timesteps.
+
+    capacity: bytes kept at most.  Within a timestep every sample is equally likely to be kept.
+    """
+
+    def __init__(self, *, capacity: int, seed: int) -> None:
+        self.capacity = capacity
+        self.visits: dict[float, int] = {}
+        self._rows: dict[float, list[tuple[Tensor, ...]]] = {}
+        self._random = np.random.default_rng(seed)
+        self._row_bytes = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rows.values()))
+
+    def add(self, inputs: Sequence[Tensor], batched: Sequence[bool], timestep: int) -> None:
+        """Offer one call: placeholder values, which of them carry the batch in dim 0, and the
+        position of the timestep (B,) among them."""
+        for i, step in enumerate(inputs[timestep].tolist()):
+            self.visits[step] = self.visits.get(step, 0) + 1
+            rows = self._rows.setdefault(step, [])
+            place = len(rows) if len(rows) < self._limit() else -1
+            if place < 0:
+                place = int(self._random.integers(self.visits[step]))
+                if place >= len(rows):
+                    continue
+            row = tuple(
+                (x[i : i + 1] if b else x).detach().clone()
+                for x, b in zip(inputs, batched, strict=True)
+            )
+            self._row_bytes = sum(x.nbytes for x in row)
+            rows[place : place + 1] = [row]
+        for rows in self._rows.values():  # more timesteps leave less room for each
+            del rows[self._limit() :]
+
+    def _limit(self) -> int:
+        if not self._row_bytes:
+            return 1
+        return max(1, self.capacity // self._row_bytes // max(len(self._rows), 1))
+
+    def chunks(
+        self, count: int, *, batched: Sequence[bool], batch_size: int, seed: int
+    ) -> list[tuple[Tensor, ...]]:
+        """About `count` samples, evenly over timesteps, mixed, in batches of `batch_size`."""
+        random = np.random.default_rng(seed)
+        share = max(1, round(count / max(len(self._rows), 1)))
+        picked = [row for rows in self._rows.values() for row in rows[:share]]
+        picked = [picked[i] for i in random.permutation(len(picked))][:count]
+        return [
+            tuple(
+                torch.cat([row[k] for row in part]) if b else part[0][k]
+                for k, b in enumerate(batched)
+            )
+            for part in (
+                picked[i : i + batch_size] for i in range(0, len(picked), batch_size)
+            )
+        ]

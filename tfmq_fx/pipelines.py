@@ -1,0 +1,119 @@
+"""diffusers on this side only: example inputs from a config, schedulers, pipelines."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_cond", "noise_level")
+EXAMPLE_BATCH = 2
+
+
+def forward_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters of model.forward that can be given by name."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def named_inputs(
+    model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Example inputs by parameter name: as given, or derived from a diffusers config.
+
+    Raises ConfigError where they were not given and cannot be derived.
+    """
+    if isinstance(example_inputs, Mapping):
+        return dict(example_inputs)
+    if example_inputs is not None:
+        if isinstance(example_inputs, Tensor):
+            raise ConfigError("example_inputs must be a tuple or a dict, not one tensor")
+        return dict(zip(forward_parameters(model), example_inputs, strict=False))
+    config = getattr(model, "config", None)
+    channels, size = (getattr(config, name, None) for name in ("in_channels", "sample_size"))
+    if channels is None or size is None or "sample" not in forward_parameters(model):
+        raise ConfigError(
+            f"example_inputs cannot be derived for {type(model).__name__}: its config has no "
+            "in_channels and sample_size. Pass example_inputs=(sample, timestep, ...) to prepare()."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    parameter = next(iter(model.parameters()))
+    sample = torch.randn(
+        EXAMPLE_BATCH,
+        channels,
+        height,
+        width,
+        dtype=parameter.dtype,
+        device=parameter.device,
+        generator=torch.Generator(parameter.device).manual_seed(0)
+        if parameter.device.type != "meta"
+        else None,
+    )
+    return {"sample": sample, "timestep": torch.ones(EXAMPLE_BATCH, dtype=torch.int64)}
+
+
+def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
+    """The name of the timestep among `inputs`. Raises ConfigError listing the candidates in doubt."""
+    if timestep is not None:
+        if timestep not in inputs:
+            raise ConfigError(
+                f"no input named {timestep!r}; the example inputs are {', '.join(inputs)}. "
+                "Pass timestep=<one of them> to prepare()."
+            )
+        return timestep
+    named = [name for name in inputs if name in TIMESTEP_NAMES]
+    if len(named) == 1:
+        return named[0]
+    scalar = [
+        name
+        for name, value in inputs.items()
+        if (isinstance(value, (int, float)) and not isinstance(value, bool))
+        or (isinstance(value, Tensor) and value.dim() <= 1)
+    ]
+    if not named and len(scalar) == 1:
+        return scalar[0]
+    candidates = ", ".join(named or scalar or inputs)
+    raise ConfigError(
+        f"cannot tell which input is the timestep; candidates are {candidates}. "
+        "Pass timestep=<name> to prepare()."
+    )
+
+
+def timestep_values(timesteps: Any) -> Tensor | None:
+    """The finite set meant by an int N (0 to N - 1), a tensor, a sequence or a scheduler."""
+    if timesteps is None:
+        return None
+    if isinstance(timesteps, bool):
+        raise ConfigError("timesteps must be a number, a sequence or a scheduler, not a bool")
+    if isinstance(timesteps, int):
+        return torch.arange(timesteps)
+    found = getattr(timesteps, "timesteps", timesteps)  # a scheduler has them as an attribute
+    try:
+        return torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"timesteps must be a number, a 1-d tensor, a sequence or a scheduler, "
+            f"got {type(timesteps).__name__}"
+        ) from error
+
+
+def with_denoiser(pipeline: Any, source: nn.Module, denoiser: nn.Module) -> Any:
+    """A pipeline like `pipeline` whose component `source` is `denoiser`; the given one is untouched.
+
+    Raises ConfigError where `source` is none of its components.
+    """
+    components = dict(pipeline.components)
+    for name, component in components.items():
+        if component is source:
+            return type(pipeline)(**{**components, name: denoiser})
+    raise ConfigError(
+        f"the prepared model is not a component of this {type(pipeline).__name__} "
+        f"(components: {', '.join(components)}). Calibrate with the pipeline it came from, or pass "
+        "a (scheduler, shape) pair."
+    )

@@ -1,0 +1,20 @@
+"""Progress bars for long work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def progress_bar(
+    items: Iterable[T], description: str, *, enabled: bool, total: int | None = None
+) -> Iterable[T]:
+    """`items`, with a bar on stderr where enabled."""
+    if not enabled:
+        return items
+    return tqdm(items, desc=description, total=total, file=sys.stderr, leave=False)

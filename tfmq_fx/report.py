@@ -1,0 +1,143 @@
+"""What was done to a model, layer by layer and feature by feature: JSON-ready and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from .config import LayerConfig
+from .graph import Rewrite
+from .modules import Converted
+from .nn import QuantLayer
+from .observers import Ranges
+from .sites import find_sites
+
+
+def pass_record(rewrite: Rewrite) -> dict[str, Any]:
+    """One pass: its name, what it changed and left alone, how long it took."""
+    return {
+        "name": rewrite.name,
+        "changed": rewrite.changed,
+        "seconds": round(rewrite.seconds, 3),
+        "declined": [[d.site, d.reason] for d in rewrite.declined],
+        "details": rewrite.details,
+    }
+
+
+def site_records(
+    gm: fx.GraphModule, plan: Mapping[str, LayerConfig], ranges: Mapping[str, Ranges]
+) -> dict[str, dict[str, Any]]:
+    """Every convolution and linear layer that is left in the graph, and what it became."""
+    records = {}
+    for site in find_sites(gm)[0]:
+        layer = site.layer
+        if isinstance(layer, QuantLayer):
+            seen = ranges.get(site.name)
+            records[site.name] = {
+                "kind": type(layer).__name__,
+                "weights": layer.weight_shape_numel(),
+                "weight_bits": layer.weight_bits,
+                "act_bits": layer.act_bits,
+                "ranges": layer.range_kind(),
+                "interpolated": seen.interpolated if seen and layer.per_timestep else 0,
+                "bytes": sum(b.nbytes for b in layer.buffers()),
+            }
+        else:
+            records[site.name] = {
+                "kind": type(layer).__name__,
+                "weights": site.weights,
+                "weight_bits": None,
+                "act_bits": None,
+                "ranges": "none",
+                "interpolated": 0,
+                "bytes": sum(p.nbytes for p in layer.parameters()),
+            }
+    return records
+
+
+class Report:
+    """The report on a converted model. `str()` is for reading, `data` for programs."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+
+    @property
+    def weight_coverage(self) -> float:
+        """Share of convolution and linear weights in the graph that are integers."""
+        sites = self.data["sites"].values()
+        total = sum(s["weights"] for s in sites)
+        return sum(s["weights"] for s in sites if s["weight_bits"]) / total if total else 0.0
+
+    @property
+    def activation_coverage(self) -> float:
+        """Share of convolution and linear layers in the graph whose input is integers."""
+        sites = self.data["sites"].values()
+        return sum(s["act_bits"] is not None for s in sites) / len(sites) if sites else 0.0
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [*self._head(), "", *self._temporal(), "", *self._sites(), "", *self._passes()]
+        )
+
+    def _head(self) -> list[str]:
+        d = self.data
+        capture = d["capture"]
+        lines = [
+            f"recipe {d['recipe']}: {d['bytes'] / 1024:.1f} KiB, float {d['float_bytes'] / 1024:.1f} KiB "
+            f"({d['float_bytes'] / max(d['bytes'], 1):.2f}x smaller)",
+            f"captured by {capture.get('route', '?')} in {capture.get('seconds', 0):.1f} s, "
+            f"{capture.get('nodes', 0)} nodes; guards: {'; '.join(capture.get('guards', [])) or 'none'}",
+            f"timesteps: {d['timesteps']}",
+            f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
+            f"{100 * self.activation_coverage:.1f} % of layer inputs are integers",
+        ]
+        return lines + [f"  left in floating point: {site}: {why}" for site, why in d["declined"]]
+
+    def _temporal(self) -> list[str]:
+        block, temporal = self.data["block"], self.data["temporal"]
+        lines = [
+            f"temporal information block: {len(block['features'])} features, "
+            f"{block['parameters']} parameters in {len(block['modules'])} layers "
+            f"(shared: {', '.join(block['shared']) or 'none'})"
+        ]
+        for name, feature in temporal.get("features", {}).items():
+            others = ", ".join(
+                f"{form} {c['error']:.2g}/{c['bytes']} B"
+                for form, c in feature["candidates"].items()
+            )
+            lines.append(f"  {name}: {feature['chosen']} (error {feature['error']:.2g}; {others})")
+        return lines
+
+    def _sites(self) -> list[str]:
+        lines = ["layers (weight bits / activation bits / ranges / bytes):"]
+        for name, s in self.data["sites"].items():
+            acts = s["act_bits"] or "float"
+            more = f", {s['interpolated']} ranges interpolated" if s["interpolated"] else ""
+            lines.append(
+                f"  {name}: {s['kind']} {s['weight_bits'] or 'float'} / {acts} / {s['ranges']} / "
+                f"{s['bytes']}{more}"
+            )
+        return lines
+
+    def _passes(self) -> list[str]:
+        lines = ["passes:"]
+        for p in self.data["passes"]:
+            lines.append(f"  {p['name']}: {p['changed']} changed, {p['seconds']:.1f} s")
+            lines += [f"    left {site}: {why}" for site, why in p["declined"]]
+        return lines
+
+
+def report(model: Converted) -> Report:
+    """What was done to `model`, and why not elsewhere."""
+    keys = model.timesteps
+    span = "none" if keys is None else f"{len(keys)} from {keys[0].item()} to {keys[-1].item()}"
+    return Report(
+        {
+            "recipe": model.recipe.name,
+            "bytes": model.nbytes(),
+            "timesteps": span,
+            **model.record,
+        }
+    )

@@ -1,0 +1,146 @@
+"""How weights are rounded to codes: second-order rounding in closed form, and AdaRound.
+
+Second-order rounding follows GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded in turn
+and the error of each is spread over the columns still to come, through the inverse of the Gram
+matrix of the layer's inputs. AdaRound (Nagel et al., arXiv 2004.10568) learns for each weight
+whether to round up or down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .affine import QParams, levels
+
+GAMMA, ZETA = -0.1, 1.1  # stretch of AdaRound's rectified sigmoid
+_BLOCK = 128  # columns rounded between two updates of the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Codes (out, in) as floats holding integers, and the value each was rounded from.
+
+    target: (out, in), in the units of the weight: the weight after the errors of earlier columns
+    were spread over it. AdaRound starts from it.
+    """
+
+    codes: Tensor
+    target: Tensor
+
+
+def round_nearest(weight: Tensor, grid: QParams) -> Tensor:
+    """Codes (out, in) nearest to `weight` (out, in) on `grid` (one row per channel)."""
+    scale, zero = grid.scale[:, None], grid.zero[:, None]
+    return (torch.round(weight / scale) + zero).clamp(0, levels(grid.bits))
+
+
+def aligned_weight(weight: Tensor, cross: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """The weight that best gives the full-precision output on the quantized model's inputs.
+
+    weight: (out, in).  gram: (in, in) = Xq^T Xq and cross: (in, in) = Xfp^T Xq over the same rows,
+    with Xq the inputs as the layer will see them and Xfp those of the full-precision model.
+    Minimises |Xq What^T - Xfp W^T|^2 + damping mean(diag gram) |What - W|^2, in closed form.
+    """
+    system = _damped(gram, damping)
+    gap = weight.double() @ (cross - gram).double()
+    change = torch.linalg.solve(system, gap.T)
+    return weight + change.T.to(weight.dtype)
+
+
+def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: float) -> Rounded:
+    """Codes for `weight` that minimise the layer's output error to second order.
+
+    weight: (out, in) float.  gram: (in, in), Gram matrix of the inputs (any common factor).
+    grid: one scale and zero point per output channel.  damping: share of the mean diagonal that is
+    added to the diagonal.  Inputs that are always zero are rounded to nearest.
+    Columns go in order of falling diagonal, so that what matters most is rounded first.
+    """
+    order = torch.argsort(gram.diagonal(), descending=True)
+    inverse = torch.linalg.inv(_damped(gram[order][:, order], damping))
+    # Rows of this upper factor hold, for each column, how its error spreads over later columns.
+    spread = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    work = weight[:, order].clone()
+    codes, target = torch.empty_like(work), torch.empty_like(work)
+    scale, zero, top = grid.scale.to(work.dtype), grid.zero.to(work.dtype), levels(grid.bits)
+    for start in range(0, work.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, work.shape[1])
+        errors = torch.empty_like(work[:, start:stop])
+        for i in range(start, stop):
+            column = work[:, i]
+            code = (torch.round(column / scale) + zero).clamp(0, top)
+            codes[:, i], target[:, i] = code, column
+            error = (column - (code - zero) * scale) / spread[i, i]
+            work[:, i + 1 : stop] -= error[:, None] * spread[i, i + 1 : stop]
+            errors[:, i - start] = error
+        work[:, stop:] -= errors @ spread[start:stop, stop:]
+    back = torch.argsort(order)
+    return Rounded(codes[:, back], target[:, back])
+
+
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    """`gram` in float64 with the damping on its diagonal; never singular."""
+    system = gram.double().clone()
+    mean = float(system.diagonal().mean())
+    system.diagonal().add_(max(damping * mean, 1e-10) if mean > 0 else 1.0)
+    return system
+
+
+class SoftRounding:
+    """AdaRound's variables for one layer: a weight between floor and ceiling, learnt, then decided.
+
+    target: (out, in), the values to round (the weight, or `Rounded.target`).  Start: the soft weight
+    equals `target`, so that deciding at once gives nearest rounding of it.
+    """
+
+    def __init__(self, target: Tensor, grid: QParams) -> None:
+        self.grid = grid
+        self._scale, self._zero = grid.scale[:, None], grid.zero[:, None]
+        position = target / self._scale
+        self._floor = torch.floor(position)
+        rest = (position - self._floor).clamp(1e-4, 1 - 1e-4)
+        alpha = -torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1)
+        self.alpha = alpha.detach().clone().requires_grad_()
+
+    def share(self) -> Tensor:
+        """h(alpha) in [0, 1]: how far each weight is rounded up."""
+        return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def soft(self) -> Tensor:
+        """The weight as it stands, (out, in), differentiable in alpha."""
+        return self._value(self.share())
+
+    def codes(self) -> Tensor:
+        """The decided codes: rounded up where alpha >= 0."""
+        return self._clamped((self.alpha >= 0).to(self._floor.dtype))
+
+    def hard(self) -> Tensor:
+        """The weight after deciding."""
+        return (self.codes() - self._zero) * self._scale
+
+    def regularization(self, beta: float) -> Tensor:
+        """Mean over weights of 1 - |2 h - 1|^beta: 0 when all are decided."""
+        return (1 - (2 * self.share() - 1).abs().pow(beta)).mean()
+
+    def decided(self) -> float:
+        """Share of weights whose h lies within 0.01 of 0 or 1."""
+        with torch.no_grad():
+            share = self.share()
+            return float(((share < 0.01) | (share > 0.99)).float().mean())
+
+    def _clamped(self, share: Tensor) -> Tensor:
+        return (self._floor + share + self._zero).clamp(0, levels(self.grid.bits))
+
+    def _value(self, share: Tensor) -> Tensor:
+        return (self._clamped(share) - self._zero) * self._scale
+
+
+def annealed_beta(step: int, steps: int, *, warmup: float = 0.2) -> float | None:
+    """AdaRound's exponent at `step` of `steps`: None (no regularization) during the warm-up, then
+    20 falling linearly to 2 (released settings of TFMQ-DM)."""
+    begin = warmup * steps
+    if step < begin:
+        return None
+    return 20 - 18 * (step - begin) / max(steps - begin, 1)

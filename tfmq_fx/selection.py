@@ -1,0 +1,85 @@
+"""Disturbance-aware selection: which form each temporal feature takes, under a byte budget.
+
+The journal extension of TFMQ-DM (arXiv 2407.19547) lets the temporal feature error choose between
+keeping the quantized block and looking rows up. Here each feature chooses between the block, exact
+rows and rows cached at 8 or 4 bits, to the least total error that fits the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from .errors import ConfigError
+
+TIB = "tib"
+TABLE = "table"
+_TIE = 1e-9  # weight of a byte against a unit of error: prefers the smaller of equals
+
+
+def cache_name(bits: int) -> str:
+    """The choice of rows cached at `bits` bits."""
+    return f"cache{bits}"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One form of one feature: its mean relative error, and the bytes that it alone takes.
+
+    For the block, bytes are 0 here: its layers are shared and counted by `module_bytes`.
+    """
+
+    error: float
+    bytes: int
+
+
+def select(
+    candidates: Mapping[str, Mapping[str, Candidate]],
+    *,
+    uses: Mapping[str, frozenset[str]],
+    module_bytes: Mapping[str, int],
+    budget: int,
+) -> dict[str, str]:
+    """The choice for each feature: the least total error within `budget` bytes, by integer program.
+
+    candidates: feature -> choice -> (error, bytes).  uses: feature -> layers of the block that it
+    needs while it stays in the block.  module_bytes: layer -> bytes, counted once while any feature
+    needs it.  Raises ConfigError naming the least budget that can be met, where `budget` cannot.
+    """
+    choices = [(f, name) for f, options in candidates.items() for name in options]
+    layers = sorted(set().union(*(uses[f] for f, name in choices if name == TIB), frozenset()))
+    position = {layer: len(choices) + i for i, layer in enumerate(layers)}
+    size = len(choices) + len(layers)
+    errors, costs = np.zeros(size), np.zeros(size)
+    rows, lower, upper = [], [], []
+    for feature in candidates:  # exactly one choice each
+        rows.append([float(f == feature) for f, _ in choices] + [0.0] * len(layers))
+        lower.append(1.0)
+        upper.append(1.0)
+    for i, (feature, name) in enumerate(choices):
+        errors[i], costs[i] = candidates[feature][name].error, candidates[feature][name].bytes
+        for layer in uses[feature] if name == TIB else ():  # the block needs its layers
+            row = [0.0] * size
+            row[i], row[position[layer]] = 1.0, -1.0
+            rows.append(row)
+            lower.append(-np.inf)
+            upper.append(0.0)
+    for layer, i in position.items():
+        costs[i] = module_bytes[layer]
+    structure = LinearConstraint(np.array(rows), lower, upper)
+    whole = {"integrality": np.ones(size), "bounds": Bounds(0, 1)}
+    found = milp(
+        errors + _TIE * costs,
+        constraints=[structure, LinearConstraint(costs[None], -np.inf, budget)],
+        **whole,
+    )
+    if found.x is None:
+        least = milp(costs, constraints=[structure], **whole)
+        raise ConfigError(
+            f"temporal budget of {budget} bytes cannot be met: the smallest choice of features "
+            f"takes {int(np.ceil(least.fun))} bytes. Raise TemporalSpec.budget to that or more."
+        )
+    return {f: name for (f, name), x in zip(choices, found.x, strict=False) if x > 0.5}

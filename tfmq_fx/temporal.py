@@ -1,0 +1,159 @@
+"""What becomes of the temporal information block: measured, then chosen feature by feature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .config import Config, LayerConfig
+from .dataflow import TemporalBlock
+from .graph import Rewrite
+from .nn import QuantLayer
+from .observers import Ranges
+from .passes.quantize_layers import quantize_layers
+from .passes.reconstruct_tib import reconstruct_tib, relative_errors
+from .selection import TABLE, TIB, Candidate, cache_name, select
+from .tables import cache_error, cache_rows
+
+
+@dataclass(slots=True)
+class TemporalChoice:
+    """The form of each feature, and what came out of weighing them.
+
+    choice: feature -> "table", "cache8", "cache4" or "tib".  layers: quantized layers of the block,
+    by module path, for the features that stay in it.  passes: what was run on the block alone.
+    """
+
+    choice: dict[str, str]
+    layers: dict[str, QuantLayer] = field(default_factory=dict)
+    passes: list[Rewrite] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tabled(self) -> list[str]:
+        """Features that leave the block for rows, exact or cached."""
+        return [f for f, form in self.choice.items() if form != TIB]
+
+    @property
+    def cached(self) -> dict[str, int]:
+        """Features kept as integer rows, and their bits."""
+        return {
+            f: int(form.removeprefix("cache"))
+            for f, form in self.choice.items()
+            if form.startswith("cache")
+        }
+
+
+def choose_temporal(
+    block: TemporalBlock,
+    *,
+    config: Config,
+    plan: Mapping[str, LayerConfig],
+    ranges: Mapping[str, Ranges],
+    timesteps: Tensor,
+    visits: Tensor,
+) -> TemporalChoice:
+    """The form of every temporal feature under `config.temporal`.
+
+    Every candidate that the mode allows is built and measured over the whole set: the quantized
+    block after TIAR, rows cached at each bit width, exact rows.  timesteps: (K,); visits: (K,)
+    weights of the mean error.
+    """
+    spec = config.temporal
+    names = [f.name for f in block.features]
+    if not names:
+        return TemporalChoice({})
+    rows = compute_rows(block.graph, timesteps)
+    share = visits.float() / visits.sum()
+    result = TemporalChoice({})
+    options: dict[str, dict[str, Candidate]] = {name: {} for name in names}
+    if spec.mode in ("select", "table"):
+        for name, row in zip(names, rows, strict=True):
+            options[name][TABLE] = Candidate(0.0, row.nbytes)
+    if spec.mode in ("select", "cache"):
+        for name, row in zip(names, rows, strict=True):
+            flat = row.flatten(1)
+            for bits in spec.cache_bits:
+                codes, scale, zero = cache_rows(flat, bits)
+                error = float((cache_error(flat, bits) * share).sum())
+                size = codes.nbytes + scale.nbytes + zero.nbytes
+                options[name][cache_name(bits)] = Candidate(error, size)
+    module_bytes = {path: _float_bytes(block.graph, path) for path in block.modules}
+    if spec.mode in ("select", "tib"):
+        quantized = quantize_block(
+            block.graph,
+            config=config,
+            plan=plan,
+            ranges=ranges,
+            timesteps=timesteps,
+            visits=visits,
+            passes=result.passes,
+        )
+        errors = relative_errors(quantized(timesteps), rows) @ share
+        for name, error in zip(names, errors.tolist(), strict=True):
+            options[name][TIB] = Candidate(error, 0)
+        for path, module in quantized.named_modules():
+            if isinstance(module, QuantLayer):
+                result.layers[path] = module
+                scales = 4 * len(timesteps) if module.per_timestep else 0
+                module_bytes[path] = sum(b.nbytes for b in module.buffers()) + scales
+    budget = spec.budget
+    if budget is None:
+        budget = sum(module_bytes.values()) if spec.mode == "select" else 1 << 62
+    result.choice = select(
+        options, uses=block.uses, module_bytes=module_bytes, budget=budget
+    )
+    result.details = {
+        "budget": None if budget >= 1 << 62 else budget,
+        "block_bytes": sum(module_bytes.values()),
+        "features": {
+            name: {
+                "chosen": result.choice[name],
+                "error": options[name][result.choice[name]].error,
+                "candidates": {
+                    form: {"error": c.error, "bytes": c.bytes} for form, c in options[name].items()
+                },
+            }
+            for name in names
+        },
+    }
+    return result
+
+
+def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
+    """Each feature at each timestep, (K, ...), computed one timestep at a time as tables are."""
+    with torch.no_grad():
+        rows = [graph(timesteps[i : i + 1]) for i in range(len(timesteps))]
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
+def quantize_block(
+    graph: fx.GraphModule,
+    *,
+    config: Config,
+    plan: Mapping[str, LayerConfig],
+    ranges: Mapping[str, Ranges],
+    timesteps: Tensor,
+    visits: Tensor,
+    passes: list[Rewrite],
+) -> fx.GraphModule:
+    """The block as quantized modules: ranges per timestep (FSC), weights after TIAR."""
+    nearest = quantize_layers(graph, plan=plan, ranges=ranges, timesteps=timesteps)
+    learnt = reconstruct_tib(
+        nearest.gm,
+        reference=graph,
+        timesteps=timesteps,
+        visits=visits,
+        iters=config.temporal.tiar_iters,
+        spec=config.reconstruction,
+    )
+    passes.append(learnt)
+    return learnt.gm
+
+
+def _float_bytes(graph: fx.GraphModule, path: str) -> int:
+    return sum(p.nbytes for p in graph.get_submodule(path).parameters())
