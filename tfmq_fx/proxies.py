@@ -1,0 +1,239 @@
+"""What a model's code sees in place of tensors and sizes while it is traced."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+from torch.fx.proxy import Proxy
+
+from .effects import PURE_FORMS, setitem_
+from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from .tracer import ValueTracer
+
+_LIBRARY = os.path.dirname(torch.__file__) + os.sep
+_OURS = (__file__, os.path.join(os.path.dirname(__file__), "tracer.py"))
+
+
+def source_line() -> str:
+    """file.py:line of the innermost frame outside torch and the tracer."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_LIBRARY, "<")) and name not in _OURS:
+            break
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+class Sizes(tuple[Any, ...]):
+    """A shape whose free sizes are proxies."""
+
+    def numel(self) -> Any:
+        return math.prod(self)
+
+
+class ValueProxy(Proxy):
+    """A proxy that knows the value of its node."""
+
+    tracer: ValueTracer
+    _is_param = False  # nn.Module.__setattr__ asks
+
+    @property
+    def value(self) -> Any:
+        return self.node.meta["val"]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class TensorProxy(ValueProxy):
+    """Stands for a tensor; what needs its data is refused with the module and line that asked."""
+
+    @property  # isinstance(x, torch.Tensor) and torch.is_tensor(x) hold, without patching them
+    def __class__(self) -> type:
+        return Tensor
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a traced tensor is fixed")
+
+    @property
+    def shape(self) -> Sizes:
+        return Sizes(self.tracer.size_of(self, i) for i in range(self.value.dim()))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return int(self.value.dim())
+
+    ndimension = dim
+
+    def numel(self) -> Any:
+        return math.prod(self.shape)
+
+    nelement = numel
+
+    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+        return bool(self.value.is_contiguous(*args, **kwargs))
+
+    def is_floating_point(self) -> bool:
+        return bool(self.value.is_floating_point())
+
+    def is_complex(self) -> bool:
+        return bool(self.value.is_complex())
+
+    def element_size(self) -> int:
+        return int(self.value.element_size())
+
+    def get_device(self) -> int:
+        return int(self.value.get_device())
+
+    def __len__(self) -> int:
+        if not self.value.dim():
+            raise TypeError("len() of a 0-d tensor")
+        return operator.index(self.shape[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))
+
+    def _refuse(self, what: str) -> Any:
+        raise CaptureError(
+            f"{self.tracer.whereabouts()}: {what} of a tensor's data ({self.node.name}) decides "
+            f"what runs next; a graph cannot follow it. Make the decision from shapes or from "
+            f"constants, or move it out of the model."
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self._refuse("bool()"))
+
+    def __int__(self) -> int:
+        return int(self._refuse("int()"))
+
+    def __index__(self) -> int:
+        return int(self._refuse("an index"))
+
+    def __float__(self) -> float:
+        return float(self._refuse("float()"))
+
+    def __contains__(self, item: Any) -> bool:
+        return bool(self._refuse("'in'"))
+
+    def item(self) -> Any:
+        return self._refuse(".item()")
+
+    def tolist(self) -> Any:
+        return self._refuse(".tolist()")
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        return self._refuse(".numpy()")
+
+    # The next five use only another tensor's shape, dtype or device: no data edge to it.
+    def type_as(self, other: Any) -> Any:
+        return self.to(other)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], Tensor):
+            kwargs = {"device": args[0].device, "dtype": args[0].dtype, **kwargs}
+            args = args[1:]
+        return self.tracer.create_proxy("call_method", "to", (self, *args), kwargs)
+
+    def expand_as(self, other: Any) -> Any:
+        return self.expand(other.shape)
+
+    def view_as(self, other: Any) -> Any:
+        return self.view(other.shape)
+
+    def reshape_as(self, other: Any) -> Any:
+        return self.reshape(other.shape)
+
+    def type(self, dtype: Any = None, **kwargs: Any) -> Any:
+        return self.value.type() if dtype is None else self._method("type", dtype, **kwargs)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", setitem_, (self, key, value), {})
+
+    def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = getattr(self.value, name)
+        if callable(found):
+            return lambda *args, **kwargs: self._method(name, *args, **kwargs)
+        if isinstance(found, Tensor):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return found
+
+
+def _inplace_operator(target: Callable[..., Any]) -> Callable[[TensorProxy, Any], Any]:
+    def apply(self: TensorProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return apply
+
+
+for _target in PURE_FORMS:
+    if callable(_target):
+        setattr(TensorProxy, f"__{_target.__name__}__", _inplace_operator(_target))
+
+
+class SizeProxy(ValueProxy):
+    """Stands for a size, or a number or condition computed from sizes."""
+
+    @property  # as a torch.SymInt, torch's argument parser takes it for a size without reading it
+    def __class__(self) -> type:
+        return type(self.value)
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a traced size is fixed")
+
+    def __bool__(self) -> bool:
+        held = bool(self.value)
+        self.tracer.guard(self.value.node._expr, held)
+        return held
+
+    def _fix(self, convert: Callable[[Any], Any]) -> Any:
+        expression = self.value.node._expr  # the conversion replaces the symbol by its value
+        found = convert(self.value)
+        self.tracer.guard(sympy.Eq(expression, found, evaluate=False), True)
+        return found
+
+    def __int__(self) -> int:
+        return int(self._fix(int))
+
+    def __index__(self) -> int:
+        return int(self._fix(int))
+
+    def __float__(self) -> float:
+        return float(self._fix(float))
+
+    def _recorded(self, target: Callable[..., Any]) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self,), {})
+
+    def __ceil__(self) -> Any:
+        return self._recorded(math.ceil)
+
+    def __floor__(self) -> Any:
+        return self._recorded(math.floor)
+
+    def __trunc__(self) -> Any:
+        return self._recorded(math.trunc)
+
+    def is_integer(self) -> bool:
+        return bool(self.value.is_integer())
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)

@@ -1,0 +1,153 @@
+"""Proof by example: a captured graph must equal its model exactly, at several sizes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import CaptureError
+from .signature import BATCH, CallSpec
+from .structure import outline, rebuild
+
+log = logging.getLogger(__name__)
+
+
+def structural_clone(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares parameters and buffers, in eval mode."""
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except (TypeError, RuntimeError) as error:
+        raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
+
+
+def arguments(call: CallSpec, values: list[Any]) -> dict[str, Any]:
+    """Keyword arguments of forward with `values` for its tensors."""
+    return {
+        argument.name: rebuild(argument.structure, values[argument.first :])
+        for argument in call.arguments
+        if argument.name != "return_dict"
+    }
+
+
+def replay(
+    model: nn.Module, gm: fx.GraphModule, call: CallSpec, examples: list[Tensor]
+) -> list[str]:
+    """Run graph and model at the example's sizes and at others; raise unless exactly equal."""
+    if any(t.is_meta for t in (*examples, *model.parameters(), *model.buffers())):
+        return ["not replayed: tensors on the meta device have no data"]
+    sizes = _sizes(call, examples)
+    if not _equal(model, gm, call, examples, sizes, seed=0):
+        raise CaptureError(
+            f"at the example's sizes: {type(model).__name__} cannot run there itself"
+        )
+    for n, others in enumerate(_other_sizes(call, sizes), start=1):
+        if _equal(model, gm, call, examples, others, seed=n):
+            return []
+    return [f"replayed at {sizes} only: no other size that the guards allow could be run"]
+
+
+def _sizes(call: CallSpec, examples: list[Tensor]) -> dict[str, int]:
+    return {
+        name: found
+        for spec, example in zip(call.inputs, examples, strict=True)
+        for name, found in zip(spec.shape, example.shape, strict=True)
+        if isinstance(name, str)
+    }
+
+
+def _other_sizes(call: CallSpec, sizes: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Sizes to try after the example's, as the guards allow; first those that change every size."""
+    images: list[dict[str, int]] = [{}]
+    if "height" in sizes:
+        h, w = sizes["height"], sizes["width"]
+        images = [
+            {"height": h + 8, "width": w + 8},
+            {"height": 2 * h, "width": 2 * w},
+            {"height": h // 2, "width": w // 2},
+            {},
+        ]
+    batches = [{BATCH: n} for n in (3, 4, 5)] if BATCH in sizes else []
+    for change in [{**batch, **image} for image in images for batch in (*batches, {})]:
+        others = {**sizes, **change}
+        if others != sizes and all(guard.allows(others) for guard in call.guards):
+            yield others
+
+
+def _equal(
+    model: nn.Module,
+    gm: fx.GraphModule,
+    call: CallSpec,
+    examples: list[Tensor],
+    sizes: dict[str, int],
+    seed: int,
+) -> bool:
+    """Compare graph and model on random inputs; False if the model itself fails at these sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    values = [
+        _random(example, [sizes[s] if isinstance(s, str) else s for s in spec.shape], generator)
+        for spec, example in zip(call.inputs, examples, strict=True)
+    ]
+    at = call.names.index(call.timestep)
+    values[at] = _timesteps(examples[at], values[at].shape[0], seed)
+    kwargs = arguments(call, values)
+    want_dict = seed == 0
+    if call.return_dict is not None:
+        kwargs["return_dict"] = want_dict
+    reference = structural_clone(model)
+    devices = [value.device for value in values if value.is_cuda][:1]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        try:
+            expected = reference(**copy.copy(kwargs))
+        except Exception as error:
+            log.debug("%s cannot run at %s: %s", type(model).__name__, sizes, error)
+            return False
+        torch.manual_seed(seed)
+        bound, _ = call.bind((), kwargs)
+        found = call.rebuild(gm(*bound), want_dict)
+    _compare(expected, found, sizes)
+    return True
+
+
+def _random(example: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:
+    """Noise where the example is floating; elsewhere values of the example, which are legal."""
+    if example.dtype.is_floating_point or example.dtype.is_complex:
+        dtype = torch.complex64 if example.dtype.is_complex else torch.float32
+        return torch.randn(shape, generator=generator, dtype=dtype).to(example)
+    picks = torch.randint(max(example.numel(), 1), shape, generator=generator)
+    return example.flatten()[picks.to(example.device)]
+
+
+def _timesteps(example: Tensor, batch: int, seed: int) -> Tensor:
+    """Timesteps up to the example's largest (at least 1), different from row to row."""
+    top = max(float(example.max()), 1.0)
+    steps = torch.arange(batch, dtype=torch.float64) * 0.37 + 0.29 * (seed + 1)
+    steps = steps % 1.0 * top
+    if not example.dtype.is_floating_point:
+        steps = steps.round()
+    return steps.to(example)
+
+
+def _compare(expected: Any, found: Any, sizes: dict[str, int]) -> None:
+    wanted, theirs = outline(expected)
+    given, ours = outline(found)
+    if wanted != given:
+        raise CaptureError(f"replay at {sizes}: the model returns {wanted}, the graph {given}")
+    for (path, a), (_, b) in zip(theirs, ours, strict=True):
+        if (
+            a.shape != b.shape
+            or a.dtype != b.dtype
+            or not torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all()
+        ):
+            raise CaptureError(
+                f"replay at {sizes}: output {path or 'tensor'} of the graph differs from the "
+                f"model's ({tuple(b.shape)} {b.dtype} against {tuple(a.shape)} {a.dtype}). The "
+                f"model does something that a trace does not see, such as numpy, a cache kept "
+                f"between calls, or a context manager."
+            )

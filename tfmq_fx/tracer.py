@@ -1,0 +1,346 @@
+"""A torch.fx.Tracer whose proxies carry values: fake tensors and symbolic sizes.
+
+Every recorded node is run on its fake values, so shape, dtype, length and comparison of sizes are
+answered while tracing; they create no data edges and take the branch the model would take.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import operator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.proxy import Proxy
+from torch.overrides import TorchFunctionMode
+
+from .effects import purify
+from .errors import CaptureError
+from .proxies import SizeProxy, Sizes, TensorProxy, source_line
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_DATA_DEPENDENT = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+# Makers of tensors without tensor arguments: recorded, so that no device or dtype is baked into a
+# constant and random ones are drawn at each call.
+_FACTORIES = frozenset(
+    getattr(torch, name)
+    for name in (
+        "arange as_tensor empty eye full linspace logspace ones rand randint randn randperm "
+        "scalar_tensor tensor tril_indices triu_indices zeros"
+    ).split()
+)
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class SizeTest:
+    """A condition on sizes (a sympy expression) that the model tested, its outcome and the line."""
+
+    expression: Any
+    held: bool
+    source: str
+
+
+class _Record(TorchFunctionMode):
+    """Records tensor factories; active in the tracing thread alone."""
+
+    def __init__(self, tracer: ValueTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.tracer.computing and func in _FACTORIES:
+            with contextlib.suppress(NotImplementedError):  # arguments no graph can hold: numpy
+                return self.tracer.create_proxy("call_function", func, tuple(args), kwargs)
+        return func(*args, **kwargs)
+
+
+class ValueTracer(fx.Tracer):
+    """Traces one model, once.
+
+    inputs: fake tensors of `mode`, one for each placeholder.  call: runs the model, given a proxy
+    for each input, and returns the flat outputs.  The modules of the model are changed only where
+    one works in place (inplace=True) without need.
+    tests: the conditions on sizes that the model's code tested, in order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: FakeTensorMode,
+        inputs: dict[str, Tensor],
+        call: Callable[[list[Any]], Any],
+    ) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.tests: list[SizeTest] = []
+        self.computing = False
+        self.last = "before its first operation"  # module and line of the latest operation
+        self._model, self._mode, self._inputs, self._call = model, mode, inputs, call
+        self._thread = threading.get_ident()
+        self._sizes: dict[Any, Any] = {}
+        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        # Reversed: of several names for one module or tensor, the first counts.
+        modules = reversed(list(model.named_modules(remove_duplicate=False)))
+        self._paths = {module: name for name, module in modules}
+        tensors = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+        self._tensors = {id(tensor): name for name, tensor in reversed(tensors)}
+
+    def run(self) -> fx.Graph:
+        """The graph: one placeholder for each input, a flat tuple of outputs."""
+        model = self._model
+        # torch.fx patches nn.Module.__call__ for the whole process: one trace at a time.
+        with _LOCK, torch.no_grad(), _Record(self), _einops():
+            graph = self.trace(model)
+        purify(graph, model, self._writes)
+        graph._tracer_cls = None  # a tracer class of ours would have to be unpickled
+        for node in graph.nodes:
+            stack = node.meta.get("nn_module_stack") or {}
+            root = {"": ("", type(model))}
+            node.meta["nn_module_stack"] = collections.OrderedDict({**root, **stack})
+            node.meta.setdefault("source", "")
+        return graph
+
+    # What the model's code asks
+
+    def size_of(self, proxy: TensorProxy, dim: int) -> Any:
+        """A size: a number where fixed, else one proxy for each distinct expression, read from the
+        first input that has it."""
+        size = proxy.value.shape[dim]
+        if isinstance(size, int):
+            return size
+        key = size.node.expr
+        if key.is_number:
+            return int(key)
+        if key not in self._sizes:
+            read = torch.ops.aten.sym_size.int
+            self._sizes[key] = self.create_proxy("call_function", read, (proxy, dim), {})
+        return self._sizes[key]
+
+    def guard(self, expression: Any, held: bool) -> None:
+        """Note that the model's code tested a condition on sizes."""
+        if not getattr(expression, "free_symbols", None):
+            return
+        test = SizeTest(expression, held, source_line())
+        if test not in self.tests:
+            self.tests.append(test)
+
+    def whereabouts(self) -> str:
+        """Module path and source line of what is being traced."""
+        paths = [path for path, _ in self.module_stack.values()]
+        return f"{paths[-1] if paths else 'the model'} ({source_line()})"
+
+    # fx.Tracer's hooks
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._inputs]
+        for proxy in proxies:  # bare sizes are read from the inputs, whichever tensor was asked
+            for dim in range(proxy.value.dim()):
+                size = proxy.value.shape[dim]
+                if not isinstance(size, int) and size.node.expr not in self._sizes:
+                    self.size_of(proxy, dim)
+        return (lambda root: self._call(proxies)), [self.root]
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        node = self.create_node(
+            kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr
+        )
+        node.meta["source"] = source_line()
+        self.last = self.whereabouts()
+        if kind == "placeholder":
+            node.meta["val"] = self._inputs[target]
+        elif kind != "get_attr":
+            node.meta["val"] = self._compute(node)
+        return self._wrap(node)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise CaptureError(
+                f"{self.whereabouts()}: autocast is on here; a graph would lose it. Take it out of "
+                f"forward, or convert the model to the dtype it shall run in."
+            )
+        node = super().create_node(kind, *args, **kwargs)
+        if kind == "get_attr":
+            node.meta["source"] = source_line()
+            value: Any = self.root
+            for part in str(node.target).split("."):
+                value = _attribute(value, part)
+            node.meta["val"] = self._fake(value) if isinstance(value, Tensor) else value
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Proxy):
+            return a.node
+        if isinstance(a, (Sizes, torch.Size)):
+            a = tuple(a)
+        if isinstance(a, _SYMBOLIC):
+            raise CaptureError(f"{self.whereabouts()}: a size escaped the trace")
+        if isinstance(a, Tensor) and id(a) in self._tensors:
+            return self.create_node("get_attr", self._tensors[id(a)], (), {})
+        return super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._idle() or not isinstance(attr_val, Tensor):
+            return attr_val
+        name = self._tensors.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # A module made inside forward, such as a slice of an nn.Sequential, has no name: its
+        # children are traced under theirs.
+        if self._idle() or m not in self._paths:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        return str(self._paths[mod])
+
+    def _idle(self) -> bool:
+        return self.computing or threading.get_ident() != self._thread
+
+    # Values
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self._fakes:
+            fake = self._mode.from_tensor(tensor, static_shapes=True)
+            self._fakes[id(tensor)] = (fake, tensor)
+        return self._fakes[id(tensor)][0]
+
+    def _compute(self, node: fx.Node) -> Any:
+        """The node's value, from the values of its arguments."""
+
+        def value(argument: fx.Node) -> Any:
+            return argument.meta["val"]
+
+        args: Any = fx.node.map_arg(node.args, value)
+        kwargs: Any = fx.node.map_arg(node.kwargs, value)
+        target: Any = node.target
+        if target is torch.ops.aten.sym_size.int:
+            return args[0].shape[args[1]]
+        if node.op == "call_method":
+            args, target = args[1:], getattr(args[0], target)
+        elif node.op == "call_module":
+            module = self.root.get_submodule(target)
+            target = type(module).forward.__get__(module)
+        tensors = [arg for arg in node.all_input_nodes if isinstance(arg.meta["val"], Tensor)]
+        versions = [arg.meta["val"]._version for arg in tensors]
+        self.computing = True
+        try:
+            # Without the Python dispatcher some kernels fix free sizes to the example's.
+            with self._mode, enable_python_dispatcher():
+                result = target(*args, **kwargs)
+        except _DATA_DEPENDENT as error:
+            raise CaptureError(
+                f"{self.whereabouts()}: the result of {node.target} depends on a tensor's data in "
+                f"a way that a graph cannot hold ({type(error).__name__})"
+            ) from error
+        finally:
+            self.computing = False
+        written = [
+            arg
+            for arg, version in zip(tensors, versions, strict=True)
+            if arg.meta["val"]._version != version
+        ]
+        if written:
+            self._writes[node] = tuple(written)
+        return result
+
+    def _wrap(self, node: fx.Node) -> Any:
+        """What the model's code gets for a node: a proxy, or the value itself where it is known."""
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            return TensorProxy(node, self)
+        if isinstance(value, _SYMBOLIC):
+            expression = value.node.expr
+            if getattr(expression, "free_symbols", None):
+                return SizeProxy(node, self)
+            self.graph.erase_node(node)
+            return _number(expression)
+        if isinstance(value, (tuple, list)):
+            return self._unpack(node, value)
+        if value is not None and not node.users:  # None: called for its effect
+            self.graph.erase_node(node)
+        return value
+
+    def _unpack(self, node: fx.Node, value: Any) -> Any:
+        parts = [
+            self.create_proxy("call_function", operator.getitem, (Proxy(node, self), i), {})
+            if isinstance(part, (Tensor, *_SYMBOLIC, tuple, list))
+            else part
+            for i, part in enumerate(value)
+        ]
+        if isinstance(value, list):
+            return parts
+        names = getattr(value, "_fields", None) or getattr(value, "__match_args__", None)
+        if not names or type(value) is tuple:
+            return tuple(parts)
+        return collections.namedtuple(type(value).__name__, names)(*parts)
+
+
+def _number(expression: Any) -> bool | int | float:
+    if expression.is_Boolean:
+        return bool(expression)
+    return int(expression) if expression.is_integer else float(expression)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """getattr past torch.fx's patch of nn.Module.__getattr__."""
+    for kind in ("_parameters", "_buffers", "_modules"):
+        if name in value.__dict__.get(kind, {}):
+            return value.__dict__[kind][name]
+    return value.__dict__[name]
+
+
+@contextlib.contextmanager
+def _einops() -> Iterator[None]:
+    """Make einops take proxies for tensors, where it is loaded."""
+    backends = getattr(sys.modules.get("einops._backends"), "_type2backend", None)
+    if backends is None:
+        yield
+        return
+    backends[TensorProxy] = sys.modules["einops._backends"].TorchBackend()
+    try:
+        yield
+    finally:
+        del backends[TensorProxy]
