@@ -1,0 +1,197 @@
+"""Replace everything that depends on the timestep alone by rows of a table.
+
+h = linear(silu(embed(t)))    ->    row = timestep_row(temporal_table, temporal_keys, t);  h = row[:, a:b]
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+
+from tfmq_fx.dataflow import Binding, Feature, binding_times, temporal_block
+from tfmq_fx.dialect import Stage, stage_of
+from tfmq_fx.errors import ConfigError
+from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row, timestep_node
+from tfmq_fx.ops import check_timesteps, is_view, op_name
+from tfmq_fx.tables import FEATURE, TABLE, feature_slice
+
+
+@graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED), gives=Stage.FOLDED)
+def fold_timesteps(
+    gm: fx.GraphModule, *, timesteps: Tensor, only: Collection[str] | None = None
+) -> Rewrite:
+    """The graph with its temporal block as a table over `timesteps`.
+
+    timesteps: (K,) finite, unique, in any order, of values the timestep's dtype can hold.
+    only: names of the features to fold (`temporal_block(gm).features`); None folds all.
+    Rows are computed one timestep at a time at batch 1.  Outputs at batch 1 are the same bit for bit;
+    at other batch sizes matrix products round differently, as they do in the original (about 1e-6
+    relative in float32).  Raises ConfigError for timesteps or names that cannot be used.
+    details: features, rows, table_bytes, and weight_bytes, the bytes of parameters that left.
+    """
+    t = timestep_node(gm)
+    keys = check_timesteps(timesteps, t.meta["val"].dtype)
+    _check_same_set(gm, keys)
+    block = temporal_block(gm)
+    wanted, declined = _choose(block.features, only), list(block.declined)
+    before, attributes = _parameters(gm), _attributes(gm)
+    rows = _rows(block.graph, keys, t.meta["val"])
+    picked = []
+    mixing = _mixing(block.graph, keys, t.meta["val"], rows)
+    for feature, values, mixes in zip(block.features, rows, mixing, strict=True):
+        if feature.name in wanted and mixes:
+            reason = "its value for one sample depends on the rest of the batch"
+            declined.append(Declined(feature.name, reason))
+        elif feature.name in wanted:
+            picked.append((feature, values))
+    table_bytes = 0
+    by_dtype = sorted(picked, key=lambda each: str(each[0].dtype))
+    for _, group in itertools.groupby(by_dtype, key=lambda each: each[0].dtype):
+        features, tables = zip(*group, strict=True)
+        table = torch.cat([values.flatten(1) for values in tables], 1)
+        row = insert_timestep_row(gm, TABLE, table, keys)
+        start = 0
+        for feature in features:
+            _place(gm, feature, row, start)
+            start += feature.width
+        table_bytes += table.nbytes
+    if picked:
+        _free_sizes(gm)
+        gm.graph.eliminate_dead_code()
+        for target in attributes - _attributes(gm):  # torch cleans up modules, not these
+            parent, _, name = target.rpartition(".")
+            delattr(gm.get_submodule(parent), name)
+    gm.meta["timesteps"] = keys
+    after = _parameters(gm)
+    details = {
+        "features": [feature.name for feature, _ in picked],
+        "rows": len(keys),
+        "table_bytes": table_bytes,
+        "weight_bytes": sum(p.nbytes for key, p in before.items() if key not in after),
+    }
+    return Rewrite(gm, len(picked), declined, details)
+
+
+def _rows(graph: fx.GraphModule, keys: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Each output of `graph` (t (B,) -> tuple) at each key, (K, ...), computed at batch 1.
+
+    like: a tensor of the dtype and device in which the graph takes its timestep.
+    """
+    steps = keys.to(device=like.device, dtype=like.dtype)
+    rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
+def _mixing(
+    graph: fx.GraphModule, keys: Tensor, like: Tensor, rows: Sequence[Tensor]
+) -> list[bool]:
+    """Which outputs are not, row by row, the same in a batch of different timesteps.
+
+    A value that mixes samples (a mean over the batch, t[0]) or reads the batch size is off by its own
+    magnitude; rounding in another order is not: 1 % of the norm tells them apart in any dtype.
+    """
+    if not rows or rows[0].is_meta:
+        return [False] * len(rows)
+    picks = torch.tensor([0, len(keys) // 2, len(keys) - 1])
+    batch = graph(keys[picks.to(keys.device)].to(device=like.device, dtype=like.dtype))
+    mixes = []
+    for value, row in zip(batch, rows, strict=True):
+        expected, norm = row[picks.to(row.device)], torch.linalg.vector_norm
+        error = norm((value - expected).nan_to_num().abs().double())
+        bound = 0.01 * norm(expected.nan_to_num().abs().double())
+        mixes.append(bool(error > bound) or not torch.equal(value.isnan(), expected.isnan()))
+    return mixes
+
+
+def _place(gm: fx.GraphModule, feature: Feature, row: fx.Node, start: int) -> None:
+    """Use columns from `start` of `row` (B, F) instead of the feature's node."""
+    old, graph = feature.node, gm.graph
+    with graph.inserting_before(old):
+        new = feature_slice(graph, row, start, feature.width, f"{old.name}_row")
+    new.meta |= _inherited(old) | {FEATURE: feature.name}
+    if _is_viewed(old):  # a slice of a row is not contiguous
+        new = _then(graph, new, "contiguous")
+    if feature.shape != (feature.width,):
+        new = _then(graph, new, "reshape", -1, *feature.shape)
+    old.replace_all_uses_with(new)
+
+
+def _inherited(node: fx.Node) -> dict[str, Any]:
+    """Metadata that is still true of a value computed elsewhere."""
+    meta = {key: node.meta[key] for key in ("source", "stack_trace") if key in node.meta}
+    stack = OrderedDict(node.meta.get("nn_module_stack") or {})
+    if node.op == "call_module" and stack:
+        stack.popitem()  # the look-up must not pass for the layer that it replaces
+    return meta | {"nn_module_stack": stack}
+
+
+def _then(graph: fx.Graph, node: fx.Node, method: str, *args: int) -> fx.Node:
+    with graph.inserting_after(node):
+        new = graph.create_node("call_method", method, (node, *args), name=f"{node.name}_{method}")
+    with enable_python_dispatcher():
+        value = getattr(node.meta["val"], method)(*args)
+    new.meta = {key: kept for key, kept in node.meta.items() if key != FEATURE} | {"val": value}
+    return new
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """Whether `view`, which refuses some strides, is called on the value, perhaps through views."""
+    return any(
+        op_name(user) in ("view", "view_as") or (is_view(user) and _is_viewed(user))
+        for user in node.users
+    )
+
+
+def _free_sizes(gm: fx.GraphModule) -> None:
+    """Read batch sizes from the timestep where they were read from a value that is to go."""
+    times, t = binding_times(gm), timestep_node(gm)
+    batch = str(t.meta["val"].shape[0])
+    for node in gm.graph.nodes:
+        reads_batch = op_name(node) == "sym_size" and str(node.meta["val"]) == batch
+        if reads_batch and times[node.all_input_nodes[0]] is Binding.T:
+            node.args = (t, 0)
+
+
+def _choose(features: Collection[Feature], only: Collection[str] | None) -> set[str]:
+    names = [feature.name for feature in features]
+    if only is None:
+        return set(names)
+    if unknown := sorted(set(only) - set(names)):
+        known = ", ".join(names) or "none"
+        raise ConfigError(f"no temporal feature {', '.join(unknown)}; the graph has {known}")
+    return set(only)
+
+
+def _check_same_set(gm: fx.GraphModule, keys: Tensor) -> None:
+    """Tables of one graph share one set of timesteps."""
+    known = gm.meta.get("timesteps")
+    if stage_of(gm) is not Stage.FOLDED or known is None:
+        return
+    if not torch.equal(known.to(keys.device), keys):
+        raise ConfigError(
+            f"the graph was folded for {len(known)} other timesteps; fold the captured graph instead"
+        )
+
+
+def _attributes(gm: fx.GraphModule) -> set[str]:
+    return {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+
+
+def _parameters(gm: fx.GraphModule) -> dict[int, Tensor]:
+    """The parameters that the graph uses, by identity."""
+    found: dict[int, Tensor] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            found |= {id(p): p for p in gm.get_submodule(str(node.target)).parameters()}
+        elif node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(gm)
+            if isinstance(value, nn.Parameter):
+                found[id(value)] = value
+    return found

@@ -1,0 +1,169 @@
+"""Store temporal features as integers (cache-based maintenance, arXiv 2407.19547).
+
+row = timestep_row(temporal_table, keys, t); h = row[:, a:b]
+    ->    cached = temporal_cache_int8(t); h = cached[:, c:d]; the table keeps the other features
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.dialect import Stage, is_timestep_row
+from tfmq_fx.errors import ConfigError
+from tfmq_fx.graph import Rewrite, graph_pass, set_buffer, timestep_node
+from tfmq_fx.tables import BITS, FEATURE, QuantTimestepTable, cache_error
+
+CACHE = "temporal_cache_int"  # followed by the bits: path of the cached table
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """A feature in an exact table: columns [start, stop) of the look-up `node` reads."""
+
+    name: str
+    node: fx.Node
+    start: int
+    stop: int
+
+    @property
+    def row(self) -> fx.Node:
+        row = self.node.args[0]
+        assert isinstance(row, fx.Node)
+        return row
+
+
+@graph_pass(takes=Stage.FOLDED, gives=Stage.FOLDED)
+def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
+    """The graph with the named features in cached tables, one for each bit width and dtype.
+
+    bits: feature name -> 4 or 8, for features that `fold_timesteps` put into an exact table; one that
+    is cached at that width already is left as it is.  Lossy: within half a step of each (timestep,
+    feature) grid where nothing is clipped.  Raises ConfigError for other names or widths.
+    details: bytes before and after, and the relative L2 error of each feature over its timesteps.
+    """
+    slices = {s.name: s for s in _exact_slices(gm)}
+    cached = _cached(gm)
+    _check(bits, slices, cached)
+    wanted = {name: s for name, s in slices.items() if name in bits}
+    features: dict[str, Any] = {}
+    before = sum(_table(gm, row).nbytes for row in {s.row for s in wanted.values()})
+    caches: dict[tuple[int, torch.dtype], list[_Slice]] = {}
+    for name, each in wanted.items():
+        table = _table(gm, each.row)
+        caches.setdefault((bits[name], table.dtype), []).append(each)
+        error = cache_error(table[:, each.start : each.stop], bits[name])
+        features[name] = {
+            "bits": bits[name],
+            "error_mean": float(error.mean()),
+            "error_worst": float(error.max()),
+        }
+    cache_bytes = sum(_cache(gm, width, group) for (width, _), group in caches.items())
+    rows = {s.row: None for s in wanted.values()}
+    rest = sum(
+        _shrink(gm, row, [s for s in slices.values() if s.row is row and s.name not in bits])
+        for row in rows
+    )
+    details = {"features": features, "bytes_before": before, "bytes_after": cache_bytes + rest}
+    return Rewrite(gm, len(wanted), details=details)
+
+
+def _exact_slices(gm: fx.GraphModule) -> list[_Slice]:
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
+        row, columns = node.args
+        if FEATURE in node.meta and isinstance(row, fx.Node) and is_timestep_row(row):
+            assert isinstance(columns, tuple) and isinstance(columns[1], slice)
+            name, place = node.meta[FEATURE], columns[1]
+            found.append(_Slice(name, node, place.start, place.stop))
+    return found
+
+
+def _cached(gm: fx.GraphModule) -> dict[str, int]:
+    """Features in cached tables, and their bits."""
+    found = {}
+    for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
+        row = node.args[0]
+        if FEATURE in node.meta and isinstance(row, fx.Node) and row.op == "call_module":
+            table = gm.get_submodule(str(row.target))
+            assert isinstance(table, QuantTimestepTable)
+            found[node.meta[FEATURE]] = table.bits
+    return found
+
+
+def _check(
+    bits: Mapping[str, int], slices: Mapping[str, _Slice], cached: Mapping[str, int]
+) -> None:
+    for name, width in bits.items():
+        if width not in BITS:
+            raise ConfigError(f"{name}: rows can be cached at 4 or 8 bits, not {width}")
+        if name in cached and cached[name] != width:
+            raise ConfigError(f"{name} is cached at {cached[name]} bits; its exact rows are gone")
+        if name not in slices and name not in cached:
+            known = ", ".join(slices) or "none"
+            raise ConfigError(f"no feature {name} in an exact table; there are {known}")
+
+
+def _table(gm: fx.GraphModule, row: fx.Node) -> Tensor:
+    return _attribute(gm, row.args[0])
+
+
+def _attribute(gm: fx.GraphModule, node: Any) -> Tensor:
+    value: Tensor = operator.attrgetter(str(node.target))(gm)
+    return value
+
+
+def _cache(gm: fx.GraphModule, bits: int, group: Sequence[_Slice]) -> int:
+    """Put the features into one cached table; its bytes."""
+    t, first = timestep_node(gm), group[0].row
+    tables = [_table(gm, s.row)[:, s.start : s.stop] for s in group]
+    module = QuantTimestepTable.from_rows(_attribute(gm, first.args[1]), tables, bits=bits)
+    path, n = f"{CACHE}{bits}", 0
+    while hasattr(gm, path):
+        n += 1
+        path = f"{CACHE}{bits}_{n}"
+    gm.add_submodule(path, module)
+    with gm.graph.inserting_after(first):
+        row = gm.graph.call_module(path, (t,))
+    width = sum(module.widths)
+    value = first.meta["val"]
+    row.meta = {
+        "val": value.new_empty((value.shape[0], width)),
+        "nn_module_stack": first.meta["nn_module_stack"],
+    }
+    start = 0
+    for each, columns in zip(group, module.widths, strict=True):
+        _move(each, row, start, columns)
+        start += columns
+    return module.nbytes()
+
+
+def _move(each: _Slice, row: fx.Node, start: int, width: int) -> None:
+    """Read the feature from columns of another row."""
+    columns = (slice(None), slice(start, start + width))
+    each.node.args = (row, columns)
+    each.node.meta["val"] = row.meta["val"][columns]
+
+
+def _shrink(gm: fx.GraphModule, row: fx.Node, keep: Sequence[_Slice]) -> int:
+    """Drop all columns but those of `keep` from an exact table; the bytes left."""
+    if not keep:
+        return 0
+    table, old = _table(gm, row), row.args[0]
+    assert isinstance(old, fx.Node)
+    kept = torch.cat([table[:, s.start : s.stop] for s in keep], 1)
+    name = str(old.target)
+    delattr(gm, name)
+    assert set_buffer(gm, name, kept) == name
+    value = row.meta["val"]
+    row.meta["val"] = value.new_empty((value.shape[0], kept.shape[1]))
+    start = 0
+    for each in keep:
+        _move(each, row, start, each.stop - each.start)
+        start += each.stop - each.start
+    return kept.nbytes
