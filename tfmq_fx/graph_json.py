@@ -16,6 +16,7 @@ import inspect
 import itertools
 import json
 import keyword
+import logging
 import math
 import operator
 import re
@@ -23,7 +24,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -37,6 +38,8 @@ from torch.utils._sympy.numbers import int_oo
 from . import ops as _registered  # noqa: F401 - torch.ops.tfmq_fx exists once it is imported
 from .dialect import Stage, check, stage_of
 from .errors import ArtifactError, GraphError
+
+log = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------- what a graph may refer to
 
@@ -71,13 +74,17 @@ _OPS_UNDERSCORED = _words(
     _unsafe_view
     """
 )
-_OWN_FUNCTIONS: frozenset[str] = frozenset()  # of tfmq_fx, beside those marked with a stage
+_WRITE = "tfmq_fx.effects.inplace_"  # calls the method named by its second argument
+_OWN_FUNCTIONS = {_WRITE, "tfmq_fx.effects.setitem_"}  # beside those marked with a stage
 _METHODS_REFUSED = _words(
     """
     apply_ as_subclass backward data_ptr map2_ map_ module_load new numpy record_stream
     register_hook register_post_accumulate_grad_hook reinforce requires_grad_ retain_grad set_
     share_memory_ storage to_dlpack type untyped_storage
     """
+)
+_INPLACE_DUNDERS = _words(
+    """__iadd__ __iand__ __ifloordiv__ __imod__ __imul__ __ior__ __ipow__ __isub__ __itruediv__"""
 )
 _ATTRIBUTES = _words(
     """
@@ -184,14 +191,17 @@ def _check_node(node: fx.Node) -> None:
                 raise ArtifactError(f"{where}: a saved graph may not read attribute {name!r}")
             if node.kwargs:
                 raise ArtifactError(f"{where}: getattr takes no keyword arguments")
+        elif _function_name(node.target, where) == _WRITE:
+            of, method = node.args[:2] if len(node.args) > 1 else (None, None)
+            if not isinstance(of, fx.Node) or type(method) is not str or "method" in node.kwargs:
+                raise ArtifactError(f"{where}: the method to call must be named by the graph")
+            if method not in _INPLACE_DUNDERS:
+                _check_method(method, where)
         return
     if type(node.target) is not str:
         raise ArtifactError(f"{where}: target {node.target!r} of a {node.op} is not a name")
     if node.op == "call_method":
-        method = getattr(Tensor, node.target, None)
-        hidden = node.target.startswith("_") or node.target in _METHODS_REFUSED
-        if hidden or not node.target.isidentifier() or not callable(method):
-            raise ArtifactError(f"{where}: a saved graph may not call method {node.target!r}")
+        _check_method(node.target, where)
         if not node.args or not isinstance(node.args[0], fx.Node):
             raise ArtifactError(f"{where}: method {node.target!r} is called on no value")
     elif node.op == "placeholder":
@@ -201,6 +211,12 @@ def _check_node(node: fx.Node) -> None:
         _check_path(node.target, where)
     elif node.op != "output":
         raise ArtifactError(f"{where}: unknown kind of node {node.op!r}")
+
+
+def _check_method(method: str, where: str) -> None:
+    hidden = method.startswith("_") or method in _METHODS_REFUSED or not method.isidentifier()
+    if hidden or not callable(getattr(Tensor, method, None)):
+        raise ArtifactError(f"{where}: a saved graph may not call method {method!r}")
 
 
 def _check_path(path: str, where: str) -> None:
@@ -434,6 +450,13 @@ def _tensors_json(gm: fx.GraphModule) -> dict[str, Any]:
         if value.layout is not torch.strided:
             raise ArtifactError(f"{name}: a tensor of layout {value.layout} cannot be saved")
         owner, leaf = owner_of(gm, name)
+        registered = leaf in owner._parameters or leaf in owner._buffers
+        if (
+            not registered
+            and not isinstance(owner, fx.GraphModule)
+            and type(owner) is not nn.Module
+        ):
+            raise ArtifactError(f"{name}: neither a parameter nor a buffer of {_class_name(owner)}")
         parameter, storage = leaf in owner._parameters, value.untyped_storage()._cdata
         place = (storage, value.storage_offset(), value.shape, value.stride())
         first = seen.setdefault((*place, value.dtype, parameter, value.is_conj()), name)
@@ -455,6 +478,8 @@ def _child(module: nn.Module, path: str) -> nn.Module:
     """The module at `path`, made of plain containers where there is none."""
     for part in path.split(".") if path else ():
         if part not in module._modules:
+            if type(module) is not nn.Module:
+                raise ArtifactError(f"{path}: a {_class_name(module)} has no part {part!r}")
             module.add_module(part, nn.Module())
         found = module._modules[part]
         assert found is not None
@@ -489,10 +514,10 @@ def _install_tensors(root: nn.Module, table: dict[str, Any]) -> None:
         made[name] = tensor
         parameter = isinstance(tensor, nn.Parameter)
         place: Any = owner._parameters if parameter else owner._buffers
-        if leaf not in place:
+        if leaf not in place and type(owner) is nn.Module and not hasattr(owner, leaf):
             register: Any = owner.register_parameter if parameter else owner.register_buffer
             register(leaf, tensor)
-        elif place[leaf] is None or place[leaf].is_meta and place[leaf].shape != tensor.shape:
+        elif (held := place.get(leaf)) is None or held.is_meta and held.shape != tensor.shape:
             raise ArtifactError(f"{name}: its module has no such tensor of {tuple(tensor.shape)}")
         place[leaf] = tensor
 
@@ -588,7 +613,9 @@ class _SymbolWriter:
             saved = {s: sympy.Symbol(self.names[s], **s.assumptions0) for s in symbols}
             text = str(expression.xreplace(saved))
             try:
-                if _evaluate(text, self.values).node.expr == expression:
+                found = _evaluate(text, self.values).node.expr
+                number = isinstance(value, torch.SymInt | torch.SymFloat)
+                if found == expression or number and sympy.expand(found - expression) == 0:
                     return text
             except (AttributeError, ArithmeticError, KeyError, SyntaxError, TypeError, ValueError):
                 pass  # a function this module does not know
@@ -697,9 +724,10 @@ def to_json(gm: fx.GraphModule) -> dict[str, Any]:
     """`gm` without the contents of its tensors, as JSON-ready data for `from_json`.
 
     Kept: nodes, modules, the names, shapes and sharing of tensors, the nodes' "val",
-    "nn_module_stack", "source" and "temporal_feature", the graph's "stage", "timestep",
-    "timesteps" and "passes". Other metadata, type annotations and tensors that no node uses are
-    left out. Raises ArtifactError, naming the node, on a call or value that is not allowed.
+    "nn_module_stack", "source", "temporal_feature" and "writes", and the graph's metadata that is
+    plain data, the stage or a small tensor. Other metadata, type annotations and tensors that no
+    node uses are left out. Raises ArtifactError, naming the node, on a call or value that is not
+    allowed.
     """
     if type(gm.graph._codegen) is not CodeGen:
         raise ArtifactError(
@@ -730,26 +758,31 @@ def to_json(gm: fx.GraphModule) -> dict[str, Any]:
 
 def _meta_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     saved: dict[str, Any] = {}
-    if "stage" in meta:
-        saved["stage"] = meta["stage"].value
-    if "timestep" in meta:
-        saved["timestep"] = meta["timestep"]
-    if "passes" in meta:
-        saved["passes"] = encode(list(meta["passes"]), "gm.meta['passes']")
-    if (timesteps := meta.get("timesteps")) is not None:
-        dtype = str(timesteps.dtype).removeprefix("torch.")
-        saved["timesteps"] = encode([dtype, timesteps.tolist()], "gm.meta['timesteps']")
+    for key, value in meta.items():
+        where = f"gm.meta[{key!r}]"
+        if key == "stage":
+            saved[key] = value.value
+        elif isinstance(value, Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            saved[key] = {"values": encode([dtype, value.tolist()], where)}
+        else:
+            try:
+                saved[key] = encode(value, where)
+            except ArtifactError:
+                if key in ("timestep", "passes"):
+                    raise
+                log.debug("%s is not saved with the graph", where)
     return saved
 
 
 def _meta(saved: dict[str, Any]) -> dict[str, Any]:
-    keys(saved, "meta", "", "stage timestep passes timesteps")
-    meta: dict[str, Any] = {k: decode(v, f"meta {k}") for k, v in saved.items()}
+    def values(body: Any) -> Tensor:
+        dtype, numbers = decode(body, "meta")
+        return torch.tensor(numbers, dtype=decode({"dtype": dtype}, "meta"))
+
+    meta = {key: decode(value, f"meta {key}", {"values": values}) for key, value in saved.items()}
     if "stage" in meta:
         meta["stage"] = Stage(meta["stage"])
-    if "timesteps" in meta:
-        dtype, values = meta["timesteps"]
-        meta["timesteps"] = torch.tensor(values, dtype=decode({"dtype": dtype}, "timesteps"))
     return meta
 
 
@@ -788,6 +821,8 @@ def _node_json(node: fx.Node, symbols: _SymbolWriter) -> dict[str, Any]:
     for key in ("source", "temporal_feature"):
         if node.meta.get(key) is not None:
             saved[key] = str(node.meta[key])
+    if node.meta.get("writes"):
+        saved["writes"] = True
     return saved
 
 
@@ -838,7 +873,7 @@ def _from_json(data: dict[str, Any]) -> fx.GraphModule:
 def _add_node(
     graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node], symbols: _SymbolReader
 ) -> None:
-    optional = "val nn_module_stack source temporal_feature"
+    optional = "val nn_module_stack source temporal_feature writes"
     keys(entry, "node", "name op target args kwargs", optional)
     name, op = str(entry["name"]), str(entry["op"])
 
@@ -866,3 +901,5 @@ def _add_node(
     for key in ("source", "temporal_feature"):
         if key in entry:
             node.meta[key] = str(entry[key])
+    if entry.get("writes"):
+        node.meta["writes"] = True
