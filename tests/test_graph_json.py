@@ -29,6 +29,7 @@ from tfmq_fx.dialect import Stage, check
 from tfmq_fx.errors import ArtifactError
 from tfmq_fx.graph_json import decode, encode, from_json, tensors_of, to_json
 from tfmq_fx.ops import timestep_row
+from tfmq_fx.tables import QuantTimestepTable
 
 few = settings(deadline=None, max_examples=60)
 
@@ -380,6 +381,16 @@ def test_quantized_layers_and_look_ups_come_back():
     assert type(again.layer) is tfmq_fx.nn.QuantLinear
     assert torch.equal(again(torch.tensor([5, 0])), gm(torch.tensor([5, 0])))
     check(again, Stage.QUANTIZED)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_cached_tables_come_back(bits):
+    torch.manual_seed(0)
+    keys, rows = torch.tensor([1, 5, 9]), [torch.randn(3, 5), torch.randn(3, 2)]
+    gm = of_module(QuantTimestepTable.from_rows(keys, rows, bits=bits))
+    gm.meta["stage"] = Stage.FOLDED
+    assert torch.equal(round_trip(gm)(keys[:2]), gm(keys[:2]))
+    assert "leaf.feature" not in tensors_of(gm)  # computed by the constructor
 
 
 # ---------------------------------------------------------------- metadata

@@ -327,7 +327,7 @@ def _module_json(module: nn.Module, where: str) -> dict[str, Any]:
     for path, part in module.named_modules():
         if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
             raise ArtifactError(f"{where}.{path}: a module with hooks cannot be saved")
-    if name.startswith("tfmq_fx."):
+    if _is_own(module):
         spec: Any = module.spec()  # type: ignore[operator]
         try:
             text = json.dumps(spec, allow_nan=False)
@@ -375,10 +375,16 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return itertools.chain(
-        module.named_parameters(remove_duplicate=False),
-        module.named_buffers(remove_duplicate=False),
-    )
+    """Parameters and buffers by name, less those that our own constructors compute."""
+    yield from module.named_parameters(remove_duplicate=False)
+    for name, value in module.named_buffers(remove_duplicate=False):
+        owner, leaf = owner_of(module, name)
+        if leaf not in owner._non_persistent_buffers_set or not _is_own(owner):
+            yield name, value
+
+
+def _is_own(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("tfmq_fx.")
 
 
 def _module_class(name: str, where: str) -> type[nn.Module]:
