@@ -65,9 +65,9 @@ def fold_timesteps(
     if picked:
         _free_sizes(gm)
         gm.graph.eliminate_dead_code()
-        for target in attributes - _attributes(gm):  # torch cleans up modules, not these
-            parent, _, name = target.rpartition(".")
-            delattr(gm.get_submodule(parent), name)
+        for target in attributes - _attributes(gm):
+            if "." not in target:  # torch cleans up modules; those below may be the model's own
+                delattr(gm, target)
     gm.meta["timesteps"] = keys
     after = _parameters(gm)
     details = {
@@ -97,7 +97,7 @@ def _mixing(
     A value that mixes samples (a mean over the batch, t[0]) or reads the batch size is off by its own
     magnitude; rounding in another order is not: 1 % of the norm tells them apart in any dtype.
     """
-    if not rows or rows[0].is_meta:
+    if not rows or rows[0].is_meta or isinstance(like.shape[0], int):
         return [False] * len(rows)
     picks = torch.tensor([0, len(keys) // 2, len(keys) - 1])
     batch = graph(keys[picks.to(keys.device)].to(device=like.device, dtype=like.dtype))

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.dialect import Stage, is_timestep_row
 from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import Rewrite, graph_pass, set_buffer, timestep_node
+from tfmq_fx.graph import Rewrite, graph_pass, timestep_node
 from tfmq_fx.tables import BITS, FEATURE, QuantTimestepTable, cache_error
 
 CACHE = "temporal_cache_int"  # followed by the bits: path of the cached table
@@ -24,18 +24,13 @@ CACHE = "temporal_cache_int"  # followed by the bits: path of the cached table
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """A feature in an exact table: columns [start, stop) of the look-up `node` reads."""
+    """A feature in an exact table: `node` takes columns [start, stop) of the look-up `row`."""
 
     name: str
     node: fx.Node
+    row: fx.Node
     start: int
     stop: int
-
-    @property
-    def row(self) -> fx.Node:
-        row = self.node.args[0]
-        assert isinstance(row, fx.Node)
-        return row
 
 
 @graph_pass(takes=Stage.FOLDED, gives=Stage.FOLDED)
@@ -52,7 +47,8 @@ def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
     _check(bits, slices, cached)
     wanted = {name: s for name, s in slices.items() if name in bits}
     features: dict[str, Any] = {}
-    before = sum(_table(gm, row).nbytes for row in {s.row for s in wanted.values()})
+    rows = {each.row: None for each in wanted.values()}
+    before = sum(_table(gm, row).nbytes for row in rows)
     caches: dict[tuple[int, torch.dtype], list[_Slice]] = {}
     for name, each in wanted.items():
         table = _table(gm, each.row)
@@ -63,13 +59,11 @@ def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
             "error_mean": float(error.mean()),
             "error_worst": float(error.max()),
         }
-    cache_bytes = sum(_cache(gm, width, group) for (width, _), group in caches.items())
-    rows = {s.row: None for s in wanted.values()}
-    rest = sum(
-        _shrink(gm, row, [s for s in slices.values() if s.row is row and s.name not in bits])
-        for row in rows
-    )
-    details = {"features": features, "bytes_before": before, "bytes_after": cache_bytes + rest}
+    after = sum(_cache(gm, width, group) for (width, _), group in caches.items())
+    for row in rows:
+        keep = [s for name, s in slices.items() if s.row is row and name not in wanted]
+        after += _shrink(gm, row, keep)
+    details = {"features": features, "bytes_before": before, "bytes_after": after}
     return Rewrite(gm, len(wanted), details=details)
 
 
@@ -80,7 +74,7 @@ def _exact_slices(gm: fx.GraphModule) -> list[_Slice]:
         if FEATURE in node.meta and isinstance(row, fx.Node) and is_timestep_row(row):
             assert isinstance(columns, tuple) and isinstance(columns[1], slice)
             name, place = node.meta[FEATURE], columns[1]
-            found.append(_Slice(name, node, place.start, place.stop))
+            found.append(_Slice(name, node, row, place.start, place.stop))
     return found
 
 
@@ -153,17 +147,25 @@ def _move(each: _Slice, row: fx.Node, start: int, width: int) -> None:
 def _shrink(gm: fx.GraphModule, row: fx.Node, keep: Sequence[_Slice]) -> int:
     """Drop all columns but those of `keep` from an exact table; the bytes left."""
     if not keep:
+        _remove(gm, row)
         return 0
-    table, old = _table(gm, row), row.args[0]
-    assert isinstance(old, fx.Node)
-    kept = torch.cat([table[:, s.start : s.stop] for s in keep], 1)
-    name = str(old.target)
-    delattr(gm, name)
-    assert set_buffer(gm, name, kept) == name
-    value = row.meta["val"]
-    row.meta["val"] = value.new_empty((value.shape[0], kept.shape[1]))
+    kept = torch.cat([_table(gm, row)[:, s.start : s.stop] for s in keep], 1)
+    (table, *_) = row.all_input_nodes
+    setattr(gm, str(table.target), kept)  # buffers of a fork are its own
+    row.meta["val"] = row.meta["val"].new_empty((row.meta["val"].shape[0], kept.shape[1]))
     start = 0
     for each in keep:
         _move(each, row, start, each.stop - each.start)
         start += each.stop - each.start
     return kept.nbytes
+
+
+def _remove(gm: fx.GraphModule, row: fx.Node) -> None:
+    """Take an unused look-up out of the graph, with the buffers that nothing else reads."""
+    buffers = [node for node in row.all_input_nodes if node.op == "get_attr"]
+    gm.graph.erase_node(row)
+    for node in buffers:
+        if not node.users:
+            gm.graph.erase_node(node)
+        if not gm.graph.find_nodes(op="get_attr", target=str(node.target)):
+            delattr(gm, str(node.target))

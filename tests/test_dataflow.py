@@ -179,9 +179,7 @@ def tib(b: GraphBuilder, outs=(WIDTH, WIDTH)):
     """linear(silu(linear(sinusoid))) for each width, named like a UNet's."""
     h = b.layer("time.linear", nn.Linear(WIDTH, WIDTH), b.sinusoid())
     h = b.call(F.silu, h, path="time")
-    return [
-        b.layer(f"blocks.{i}.proj", nn.Linear(WIDTH, width), h) for i, width in enumerate(outs)
-    ]
+    return [b.layer(f"blocks.{i}.proj", nn.Linear(WIDTH, width), h) for i, width in enumerate(outs)]
 
 
 def test_the_block_ends_after_the_last_layers_and_is_named_after_them():
@@ -262,7 +260,9 @@ def test_a_value_without_a_batch_is_declined_and_the_others_are_not():
 def test_a_value_that_takes_a_spatial_size_is_declined():
     b = GraphBuilder()
     (h,) = tib(b, (WIDTH,))
-    mean = b.call(torch.bmm, b.call("unsqueeze", h, 1), b.call("new_ones", b.x, (b.size(b.x), WIDTH, 1)))
+    mean = b.call(
+        torch.bmm, b.call("unsqueeze", h, 1), b.call("new_ones", b.x, (b.size(b.x), WIDTH, 1))
+    )
     scaled = b.call(operator.mul, b.call("squeeze", mean, 2), b.call(torch.zeros_like, b.x))
     deep = b.layer("deep", nn.Linear(WIDTH, WIDTH), scaled)
     gm = b.finish(b.call(operator.mul, deep, b.x))

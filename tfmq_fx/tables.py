@@ -50,14 +50,14 @@ def cache_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     values = rows.detach().double()
     low, high = values.amin(1), values.amax(1)
     middle, span = (low + high) / 2, high - low
-    best = _Grid.over(low, torch.where(span > 0, span, 1.0), bits)  # a constant row is exact
+    # A constant row is stored exactly: as code 0 on a grid of scale 1.
+    best = _Grid.over(low, torch.where(span > 0, span, levels(bits)), bits)
     codes = best.codes(values)
     loss = best.loss(values, codes)
     for i in range(_CANDIDATES):
         share = 1 - (1 - _LEAST) * i / (_CANDIDATES - 1)
-        width = torch.where(span > 0, span * share, 1.0)
-        start = torch.where(span > 0, middle - width / 2, low)
-        trial = _Grid.over(start, width, bits)
+        width = torch.where(span > 0, span * share, levels(bits))
+        trial = _Grid.over(middle - width / 2, width, bits)
         trial = trial.refit(values, trial.codes(values))
         trial_codes = trial.codes(values)
         trial_loss = trial.loss(values, trial_codes)

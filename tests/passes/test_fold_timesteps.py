@@ -102,7 +102,9 @@ def test_only_the_named_features_are_folded_and_the_rest_later():
     inputs = draw_inputs(gm, 1).values()
     assert all(map(torch.equal, rest.gm(*inputs), gm(*inputs)))
     assert fold_timesteps(gm, timesteps=STEPS, only=[]).changed == 0
-    with pytest.raises(ConfigError, match="no temporal feature mid; the graph has blocks.0.proj, b"):
+    with pytest.raises(
+        ConfigError, match="no temporal feature mid; the graph has blocks.0.proj, b"
+    ):
         fold_timesteps(gm, timesteps=STEPS, only=["mid"])
 
 
@@ -147,9 +149,15 @@ def test_features_of_any_shape_and_dtype():
     flat = b.call("view", h, -1, 1)
     flat = b.call("reshape", b.call(operator.add, flat, b.call("sum", b.x)), b.size(h), 6 * WIDTH)
     wide = b.layer("wide", nn.Linear(WIDTH, WIDTH).double(), b.call("double", b.sinusoid()))
-    shaped = b.call("softmax", b.call("view", b.layer("s", nn.Linear(WIDTH, 8), b.sinusoid()), b.size(b.x), 2, 4), 2)
+    shaped = b.call(
+        "softmax",
+        b.call("view", b.layer("s", nn.Linear(WIDTH, 8), b.sinusoid()), b.size(b.x), 2, 4),
+        2,
+    )
     kernel = b.call(torch.matmul, shaped, b.call("transpose", shaped, 1, 2))
-    gm = b.finish(flat, b.call(operator.mul, wide, b.x), b.call(operator.add, kernel, b.call("sum", b.x)))
+    gm = b.finish(
+        flat, b.call(operator.mul, wide, b.x), b.call(operator.add, kernel, b.call("sum", b.x))
+    )
     done = fold_timesteps(gm, timesteps=STEPS)
     assert {f.shape for f in temporal_block(gm).features} == {(6 * WIDTH,), (WIDTH,), (2, 2)}
     assert {b.dtype for n, b in done.gm.named_buffers() if "table" in n} == {
