@@ -22,34 +22,16 @@ from torch.fx.proxy import Proxy
 
 from .dialect import Stage, check
 from .errors import CaptureError, ConfigError, TfmqError
+from .guards import guard, same_operations
 from .replay import arguments, replay, structural_clone
-from .signature import BATCH, Argument, CallSpec, Guard, Input
-from .structure import Branch, Const, Expression, Leaf, Structure, outline
+from .signature import BATCH, Argument, CallSpec, Input
+from .structure import Branch, Const, Leaf, Structure, outline
 from .tracer import SizeTest, ValueTracer
 
 log = logging.getLogger(__name__)
 
 _DYNAMIC = ("batch", "spatial")
-_RELATIONS = {
-    "Equality": "eq",
-    "Unequality": "ne",
-    "StrictLessThan": "lt",
-    "LessThan": "le",
-    "StrictGreaterThan": "gt",
-    "GreaterThan": "ge",
-}
-_BINARY = {
-    **_RELATIONS,
-    "FloorDiv": "floordiv",
-    "CleanDiv": "floordiv",
-    "IntTrueDiv": "truediv",
-    "FloatTrueDiv": "truediv",
-    "Mod": "mod",
-    "PythonMod": "mod",
-    "PowByNatural": "pow",
-    "Pow": "pow",
-}
-_MANY = {"Add": "add", "Mul": "mul", "Max": "max", "Min": "min"}
+_TRIES = 8  # tests on sizes tried one by one for whether they matter
 
 
 @dataclass(frozen=True)
@@ -84,11 +66,21 @@ def capture(
     if unknown:
         raise ConfigError(f"dynamic: unknown {sorted(unknown)}; known are {', '.join(_DYNAMIC)}")
     call, examples = _describe_call(model, example_inputs, timestep, dynamic)
-    gm, call, notes = _trace(model, call, examples)
-    notes += replay(model, gm, call, examples)
+    trace = _trace(model, call, examples)
+    binding = _binding(model, call, examples, trace)
+    notes = [
+        f"captured where {test.expression} is {test.held} ({test.source})"
+        if test in binding
+        else f"{test.expression} ({test.source}) is {test.held} here and chooses a memory layout "
+        f"only: where it is not, the graph equals the model up to the order of float additions"
+        for test in trace.tests
+    ]
+    guards = tuple(guard(test) for test in binding)
+    call = dataclasses.replace(call, output=trace.output, guards=guards)
+    notes += replay(model, trace.gm, call, examples)
     seconds = time.perf_counter() - start
     log.debug("captured %s in %.2f s", type(model).__name__, seconds)
-    return Captured(gm, call, "trace", seconds, tuple(notes))
+    return Captured(trace.gm, call, "trace", seconds, tuple(notes))
 
 
 def _describe_call(
@@ -213,14 +205,27 @@ def _inputs(
     return tuple(inputs)
 
 
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """A graph, the structure of its output, and the tests on sizes that led there."""
+
+    gm: fx.GraphModule
+    output: Structure
+    tests: list[SizeTest]
+
+
 def _trace(
-    model: nn.Module, call: CallSpec, examples: list[Tensor]
-) -> tuple[fx.GraphModule, CallSpec, list[str]]:
+    model: nn.Module,
+    call: CallSpec,
+    examples: list[Tensor],
+    forced: Mapping[SizeTest, bool] | None = None,
+) -> _Trace:
+    """Trace the model; tests in `forced` come out as given there instead of as they do."""
     clone = structural_clone(model)
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     sizes: dict[str, Any] = {}
-    names: dict[sympy.Symbol, str] = {}
+    names: dict[sympy.Symbol, sympy.Symbol] = {}
     fakes: dict[str, Tensor] = {}
     for spec, example in zip(call.inputs, examples, strict=True):
         for size, hint in zip(spec.shape, example.shape, strict=True):
@@ -228,7 +233,7 @@ def _trace(
                 source = ConstantSource(size)
                 symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
                 sizes[size] = shapes.create_symintnode(symbol, hint=hint, source=source)
-                names[symbol] = size
+                names[symbol] = sympy.Symbol(size, integer=True, positive=True)
         with mode:
             shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
             fakes[spec.name] = torch.empty(shape, dtype=spec.dtype, device=example.device)
@@ -244,7 +249,7 @@ def _trace(
         output, leaves = outline(clone._call_impl(**kwargs))
         return tuple(value for _, value in leaves)
 
-    tracer = ValueTracer(clone, mode, fakes, run)
+    tracer = ValueTracer(clone, mode, fakes, run, names, forced or {})
     try:
         graph = tracer.run()
     except TfmqError:
@@ -261,9 +266,31 @@ def _trace(
     gm.recompile()
     gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep)
     check(gm, Stage.CAPTURED)
-    guards = tuple(_guard(test, names) for test in tracer.tests)
-    notes = [f"captured where {guard.text} is {guard.holds} ({guard.source})" for guard in guards]
-    return gm, dataclasses.replace(call, output=output, guards=guards), notes
+    return _Trace(gm, output, tracer.tests)
+
+
+def _binding(
+    model: nn.Module, call: CallSpec, examples: list[Tensor], trace: _Trace
+) -> list[SizeTest]:
+    """The tests whose outcome matters: with the others turned round, the operations are the same.
+
+    diffusers tests batch >= 64 and numel > 2**31 only to call contiguous(), which changes no value.
+    """
+
+    def idle(tests: list[SizeTest]) -> bool:
+        turned = {dataclasses.replace(test, held=True): not test.held for test in tests}
+        try:
+            other = _trace(model, call, examples, turned)
+        except TfmqError:
+            return False
+        return other.output == trace.output and same_operations(trace.gm.graph, other.gm.graph)
+
+    branches = [test for test in trace.tests if test.branch]
+    if not branches or idle(branches):
+        return [test for test in trace.tests if not test.branch]
+    if len(branches) > _TRIES:
+        return trace.tests
+    return [test for test in trace.tests if not (test.branch and idle([test]))]
 
 
 def _check_output(output: Structure) -> None:
@@ -272,33 +299,3 @@ def _check_output(output: Structure) -> None:
             _check_output(child)
     elif isinstance(output, Const) and isinstance(output.value, (Proxy, torch.SymInt)):
         raise CaptureError("forward returns a size that varies; return tensors and constants only")
-
-
-def _guard(test: SizeTest, names: dict[sympy.Symbol, str]) -> Guard:
-    pretty = {symbol: sympy.Symbol(name) for symbol, name in names.items()}
-    text = str(test.expression.xreplace(pretty))
-    return Guard(_expression(test.expression, names, test.source), test.held, text, test.source)
-
-
-def _expression(expression: Any, names: dict[sympy.Symbol, str], source: str) -> Expression:
-    """A sympy expression over sizes as plain data."""
-    if isinstance(expression, sympy.Symbol) and expression in names:
-        return names[expression]
-    if expression.is_Boolean and not expression.free_symbols:
-        return bool(expression)
-    if expression.is_number:
-        return int(expression) if expression.is_integer else float(expression)
-    kind = type(expression).__name__
-    operands = [_expression(argument, names, source) for argument in expression.args]
-    if kind in ("And", "Or", "Not"):
-        return (kind.lower(), *operands)
-    if kind in _BINARY and len(operands) == 2:
-        return (_BINARY[kind], *operands)
-    if kind in ("ToFloat", "Identity"):
-        return operands[0]
-    if kind not in _MANY:
-        raise CaptureError(f"{source}: a branch on {expression} cannot be kept as a guard")
-    result = operands[0]
-    for operand in operands[1:]:
-        result = (_MANY[kind], result, operand)
-    return result

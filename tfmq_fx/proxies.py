@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.fx.proxy import Proxy
@@ -201,24 +200,16 @@ class SizeProxy(ValueProxy):
         raise TypeError("the class of a traced size is fixed")
 
     def __bool__(self) -> bool:
-        held = bool(self.value)
-        self.tracer.guard(self.value.node._expr, held)
-        return held
-
-    def _fix(self, convert: Callable[[Any], Any]) -> Any:
-        expression = self.value.node._expr  # the conversion replaces the symbol by its value
-        found = convert(self.value)
-        self.tracer.guard(sympy.Eq(expression, found, evaluate=False), True)
-        return found
+        return self.tracer.decide(self.value)
 
     def __int__(self) -> int:
-        return int(self._fix(int))
+        return int(self.tracer.fix(self.value, int))
 
     def __index__(self) -> int:
-        return int(self._fix(int))
+        return int(self.tracer.fix(self.value, int))
 
     def __float__(self) -> float:
-        return float(self._fix(float))
+        return float(self.tracer.fix(self.value, float))
 
     def _recorded(self, target: Callable[..., Any]) -> Any:
         return self.tracer.create_proxy("call_function", target, (self,), {})

@@ -297,7 +297,7 @@ def _timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) -> Te
             )
         rows = value.shape[0] if value.ndim == 1 else 1
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if integral and value != int(value):
+        if integral and value % 1 != 0:  # NaN and Inf too
             raise InputError(
                 f"{spec.path}: captured for integer timesteps ({spec.dtype}), got {value!r}. "
                 f"Capture again with a float timestep."

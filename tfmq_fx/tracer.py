@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import functools
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
@@ -40,27 +43,32 @@ _DATA_DEPENDENT = (
 )
 # Makers of tensors without tensor arguments: recorded, so that no device or dtype is baked into a
 # constant and random ones are drawn at each call.
-_FACTORIES = frozenset(
-    getattr(torch, name)
+_FACTORIES = {
+    name: getattr(torch, name)
     for name in (
         "arange as_tensor empty eye full linspace logspace ones rand randint randn randperm "
         "scalar_tensor tensor tril_indices triu_indices zeros"
     ).split()
-)
+}
+_RECORDED = frozenset(_FACTORIES.values())
 _LOCK = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
 class SizeTest:
-    """A condition on sizes (a sympy expression) that the model tested, its outcome and the line."""
+    """A condition on sizes (a sympy expression) that the model tested, its outcome and the line.
+
+    branch: False where a size was read as a number, not tested.
+    """
 
     expression: Any
     held: bool
     source: str
+    branch: bool = True
 
 
 class _Record(TorchFunctionMode):
-    """Records tensor factories; active in the tracing thread alone."""
+    """Records tensor factories, also those imported by name; active in the tracing thread alone."""
 
     def __init__(self, tracer: ValueTracer) -> None:
         super().__init__()
@@ -69,11 +77,7 @@ class _Record(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if not self.tracer.computing and func in _FACTORIES:
-            with contextlib.suppress(NotImplementedError):  # arguments no graph can hold: numpy
-                return self.tracer.create_proxy("call_function", func, tuple(args), kwargs)
-        return func(*args, **kwargs)
+        return self.tracer.make(func, tuple(args), kwargs or {})
 
 
 class ValueTracer(fx.Tracer):
@@ -82,6 +86,8 @@ class ValueTracer(fx.Tracer):
     inputs: fake tensors of `mode`, one for each placeholder.  call: runs the model, given a proxy
     for each input, and returns the flat outputs.  The modules of the model are changed only where
     one works in place (inplace=True) without need.
+    names: symbol of a free size -> symbol with a readable name.  forced: outcomes to pretend, keyed
+    by the test with held=True.
     tests: the conditions on sizes that the model's code tested, in order.
     """
 
@@ -91,12 +97,15 @@ class ValueTracer(fx.Tracer):
         mode: FakeTensorMode,
         inputs: dict[str, Tensor],
         call: Callable[[list[Any]], Any],
+        names: Mapping[Any, Any],
+        forced: Mapping[SizeTest, bool],
     ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.tests: list[SizeTest] = []
         self.computing = False
         self.last = "before its first operation"  # module and line of the latest operation
         self._model, self._mode, self._inputs, self._call = model, mode, inputs, call
+        self._names, self._forced = names, forced
         self._thread = threading.get_ident()
         self._sizes: dict[Any, Any] = {}
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
@@ -114,7 +123,7 @@ class ValueTracer(fx.Tracer):
         """The graph: one placeholder for each input, a flat tuple of outputs."""
         model = self._model
         # torch.fx patches nn.Module.__call__ for the whole process: one trace at a time.
-        with _LOCK, torch.no_grad(), _Record(self), _einops():
+        with _LOCK, torch.no_grad(), _Record(self), _factories(self), _einops():
             graph = self.trace(model)
         purify(graph, model, self._writes)
         graph._tracer_cls = None  # a tracer class of ours would have to be unpickled
@@ -141,13 +150,31 @@ class ValueTracer(fx.Tracer):
             self._sizes[key] = self.create_proxy("call_function", read, (proxy, dim), {})
         return self._sizes[key]
 
-    def guard(self, expression: Any, held: bool) -> None:
-        """Note that the model's code tested a condition on sizes."""
-        if not getattr(expression, "free_symbols", None):
-            return
-        test = SizeTest(expression, held, source_line())
-        if test not in self.tests:
+    def decide(self, value: Any) -> bool:
+        """The outcome of a condition on sizes that the model's code tests."""
+        test = SizeTest(value.node._expr.xreplace(self._names), True, source_line())
+        held = self._forced[test] if test in self._forced else bool(value)
+        self._note(dataclasses.replace(test, held=held))
+        return held
+
+    def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any:
+        """The number that a size is at the example, which the model's code asks for."""
+        expression = value.node._expr.xreplace(self._names)  # converting replaces the symbol
+        found = convert(value)
+        equation = sympy.Eq(expression, found, evaluate=False)
+        self._note(SizeTest(equation, True, source_line(), branch=False))
+        return found
+
+    def _note(self, test: SizeTest) -> None:
+        if getattr(test.expression, "free_symbols", None) and test not in self.tests:
             self.tests.append(test)
+
+    def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a torch function that got no proxy, or record it if it is a tensor factory."""
+        if not self._idle() and func in _RECORDED:
+            with contextlib.suppress(NotImplementedError):  # arguments no graph can hold: numpy
+                return self.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
 
     def whereabouts(self) -> str:
         """Module path and source line of what is being traced."""
@@ -330,6 +357,27 @@ def _attribute(value: Any, name: str) -> Any:
         if name in value.__dict__.get(kind, {}):
             return value.__dict__[kind][name]
     return value.__dict__[name]
+
+
+@contextlib.contextmanager
+def _factories(tracer: ValueTracer) -> Iterator[None]:
+    """Replace torch.zeros and its like: torch 2.13's argument parser takes no proxy in
+    torch.zeros(batch, 3). Other threads get the originals."""
+
+    def replacement(func: Any) -> Any:
+        @functools.wraps(func)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            return tracer.make(func, args, kwargs)
+
+        return make
+
+    try:
+        for name, func in _FACTORIES.items():
+            setattr(torch, name, replacement(func))
+        yield
+    finally:
+        for name, func in _FACTORIES.items():
+            setattr(torch, name, func)
 
 
 @contextlib.contextmanager
