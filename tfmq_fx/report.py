@@ -99,7 +99,7 @@ class Report:
         block, temporal = self.data["block"], self.data["temporal"]
         lines = [
             f"temporal information block: {len(block['features'])} features, "
-            f"{block['parameters']} parameters in {len(block['modules'])} layers "
+            f"{temporal.get('parameters', 0)} parameters in {len(block['modules'])} layers "
             f"(shared: {', '.join(block['shared']) or 'none'})"
         ]
         for name, feature in temporal.get("features", {}).items():

@@ -7,7 +7,7 @@ rows and rows cached at 8 or 4 bits, to the least total error that fits the budg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,7 @@ class Candidate:
 def select(
     candidates: Mapping[str, Mapping[str, Candidate]],
     *,
-    uses: Mapping[str, frozenset[str]],
+    uses: Mapping[str, Collection[str]],
     module_bytes: Mapping[str, int],
     budget: int,
 ) -> dict[str, str]:
@@ -50,7 +50,7 @@ def select(
     needs it.  Raises ConfigError naming the least budget that can be met, where `budget` cannot.
     """
     choices = [(f, name) for f, options in candidates.items() for name in options]
-    layers = sorted(set().union(*(uses[f] for f, name in choices if name == TIB), frozenset()))
+    layers = sorted(set().union(*(uses[f] for f, name in choices if name == TIB)))
     position = {layer: len(choices) + i for i, layer in enumerate(layers)}
     size = len(choices) + len(layers)
     errors, costs = np.zeros(size), np.zeros(size)

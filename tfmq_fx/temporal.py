@@ -11,13 +11,14 @@ from torch import Tensor, fx
 
 from .config import Config, LayerConfig
 from .dataflow import TemporalBlock
-from .graph import Rewrite
+from .graph import Rewrite, timestep_node
 from .nn import QuantLayer
 from .observers import Ranges
+from .packing import packed_size
 from .passes.quantize_layers import quantize_layers
 from .passes.reconstruct_tib import reconstruct_tib, relative_errors
 from .selection import TABLE, TIB, Candidate, cache_name, select
-from .tables import cache_error, cache_rows
+from .tables import cache_error
 
 
 @dataclass(slots=True)
@@ -78,9 +79,9 @@ def choose_temporal(
         for name, row in zip(names, rows, strict=True):
             flat = row.flatten(1)
             for bits in spec.cache_bits:
-                codes, scale, zero = cache_rows(flat, bits)
                 error = float((cache_error(flat, bits) * share).sum())
-                size = codes.nbytes + scale.nbytes + zero.nbytes
+                scales = 2 * 4 * len(flat)  # a float32 scale and zero point for each row
+                size = packed_size(flat.numel(), bits) + scales
                 options[name][cache_name(bits)] = Candidate(error, size)
     module_bytes = {path: _float_bytes(block.graph, path) for path in block.modules}
     if spec.mode in ("select", "tib"):
@@ -93,7 +94,9 @@ def choose_temporal(
             visits=visits,
             passes=result.passes,
         )
-        errors = relative_errors(quantized(timesteps), rows) @ share
+        with torch.no_grad():
+            features = quantized(as_input(quantized, timesteps))
+        errors = relative_errors(features, rows) @ share
         for name, error in zip(names, errors.tolist(), strict=True):
             options[name][TIB] = Candidate(error, 0)
         for path, module in quantized.named_modules():
@@ -109,6 +112,7 @@ def choose_temporal(
     )
     result.details = {
         "budget": None if budget >= 1 << 62 else budget,
+        "parameters": sum(p.numel() for p in block.graph.parameters()),
         "block_bytes": sum(module_bytes.values()),
         "features": {
             name: {
@@ -126,9 +130,16 @@ def choose_temporal(
 
 def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
     """Each feature at each timestep, (K, ...), computed one timestep at a time as tables are."""
+    steps = as_input(graph, timesteps)
     with torch.no_grad():
-        rows = [graph(timesteps[i : i + 1]) for i in range(len(timesteps))]
+        rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
     return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
+def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
+    """Timesteps (K,) in the dtype and on the device in which the graph takes them."""
+    value = timestep_node(graph).meta["val"]
+    return timesteps.to(device=value.device, dtype=value.dtype)
 
 
 def quantize_block(
@@ -146,7 +157,7 @@ def quantize_block(
     learnt = reconstruct_tib(
         nearest.gm,
         reference=graph,
-        timesteps=timesteps,
+        timesteps=as_input(graph, timesteps),
         visits=visits,
         iters=config.temporal.tiar_iters,
         spec=config.reconstruction,
