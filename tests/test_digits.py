@@ -1,4 +1,4 @@
-"""The shipped models and images: they load, they are what the text says, and they are repeatable."""
+"""The shipped models and images: they load, are what the text says, and are repeatable."""
 
 from __future__ import annotations
 

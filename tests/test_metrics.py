@@ -209,6 +209,13 @@ def test_a_higher_level_gives_a_wider_interval():
     assert c < a < b < d
 
 
+def test_interval_of_equal_sets_does_not_go_below_zero():
+    features = normal(50, 8)
+    generator = torch.Generator().manual_seed(0)
+    low, high = metrics.bootstrap_interval(features, features, samples=50, generator=generator)
+    assert low == 0 < high
+
+
 @pytest.mark.parametrize("bad", [{"samples": 0}, {"level": 1.0}, {"level": 0.0}])
 def test_interval_refuses_bad_options(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):

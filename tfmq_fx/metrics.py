@@ -150,13 +150,15 @@ def bootstrap_interval(
     level: float = 0.95,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """Percentile interval (low, high) of the Frechet distance, resampling the generated features.
+    """Bootstrap interval (low, high) of the Frechet distance over the choice of generated images.
 
     features_a: (n, d) generated features, resampled with replacement `samples` times.
-    features_b: (m, d) reference features, kept. The distance is biased upwards in small sets and a
-    resampled set has fewer distinct rows, so the interval sits a little above the distance
-    itself: compare intervals with intervals. Raises ConfigError for samples < 1 or level outside
-    (0, 1), and for shapes as `frechet_distance`.
+    features_b: (m, d) reference features, kept.
+    Percentiles of the resampled distances, moved so that their mean is the distance of
+    features_a itself: fewer distinct rows make every resampled distance larger, often by more than
+    the interval is wide. Not below 0. The bias of a finite set against an infinite one stays in:
+    compare sets of one size only. Raises ConfigError for samples < 1 or level outside (0, 1), and
+    for shapes as `frechet_distance`.
     """
     if samples < 1:
         raise ConfigError(f"samples must be at least 1, got {samples}")
@@ -168,14 +170,15 @@ def bootstrap_interval(
         )
     fixed = _moments(features_b)
     n = features_a.shape[0]
-    distances = []
-    for _ in range(samples):
+    distances = torch.empty(samples, dtype=torch.float64)
+    for i in range(samples):
         rows = torch.randint(n, (n,), generator=generator, device=generator.device)
         resampled = features_a[rows.to(features_a.device)]
-        distances.append(gaussian_distance(*_moments(resampled), *fixed))
+        distances[i] = gaussian_distance(*_moments(resampled), *fixed)
+    distances += gaussian_distance(*_moments(features_a), *fixed) - distances.mean()
     tail = (1 - level) / 2
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    low, high = torch.quantile(torch.tensor(distances, dtype=torch.float64), ends).tolist()
+    low, high = torch.quantile(distances, ends).clamp_min(0).tolist()
     return low, high
 
 

@@ -225,6 +225,8 @@ def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) 
         logits, heldout_logits = model(drawn), model(heldout)
     generator = torch.Generator().manual_seed(seed)
     same_size = len(heldout)
+    subset = real[torch.randperm(len(real), generator=generator)[:same_size]]
+    blank = model.features(torch.randn(drawn.shape, generator=generator).clamp(-1, 1)).detach()
     return {
         "torch": torch.__version__,
         "samples": count,
@@ -234,6 +236,8 @@ def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) 
         "fid_interval": metrics.bootstrap_interval(generated, real, generator=generator),
         f"fid_of_{same_size}": metrics.frechet_distance(generated[:same_size], real),
         "fid_heldout": metrics.frechet_distance(unseen, real),
+        f"fid_{same_size}_of_train": metrics.frechet_distance(subset, real),
+        "fid_noise": metrics.frechet_distance(blank, real),
         "confident": metrics.confident_share(logits),
         "confident_heldout": metrics.confident_share(heldout_logits),
         "accuracy_heldout": accuracy(model, heldout, labels),
