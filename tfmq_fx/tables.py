@@ -162,7 +162,8 @@ class QuantTimestepTable(nn.Module):
             dtype=features[0].dtype,
         ).to(features[0].device)
         codes, scales, zeros = zip(*(cache_rows(rows, bits) for rows in features), strict=True)
-        made.keys, made.scale, made.zero = keys, torch.stack(scales, 1), torch.stack(zeros, 1)
+        made.scale, made.zero = torch.stack(scales, 1), torch.stack(zeros, 1)
+        made.keys = keys.clone()  # not shared: savers refuse tensors that share memory
         fused = torch.cat(codes, 1)
         padding = -fused.shape[1] % (8 // bits)  # each row starts a byte
         fused = nn.functional.pad(fused, (0, padding))
