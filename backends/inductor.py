@@ -12,18 +12,19 @@ import shutil
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tfmq_fx.affine import levels
+from tfmq_fx.backends.torchao import to_torchao
 from tfmq_fx.dialect import Stage
-from tfmq_fx.errors import BackendError
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
 
 
-def available() -> str | None:
-    """None where this machine can compile for its CPU, else the reason why not."""
+def unavailable() -> str | None:
+    """Why this machine cannot compile for its CPU, or None where it can."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -119,8 +120,10 @@ class FloatLayer(nn.Module):
         return self.layer.apply_op(seen, self.dequantized, self.layer.bias)
 
 
-def can_run(layer: QuantLayer) -> str | None:
-    """None where an int8 kernel runs the layer, else the reason why not."""
+def obstacle(layer: QuantLayer) -> str | None:
+    """Why no int8 kernel runs the layer, or None where one does."""
+    if layer.codes.device.type != "cpu":
+        return f"no int8 kernel on {layer.codes.device.type} in this version"
     if layer.act_bits is None:
         return "activations are in floating point"
     if layer.act_bits > 8:
@@ -138,19 +141,24 @@ def can_run(layer: QuantLayer) -> str | None:
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
 def lower(gm: fx.GraphModule) -> Rewrite:
     """The graph with every quantized layer written for Inductor; declined are those that run in
-    floating point, with the reason."""
-    declined, changed = [], 0
+    floating point, with the reason. Weight-only linear layers keep int8 weights through torchao."""
+    declined, changed, weight_only = [], 0, []
     for name, layer in list(gm.named_modules()):
         if not isinstance(layer, QuantLayer):
             continue
-        reason = can_run(layer)
+        reason = obstacle(layer)
+        lowered: nn.Module
         if reason is None:
-            gm.set_submodule(name, LoweredLayer(layer))
+            lowered = LoweredLayer(layer)
             changed += 1
+        elif isinstance(layer, QuantLinear) and layer.act_bits is None:
+            lowered = to_torchao(layer)
+            weight_only.append(name)
         else:
             declined.append(Declined(name, f"runs in floating point: {reason}"))
-            gm.set_submodule(name, FloatLayer(layer))
-    return Rewrite(gm, changed, declined)
+            lowered = FloatLayer(layer)
+        gm.set_submodule(name, lowered)
+    return Rewrite(gm, changed + len(weight_only), declined, {"weight_only": weight_only})
 
 
 class FrozenCallable:
@@ -173,9 +181,7 @@ class FrozenCallable:
 def compile_graph(gm: fx.GraphModule, **options: Any) -> tuple[FrozenCallable, Rewrite]:
     """The compiled form of a quantized graph, and what was not lowered to integers.
 
-    Raises BackendError where nothing can be compiled on this machine.
+    options: passed on to torch.compile.
     """
-    if reason := available():
-        raise BackendError(f"backend 'inductor': {reason}. Use backend='eager'.")
     lowered = lower(gm)
     return FrozenCallable(lowered.gm, options), lowered

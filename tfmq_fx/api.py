@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import artifact, backends
 from .capture import capture
-from .config import Config, LayerConfig, resolve
+from .config import Config, LayerConfig, from_dict, resolve, to_dict
 from .dataflow import temporal_block
-from .errors import CalibrationError, ConfigError
+from .errors import ArtifactError, BackendError, CalibrationError, ConfigError
 from .graph import Rewrite
 from .metrics import sample
-from .modules import Converted, Prepared
+from .modules import Compiled, Converted, ModelConfig, Prepared
 from .observers import RangeObserver, Ranges, SampleCache
 from .ops import check_timesteps
 from .passes.fold_timesteps import fold_timesteps as fold_pass
@@ -27,6 +30,7 @@ from .passes.round_weights import round_weights
 from .pipelines import find_timestep, named_inputs, timestep_values, with_denoiser
 from .progress import progress_bar
 from .report import pass_record, site_records
+from .signature import CallSpec
 from .sites import Site, check_weights, find_sites, plan_sites
 from .temporal import choose_temporal
 from .walk import Walk
@@ -225,6 +229,77 @@ def fold_timesteps(
         model, example_inputs, timesteps=timesteps, timestep=timestep, config="fp"
     )
     return convert(prepared, progress=False)
+
+
+def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled:
+    """A new callable module that runs `model` on `backend`; `model` stays the reference.
+
+    backend: "inductor" (torch.compile, integer kernels on CPU), "eager", or "auto": inductor where
+    this machine can compile, else eager, with the reason in `.declined`.  options: of the backend
+    (torch.compile's mode, dynamic, ...).  Compiling happens at the first call.
+    Raises BackendError where the backend is unknown or cannot run here.
+    """
+    name, note = backend, None
+    if backend == "auto":
+        name = "inductor"
+        try:
+            backends.backend(name)
+        except BackendError as error:
+            name, note, options = "eager", str(error), {}
+    runner, lowering = backends.backend(name).compile_graph(model.gm, **options)
+    compiled = Compiled(model, runner, name, lowering)
+    if note:
+        compiled.declined.insert(0, ["the whole model", note])
+    return compiled
+
+
+def save(model: Converted, path: str | Path) -> None:
+    """Write `model` to the directory `path`: the graph as JSON, tensors as safetensors, no pickle.
+
+    Written beside it and renamed, so that an interrupted save leaves what was there.
+    Raises ArtifactError where `path` is somebody else's or cannot be written.
+    """
+    if not isinstance(model, Converted):
+        raise ArtifactError(
+            f"save() takes what convert() or fold_timesteps() returned, not a "
+            f"{type(model).__name__}; compile after loading"
+        )
+    artifact.save(
+        path,
+        gm=model.gm,
+        call=model.call.to_dict(),
+        config=to_dict(model.recipe),
+        extra={"record": model.record, "model_config": _plain(model.model_config)},
+    )
+
+
+def load(path: str | Path) -> Converted:
+    """The model that `save` wrote, rebuilt from its own files; outputs are bit-identical.
+
+    Raises ArtifactError for a directory that is missing, foreign, truncated or of a newer format.
+    """
+    loaded = artifact.load(path)
+    config = loaded.extra["model_config"]
+    return Converted(
+        loaded.gm,
+        CallSpec.from_dict(loaded.call),
+        recipe=from_dict(loaded.config),
+        record=loaded.extra["record"],
+        model_config=None if config is None else ModelConfig(config),
+    )
+
+
+def _plain(config: Any) -> dict[str, Any] | None:
+    """A model configuration as JSON-ready values; entries that are not are left out."""
+    if not isinstance(config, Mapping):
+        return None
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        try:
+            plain[key] = json.loads(json.dumps(value))
+        except TypeError:
+            continue
+    return plain
 
 
 def _finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from .config import Config, LayerConfig
 from .dialect import stage_of
 from .errors import InputError
-from .graph import timestep_node
+from .graph import Rewrite, timestep_node
 from .observers import SampleCache
 from .ops import find_unknown
 from .signature import CallSpec
@@ -230,3 +230,28 @@ class Converted(GraphModel):
 
     def extra_repr(self) -> str:
         return f"stage={stage_of(self.gm).value}, recipe={self.recipe.name}"
+
+
+class Compiled(GraphModel):
+    """A converted model that runs on a backend. Called like the original; not saved itself (save the
+    converted model and compile after loading).
+
+    backend: its name.  lowered: how many layers run as integers.  declined: [layer, reason] of
+    those that do not.
+    """
+
+    def __init__(
+        self, converted: Converted, runner: Callable[..., Any], backend: str, lowering: Rewrite
+    ) -> None:
+        super().__init__(lowering.gm, converted.call, converted.model_config)
+        self.gm.meta["timesteps"] = converted.timesteps
+        self.runner, self.backend, self.lowered = runner, backend, lowering.changed
+        self.declined = [[d.site, d.reason] for d in lowering.declined]
+        self.recipe, self.record = converted.recipe, converted.record
+
+    @torch.no_grad()
+    def run(self, inputs: list[Tensor]) -> Any:
+        return self.runner(*inputs)
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend}, {self.lowered} integer layers"

@@ -1,0 +1,28 @@
+"""The reference: the graph as it stands. What every other backend is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tfmq_fx.graph import Declined, Rewrite
+from tfmq_fx.nn import QuantLayer
+
+
+def unavailable() -> str | None:
+    """None: it runs everywhere."""
+    return None
+
+
+def compile_graph(gm: fx.GraphModule, **options: Any) -> tuple[fx.GraphModule, Rewrite]:
+    """The graph itself; every quantized layer is declined, since eager computes in floating point."""
+    declined = [
+        Declined(name, "eager computes in floating point")
+        for name, module in gm.named_modules()
+        if isinstance(module, QuantLayer)
+    ]
+    if options:
+        raise TypeError(f"backend 'eager' takes no options, got {', '.join(options)}")
+    return torch.no_grad()(gm), Rewrite(gm, 0, declined, name="eager")
