@@ -1,6 +1,7 @@
 """Replace everything that depends on the timestep alone by rows of a table.
 
-h = linear(silu(embed(t)))    ->    row = timestep_row(temporal_table, temporal_keys, t);  h = row[:, a:b]
+h = linear(silu(embed(t)))
+    ->    row = timestep_row(temporal_table, temporal_keys, t);  h = row[:, a:b]
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def fold_timesteps(
 
     timesteps: (K,) finite, unique, in any order, of values the timestep's dtype can hold.
     only: names of the features to fold (`temporal_block(gm).features`); None folds all.
-    Rows are computed one timestep at a time at batch 1.  Outputs at batch 1 are the same bit for bit;
-    at other batch sizes matrix products round differently, as they do in the original (about 1e-6
-    relative in float32).  Raises ConfigError for timesteps or names that cannot be used.
+    Rows are computed one timestep at a time at batch 1.  Outputs at batch 1 are the same bit for
+    bit; at other batch sizes matrix products round differently, as they do in the original (about
+    1e-6 relative in float32).  Raises ConfigError for timesteps or names that cannot be used.
     details: features, rows, table_bytes, and weight_bytes, the bytes of parameters that left.
     """
     t = timestep_node(gm)
@@ -94,8 +95,8 @@ def _mixing(
 ) -> list[bool]:
     """Which outputs are not, row by row, the same in a batch of different timesteps.
 
-    A value that mixes samples (a mean over the batch, t[0]) or reads the batch size is off by its own
-    magnitude; rounding in another order is not: 1 % of the norm tells them apart in any dtype.
+    A value that mixes samples (a mean over the batch, t[0]) or reads the batch size is off by its
+    own magnitude; rounding in another order is not: 1 % of the norm tells them apart.
     """
     if not rows or rows[0].is_meta or isinstance(like.shape[0], int):
         return [False] * len(rows)
@@ -176,7 +177,8 @@ def _check_same_set(gm: fx.GraphModule, keys: Tensor) -> None:
         return
     if not torch.equal(known.to(keys.device), keys):
         raise ConfigError(
-            f"the graph was folded for {len(known)} other timesteps; fold the captured graph instead"
+            f"the graph was folded for {len(known)} other timesteps; "
+            "fold the captured graph instead"
         )
 
 

@@ -37,9 +37,10 @@ class _Slice:
 def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
     """The graph with the named features in cached tables, one for each bit width and dtype.
 
-    bits: feature name -> 4 or 8, for features that `fold_timesteps` put into an exact table; one that
-    is cached at that width already is left as it is.  Lossy: within half a step of each (timestep,
-    feature) grid where nothing is clipped.  Raises ConfigError for other names or widths.
+    bits: feature name -> 4 or 8, for features that `fold_timesteps` put into an exact table; one
+    that is cached at that width already is left as it is.  Lossy: within half a step of each
+    (timestep, feature) grid where nothing is clipped.  Raises ConfigError for other names or
+    widths.
     details: bytes before and after, and the relative L2 error of each feature over its timesteps.
     """
     slices = {s.name: s for s in _exact_slices(gm)}

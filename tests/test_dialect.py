@@ -80,7 +80,7 @@ def test_planted_faults_are_found(fault, text):
 def test_look_ups_are_illegal_before_folding():
     folded = fold_timesteps(denoiser(), timesteps=STEPS).gm
     folded.meta["stage"] = Stage.CAPTURED
-    with pytest.raises(GraphError, match="timestep_row.* is not legal in a captured graph"):
+    with pytest.raises(GraphError, match=r"timestep_row.* is not legal in a captured graph"):
         check(folded, Stage.CAPTURED)
 
 

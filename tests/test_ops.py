@@ -74,7 +74,7 @@ def test_an_unknown_timestep_is_named():
 
 
 def test_integer_tables_are_refused():
-    with pytest.raises(TypeError, match="not torch.uint8"):
+    with pytest.raises(TypeError, match=r"not torch\.uint8"):
         timestep_row(TABLE.to(torch.uint8), KEYS, torch.tensor([0]))
 
 

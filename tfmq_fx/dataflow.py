@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx  # type: ignore[import-untyped]
+import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
@@ -124,9 +124,9 @@ class TemporalBlock:
 def binding_times(gm: fx.GraphModule, conditions: Collection[str] = ()) -> BindingTimes:
     """The binding time of every node.
 
-    conditions: placeholders fixed for a whole request.  A random operation, and a write in place (the
-    value written and all that may share its memory, before and after), count as depending on the
-    sample.  Raises ConfigError for a condition that is no input, or is the timestep.
+    conditions: placeholders fixed for a whole request.  A random operation, and a write in place
+    (the value written and all that may share its memory, before and after), count as depending on
+    the sample.  Raises ConfigError for a condition that is no input, or is the timestep.
     """
     timestep = str(timestep_node(gm).target)
     inputs = gm.graph.find_nodes(op="placeholder")
@@ -169,9 +169,9 @@ def binding_times(gm: fx.GraphModule, conditions: Collection[str] = ()) -> Bindi
 def temporal_cut(gm: fx.GraphModule, times: BindingTimes) -> tuple[fx.Node, ...]:
     """The values to store so that no heavy operation on the timestep stays, in graph order.
 
-    The cheapest set, in bytes per timestep, between operations with weights (and matrix products) that
-    depend on t alone and whatever reads their results: a minimum vertex cut.  Empty where there are
-    none.  Each value is a tensor with the batch as dimension 0 and static dimensions elsewhere.
+    The cheapest set, in bytes per timestep, between operations with weights (and matrix products)
+    that depend on t alone and whatever reads their results: a minimum vertex cut.  Empty where
+    there are none.  Each value is a tensor with the batch as dimension 0, the others static.
     """
     return _cut(gm, times)[0]
 
@@ -321,8 +321,9 @@ def extract(
 ) -> fx.GraphModule:
     """The graph module inputs -> tuple of outputs, sharing the modules and parameters of `gm`.
 
-    Sizes are read from those inputs that carry the same symbol, wherever `gm` reads them.  Writes in
-    place to values inside the region come along.  Raises GraphError if `outputs` need another input.
+    Sizes are read from those inputs that carry the same symbol, wherever `gm` reads them.  Writes
+    in place to values inside the region come along.  Raises GraphError if `outputs` need another
+    input.
     """
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs:
@@ -398,7 +399,7 @@ def region_inputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
 
 
 def region_outputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
-    """The tensors (and tuples) of `nodes` used outside, in graph order; sizes are not among them."""
+    """The tensors (and tuples) of `nodes` used outside, in graph order; sizes do not count."""
     inside = set(nodes)
     return [
         node

@@ -58,7 +58,8 @@ _LIBRARY.impl("timestep_row", _timestep_row, "CompositeImplicitAutograd")
 timestep_row = torch.ops.tfmq_fx.timestep_row.default
 """timestep_row(table, keys, t) -> (B, F): the row of `table` for each timestep.
 
-table: (K, F), floating point or complex.  keys: (K,), ascending, unique.  t: (B,) or (), then B = 1.
+table: (K, F), floating point or complex.  keys: (K,), ascending, unique.
+t: (B,) or (), then B = 1.
 A timestep that is no key raises InputError in eager on the CPU.  In a compiled graph, and on other
 devices, where nothing may wait for the result, its row is NaN: it never passes silently.
 """
@@ -76,8 +77,8 @@ def check_timesteps(values: Tensor | Sequence[int | float], dtype: torch.dtype) 
     """The keys for a model that receives its timestep as `dtype`: (K,) ascending int64 or float64.
 
     values: the finite set, one-dimensional, in any order.  They are rounded to `dtype` first, since
-    keys are the values that the model receives.  Raises ConfigError if the set is empty, holds NaN or
-    Inf, holds a value twice (after rounding), or holds a value that an integer `dtype` cannot.
+    keys are the values that the model receives.  Raises ConfigError if the set is empty, holds NaN
+    or Inf, holds a value twice (after rounding), or holds one that an integer `dtype` cannot.
     """
     given = torch.as_tensor(values).detach()
     if given.dim() != 1:

@@ -41,9 +41,9 @@ def cache_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point of rows of one feature.
 
     rows: (K, F), one row for each timestep.  codes: (K, F) uint8 in [0, 2**bits - 1].  scale, zero:
-    (K,) float32; the value of code q is scale * (q - zero), and zero need not be an integer: nothing
-    is convolved with these codes.  Per row, the best of 20 clipped ranges by squared error, each
-    followed by a least-squares fit of scale and zero point to its codes.
+    (K,) float32; the value of code q is scale * (q - zero), and zero need not be an integer, as
+    nothing is convolved with these codes.  Per row, the best of 20 clipped ranges by squared error,
+    each followed by a least-squares fit of scale and zero point to its codes.
     """
     if bits not in BITS:
         raise ConfigError(f"rows can be cached at 4 or 8 bits, not {bits}")
@@ -74,7 +74,7 @@ def restore_rows(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def cache_error(rows: Tensor, bits: int) -> Tensor:
-    """Relative L2 error of each row (K, F) cached at `bits`: (K,) float32; 0 for an all-zero row."""
+    """Relative L2 error of each row (K, F) cached at `bits`: (K,) float32; 0 for a zero row."""
     error = (restore_rows(*cache_rows(rows, bits)) - rows).double().norm(dim=1)
     norm = rows.double().norm(dim=1)
     return torch.where(norm > 0, error / norm, error).float()
@@ -117,9 +117,9 @@ class _Grid:
 class QuantTimestepTable(nn.Module):
     """Look-up by timestep of features stored as integers: t (B,) -> (B, F) in `dtype`.
 
-    F is the sum of `widths`, one for each feature, in order.  Buffers: `keys` (K,) int64 or float64;
-    `codes` (K, bytes) uint8, two 4-bit codes in a byte, the first one lowest; `scale`, `zero`
-    (K, features) float32.  An unknown timestep is met as in `ops.timestep_row`.
+    F is the sum of `widths`, one for each feature, in order.  Buffers: `keys` (K,) int64 or
+    float64; `codes` (K, bytes) uint8, two 4-bit codes in a byte, the first one lowest; `scale`,
+    `zero` (K, features) float32.  An unknown timestep is met as in `ops.timestep_row`.
     """
 
     stage = Stage.FOLDED

@@ -82,7 +82,7 @@ def test_rows_are_looked_up_for_each_sample():
 def test_an_unknown_timestep_is_refused():
     _, gm = unet()
     folded = fold_timesteps(gm, timesteps=STEPS).gm
-    with pytest.raises(InputError, match="no table row for timestep 4;.* 6 timesteps: 0, 3, 7"):
+    with pytest.raises(InputError, match=r"no table row for timestep 4;.* 6 timesteps: 0, 3, 7"):
         folded(torch.randn(2, WIDTH), torch.tensor([3, 4]))
 
 
@@ -103,7 +103,7 @@ def test_only_the_named_features_are_folded_and_the_rest_later():
     assert all(map(torch.equal, rest.gm(*inputs), gm(*inputs)))
     assert fold_timesteps(gm, timesteps=STEPS, only=[]).changed == 0
     with pytest.raises(
-        ConfigError, match="no temporal feature mid; the graph has blocks.0.proj, b"
+        ConfigError, match=r"no temporal feature mid; the graph has blocks.0.proj, b"
     ):
         fold_timesteps(gm, timesteps=STEPS, only=["mid"])
 
