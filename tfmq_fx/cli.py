@@ -1,0 +1,45 @@
+"""The `tfmq-fx` command: parse, call the library, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .errors import TfmqError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="tfmq-fx", description="Quantize diffusion denoisers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="quantize the digits model four ways and compare")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results")
+    demo.add_argument("--samples", type=int, default=512, help="images drawn for each FID")
+    demo.add_argument("--quiet", action="store_true", help="no progress bars")
+    show = commands.add_parser("report", help="print what was done to a saved model")
+    show.add_argument("model", type=Path, help="directory written by tfmq_fx.save")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.command == "demo":
+            from .demo import run
+
+            run(chosen.out, samples=chosen.samples, progress=not chosen.quiet)
+        else:
+            from .api import load
+            from .report import report
+
+            print(report(load(chosen.model)))
+    except TfmqError as error:
+        print(f"tfmq-fx: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", []):
+            print(f"  {note}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
