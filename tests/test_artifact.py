@@ -211,7 +211,7 @@ def test_missing_files_are_named(saved, tmp_path):
     with pytest.raises(ArtifactError, match="nowhere holds no saved model"):
         saved_bytes(tmp_path / "nowhere")
     (saved / TENSORS_FILE).unlink()
-    with pytest.raises(ArtifactError, match="model.safetensors is missing"):
+    with pytest.raises(ArtifactError, match=r"model.safetensors is missing"):
         load(saved)
     (saved / GRAPH_FILE).unlink()
     with pytest.raises(ArtifactError, match=r"not a model saved by tfmq_fx: no tfmq_fx\.json"):
@@ -240,7 +240,7 @@ def test_json_that_is_not_text_is_refused(saved):
 
 def test_versions_and_keys_are_checked(saved):
     edit(saved, lambda d: d.update(format_version=2, novelty=1))
-    with pytest.raises(ArtifactError, match="format_version 2, .* reads up to 1; install a newer"):
+    with pytest.raises(ArtifactError, match=r"format_version 2, .* reads up to 1; install a newer"):
         load(saved)
     edit(saved, lambda d: d.update(format_version="1"))
     with pytest.raises(ArtifactError, match="format_version '1' is not a version number"):
@@ -267,7 +267,7 @@ def test_truncated_and_altered_tensors_are_refused(saved):
     path.write_bytes(b"nonsense")
     found = {"bytes": 8, "sha256": hashlib.sha256(b"nonsense").hexdigest()}
     edit(saved, lambda d: d["tensors"].update(found))
-    with pytest.raises(ArtifactError, match="model.safetensors cannot be read"):
+    with pytest.raises(ArtifactError, match=r"model.safetensors cannot be read"):
         load(saved)
 
 
@@ -292,7 +292,7 @@ def test_a_saved_graph_cannot_run_code(saved, tmp_path):
         )
 
     edit(saved, plant)
-    with pytest.raises(ArtifactError, match="may not call os.system"):
+    with pytest.raises(ArtifactError, match=r"may not call os.system"):
         load(saved)
     assert not (tmp_path / "ran").exists()
 
@@ -312,7 +312,7 @@ def test_values_that_are_not_json_are_named(net, tmp_path):
 
 
 def test_graphs_that_cannot_be_saved_touch_nothing(tmp_path):
-    with pytest.raises(ArtifactError, match="relu: a saved graph may not call builtins.eval"):
+    with pytest.raises(ArtifactError, match=r"relu: a saved graph may not call builtins.eval"):
         save(tmp_path / "a", gm=one_node_named("relu", eval), **BESIDE)
     with pytest.raises(ArtifactError, match="a: the tensor is on the meta device"):
         save(tmp_path / "a", gm=holding(a=torch.empty(2, device="meta")), **BESIDE)

@@ -2,7 +2,7 @@
 
 A saved model is a directory of two files. `tfmq_fx.json` holds the graph, what the caller wants
 kept, and the size and SHA-256 of the other file; `model.safetensors` holds the tensors. Nothing
-in either can run code when it is read (see `graph_json`).
+in either can run code when it is read (see `allowlist`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx, nn
 
 from .errors import ArtifactError
-from .graph_json import from_json, keys, owner_of, tensors_of, to_json
+from .graph_json import from_json, to_json
+from .module_json import owner_of, tensors_of
+from .plain_json import keys
 
 FORMAT_VERSION = 1
 GRAPH_FILE = "tfmq_fx.json"

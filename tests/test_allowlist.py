@@ -1,0 +1,161 @@
+import importlib
+import json
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.test_graph_json import one_node, round_trip
+from tests.test_module_json import of_module
+from tests.test_plain_json import through_text
+from tfmq_fx.allowlist import function_name, function_named
+from tfmq_fx.effects import inplace_
+from tfmq_fx.errors import ArtifactError
+from tfmq_fx.graph_json import from_json, to_json
+
+
+def edited(gm, **changes):
+    """The saved form of a one-node graph, with the call replaced."""
+    data = to_json(gm)
+    data["nodes"][1].update(changes)
+    return through_text(data)
+
+
+SAFE = one_node("call_function", torch.relu, "x")
+FORBIDDEN = [
+    ("torch.load", torch.load),
+    ("os.system", os.system),
+    ("builtins.eval", eval),
+    ("builtins.exec", exec),
+    ("builtins.__import__", __import__),
+    ("builtins.setattr", setattr),
+    ("torch.hub.load", torch.hub.load),
+    ("torch.save", torch.save),
+    ("torch.from_file", torch.from_file),
+    ("torch.compile", torch.compile),
+    ("torch.Tensor.__reduce_ex__", torch.Tensor.__reduce_ex__),
+    ("operator.attrgetter", __import__("operator").attrgetter),
+    ("operator.methodcaller", __import__("operator").methodcaller),
+    ("torch.nn.functional.boolean_dispatch", F.boolean_dispatch),
+    ("torch.ops.aten.from_file.default", torch.ops.aten.from_file.default),
+    ("torch.ops.aten.save.default", torch.ops.aten.save.default),
+    ("torch.ops.profiler._record_function_enter.default", None),
+    ("torch.ops.load_library", torch.ops.load_library),
+    ("tfmq_fx.graph_json.from_json", from_json),
+    ("tfmq_fx.allowlist.importlib.import_module", importlib.import_module),
+    ("tfmq_fx.__main__.main", None),
+    ("tfmq_fx..x", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("name", "function"), FORBIDDEN, ids=[n or "empty" for n, _ in FORBIDDEN])
+def test_functions_off_the_list_are_refused_both_ways(name, function):
+    with pytest.raises(
+        ArtifactError, match=r"relu: (a saved graph may not call|there is no|cannot import)"
+    ):
+        from_json(edited(SAFE, target=name))
+    if function is not None:
+        gm = one_node("call_function", function, "x")
+        with pytest.raises(ArtifactError, match=r"may not call|there is no operator"):
+            to_json(gm)
+
+
+def test_aliases_keep_their_names():
+    for name in ("mm", "dsmm", "hspmm", "hsmm"):
+        function = getattr(torch, name)
+        assert function_name(function, "x") == f"torch.{name}"
+        assert function_named(f"torch.{name}", "x") is function
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["__reduce_ex__", "__class__", "apply_", "numpy", "data_ptr", "shape", "no_such", "a;b", "a.b"],
+)
+def test_methods_off_the_list_are_refused_both_ways(method):
+    with pytest.raises(ArtifactError, match=f"may not call method {method!r}"):
+        from_json(edited(SAFE, op="call_method", target=method))
+    gm = one_node("call_method", "relu", "x")
+    next(n for n in gm.graph.nodes if n.op == "call_method").target = method
+    with pytest.raises(ArtifactError, match=f"may not call method {method!r}"):
+        to_json(gm)
+
+
+@pytest.mark.parametrize("name", ["__class__", "__globals__", "grad_fn", "data", {"node": "x"}, 3])
+def test_only_plain_attributes_are_read(name):
+    args = [{"node": "x"}, name]
+    with pytest.raises(ArtifactError, match="relu: a saved graph may not read attribute"):
+        from_json(edited(SAFE, target="builtins.getattr", args=args))
+    if type(name) is str:
+        with pytest.raises(ArtifactError, match="may not read attribute"):
+            to_json(one_node("call_function", getattr, "x", name))
+    assert (
+        round_trip(one_node("call_function", getattr, "x", "dtype"))(torch.ones(1)) is torch.float32
+    )
+
+
+def test_kept_writes_come_back_and_call_no_other_method():
+    gm = one_node("call_function", inplace_, "x", "add_", 2)
+    list(gm.graph.nodes)[1].meta["writes"] = True
+    again = round_trip(gm)
+    assert list(again.graph.nodes)[1].meta["writes"] is True
+    assert again(torch.ones(1)) == 3
+    name = "tfmq_fx.effects.inplace_"
+    for method in ("__reduce_ex__", "apply_", "__getattribute__", {"node": "x"}):
+        with pytest.raises(ArtifactError, match=r"may not call method|must be named by the graph"):
+            from_json(edited(SAFE, target=name, args=[{"node": "x"}, method]))
+    with pytest.raises(ArtifactError, match="must be named by the graph"):
+        kwargs = {"method": "__reduce_ex__"}
+        from_json(edited(SAFE, target=name, args=[{"node": "x"}], kwargs=kwargs))
+
+
+class Foreign(nn.Linear):
+    """Not a torch.nn class, though it looks like one."""
+
+
+def test_modules_of_other_packages_are_refused_both_ways():
+    with pytest.raises(ArtifactError, match=r"leaf: a saved graph may not hold a .*\.Foreign"):
+        to_json(of_module(Foreign(2, 2)))
+    for name in ("subprocess.Popen", "torch.nn.utils.prune.Identity", f"{__name__}.Foreign", "x"):
+        data = to_json(of_module(nn.SiLU()))
+        data["modules"]["leaf"]["class"] = name
+        with pytest.raises(ArtifactError, match="leaf: a saved graph may not hold"):
+            from_json(data)
+    for name in ("torch.nn.modules.module.warnings", "torch.nn.modules.linear.Tensor"):
+        data["modules"]["leaf"]["class"] = name
+        with pytest.raises(ArtifactError, match="leaf: there is no module class"):
+            from_json(data)
+
+
+INJECTIONS = [
+    ("nodes", 0, {"target": "x, y=print('x')"}),
+    ("nodes", 0, {"target": "class"}),
+    ("nodes", 1, {"kwargs": {"a=print('x'), b": 1}}),
+    ("nodes", 1, {"kwargs": {"lambda": 1}}),
+    ("nodes", 1, {"op": "get_attr", "target": 'a"); print("x'}),
+    ("nodes", 1, {"op": "get_attr", "target": "__class__"}),
+    ("nodes", 1, {"op": "call_module", "target": "a.__init__"}),
+    ("nodes", 1, {"op": "call_method", "target": "relu", "args": []}),
+    ("nodes", 1, {"op": "import", "target": "os"}),
+    ("nodes", 1, {"args": [{"node": "later"}]}),
+    ("nodes", 1, {"name": "x"}),
+    ("nodes", 1, {"extra": 1}),
+]
+
+
+@pytest.mark.parametrize(("table", "index", "change"), INJECTIONS)
+def test_nothing_but_names_gets_into_generated_code(table, index, change, capsys):
+    data = through_text(to_json(SAFE))
+    data[table][index].update(change)
+    with pytest.raises(ArtifactError):
+        from_json(data)
+    assert capsys.readouterr().out == ""
+
+
+def test_node_names_are_made_into_identifiers(capsys):
+    data = json.loads(json.dumps(to_json(SAFE)).replace('"relu"', '"relu = print(1)\\n    y"'))
+    gm = from_json(data)
+    gm(torch.ones(1))
+    assert capsys.readouterr().out == ""

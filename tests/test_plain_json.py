@@ -1,0 +1,71 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfmq_fx.errors import ArtifactError
+from tfmq_fx.plain_json import decode, encode
+
+few = settings(deadline=None, max_examples=60)
+
+
+def through_text(data):
+    return json.loads(json.dumps(data, allow_nan=False))
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.just(...),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64]),
+    st.sampled_from([torch.device("cpu"), torch.device("cuda:1"), torch.device("cuda")]),
+    st.sampled_from([torch.channels_last, torch.contiguous_format, torch.preserve_format]),
+    st.sampled_from([torch.strided, torch.sparse_coo]),
+    st.lists(st.integers(0, 9)).map(torch.Size),
+    st.builds(slice, st.none() | st.integers(), st.none() | st.integers(), st.none()),
+)
+structures = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=4).map(tuple),
+        st.dictionaries(st.text() | st.integers(), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+def same(a, b):
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return repr(a) == repr(b)  # tells -0.0 from 0.0, and nan is nan
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+
+@few
+@given(structures)
+def test_values_come_back_equal_and_of_the_same_type(value):
+    assert same(decode(through_text(encode(value, "x")), "x"), value)
+
+
+def test_damaged_values_are_refused():
+    for data in (
+        {"tuple": 3},
+        {"pickle": "x"},
+        {"dtype": "load"},
+        {"dtype": "Tensor"},
+        {},
+        {"a": 1, "b": 2},
+    ):
+        with pytest.raises(ArtifactError, match="damaged value"):
+            decode(data, "x")
