@@ -100,7 +100,8 @@ class QuantLayer(nn.Module):
         """
         assert self.act_bits is not None
         zero = self.act_zero.to(torch.float32)
-        codes = (torch.round(x * (1.0 / scale)) + zero).clamp(0, levels(self.act_bits))
+        # x.float(): half precision holds neither all codes nor a product with 1 / scale
+        codes = (torch.round(x.float() * (1.0 / scale)) + zero).clamp(0, levels(self.act_bits))
         return codes - zero
 
     def broadcast_scale(self, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -112,11 +113,11 @@ class QuantLayer(nn.Module):
         return scale.view(-1, *[1] * (x.dim() - 1))
 
     def quantized_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What the layer sees of x: the value itself, or its nearest representable one."""
+        """What the layer sees of x, in x's dtype: x itself, or its nearest representable value."""
         if self.act_bits is None:
             return x
         broadcast = self.broadcast_scale(x, scale)
-        return self.input_codes(x, broadcast) * broadcast
+        return (self.input_codes(x, broadcast) * broadcast).to(x.dtype)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """The layer's output on x (B, ...), in x's dtype; scale: (B,) where given per timestep."""
@@ -170,7 +171,9 @@ class QuantLayer(nn.Module):
         exact = {name: getattr(self, name) for name in _FLOAT_BUFFERS}
         super()._apply(fn, recurse)
         for name, value in exact.items():  # .half() must not touch scales
-            setattr(self, name, value.to(getattr(self, name).device))
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
         if self.bias is not None:
             self.dtype = self.bias.dtype
         return self
