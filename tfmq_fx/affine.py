@@ -136,14 +136,14 @@ def shared_zero_scales(
 
 
 def _zero_candidates(low: Tensor, high: Tensor, top: int) -> Tensor:
-    """Zero points worth trying: the whole grid for small bit widths, else around the ideal ones."""
-    if top <= 255:
-        candidates = torch.arange(top + 1, device=low.device, dtype=torch.float64)
-    else:
+    """Zero points worth trying: the whole grid for small bit widths, else the ideal ones and 257
+    spread over the grid, for timesteps that disagree and for ideals that an end rules out."""
+    candidates = torch.linspace(0, top, min(top, 256) + 1, device=low.device).double().round()
+    if top > 255:
         ideal = (-low / (high - low) * top).round()
-        candidates = torch.unique(ideal)
+        candidates = torch.unique(torch.cat([candidates, ideal]))
     if bool((low < 0).any()):
         candidates = candidates[candidates > 0]
     if bool((high > 0).any()):
         candidates = candidates[candidates < top]
-    return candidates if len(candidates) else torch.tensor([top // 2], dtype=torch.float64)
+    return candidates
