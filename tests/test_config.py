@@ -1,0 +1,135 @@
+"""config: values check themselves, print as code, and survive a round trip through plain dicts."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfmq_fx import config as configs
+from tfmq_fx.config import (
+    PRESETS,
+    ActivationSpec,
+    Config,
+    LayerConfig,
+    ReconstructionSpec,
+    TemporalSpec,
+    WeightSpec,
+    from_dict,
+    resolve,
+    to_dict,
+)
+from tfmq_fx.errors import ConfigError, TfmqError
+
+WEIGHTS = st.builds(
+    WeightSpec, bits=st.integers(2, 8), symmetric=st.booleans(), search=st.integers(1, 99)
+)
+ACTIVATIONS = st.builds(
+    ActivationSpec, bits=st.sampled_from((4, 5, 6, 7, 8, 16)), per_timestep=st.booleans()
+)
+LAYERS = st.one_of(
+    st.builds(LayerConfig),
+    st.builds(LayerConfig, weights=WEIGHTS, activations=st.none() | ACTIVATIONS),
+)
+CONFIGS = st.builds(
+    Config,
+    name=st.text(),
+    layers=LAYERS,
+    first=st.none() | LAYERS,
+    last=st.none() | LAYERS,
+    temporal=st.builds(
+        TemporalSpec,
+        mode=st.sampled_from(("select", "table", "cache", "tib")),
+        cache_bits=st.sampled_from(((8, 4), (8,), (4,))),
+        budget=st.none() | st.integers(0, 10**12),
+        tiar_iters=st.integers(0, 5000),
+    ),
+    reconstruction=st.builds(
+        ReconstructionSpec,
+        rounding=st.sampled_from(("nearest", "second-order")),
+        iters=st.integers(0, 1000),
+        samples=st.integers(1, 1000),
+        memory=st.integers(1, 1 << 40),
+        damping=st.floats(0, 1),
+        seed=st.integers(0, 99),
+    ),
+)
+
+
+@given(config=CONFIGS)
+def test_a_config_survives_json(config):
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@given(config=CONFIGS)
+def test_a_config_prints_as_the_call_that_makes_it(config):
+    names = {name: getattr(configs, name) for name in dir(configs) if name[0].isupper()}
+    assert eval(repr(config), names) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: WeightSpec(bits=1), r"WeightSpec.bits must be 2 to 8, got 1"),
+        (lambda: WeightSpec(bits=9), r"WeightSpec.bits must be 2 to 8, got 9"),
+        (lambda: WeightSpec(search=0), r"WeightSpec.search must be at least 1, got 0"),
+        (lambda: ActivationSpec(bits=3), r"ActivationSpec.bits must be 4 to 8 or 16, got 3"),
+        (lambda: LayerConfig(activations=ActivationSpec()), r"give weights=WeightSpec"),
+        (lambda: TemporalSpec(mode="none"), r"TemporalSpec.mode must be one of .*got 'none'"),
+        (lambda: TemporalSpec(cache_bits=()), r"cache_bits must be drawn from 4 and 8"),
+        (lambda: TemporalSpec(cache_bits=(2,)), r"cache_bits must be drawn from 4 and 8"),
+        (lambda: TemporalSpec(budget=-1), r"TemporalSpec.budget must be a number of bytes"),
+        (lambda: TemporalSpec(tiar_iters=-1), r"tiar_iters must not be negative, got -1"),
+        (lambda: ReconstructionSpec(rounding="up"), r"rounding must be one of .*got 'up'"),
+        (lambda: ReconstructionSpec(samples=0), r"samples must be positive, got 0"),
+        (lambda: ReconstructionSpec(memory=0), r"memory must be positive, got 0"),
+        (lambda: ReconstructionSpec(batch_size=0), r"batch_size must be positive, got 0"),
+        (lambda: ReconstructionSpec(iters=-1), r"iters must not be negative, got -1"),
+        (lambda: ReconstructionSpec(damping=float("nan")), r"damping must not be negative"),
+        (lambda: resolve("w2a2"), r"unknown config 'w2a2'; presets are fp, w8a8"),
+        (lambda: resolve("fp8"), r"config='fp8' is not available"),
+        (lambda: from_dict({"layer": {}}), r"Config: unknown keys \['layer'\]"),
+        (
+            lambda: from_dict({"layers": {"weights": {"bit": 4}}}),
+            r"WeightSpec: unknown keys \['bit'\]",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_was_found(make, text):
+    with pytest.raises(ConfigError, match=text) as caught:
+        make()
+    assert isinstance(caught.value, TfmqError)
+
+
+def test_values_are_frozen_and_change_by_replace():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        WeightSpec().bits = 4  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="got 40"):
+        dataclasses.replace(WeightSpec(), bits=40)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "acts", "first_acts"),
+    [
+        ("w8a8", 8, 8, 16),
+        ("w4a8", 4, 8, 16),
+        ("w8a16", 8, None, None),
+        ("w4a16", 4, None, None),
+    ],
+)
+def test_presets_are_what_their_names_say(name, weights, acts, first_acts):
+    def bits(side):
+        return None if side is None else side.bits
+
+    recipe = resolve(name)
+    assert recipe is PRESETS[name] and recipe.name == name
+    assert (recipe.layers.weights.bits, bits(recipe.layers.activations)) == (weights, acts)
+    assert (recipe.first.weights.bits, bits(recipe.first.activations)) == (8, first_acts)
+    assert (recipe.last.weights.bits, bits(recipe.last.activations)) == (8, acts)
+
+
+def test_the_preset_without_quantization_keeps_exact_tables():
+    recipe = resolve("fp")
+    assert recipe.layers == LayerConfig() and recipe.first is None and recipe.last is None
+    assert recipe.temporal.mode == "table"

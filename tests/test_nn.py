@@ -1,0 +1,229 @@
+"""nn: quantized layers compute what their integers say, for every kind of layer and padding."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tfmq_fx.affine import weight_qparams
+from tfmq_fx.config import WeightSpec
+from tfmq_fx.errors import ConfigError
+from tfmq_fx.nn import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, kind_of
+from tfmq_fx.rounding import round_nearest
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (3, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 4, bias=False), (3, 5, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
+    "conv1d same, dilated": (lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=2), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 5)),
+    "conv2d strided, valid": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding="valid"), (2, 4, 7, 5)),
+    "conv2d groups": (lambda: nn.Conv2d(4, 6, (3, 1), groups=2, padding=(2, 0)), (2, 4, 7, 5)),
+    "conv2d depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), (2, 4, 7, 5)),
+    "conv2d circular": (
+        lambda: nn.Conv2d(4, 6, (3, 5), padding=(1, 2), padding_mode="circular"),
+        (2, 4, 7, 5),
+    ),
+    "conv2d reflect, same": (
+        lambda: nn.Conv2d(4, 6, (2, 3), padding="same", padding_mode="reflect"),
+        (2, 4, 7, 5),
+    ),
+    "conv2d replicate, valid": (
+        lambda: nn.Conv2d(4, 6, 3, padding="valid", padding_mode="replicate"),
+        (2, 4, 7, 5),
+    ),
+    "conv3d": (
+        lambda: nn.Conv3d(2, 4, 3, stride=(1, 2, 1), padding=1, dilation=(1, 1, 2)),
+        (2, 2, 4, 6, 7),
+    ),
+}
+
+
+def quantized(layer, *, bits=8, act_bits=None, per_timestep=False, spec=None):
+    """The quantized form of a float layer, weights rounded to nearest."""
+    made = kind_of(layer).from_float(
+        layer, weight_bits=bits, act_bits=act_bits, per_timestep=per_timestep
+    )
+    grid = weight_qparams(layer.weight, spec or WeightSpec(bits=bits))
+    codes = round_nearest(layer.weight.detach().flatten(1), grid)
+    made.set_weight(codes.view(layer.weight.shape), grid)
+    return made
+
+
+def make(name, seed=0):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        build, shape = LAYERS[name]
+        return build().eval(), torch.randn(shape)
+
+
+def with_weight(layer, weight):
+    """The float layer with another weight."""
+    other = copy.deepcopy(layer)
+    other.weight.data = weight.to(layer.weight.dtype)
+    return other
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_weight_only_layer_is_the_float_layer_on_the_restored_weight(name, bits):
+    layer, x = make(name)
+    made = quantized(layer, bits=bits)
+    found = made(x)
+    # the same torch operation on the same operands
+    assert torch.equal(found, with_weight(layer, made.weight)(x))
+    assert made.weight_codes().dtype == torch.int8
+    scale = made.weight_scale.view(-1, *[1] * (layer.weight.dim() - 1))
+    assert torch.equal(made.weight_codes().float() * scale, made.weight)
+
+
+@pytest.mark.parametrize("act_bits", [4, 8, 16])
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_an_integer_layer_is_the_float_layer_on_the_restored_input(name, act_bits):
+    layer, x = make(name)
+    made = quantized(layer, act_bits=act_bits)
+    made.set_static_range(8 / 2**act_bits, 2 ** (act_bits - 1))  # covers about [-4, 4]
+    seen = made.quantized_input(x)
+    inside = x.abs() < 3.5
+    # round(x / s) moves x by s / 2; x * (1 / s) is off by 2^-22 of itself besides
+    assert float((seen - x)[inside].abs().max()) <= 8 / 2**act_bits / 2 + 4 * 2**-22
+    expected = with_weight(layer, made.weight)(seen)
+    # Codes times weights, scaled afterwards, against scaled inputs: the same sum of up to 54
+    # products of magnitude |x| |w| <= 4 * 0.5, each rounded three times in float32 (2^-24).
+    assert float((made(x) - expected).abs().max()) <= 54 * 4 * 0.5 * 3 * 2**-24 + 2**-22
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d circular", "conv3d"])
+def test_scales_per_timestep_equal_static_ranges_row_by_row(name):
+    layer, x = make(name)
+    made = quantized(layer, act_bits=8, per_timestep=True)
+    made.set_static_range(123.0, 100)
+    scales = torch.linspace(0.01, 0.05, len(x))
+    rows = []
+    for i, scale in enumerate(scales.tolist()):
+        static = quantized(layer, act_bits=8)
+        static.set_static_range(scale, 100)
+        rows.append(static(x[i : i + 1]))
+    # a row alone may add in another order than in a batch: some 54 products, |sum of codes * w|
+    # below 54 * 155 * 0.5, each rounded to 2^-24
+    bound = 54 * 155 * 0.5 * 0.05 * 54 * 2**-24
+    assert float((made(x, scales) - torch.cat(rows)).abs().max()) <= bound
+    assert not torch.equal(made(x, scales), made(x, scales.flip(0)))
+    with pytest.raises(ConfigError, match="it needs a scale"):
+        made(x)
+
+
+def test_padding_stays_exactly_zero_whatever_the_zero_point():
+    layer = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    made = quantized(layer, act_bits=8)
+    made.set_static_range(0.1, 37)
+    assert torch.equal(made(torch.zeros(1, 1, 4, 4)), torch.zeros(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("bits", "act_bits", "per_timestep"), [(4, None, False), (8, 8, True)])
+def test_spec_and_state_dict_rebuild_a_layer(name, bits, act_bits, per_timestep):
+    layer, x = make(name)
+    made = quantized(layer, bits=bits, act_bits=act_bits, per_timestep=per_timestep)
+    made.set_static_range(0.04, 120)
+    rebuilt = type(made).from_spec(made.spec())
+    rebuilt.load_state_dict(made.state_dict(), strict=True)
+    arguments = (x, torch.full((len(x),), 0.03)) if per_timestep else (x,)
+    assert torch.equal(rebuilt(*arguments), made(*arguments))
+    assert rebuilt.spec() == made.spec()
+    assert torch.equal(copy.deepcopy(made)(*arguments), made(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_casts_leave_scales_and_codes_alone(dtype):
+    made = quantized(nn.Linear(8, 4), act_bits=8)
+    made.set_static_range(1 / 3, 7)
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    made.to(dtype)
+    for name, value in made.state_dict().items():
+        if name == "bias":
+            assert value.dtype == dtype and made.dtype == dtype
+        else:
+            assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+    assert QuantLinear.from_spec(made.spec()).bias.dtype == dtype
+
+
+def test_an_empty_layer_moves_off_the_meta_device():
+    with torch.device("meta"):
+        made = QuantLinear.from_spec(quantized(nn.Linear(8, 4)).spec())
+    made = made.to_empty(device="cpu")
+    assert {b.device.type for b in made.buffers()} == {"cpu"}
+    assert made.weight_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act_bits", [None, 8, 16])
+@pytest.mark.parametrize("per_timestep", [False, True])
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_half_precision_layers_answer_in_their_dtype(name, dtype, act_bits, per_timestep):
+    if act_bits is None and per_timestep:
+        return
+    layer, x = make(name)
+    made = quantized(layer, act_bits=act_bits, per_timestep=per_timestep)
+    scale = 8 / 2 ** (act_bits or 8)
+    made.set_static_range(scale, 2 ** ((act_bits or 8) - 1))
+    arguments = (torch.full((len(x),), scale),) if per_timestep else ()
+    x = x.to(dtype).float()
+    expected = made(x, *arguments)
+    half = made.to(dtype)
+    found = half(x.to(dtype), *arguments)
+    assert found.dtype == dtype
+    seen = half.quantized_input(x.to(dtype), *arguments)
+    assert seen.dtype == dtype
+    # bias and output are rounded to dtype (half an eps of |y| <= 4 each); where only weights are
+    # integers, so are the 36 weights of |w| <= 0.5 that meet |x| <= 4
+    rounded = 36 * 4 * 0.5 if act_bits is None else 0
+    bound = torch.finfo(dtype).eps / 2 * (4 + 4 + rounded)
+    assert float((found.float() - expected).abs().max()) <= bound
+
+
+def test_codes_that_do_not_fit_are_refused():
+    layer = nn.Linear(6, 4)
+    made, grid = quantized(layer), weight_qparams(layer.weight, WeightSpec(bits=4))
+    with pytest.raises(ConfigError, match=r"codes of shape \(4, 6\) at 4 bits do not fit"):
+        made.set_weight(torch.zeros(4, 6), grid)
+    with pytest.raises(ConfigError, match="has no scale per timestep"):
+        QuantLinear(weight_shape=(2, 2), weight_bits=8, act_bits=None, per_timestep=True, bias=True)
+    with pytest.raises(TypeError, match="use QuantLinear"):
+        QuantLayer(
+            weight_shape=(2, 2), weight_bits=8, act_bits=None, per_timestep=False, bias=True
+        )(torch.zeros(1, 2))
+
+
+def test_kinds_go_by_the_forward_that_runs():
+    class Named(nn.Conv1d):
+        pass
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * F.linear(x, self.weight, self.bias)
+
+    assert kind_of(nn.Linear(2, 2)) is QuantLinear
+    assert kind_of(Named(2, 2, 1)) is QuantConv1d
+    assert kind_of(nn.Conv2d(2, 2, 1)) is QuantConv2d
+    assert kind_of(Scaled(2, 2)) is None
+    assert kind_of(nn.ConvTranspose2d(2, 2, 1)) is None
+    assert kind_of(nn.GroupNorm(1, 2)) is None
+
+
+def test_an_asymmetric_eight_bit_layer_cannot_wrap_round():
+    # codes less the zero point must fit int8: 8-bit grids are symmetric even for one-sided weights
+    layer = nn.Linear(50, 2).requires_grad_(False)
+    layer.weight.uniform_(1, 2)
+    made = quantized(layer)
+    assert float((made.weight - layer.weight).abs().max()) <= 2 / 127 / 2 * (1 + 2**-20)
+
+
+def test_layers_say_what_they_are():
+    made = quantized(nn.Conv2d(3, 5, 3), bits=4, act_bits=8)
+    assert repr(made) == "QuantConv2d(5x3x3x3, weights 4 bits, activations 8 bits static)"
+    assert made.range_kind() == "static" and made.weight_shape_numel() == 135
+    assert quantized(nn.Linear(2, 2)).range_kind() == "none"
