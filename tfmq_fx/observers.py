@@ -36,8 +36,12 @@ class RangeObserver(nn.Module):
         self.seen: dict[float, tuple[float, float]] = {}
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (B, ...) or (n B, ...); t: (B,).  Raises CalibrationError on NaN or Inf."""
-        rows = x.detach().reshape(len(t), -1)
+        """x: (B, ...) or (n B, ...), else all of x counts for each of t (B,).
+
+        Raises CalibrationError on NaN or Inf.
+        """
+        batched = x.shape[0] % len(t) == 0
+        rows = x.detach().reshape(len(t) if batched else 1, -1).expand(len(t), -1)
         low, high = rows.amin(1).float().tolist(), rows.amax(1).float().tolist()
         for step, a, b in zip(t.tolist(), low, high, strict=True):
             if not (np.isfinite(a) and np.isfinite(b)):
@@ -62,7 +66,8 @@ class RangeObserver(nn.Module):
 class SampleCache:
     """A bounded, seeded sample of the inputs calibration saw, spread evenly over timesteps.
 
-    capacity: bytes kept at most.  Within a timestep every sample is equally likely to be kept.
+    capacity: bytes kept at most.  Within a timestep every sample is equally likely to be kept; where
+    there is no room for one sample of each timestep, so is every timestep.
     """
 
     def __init__(self, *, capacity: int, seed: int) -> None:
@@ -70,6 +75,7 @@ class SampleCache:
         self.visits: dict[float, int] = {}
         self._rows: dict[float, list[tuple[Tensor, ...]]] = {}
         self._random = np.random.default_rng(seed)
+        self._rank: dict[float, float] = {}  # timesteps of low rank stay where room is short
         self._row_bytes = 0
 
     def __len__(self) -> int:
@@ -81,6 +87,7 @@ class SampleCache:
         for i, step in enumerate(inputs[timestep].tolist()):
             self.visits[step] = self.visits.get(step, 0) + 1
             rows = self._rows.setdefault(step, [])
+            self._rank.setdefault(step, self._random.random())
             place = len(rows) if len(rows) < self._limit() else -1
             if place < 0:
                 place = int(self._random.integers(self.visits[step]))
@@ -92,8 +99,15 @@ class SampleCache:
             )
             self._row_bytes = sum(x.nbytes for x in row)
             rows[place : place + 1] = [row]
+            self._trim()
+
+    def _trim(self) -> None:
         for rows in self._rows.values():  # more timesteps leave less room for each
             del rows[self._limit() :]
+        room = max(1, self.capacity // self._row_bytes)
+        if len(self._rows) > room:
+            for step in sorted(self._rows, key=self._rank.__getitem__)[room:]:
+                self._rows[step].clear()
 
     def _limit(self) -> int:
         if not self._row_bytes:
@@ -105,7 +119,7 @@ class SampleCache:
     ) -> list[tuple[Tensor, ...]]:
         """About `count` samples, evenly over timesteps, mixed, in batches of `batch_size`."""
         random = np.random.default_rng(seed)
-        share = max(1, round(count / max(len(self._rows), 1)))
+        share = max(1, round(count / max(sum(map(bool, self._rows.values())), 1)))
         picked = [row for rows in self._rows.values() for row in rows[:share]]
         picked = [picked[i] for i in random.permutation(len(picked))][:count]
         return [
