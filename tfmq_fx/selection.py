@@ -17,7 +17,7 @@ from .errors import ConfigError
 
 TIB = "tib"
 TABLE = "table"
-_TIE = 1e-9  # weight of a byte against a unit of error: prefers the smaller of equals
+_TIE = 1e-6  # weight of all bytes against the largest error: prefers the smaller of equals
 
 
 def cache_name(bits: int) -> str:
@@ -70,16 +70,24 @@ def select(
     for layer, i in position.items():
         costs[i] = module_bytes[layer]
     structure = LinearConstraint(np.array(rows), lower, upper)
-    whole = {"integrality": np.ones(size), "bounds": Bounds(0, 1)}
+    whole = {
+        "integrality": np.ones(size),
+        "bounds": Bounds(0, 1),
+        "options": {"mip_rel_gap": 0},
+    }
+    # Scaled, since the solver's tolerances are absolute (about 1e-6).
+    shares = costs / max(costs.max(), 1)
+    room = LinearConstraint(shares[None], -np.inf, budget / max(costs.max(), 1))
     found = milp(
-        errors + _TIE * costs,
-        constraints=[structure, LinearConstraint(costs[None], -np.inf, budget)],
+        errors / (errors.max() or 1) + _TIE * costs / max(costs.sum(), 1),
+        constraints=[structure, room],
         **whole,
     )
     if found.x is None:
-        least = milp(costs, constraints=[structure], **whole)
+        least = milp(shares, constraints=[structure], **whole)
+        smallest = round(float(costs @ least.x.round()))
         raise ConfigError(
             f"temporal budget of {budget} bytes cannot be met: the smallest choice of features "
-            f"takes {int(np.ceil(least.fun))} bytes. Raise TemporalSpec.budget to that or more."
+            f"takes {smallest} bytes. Raise TemporalSpec.budget to that or more."
         )
     return {f: name for (f, name), x in zip(choices, found.x, strict=False) if x > 0.5}
