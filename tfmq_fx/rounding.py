@@ -84,7 +84,8 @@ def _damped(gram: Tensor, damping: float) -> Tensor:
     """`gram` in float64 with the damping on its diagonal; never singular."""
     system = gram.double().clone()
     mean = float(system.diagonal().mean())
-    system.diagonal().add_(max(damping * mean, 1e-10) if mean > 0 else 1.0)
+    # relative to the mean even where damping is 0: float64 inverts what is 1e-8 from singular
+    system.diagonal().add_(max(damping, 1e-8) * mean if mean > 0 else 1.0)
     return system
 
 
