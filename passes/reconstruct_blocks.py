@@ -143,6 +143,7 @@ def _reconstruct(
         block,
         list(soft.values()),
         batches,
+        before=before,
         iters=spec.iters,
         learning_rate=spec.learning_rate,
         regularization=spec.regularization,

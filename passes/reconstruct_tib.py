@@ -46,17 +46,18 @@ def reconstruct_tib(
         soft[name] = SoftLayer(layer, start_of(layer, original), quantize_input=False)
         trained.set_submodule(name, soft[name])
     weighted = _Weighted(trained, root_weight)
+    before = feature_errors(gm, targets, timesteps)
     learn(
         weighted,
         list(soft.values()),
         [((timesteps,), tuple(weighted.scale(f) for f in targets))],
+        before=float(before.square().mean()),
         iters=iters,
         learning_rate=spec.learning_rate,
         regularization=spec.regularization,
         generator=torch.Generator().manual_seed(spec.seed),
         name="the temporal information block",
     )
-    before = feature_errors(gm, targets, timesteps)
     original_layers = {name: gm.get_submodule(name) for name in sites}
     for name, layer in soft.items():
         gm.set_submodule(name, layer.decided())

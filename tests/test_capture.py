@@ -223,7 +223,9 @@ def test_the_model_is_left_alone() -> None:
     assert {name: id(value) for name, value in model.state_dict(keep_vars=True).items()} == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert captured.gm.linear is not model.linear
-    assert captured.gm.linear.weight is model.linear.weight
+    shared = captured.gm.linear.weight
+    assert shared.data_ptr() == model.linear.weight.data_ptr()
+    assert model.linear.weight.requires_grad and not shared.requires_grad
     assert captured.gm.act.inplace and not captured.gm.free.inplace
 
 

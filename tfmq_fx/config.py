@@ -122,6 +122,8 @@ class ReconstructionSpec:
     samples: calibration samples used at most, drawn evenly over timesteps.
     memory: bytes of activations that may be held at once; fewer samples are used where needed.
     batch_size: samples per step of AdaRound and per forward of a block.
+    learning_rate: of AdaRound, here and in TIAR.  regularization: weight of its rounding term
+    against an error that starts at 1.
     damping: share of the mean diagonal added to Gram matrices.
     seed: of every random draw.
     """
@@ -131,8 +133,8 @@ class ReconstructionSpec:
     samples: int = 640
     memory: int = 4 << 30
     batch_size: int = 64
-    learning_rate: float = 1e-2
-    regularization: float = 1.0
+    learning_rate: float = 3e-2
+    regularization: float = 30.0
     damping: float = 0.01
     seed: int = 0
 
@@ -166,7 +168,7 @@ class Config:
     reconstruction: ReconstructionSpec = field(default_factory=ReconstructionSpec)
 
 
-def _recipe(name: str, weights: int, activations: int | None, iters: int) -> Config:
+def _recipe(name: str, weights: int, activations: int | None) -> Config:
     """A preset: 8-bit first and last weights, and 16 bits for what enters the first layer.
 
     The noisy sample spans the noise range, and the step of an 8-bit grid over it is coarser than
@@ -179,18 +181,20 @@ def _recipe(name: str, weights: int, activations: int | None, iters: int) -> Con
         layers=LayerConfig(weights=WeightSpec(bits=weights), activations=acts),
         first=LayerConfig(weights=WeightSpec(bits=8), activations=sixteen),
         last=LayerConfig(weights=WeightSpec(bits=8), activations=acts),
-        reconstruction=ReconstructionSpec(iters=iters),
     )
 
 
 PRESETS: dict[str, Config] = {
     "fp": Config(name="fp", temporal=TemporalSpec(mode="table")),
-    "w8a8": _recipe("w8a8", 8, 8, 0),
-    "w4a8": _recipe("w4a8", 4, 8, 100),
-    "w8a16": _recipe("w8a16", 8, None, 0),
-    "w4a16": _recipe("w4a16", 4, None, 100),
+    "w8a8": _recipe("w8a8", 8, 8),
+    "w4a8": _recipe("w4a8", 4, 8),
+    "w8a16": _recipe("w8a16", 8, None),
+    "w4a16": _recipe("w4a16", 4, None),
 }
-"""Presets by name. In "w8a16" and "w4a16" activations stay in the model's own dtype."""
+"""Presets by name. In "w8a16" and "w4a16" activations stay in the model's own dtype.
+
+Second-order rounding is on and block reconstruction off: on the models measured so far the second
+adds nothing to the first. Switch it on with ReconstructionSpec(iters=200)."""
 
 
 def resolve(config: str | Config) -> Config:

@@ -80,13 +80,20 @@ def nearest_static() -> Config:
     )
 
 
+def everything() -> Config:
+    """W4A8 with every pass switched on, block reconstruction on top of second-order rounding too."""
+    recipe = PRESETS["w4a8"]
+    learnt = dataclasses.replace(recipe.reconstruction, iters=60)
+    return dataclasses.replace(recipe, name="w4a8 everything", reconstruction=learnt)
+
+
 def variants() -> list[Variant]:
     """What the demo compares."""
     return [
         Variant("tables only", PRESETS["fp"], compiled=False),
         Variant("W8A8", PRESETS["w8a8"], compiled=True),
         Variant("W4A8 nearest", nearest_static(), compiled=False),
-        Variant("W4A8 everything", PRESETS["w4a8"], compiled=True),
+        Variant("W4A8 everything", everything(), compiled=True),
     ]
 
 

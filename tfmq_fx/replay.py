@@ -18,8 +18,13 @@ log = logging.getLogger(__name__)
 
 
 def structural_clone(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares parameters and buffers, in eval mode."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """A copy of the module tree, in eval mode, on the same memory.
+
+    Parameters of the copy want no gradient: what is learnt later is never the model's own (and
+    torch 2.13 crashes in the backward of a channels-last GroupNorm whose input wants none).
+    """
+    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     try:
         return copy.deepcopy(model, memo).eval()
     except (TypeError, RuntimeError) as error:

@@ -48,15 +48,21 @@ class SoftLayer(nn.Module):
 
 
 def start_of(layer: QuantLayer, weight: Tensor) -> Tensor:
-    """Where soft rounding of `layer` starts: the float weight where its own nearest rounding is what
-    the layer has, elsewhere half a step from the layer's code towards the weight."""
+    """Where soft rounding of `layer` starts.
+
+    A layer rounded to nearest starts at its float weight, as AdaRound does.  A layer that was rounded
+    by something better starts a tenth of a step from its codes, on the side of the float weight:
+    deciding at once gives the codes back, and learning may flip what does not fit.
+    """
     shape = (-1, *[1] * (weight.dim() - 1))
-    scale = layer.weight_scale.view(shape)
+    weight = weight.detach().float()
     grid = QParams(layer.weight_scale, layer.weight_zero.float(), layer.weight_bits)
-    nearest = round_nearest(weight.float().flatten(1), grid).view(weight.shape)
+    nearest = round_nearest(weight.flatten(1), grid).view(weight.shape)
     codes = layer.weight_codes().float() + layer.weight_zero.float().view(shape)
-    gap = ((weight.float() - layer.weight) / scale).clamp(-0.45, 0.45)
-    return torch.where(codes == nearest, weight.float(), layer.weight + gap * scale)
+    if torch.equal(codes, nearest):
+        return weight
+    step = 0.1 * layer.weight_scale.view(shape)
+    return layer.weight + torch.where(weight > layer.weight, step, -step)
 
 
 def learn(
@@ -64,17 +70,18 @@ def learn(
     layers: list[SoftLayer],
     batches: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
     *,
+    before: float,
     iters: int,
     learning_rate: float,
     regularization: float,
     generator: torch.Generator,
     name: str,
-) -> float:
+) -> None:
     """Learn the rounding of `layers` so that forward(*inputs) gives the targets of `batches`.
 
-    Loss: squared error relative to the targets' mean square, plus regularization times the mean
-    rounding term, both independent of the unit's size.  Returns the last batch's relative error.
-    Raises CalibrationError if the loss becomes NaN.
+    before: the relative squared error of the rounding that there is.  Loss: relative squared error
+    over `before`, plus regularization times the mean rounding term: both of order 1, whatever the
+    unit's size and however good the start.  Raises CalibrationError if the loss becomes NaN.
     """
     alphas = [layer.rounding.alpha for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -86,7 +93,6 @@ def learn(
     )
     power = _mean_square(batches)
     weights = sum(alpha.numel() for alpha in alphas)
-    error = 0.0
     for step in range(iters):
         inputs, targets = batches[int(torch.randint(len(batches), (), generator=generator))]
         with torch.enable_grad():
@@ -95,24 +101,20 @@ def learn(
                 (out.float() - target.float()).square().mean() / scale
                 for out, target, scale in zip(outputs, targets, power, strict=True)
             ]
-            loss = torch.stack(losses).sum()
+            loss = torch.stack(losses).mean() / max(before, 1e-12)
             beta = annealed_beta(step, iters)
+            total = loss
             if beta is not None:
                 terms = [
                     layer.rounding.regularization(beta) * (alpha.numel() / weights)
                     for layer, alpha in zip(layers, alphas, strict=True)
                 ]
-                penalty = torch.stack(terms).sum()
-                total = loss + regularization * penalty
-            else:
-                total = loss
+                total = loss + regularization * torch.stack(terms).sum()
             optimizer.zero_grad()
             total.backward()
-        error = float(loss.detach())
-        if error != error:
+        if not bool(torch.isfinite(total.detach())):
             raise CalibrationError(f"reconstruction of {name} became NaN; lower the learning rate")
         optimizer.step()
-    return error
 
 
 def _mean_square(batches: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> list[Tensor]:
