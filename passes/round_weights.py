@@ -16,7 +16,7 @@ from tfmq_fx.affine import weight_qparams
 from tfmq_fx.config import LayerConfig, ReconstructionSpec
 from tfmq_fx.dialect import Stage
 from tfmq_fx.errors import CalibrationError
-from tfmq_fx.gram import InputStatistics, input_rows
+from tfmq_fx.gram import InputStatistics, input_rows, row_count
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.nn import QuantConv, QuantLayer
 from tfmq_fx.progress import progress_bar
@@ -75,18 +75,11 @@ def _statistics(
     width = torch.Size(layer.weight_shape[1:]).numel()
     result = InputStatistics.empty(groups, width, layer.codes.device)
     share = -(-ROWS // len(quantized.chunks))
-    shape = node.meta["val"].shape
-    positions = 1
     for i in range(len(quantized.chunks)):
         args, _ = quantized.arguments(node, i)
         seen = layer.quantized_input(*args)
         true = full.arguments(full.node(node.name), i)[0][0]
-        if isinstance(layer, QuantConv):
-            positions = torch.Size(int(n) for n in shape[2:]).numel()
-            count = seen.shape[0] * positions
-        else:
-            count = seen[..., 0].numel()
-        picks = torch.randperm(count, generator=generator)[:share]
+        picks = torch.randperm(row_count(layer, seen), generator=generator)[:share]
         result.add(input_rows(layer, seen, picks), input_rows(layer, true, picks))
     if not bool(torch.isfinite(result.gram).all() & torch.isfinite(result.cross).all()):
         raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")

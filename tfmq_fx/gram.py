@@ -23,14 +23,9 @@ def input_rows(layer: QuantLayer, x: Tensor, picks: Tensor | None = None) -> Ten
     if not isinstance(layer, QuantConv):
         rows = x.reshape(-1, x.shape[-1])
         return (rows if picks is None else rows[picks])[None]
-    x, padding = layer.pad(x)
     kernel = layer.weight_shape[2:]
-    if isinstance(padding, str):
-        total = [d * (k - 1) for d, k in zip(layer.dilation, kernel, strict=True)]
-        sides = [(n // 2, n - n // 2) if padding == "same" else (0, 0) for n in total]
-    else:
-        sides = [(n, n) for n in padding]
-    x = F.pad(x, [width for pair in reversed(sides) for width in pair])
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, [width for pair in reversed(layer.borders()) for width in pair], mode=mode)
     for i, (size, stride, dilation) in enumerate(
         zip(kernel, layer.stride, layer.dilation, strict=True)
     ):
@@ -46,9 +41,15 @@ def input_rows(layer: QuantLayer, x: Tensor, picks: Tensor | None = None) -> Ten
     return x.reshape(len(x), layer.groups, -1).transpose(0, 1)
 
 
-def row_count(layer: QuantLayer, x: Tensor, y_positions: int) -> int:
-    """How many rows an input has: batch times `y_positions` output positions."""
-    return x.shape[0] * y_positions if isinstance(layer, QuantConv) else x[..., 0].numel()
+def row_count(layer: QuantLayer, x: Tensor) -> int:
+    """How many rows `input_rows` finds in x."""
+    if not isinstance(layer, QuantConv):
+        return x[..., 0].numel()
+    count = x.shape[0]
+    for i, (before, after) in enumerate(layer.borders()):
+        reach = layer.dilation[i] * (layer.weight_shape[2 + i] - 1) + 1
+        count *= (x.shape[2 + i] + before + after - reach) // layer.stride[i] + 1
+    return count
 
 
 @dataclass(slots=True)

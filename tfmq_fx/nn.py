@@ -269,14 +269,16 @@ class QuantConv(QuantLayer):
         """x padded by a mode that convolutions do not have, and the padding left to do."""
         if self.padding_mode == "zeros":
             return x, self.padding
-        if isinstance(self.padding, str):
-            kernel = self.weight_shape[2:]
-            total = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
-            sides = [(n // 2, n - n // 2) if self.padding == "same" else (0, 0) for n in total]
-        else:
-            sides = [(n, n) for n in self.padding]
-        widths = [width for pair in reversed(sides) for width in pair]
-        return F.pad(x, widths, mode=self.padding_mode), (0,) * len(sides)
+        widths = [width for pair in reversed(self.borders()) for width in pair]
+        return F.pad(x, widths, mode=self.padding_mode), (0,) * (x.dim() - 2)
+
+    def borders(self) -> list[tuple[int, int]]:
+        """How far x is padded before and after each of its spatial dimensions."""
+        if not isinstance(self.padding, str):
+            return [(n, n) for n in self.padding]
+        kernel = self.weight_shape[2:]
+        total = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
+        return [(n // 2, n - n // 2) if self.padding == "same" else (0, 0) for n in total]
 
     def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, padding = self.pad(x)
