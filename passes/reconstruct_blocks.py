@@ -44,23 +44,29 @@ def reconstruct_blocks(
     """
     full, quantized = Walk(reference, chunks), Walk(gm, chunks)
     generator = torch.Generator().manual_seed(spec.seed)
-    sites = [
-        s
-        for s in find_sites(gm)[0]
-        if s.name not in skip and isinstance(s.layer, QuantLayer) and len(s.nodes) == 1
-    ]
-    declined, errors = [], {}
-    for unit in progress_bar(units(sites), "block reconstruction", enabled=progress):
-        for part in _alone(unit, _view(gm, unit, full)):
-            view = _view(gm, part, full)
-            if view is None:
-                declined.append(Declined(part.path, "its outputs are not in the captured graph"))
-                continue
-            batches = _batches(view, full, quantized)
-            result = _reconstruct(gm, reference, part, view, batches, spec, generator)
-            errors[part.path] = result
-            if result["after"] >= result["before"]:
-                declined.append(Declined(part.path, "learnt rounding is no better"))
+    declined, errors, sites = [], {}, []
+    for site in find_sites(gm)[0]:
+        if site.name in skip or not isinstance(site.layer, QuantLayer):
+            continue
+        if len(site.nodes) == 1:
+            sites.append(site)
+        else:
+            reason = f"called {len(site.nodes)} times: no block holds all that it does"
+            declined.append(Declined(site.name, reason))
+    parts = [part for unit in units(sites) for part in _alone(unit, _view(gm, unit, full))]
+    # Sites of a unit that is no region of its own may take turns with those of others.
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    parts.sort(key=lambda part: order[part.sites[0].nodes[0]])
+    for part in progress_bar(parts, "block reconstruction", enabled=progress):
+        view = _view(gm, part, full)
+        if view is None:
+            declined.append(Declined(part.path, "its outputs are not in the captured graph"))
+            continue
+        batches = _batches(view, full, quantized)
+        result = _reconstruct(gm, reference, part, view, batches, spec, generator)
+        errors[part.path] = result
+        if result["after"] >= result["before"]:
+            declined.append(Declined(part.path, "learnt rounding is no better"))
     changed = sum(e["after"] < e["before"] for e in errors.values())
     return Rewrite(gm, changed, declined, {"error": errors})
 
