@@ -16,8 +16,8 @@ PREFIX = "observers"
 
 
 def observer_name(site: str) -> str:
-    """Path of the observer of a site; dots would nest modules, so they become underscores."""
-    return f"{PREFIX}.{site.replace('_', '__').replace('.', '_')}"
+    """Path of the observer of a site, another for every site; dots would nest modules."""
+    return f"{PREFIX}.{site.replace('_', '__').replace('.', '_d')}"
 
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.OBSERVED)
