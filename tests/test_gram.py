@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.test_nn import LAYERS, make, quantized
-from tfmq_fx.gram import InputStatistics, input_rows
+from tfmq_fx.gram import InputStatistics, input_rows, row_count
 from tfmq_fx.nn import QuantConv
 
 
@@ -33,6 +33,7 @@ def test_rows_times_the_weight_are_the_layers_output(name):
     layer, x = make(name)
     made = quantized(layer)
     rows = input_rows(made, x)
+    assert rows.shape[1] == row_count(made, x)
     error = (outputs_from_rows(made, rows) - output_rows(made, x)).abs().max()
     assert float(error.detach()) <= ROUNDED
 
@@ -70,7 +71,7 @@ def test_rows_for_any_convolution(data):
     made = quantized(layer)
     rows = input_rows(made, x)
     expected = output_rows(made, x).detach()
-    assert rows.shape[1] == len(expected)
+    assert rows.shape[1] == len(expected) == row_count(made, x)
     # at most 108 products here
     bound = 108 * 108 * float(x.abs().max() * made.weight.abs().max()) * 2**-24 + 1e-9
     assert float((outputs_from_rows(made, rows) - expected).abs().max().detach()) <= bound

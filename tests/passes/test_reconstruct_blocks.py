@@ -1,0 +1,119 @@
+"""reconstruct_blocks: blocks are learnt in execution order, and none ends worse than it began."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.passes.test_quantize_layers import TIMES, W4A8, quantize, relative_error, toy_batches
+from tests.test_sites import graph_of
+from tests.toys import SharedTwice, ToyUNet, seeded
+from tfmq_fx.blocks import units
+from tfmq_fx.config import LayerConfig, ReconstructionSpec, WeightSpec
+from tfmq_fx.passes.reconstruct_blocks import reconstruct_blocks
+from tfmq_fx.passes.round_weights import round_weights
+from tfmq_fx.sites import find_sites
+
+W3 = LayerConfig(weights=WeightSpec(bits=3))
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return graph_of(seeded(ToyUNet).eval(), 3, 8, 8)
+
+
+def learnt(gm, layers=W3, iters=20, batches=None, second_order=False, **kwargs):
+    batches = list(toy_batches()) if batches is None else batches
+    spec = ReconstructionSpec(iters=iters, seed=kwargs.pop("seed", 0))
+    given = quantize(gm, layers, batches, TIMES).gm
+    if second_order:
+        plan = {s.name: layers for s in find_sites(gm)[0]}
+        given = round_weights(given, reference=gm, chunks=batches, plan=plan, spec=spec).gm
+    done = reconstruct_blocks(given, reference=gm, chunks=batches, spec=spec, **kwargs)
+    return given, done
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_no_block_ends_worse_than_it_began(toy, second_order):
+    given, done = learnt(toy, second_order=second_order)
+    kept = [p for p, e in done.details["error"].items() if e["after"] >= e["before"]]
+    assert done.changed == len(done.details["error"]) - len(kept)
+    assert [d.site for d in done.declined] == kept
+    assert {d.reason for d in done.declined} <= {"learnt rounding is no better"}
+    members = {u.path: u.sites for u in units(find_sites(given)[0])}
+    for path, error in done.details["error"].items():
+        for site in members[path]:
+            same = done.gm.get_submodule(site.name) is site.layer
+            assert same == (error["after"] >= error["before"])
+
+
+def test_outputs_come_nearer_to_full_precision(toy):
+    given, done = learnt(toy, iters=60)
+    assert done.changed > 8
+    error = relative_error(done.gm, toy, toy_batches())
+    assert error < 0.7 * relative_error(given, toy, toy_batches())
+
+
+def test_blocks_are_learnt_in_execution_order(toy):
+    _, done = learnt(toy, iters=1)
+    expected = [u.path for u in units(find_sites(toy)[0])]
+    assert list(done.details["error"]) == expected
+    assert expected.index("mid2") < expected.index("up2") < expected.index("up1")
+
+
+def test_it_is_deterministic_for_a_seed_and_leaves_its_input_alone(toy):
+    given, a = learnt(toy, iters=3)
+    before = {k: v.clone() for k, v in given.state_dict().items()}
+    _, b = learnt(toy, iters=3)
+    state = a.gm.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in b.gm.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in given.state_dict().items())
+
+
+def test_sites_to_skip_are_left(toy):
+    given, done = learnt(toy, iters=2, skip=("conv_in", "attention.qkv", "attention.out"))
+    for name in ("conv_in", "attention.qkv", "attention.out"):
+        assert done.gm.get_submodule(name) is given.get_submodule(name)
+    assert not {"conv_in", "attention"} & set(done.details["error"])
+
+
+def test_integer_inputs_are_rounded_while_weights_are_learnt(toy):
+    given, done = learnt(toy, layers=W4A8, iters=20)
+    assert done.changed > 0
+    assert done.gm.get_submodule("mid1.conv1").act_bits == 8
+    error = relative_error(done.gm, toy, toy_batches())
+    assert error < relative_error(given, toy, toy_batches())
+
+
+class Interleaved(nn.Module):
+    """Layers kept in lists by kind, called in turns: no list is a region of the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.ModuleList(nn.Linear(4, 8) for _ in range(3))
+        self.narrow = nn.ModuleList(nn.Linear(8, 4) for _ in range(3))
+
+    def forward(self, x, t):
+        for wide, narrow in zip(self.wide, self.narrow, strict=True):
+            x = x + narrow(torch.tanh(wide(x)))
+        return x * t[:, None]
+
+
+def small_batches():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(16, 4, generator=generator), torch.arange(16) % 4) for _ in range(2)]
+
+
+def test_layers_in_lists_that_take_turns_are_learnt_one_by_one():
+    gm = graph_of(seeded(Interleaved).eval(), 4)
+    given, done = learnt(gm, iters=40, batches=small_batches())
+    order = [f"{kind}.{i}" for i in range(3) for kind in ("wide", "narrow")]
+    assert list(done.details["error"]) == order
+    error = relative_error(done.gm, gm, small_batches())
+    assert error < relative_error(given, gm, small_batches())
+
+
+def test_a_layer_called_several_times_is_declined_by_reason():
+    gm = graph_of(seeded(SharedTwice).eval(), 4)
+    _, done = learnt(gm, iters=2, batches=small_batches())
+    (declined,) = done.declined
+    assert done.changed == 0 and "called 3 times" in declined.reason

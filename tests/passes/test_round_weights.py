@@ -1,0 +1,151 @@
+"""round_weights: every layer is rounded on what it will see, to give the full-precision output."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from tests.passes.test_quantize_layers import (
+    STATIC,
+    TIMES,
+    W4A8,
+    W8,
+    quantize,
+    relative_error,
+    toy_batches,
+)
+from tests.strategies import WIDTH, GraphBuilder, draw_inputs
+from tests.test_sites import graph_of
+from tests.toys import ToyUNet, seeded
+from tfmq_fx.api import convert, prepare
+from tfmq_fx.config import PRESETS, LayerConfig, ReconstructionSpec, TemporalSpec, WeightSpec
+from tfmq_fx.errors import CalibrationError
+from tfmq_fx.nn import QuantLayer
+from tfmq_fx.passes.round_weights import round_weights
+from tfmq_fx.sites import find_sites
+
+W3 = LayerConfig(weights=WeightSpec(bits=3))
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return graph_of(seeded(ToyUNet).eval(), 3, 8, 8)
+
+
+def rounded(gm, layers, batches=None, seed=0, **kwargs):
+    """(quantized to nearest, rounded) for every site by `layers`."""
+    batches = list(toy_batches()) if batches is None else batches
+    nearest = quantize(gm, layers, batches, TIMES).gm
+    done = round_weights(
+        nearest,
+        reference=gm,
+        chunks=batches,
+        plan={s.name: layers for s in find_sites(gm)[0]},
+        spec=ReconstructionSpec(seed=seed),
+        **kwargs,
+    )
+    return nearest, done
+
+
+@pytest.mark.parametrize("layers", [W3, W4A8])
+def test_outputs_come_nearer_to_full_precision(toy, layers):
+    nearest, done = rounded(toy, layers)
+    sites, _ = find_sites(toy)
+    assert done.changed == len(sites) and not done.declined
+    fresh = [
+        (x.flip(0) + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), t)
+        for x, t in toy_batches()
+    ]
+    # second-order rounding gains some 5 dB; ask for a third of the error power off, on other data
+    assert relative_error(done.gm, toy, fresh) < relative_error(nearest, toy, fresh) * 2 / 3
+
+
+def test_the_chosen_rounding_of_each_layer_is_never_worse_than_nearest(toy):
+    _, done = rounded(toy, W4A8)
+    errors = done.details["error"]
+    assert set(errors) == {s.name for s in find_sites(toy)[0]}
+    better = [e["second-order"] < e["nearest"] for e in errors.values()]
+    assert all(e["second-order"] >= 0 and e["nearest"] >= 0 for e in errors.values())
+    assert sum(better) > 0.9 * len(better)
+
+
+def test_it_is_deterministic_for_a_seed(toy):
+    a, b = (rounded(toy, W4A8)[1].gm for _ in range(2))
+    for (name, left), right in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name
+
+
+def test_the_quantized_graph_that_is_given_stays_as_it_was(toy):
+    batches = list(toy_batches())
+    nearest = quantize(toy, W4A8, batches, TIMES).gm
+    before = {k: v.clone() for k, v in nearest.state_dict().items()}
+    plan = {s.name: W4A8 for s in find_sites(toy)[0]}
+    round_weights(nearest, reference=toy, chunks=batches, plan=plan, spec=ReconstructionSpec())
+    assert all(torch.equal(v, before[k]) for k, v in nearest.state_dict().items())
+
+
+def test_the_bias_takes_up_the_mean_of_the_error():
+    b = GraphBuilder()
+    gm = b.finish(b.layer("proj", nn.Linear(WIDTH, 3), b.x))
+    x = torch.randn(500, WIDTH, generator=torch.Generator().manual_seed(0)) + 2
+    batches = [(x, draw_inputs(gm, 500)["t"])]
+    nearest, done = rounded(gm, W3, batches)
+    with torch.no_grad():
+        wanted, found = gm(*batches[0])[0].mean(0), done.gm(*batches[0])[0].mean(0)
+        plain = nearest(*batches[0])[0].mean(0)
+    # The mean is right up to float32: sums of 500 rows of 4 products below 5 * 0.5 * 4 each.
+    assert float((found - wanted).abs().max()) <= 10 * 2**-20
+    assert float((plain - wanted).abs().max()) > 0.01
+
+
+def test_sites_that_were_rounded_elsewhere_are_left(toy):
+    nearest, done = rounded(toy, W4A8, skip=("mid1.conv1", "conv_in"))
+    for name in ("mid1.conv1", "conv_in"):
+        assert done.gm.get_submodule(name) is nearest.get_submodule(name)
+    assert {d.site for d in done.declined} == {"mid1.conv1", "conv_in"}
+    assert {d.reason for d in done.declined} == {"rounded elsewhere, or in floating point"}
+
+
+def test_an_all_zero_layer_and_an_all_zero_input_are_fine():
+    b = GraphBuilder()
+    h = b.layer("dead", nn.Linear(WIDTH, WIDTH), b.x)
+    gm = b.finish(b.layer("after", nn.Linear(WIDTH, WIDTH), h))
+    gm.get_submodule("dead").weight.data.zero_()
+    gm.get_submodule("dead").bias.data.zero_()
+    batches = [tuple(draw_inputs(gm, 16).values())]
+    _, done = rounded(gm, W3, batches)
+    found = done.gm(*batches[0])[0]
+    # nothing but the bias is left
+    torch.testing.assert_close(found, gm.get_submodule("after").bias.detach().expand(16, WIDTH))
+
+
+def test_nan_in_the_data_names_the_layer():
+    b = GraphBuilder()
+    gm = b.finish(b.layer("proj", nn.Linear(WIDTH, 3), b.x))
+    x, t = draw_inputs(gm, 8).values()
+    x[1, 1] = float("nan")
+    with pytest.raises(CalibrationError, match="the inputs of proj hold NaN or Inf"):
+        nearest = quantize(gm, W8, [], TIMES).gm
+        plan = {"proj": W8}
+        round_weights(nearest, reference=gm, chunks=[(x, t)], plan=plan, spec=ReconstructionSpec())
+
+
+def test_it_follows_other_sizes_than_those_of_capture():
+    model = seeded(ToyUNet).eval()
+    example = (torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))
+    config = dataclasses.replace(PRESETS["w8a8"], temporal=TemporalSpec(mode="table"))
+    for size in (4, 16):
+        prepared = prepare(model, example, timesteps=4, dynamic=("batch", "spatial"), config=config)
+        for x, t in toy_batches(size=size):
+            prepared(x, t)
+        converted = convert(prepared, progress=False)
+        assert relative_error(converted, model, toy_batches(size=size)) < 1e-2
+
+
+def test_quantized_layers_are_new_and_integers(toy):
+    nearest, done = rounded(toy, STATIC)
+    for site in find_sites(done.gm)[0]:
+        assert isinstance(site.layer, QuantLayer)
+        assert site.layer is not nearest.get_submodule(site.name)
+        assert site.layer.codes.dtype == torch.uint8

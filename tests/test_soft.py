@@ -1,0 +1,170 @@
+"""soft: a layer whose rounding is learnt starts as the layer it stands for and ends on its grid."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_nn import LAYERS, make, quantized
+from tfmq_fx.errors import CalibrationError
+from tfmq_fx.soft import SoftLayer, learn, start_of
+
+
+def soft_of(layer, made, *, quantize_input=False):
+    return SoftLayer(made, start_of(made, layer.weight.detach()), quantize_input=quantize_input)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", LAYERS)
+def test_deciding_at_once_gives_the_layer_back(name, bits):
+    layer, x = make(name)
+    made = quantized(layer, bits=bits)
+    soft = soft_of(layer, made)
+    back = soft.decided()
+    assert torch.equal(back.weight_codes(), made.weight_codes())
+    assert torch.equal(back(x), made(x)) and back is not made
+    assert soft(x).shape == made(x).shape
+
+
+def test_it_starts_at_the_float_weight_where_the_layer_is_rounded_to_nearest():
+    layer, _ = make("linear")
+    made = quantized(layer, bits=4)
+    assert torch.equal(start_of(made, layer.weight.detach()), layer.weight.detach())
+
+
+def test_it_starts_at_codes_that_are_not_the_nearest_ones():
+    layer, _ = make("linear")
+    made = quantized(layer, bits=4)
+    codes = made.weight_codes().float() + made.weight_zero[:, None].float()
+    moved = torch.where(codes > 7, codes - 1, codes + 1)
+    grid = soft_of(layer, made).rounding.grid
+    made.set_weight(moved, grid)
+    soft = soft_of(layer, made)
+    assert torch.equal(soft.rounding.codes(), moved)
+    # less than half a step from the code, on the side of the weight
+    start = start_of(made, layer.weight.detach())
+    assert bool(((start - made.weight).abs() < 0.5 * made.weight_scale[:, None]).all())
+    toward = (start - made.weight).sign() == (layer.weight.detach() - made.weight).sign()
+    assert bool(toward.all())
+
+
+def test_inputs_are_rounded_straight_through():
+    layer, x = make("conv2d")
+    made = quantized(layer, act_bits=4)
+    made.set_static_range(0.5, 8)
+    soft = soft_of(layer, made, quantize_input=True)
+    x.requires_grad_()
+    y = soft(x)
+    seen = made.quantized_input(x.detach())
+    weight = soft.rounding.soft().view(soft.shape)
+    # x + (q - x) is q up to one float32 rounding of |x| <= 4, times 36 products with |w| <= 0.5
+    expected = made.apply_op(seen, weight, soft.bias)
+    assert float((y - expected).detach().abs().max()) <= 36 * 0.5 * 4 * 2**-23
+    y.sum().backward()
+    ones = torch.ones_like(y)
+    (through,) = torch.autograd.grad(made.apply_op(x, weight.detach(), None), x, ones)
+    torch.testing.assert_close(x.grad, through)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_half_precision_layers_can_be_learnt(dtype, act_bits):
+    layer, x = make("linear")
+    made = quantized(layer, bits=4, act_bits=act_bits).to(dtype)
+    soft = soft_of(layer.to(dtype), made, quantize_input=True)
+    y = soft(x.to(dtype))
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    assert float(soft.rounding.alpha.grad.abs().sum()) > 0
+
+
+def correlated(rows, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width // 3, width, generator=generator)
+    return torch.randn(rows, width // 3, generator=generator) @ mix
+
+
+class Tupled(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return (self.layer(x),)
+
+
+def relative(layer, x, target):
+    """Squared error of a layer's output relative to its target."""
+    with torch.no_grad():
+        return float((layer(x) - target).square().mean() / target.square().mean())
+
+
+def learnt(seed=0, iters=600, learning_rate=1e-2, x=None):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        layer = nn.Linear(12, 16).requires_grad_(False)
+    made = quantized(layer, bits=3)
+    x = correlated(64, 12) if x is None else x
+    soft = soft_of(layer, made)
+    learn(
+        Tupled(soft),
+        [soft],
+        [((part,), (layer(part),)) for part in x.split(32)],
+        before=relative(made, correlated(64, 12), layer(correlated(64, 12))),
+        iters=iters,
+        learning_rate=learning_rate,
+        regularization=1.0,
+        generator=torch.Generator().manual_seed(seed),
+        name="the layer",
+    )
+    return layer, made, soft, x
+
+
+def test_learning_lowers_the_output_error_and_decides():
+    layer, made, soft, x = learnt(iters=2000)
+    decided = soft.decided()
+    before = (made(x) - layer(x)).square().sum()
+    after = (decided(x) - layer(x)).square().sum()
+    # 3-bit nearest rounding is blind to correlated inputs; learning gains far more than half
+    assert after < before / 2
+    assert soft.rounding.decided() > 0.85
+    assert torch.equal(decided.weight_scale, made.weight_scale)
+    steps = (decided.weight - layer.weight).abs() / made.weight_scale[:, None]
+    assert float(steps.max()) <= 1 + 2**-18  # up or down, never further, and float32 rounding
+
+
+def test_learning_is_deterministic_for_a_seed():
+    codes = [learnt(seed=seed, iters=50)[2].rounding.alpha.detach() for seed in (0, 0, 1)]
+    assert torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
+
+
+def test_the_loss_does_not_depend_on_the_size_of_the_output():
+    def alpha(factor):
+        layer, made, _, x = learnt(iters=0)
+        soft = soft_of(layer, made)
+
+        class Times(nn.Module):
+            def forward(self, x):
+                return (factor * soft(x),)
+
+        learn(
+            Times(),
+            [soft],
+            [((x,), (factor * layer(x),))],
+            before=0.01,
+            iters=20,
+            learning_rate=1e-2,
+            regularization=1.0,
+            generator=torch.Generator().manual_seed(0),
+            name="",
+        )
+        return soft.rounding.alpha.detach()
+
+    # powers of two scale floating point exactly, so that errors relative to the targets are equal
+    assert torch.equal(alpha(1.0), alpha(2.0**10))
+
+
+def test_nan_is_an_error_that_names_the_unit():
+    x = correlated(64, 12)
+    x[3, 3] = float("nan")
+    with pytest.raises(CalibrationError, match="reconstruction of the layer became NaN"):
+        learnt(x=x, iters=5)
