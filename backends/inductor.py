@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tfmq_fx.affine import levels
+from tfmq_fx.backends.attention import pad_attention
 from tfmq_fx.backends.torchao import to_torchao
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
@@ -158,7 +159,9 @@ def lower(gm: fx.GraphModule) -> Rewrite:
             declined.append(Declined(name, f"runs in floating point: {reason}"))
             lowered = FloatLayer(layer)
         gm.set_submodule(name, lowered)
-    return Rewrite(gm, changed + len(weight_only), declined, {"weight_only": weight_only})
+    padded = pad_attention(gm)
+    details = {"integer": changed, "weight_only": weight_only, "padded_attention": padded}
+    return Rewrite(gm, changed + len(weight_only) + padded, declined, details)
 
 
 class FrozenCallable:

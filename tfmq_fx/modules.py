@@ -245,7 +245,8 @@ class Compiled(GraphModel):
     ) -> None:
         super().__init__(lowering.gm, converted.call, converted.model_config)
         self.gm.meta["timesteps"] = converted.timesteps
-        self.runner, self.backend, self.lowered = runner, backend, lowering.changed
+        self.runner, self.backend = runner, backend
+        self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
         self.recipe, self.record = converted.recipe, converted.record
 
