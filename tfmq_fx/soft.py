@@ -29,13 +29,16 @@ class SoftLayer(nn.Module):
         self.shape = target.shape
         grid = QParams(layer.weight_scale, layer.weight_zero.float(), layer.weight_bits)
         self.rounding = SoftRounding(target.detach().float().flatten(1), grid)
-        self.bias = nn.Parameter(layer.bias.detach().clone()) if layer.bias is not None else None
+        # in float32: steps of Adam vanish in half precision, and its 1e-8 becomes a division by 0
+        bias = None if layer.bias is None else layer.bias.detach().float().clone()
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if self.quantize_input and self.layer.act_bits is not None:
             x = x + (self.layer.quantized_input(x, scale) - x).detach()
         weight = self.rounding.soft().view(self.shape)
-        return self.layer.apply_op(x, weight.to(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self.layer.apply_op(x, weight.to(x.dtype), bias)
 
     def decided(self) -> QuantLayer:
         """A new quantized layer with the rounding learnt and the bias learnt."""
@@ -43,7 +46,7 @@ class SoftLayer(nn.Module):
         codes = self.rounding.codes().detach().view(self.shape)
         made.set_weight(codes, self.rounding.grid)
         if self.bias is not None:
-            made.bias = self.bias.detach().clone()
+            made.bias = self.bias.detach().to(made.dtype).clone()
         return made
 
 
