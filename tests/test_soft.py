@@ -98,18 +98,18 @@ def relative(layer, x, target):
         return float((layer(x) - target).square().mean() / target.square().mean())
 
 
-def learnt(seed=0, iters=600, learning_rate=1e-2, x=None):
+def learnt(seed=0, iters=600, learning_rate=1e-2, x=None, dtype=torch.float32):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        layer = nn.Linear(12, 16).requires_grad_(False)
+        layer = nn.Linear(12, 16).requires_grad_(False).to(dtype)
     made = quantized(layer, bits=3)
-    x = correlated(64, 12) if x is None else x
+    x = correlated(64, 12).to(dtype) if x is None else x
     soft = soft_of(layer, made)
     learn(
         Tupled(soft),
         [soft],
         [((part,), (layer(part),)) for part in x.split(32)],
-        before=relative(made, correlated(64, 12), layer(correlated(64, 12))),
+        before=relative(made, correlated(64, 12).to(dtype), layer(correlated(64, 12).to(dtype))),
         iters=iters,
         learning_rate=learning_rate,
         regularization=1.0,
@@ -168,3 +168,11 @@ def test_nan_is_an_error_that_names_the_unit():
     x[3, 3] = float("nan")
     with pytest.raises(CalibrationError, match="reconstruction of the layer became NaN"):
         learnt(x=x, iters=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_learning_lowers_the_error_of_half_precision_layers(dtype):
+    layer, made, soft, x = learnt(iters=600, dtype=dtype)
+    decided = soft.decided()
+    assert decided.bias.dtype == dtype and decided(x).dtype == dtype
+    assert relative(decided, x, layer(x)) < relative(made, x, layer(x)) / 2

@@ -1,4 +1,4 @@
-"""temporal: every form of every feature is measured, and what is chosen is what was measured best."""
+"""temporal: every form of every feature is measured, and the best of what fits is chosen."""
 
 import json
 

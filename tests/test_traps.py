@@ -1,4 +1,4 @@
-"""What a quantizer of diffusion models gets wrong without anybody noticing, one test for each trap."""
+"""What quantizers of diffusion models get wrong without anybody noticing: a test for each trap."""
 
 import dataclasses
 
@@ -109,7 +109,19 @@ def test_blocks_are_reconstructed_in_execution_order(toy):
     done = converted(toy, recipe("w4a8", iters=1))
     (learnt,) = [p for p in done.record["passes"] if p["name"] == "reconstruct_blocks"]
     order = list(learnt["details"]["error"])
-    path = "conv_in down1 shrink1 down2 mid1 attention mid2 up2 smooth up1 conv_out".split()
+    path = [
+        "conv_in",
+        "down1",
+        "shrink1",
+        "down2",
+        "mid1",
+        "attention",
+        "mid2",
+        "up2",
+        "smooth",
+        "up1",
+        "conv_out",
+    ]
     assert order == path
 
 
