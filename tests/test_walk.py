@@ -17,7 +17,7 @@ def chunks_of(gm, count=2):
     return [tuple(draw_inputs(gm, 2, seed).values()) for seed in range(count)]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(gm=captured_graphs(), count=st.integers(1, 3))
 def test_a_walk_computes_what_the_graph_computes(gm, count):
     chunks = chunks_of(gm, count)
@@ -32,7 +32,7 @@ def test_a_walk_computes_what_the_graph_computes(gm, count):
             assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(gm=captured_graphs())
 def test_a_walk_holds_exactly_the_values_still_needed(gm):
     walk, nodes = Walk(gm, chunks_of(gm)), list(gm.graph.nodes)

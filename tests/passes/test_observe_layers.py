@@ -23,7 +23,7 @@ def test_observers_of_two_layers_never_share_a_name(a, b):
     assert (observer_name(a) == observer_name(b)) == (a == b)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(gm=captured_graphs(), seed=st.integers(0, 99))
 def test_observing_changes_no_output_and_sees_every_layer(gm, seed):
     done = observe_layers(gm)

@@ -76,7 +76,7 @@ def as_tensor(value):
     return value[0] if isinstance(value, tuple) else value
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     gm=captured_graphs(),
     seed=st.integers(0, 99),
