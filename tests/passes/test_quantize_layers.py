@@ -92,7 +92,12 @@ def test_every_planned_site_is_quantized_and_the_rest_of_the_graph_stays(gm, see
     assert all(isinstance(s.layer, QuantLayer) for s in after)
     kept = {str(n.target) for n in gm.graph.nodes}
     added = [n for n in done.gm.graph.nodes if str(n.target) not in kept]
-    per_timestep = layers.activations is not None and layers.activations.per_timestep and sites
+    # a layer on a table, which is the same for all samples, has a static range and says so
+    static = {d.site for d in done.declined}
+    wanted = layers.activations is not None and layers.activations.per_timestep
+    per_timestep = {s.name for s in after if s.layer.per_timestep}
+    assert per_timestep == ({s.name for s in sites} - static if wanted else set())
+    assert all(d.reason.startswith("static range: dim 0") for d in done.declined)
     rows = [n for n in done.gm.graph.nodes if is_timestep_row(n)]
     assert len(rows) == bool(per_timestep)
     assert all(n in rows or n.op == "get_attr" for n in added if "getitem" not in str(n.target))
