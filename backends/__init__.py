@@ -16,7 +16,7 @@ BACKENDS = {
 
 
 def backend(name: str) -> ModuleType:
-    """The backend of that name, ready to compile. Raises BackendError, with the reason, otherwise."""
+    """The backend of that name, ready to compile. Raises BackendError with the reason if not."""
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; there are auto, {', '.join(BACKENDS)}")
     found = importlib.import_module(BACKENDS[name])

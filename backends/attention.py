@@ -15,7 +15,9 @@ from tfmq_fx.dialect import Stage
 WIDTH = 16  # float32 lanes; torch's CPU kernel slows down below that
 
 
-def padded_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """Scaled dot-product attention with head channels padded by zeros to 16, and cut again.
 
     The same function up to float reassociation: zeros add nothing to a product, and the scale stays

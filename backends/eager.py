@@ -17,7 +17,7 @@ def unavailable() -> str | None:
 
 
 def compile_graph(gm: fx.GraphModule, **options: Any) -> tuple[fx.GraphModule, Rewrite]:
-    """The graph itself; every quantized layer is declined, since eager computes in floating point."""
+    """The graph itself; every quantized layer is declined: eager computes in floating point."""
     declined = [
         Declined(name, "eager computes in floating point")
         for name, module in gm.named_modules()

@@ -80,8 +80,10 @@ class LoweredLayer(nn.Module):
         weight = ops.dequantize_per_channel.default(
             self.weight, self.weight_scale, self.weight_zero, 0, -128, 127, torch.int8
         )
+        y: Tensor
         if not self.per_timestep:
-            return self.op(x, weight, self.bias).to(dtype)
+            y = self.op(x, weight, self.bias)
+            return y.to(dtype)
         y = self.op(x, weight, None) * scale
         if self.bias is not None:
             y = y + self.bias.view(self.bias_shape)
@@ -101,7 +103,8 @@ class _Op(nn.Module):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.convolution is None:
             return F.linear(x, weight, bias)
-        return self.convolution(x, weight, bias, *self.settings)
+        y: Tensor = self.convolution(x, weight, bias, *self.settings)
+        return y
 
 
 class FloatLayer(nn.Module):

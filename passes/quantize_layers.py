@@ -20,6 +20,8 @@ from tfmq_fx.observers import Ranges
 from tfmq_fx.rounding import round_nearest
 from tfmq_fx.sites import Site, find_sites
 
+SCALES = "activation_scales"  # buffer: one row of input scales for each timestep
+
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED), gives=Stage.QUANTIZED)
 def quantize_layers(
@@ -104,7 +106,7 @@ def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
 def _pass_scales(
     gm: fx.GraphModule, wanting: list[tuple[Site, int]], table: Tensor, timesteps: Tensor
 ) -> None:
-    row = insert_timestep_row(gm, "activation_scales", table, timesteps)
+    row = insert_timestep_row(gm, SCALES, table, timesteps)
     fake = row.meta["val"]
     for site, column in wanting:
         for node in site.nodes:
@@ -112,6 +114,9 @@ def _pass_scales(
                 scale = gm.graph.call_function(operator.getitem, (row, (slice(None), column)))
             scale.name = f"scale_{node.name}"
             with fake.fake_mode:
-                scale.meta = {"val": fake[:, column], "nn_module_stack": node.meta["nn_module_stack"]}
+                scale.meta = {
+                    "val": fake[:, column],
+                    "nn_module_stack": node.meta["nn_module_stack"],
+                }
             node.args = (node.all_input_nodes[0], scale)
             node.kwargs = {}

@@ -1,6 +1,6 @@
 """Learn the rounding of each block so that its output is the full-precision one (BRECQ, AdaRound).
 
-block_q(x_q) with given rounding    ->    block_q(x_q) with rounding and bias learnt against block(x)
+block_q(x_q), rounding as given    ->    block_q(x_q), rounding and bias learnt against block(x)
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ def _view(gm: fx.GraphModule, unit: Unit, full: Walk) -> _View | None:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     nodes = unit_nodes(gm, unit)
     inside = set(nodes)
-    inputs = {
-        used for node in nodes for used in node.all_input_nodes if used not in inside
-    }
+    inputs = {used for node in nodes for used in node.all_input_nodes if used not in inside}
     outputs = [
         node
         for node in nodes

@@ -59,7 +59,7 @@ def symmetric_qparams(bound: Tensor, *, bits: int) -> QParams:
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes of `x` as floats holding integers in [0, 2**bits - 1]; scale and zero broadcast to x."""
+    """Codes of `x` as floats holding integers in [0, 2**bits - 1]; scale, zero broadcast to x."""
     return (torch.round(x / scale) + zero).clamp(0, levels(bits))
 
 
@@ -113,8 +113,9 @@ def shared_zero_scales(
     """Per-timestep scales under one zero point: (scale (K,), zero).
 
     low, high: (K,) range at each timestep, widened to contain 0.  weight: (K,) importance, >= 0.
-    s[t] = max(-low[t] / z, high[t] / (2**bits - 1 - z)); z minimises sum_t weight (s[t] / span[t])^2,
-    the relative rounding error.  One z for all t keeps zero-padded borders exact in integer kernels.
+    s[t] = max(-low[t] / z, high[t] / (2**bits - 1 - z)); z minimises the relative rounding error,
+    sum_t weight (s[t] / span[t])^2.  One z for all t keeps zero-padded borders exact in integer
+    kernels.
     A timestep whose range is empty takes the median scale of the others (1 if there is none).
     """
     top = levels(bits)

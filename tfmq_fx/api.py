@@ -225,9 +225,7 @@ def fold_timesteps(
     Nothing lossy: at batch 1 outputs equal the model's bit for bit at every one of `timesteps`;
     at other batch sizes they are equal up to float reassociation.
     """
-    prepared = prepare(
-        model, example_inputs, timesteps=timesteps, timestep=timestep, config="fp"
-    )
+    prepared = prepare(model, example_inputs, timesteps=timesteps, timestep=timestep, config="fp")
     return convert(prepared, progress=False)
 
 
@@ -303,7 +301,7 @@ def _plain(config: Any) -> dict[str, Any] | None:
 
 
 def _finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:
-    """The timesteps (K,), sorted, and how often calibration visited each (1 where it did not run)."""
+    """The timesteps (K,), sorted, and how often calibration visited each (1 if it did not run)."""
     given, seen = prepared.timesteps, prepared.cache.visits
     if given is None:
         if not seen:

@@ -52,7 +52,9 @@ def unit_nodes(gm: fx.GraphModule, unit: Unit) -> list[fx.Node]:
     inside = []
     for node in gm.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
-        if node.op not in ("placeholder", "output") and any(p == unit.path for p, _ in stack.values()):
+        if node.op not in ("placeholder", "output") and any(
+            p == unit.path for p, _ in stack.values()
+        ):
             inside.append(node)
     return inside
 

@@ -46,8 +46,8 @@ class ActivationSpec:
     """Integer activations, one range per tensor.
 
     bits: 4 to 8, or 16.
-    per_timestep: one scale for each timestep of the finite set (FSC, TFMQ-DM section 3.3), looked up
-    from t, with a zero point shared by all of them; False keeps one static range.
+    per_timestep: one scale for each timestep of the finite set (finite set calibration, FSC, of
+    TFMQ-DM), looked up from t, with a zero point shared by all; False keeps one static range.
     """
 
     bits: int = 8
@@ -79,9 +79,9 @@ class LayerConfig:
 class TemporalSpec:
     """What becomes of the temporal information block (everything that depends on t alone).
 
-    mode: "table" stores exact rows, "cache" stores rows as integers of `cache_bits`, "tib" keeps the
-    block as quantized modules reconstructed over every timestep (TIAR), "select" chooses per feature
-    by measured disturbance under `budget` (TFMQ-DM's journal extension).
+    mode: "table" stores exact rows, "cache" stores rows as integers of `cache_bits`, "tib" keeps
+    the block as quantized modules reconstructed over every timestep (TIAR), "select" chooses per
+    feature by measured disturbance under `budget` (TFMQ-DM's journal extension).
     budget: bytes for tables and kept weights together; None is the size of the quantized block,
     so that a table is never chosen where it outweighs the weights it replaces.
     tiar_iters: Adam steps of temporal information aware reconstruction; 0 rounds to nearest.
@@ -233,7 +233,7 @@ def from_dict(data: dict[str, Any], kind: type = Config) -> Any:
     if unknown := sorted(set(data) - known):
         raise ConfigError(f"{kind.__name__}: unknown keys {unknown}; known are {sorted(known)}")
     values = {
-        key: from_dict(value, _NESTED[key]) if isinstance(value, dict) else value
+        key: from_dict(value, _NESTED[key]) if isinstance(value, dict) and key in _NESTED else value
         for key, value in data.items()
     }
     return kind(**values)

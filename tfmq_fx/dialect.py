@@ -70,7 +70,9 @@ def check(gm: fx.GraphModule, stage: Stage) -> None:
             _attribute(gm, node)
         elif node.op == "call_function":
             if not stage.allows(introduced_by(node.target)):
-                raise GraphError(f"{node.name}: {node.target} is not legal in a {stage.value} graph")
+                raise GraphError(
+                    f"{node.name}: {node.target} is not legal in a {stage.value} graph"
+                )
             if is_timestep_row(node):
                 _check_table(gm, node)
         if node.op not in ("output", "get_attr") and "val" not in node.meta:
@@ -112,5 +114,6 @@ def _check_table(gm: fx.GraphModule, node: fx.Node) -> None:
         rows, known = _attribute(gm, table), _attribute(gm, keys)
         if isinstance(rows, torch.Tensor) and len(rows) != len(known):
             raise GraphError(
-                f"{node.name}: table {table.target!r} has {len(rows)} rows for {len(known)} timesteps"
+                f"{node.name}: table {table.target!r} has {len(rows)} rows "
+                f"for {len(known)} timesteps"
             )

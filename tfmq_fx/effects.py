@@ -16,10 +16,32 @@ PURE_FORMS: dict[Any, Any] = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 } | {
     f"{name}_": name
-    for name in (
-        "abs add addcdiv addcmul clamp clamp_max clamp_min cos div exp log masked_fill mul neg pow "
-        "reciprocal relu rsqrt sigmoid sin sqrt square sub tanh"
-    ).split()
+    for name in [
+        "abs",
+        "add",
+        "addcdiv",
+        "addcmul",
+        "clamp",
+        "clamp_max",
+        "clamp_min",
+        "cos",
+        "div",
+        "exp",
+        "log",
+        "masked_fill",
+        "mul",
+        "neg",
+        "pow",
+        "reciprocal",
+        "relu",
+        "rsqrt",
+        "sigmoid",
+        "sin",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
+    ]
 }
 
 

@@ -60,15 +60,17 @@ def graph_pass(
     [Callable[Concatenate[fx.GraphModule, P], Rewrite]],
     Callable[Concatenate[fx.GraphModule, P], Rewrite],
 ]:
-    """Make a function GraphModule -> Rewrite a pass: the input is checked, forked and never changed,
-    the body runs without grad, dead code goes, and the output is marked and checked as `gives`."""
+    """Make a function GraphModule -> Rewrite a pass.
+
+    The input is checked, forked and never changed, the body runs without grad, dead code goes, and
+    the output is marked and checked as `gives`."""
     accepted = takes if isinstance(takes, tuple) else (takes,)
 
     def decorate(
         body: Callable[Concatenate[fx.GraphModule, P], Rewrite],
     ) -> Callable[Concatenate[fx.GraphModule, P], Rewrite]:
         @functools.wraps(body)
-        def run(gm: fx.GraphModule, *args: P.args, **kwargs: P.kwargs) -> Rewrite:
+        def run(gm: fx.GraphModule, /, *args: P.args, **kwargs: P.kwargs) -> Rewrite:
             found = stage_of(gm)
             check(gm, found if found in accepted else accepted[0])
             start = time.perf_counter()
@@ -100,7 +102,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def set_buffer(gm: fx.GraphModule, name: str, value: torch.Tensor) -> str:
-    """Register `value` as a buffer under `name`, or `name_1`, ... if taken; returns the name used."""
+    """Register `value` as a buffer `name`, or `name_1`, ... if taken; returns the name used."""
     free, n = name, 0
     while hasattr(gm, free):
         n += 1
@@ -111,10 +113,12 @@ def set_buffer(gm: fx.GraphModule, name: str, value: torch.Tensor) -> str:
 
 def timestep_node(gm: fx.GraphModule) -> fx.Node:
     """The placeholder of the timestep, (B,)."""
-    for node in gm.graph.find_nodes(op="placeholder"):
-        if node.target == gm.meta["timestep"]:
+    name = gm.meta.get("timestep")
+    placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
+    for node in placeholders:
+        if node.target == name:
             return node
-    raise GraphError(f"the graph has no input {gm.meta['timestep']!r}")
+    raise GraphError(f"the graph has no input {name!r}, the timestep its metadata names")
 
 
 def insert_timestep_row(
@@ -138,6 +142,8 @@ def insert_timestep_row(
         row = gm.graph.call_function(timestep_row, (rows, keys, t))
     batch = t.meta["val"]
     with batch.fake_mode:
-        value = torch.empty((batch.shape[0], table.shape[1]), dtype=table.dtype, device=batch.device)
+        value = torch.empty(
+            (batch.shape[0], table.shape[1]), dtype=table.dtype, device=batch.device
+        )
     row.meta = {"val": value, "nn_module_stack": {"": ("", type(gm))}}
     return row

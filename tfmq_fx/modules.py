@@ -12,10 +12,13 @@ from torch import Tensor, fx, nn
 from .config import Config, LayerConfig
 from .dialect import stage_of
 from .errors import InputError
-from .graph import Rewrite, timestep_node
+from .graph import KEYS, Rewrite, timestep_node
 from .observers import SampleCache
 from .ops import find_unknown
+from .passes.quantize_layers import SCALES
 from .signature import CallSpec
+
+_EXACT = (KEYS, SCALES)  # buffers of the graph that keep their dtype whatever the model's
 
 
 class ModelConfig(dict[str, Any]):
@@ -45,7 +48,7 @@ class GraphModel(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, in its own type. Raises InputError for a call the graph is not for."""
+        """The model's output, in its own type. Raises InputError for a call not captured."""
         inputs, return_dict = self.call.bind(args, kwargs)
         if not torch.compiler.is_compiling():
             self.check_timesteps(inputs)
@@ -64,8 +67,8 @@ class GraphModel(nn.Module):
         if unknown := find_unknown(keys, t):
             raise InputError(
                 f"{self.call.timestep}: {unknown[0]} is not among the {len(keys)} timesteps this "
-                f"model was made for ({keys[0].item()} to {keys[-1].item()}). Prepare it again with "
-                "timesteps= that include it, or set the scheduler as in calibration."
+                f"model was made for ({keys[0].item()} to {keys[-1].item()}). Prepare it again "
+                "with timesteps= that include it, or set the scheduler as in calibration."
             )
 
     @property
@@ -110,7 +113,10 @@ class GraphModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = (self.device, self.dtype)
         probe = fn(torch.empty(0, dtype=before[1], device=before[0]))
+        exact = {n: b for n, b in self.gm.named_buffers(recurse=False) if n.startswith(_EXACT)}
         super()._apply(fn, recurse)
+        for name, value in exact.items():  # .half() must touch neither keys nor scales
+            setattr(self.gm, name, value.to(getattr(self.gm, name).device))
         if (probe.device, probe.dtype) != before:
             retarget(self.gm, before, (probe.device, probe.dtype))
             self.call = self.call.moved(device=probe.device.type, dtype=probe.dtype)
@@ -124,7 +130,7 @@ def retarget(
     before: tuple[torch.device, torch.dtype],
     after: tuple[torch.device, torch.dtype],
 ) -> None:
-    """Replace device and dtype constants of `before` in the graph's arguments by those of `after`."""
+    """Replace device and dtype constants of `before` in the graph by those of `after`."""
 
     def changed(value: Any) -> Any:
         if isinstance(value, torch.device) and value.type == before[0].type:
@@ -233,8 +239,8 @@ class Converted(GraphModel):
 
 
 class Compiled(GraphModel):
-    """A converted model that runs on a backend. Called like the original; not saved itself (save the
-    converted model and compile after loading).
+    """A converted model that runs on a backend. Called like the original; not saved itself (save
+    the converted model and compile after loading).
 
     backend: its name.  lowered: how many layers run as integers.  declined: [layer, reason] of
     those that do not.

@@ -48,7 +48,9 @@ class QuantLayer(nn.Module):
         self.weight_shape, self.weight_bits = tuple(weight_shape), weight_bits
         self.act_bits, self.per_timestep, self.dtype = act_bits, per_timestep, dtype
         out, count = weight_shape[0], torch.Size(weight_shape).numel()
-        self.register_buffer("codes", torch.empty(packed_size(count, weight_bits), dtype=torch.uint8))
+        self.register_buffer(
+            "codes", torch.empty(packed_size(count, weight_bits), dtype=torch.uint8)
+        )
         self.register_buffer("weight_scale", torch.empty(out))
         self.register_buffer("weight_zero", torch.empty(out, dtype=torch.uint8))
         self.register_buffer("bias", torch.empty(out, dtype=dtype) if bias else None)
@@ -230,11 +232,10 @@ class QuantConv(QuantLayer):
 
     @classmethod
     def from_float(
-        cls, layer: nn.Module, *, weight_bits: int, act_bits: int | None, per_timestep: bool
+        cls, layer: Any, *, weight_bits: int, act_bits: int | None, per_timestep: bool
     ) -> Self:
         """An empty quantized layer for a torch convolution, with its bias."""
         weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor)
         made = cls(
             stride=layer.stride,
             padding=layer.padding,

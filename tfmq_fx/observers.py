@@ -66,8 +66,8 @@ class RangeObserver(nn.Module):
 class SampleCache:
     """A bounded, seeded sample of the inputs calibration saw, spread evenly over timesteps.
 
-    capacity: bytes kept at most.  Within a timestep every sample is equally likely to be kept; where
-    there is no room for one sample of each timestep, so is every timestep.
+    capacity: bytes kept at most.  Within a timestep every sample is equally likely to be kept;
+    where there is no room for one sample of each timestep, so is every timestep.
     """
 
     def __init__(self, *, capacity: int, seed: int) -> None:
@@ -127,7 +127,5 @@ class SampleCache:
                 torch.cat([row[k] for row in part]) if b else part[0][k]
                 for k, b in enumerate(batched)
             )
-            for part in (
-                picked[i : i + batch_size] for i in range(0, len(picked), batch_size)
-            )
+            for part in (picked[i : i + batch_size] for i in range(0, len(picked), batch_size))
         ]

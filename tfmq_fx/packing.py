@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take: bits 4 and 2 share bytes, others take one each."""
+    """Bytes of `count` codes of `bits` bits: 4 and 2 bits share bytes, others take one each."""
     per_byte = 8 // bits if bits in (2, 4) else 1
     return -(-count // per_byte)
 

@@ -59,7 +59,7 @@ def named_inputs(
 
 
 def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
-    """The name of the timestep among `inputs`. Raises ConfigError listing the candidates in doubt."""
+    """The name of the timestep among `inputs`. Raises ConfigError listing candidates in doubt."""
     if timestep is not None:
         if timestep not in inputs:
             raise ConfigError(
@@ -104,7 +104,7 @@ def timestep_values(timesteps: Any) -> Tensor | None:
 
 
 def with_denoiser(pipeline: Any, source: nn.Module, denoiser: nn.Module) -> Any:
-    """A pipeline like `pipeline` whose component `source` is `denoiser`; the given one is untouched.
+    """A pipeline like `pipeline` with `denoiser` for its component `source`; the given one stays.
 
     Raises ConfigError where `source` is none of its components.
     """

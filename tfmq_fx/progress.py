@@ -17,4 +17,5 @@ def progress_bar(
     """`items`, with a bar on stderr where enabled."""
     if not enabled:
         return items
-    return tqdm(items, desc=description, total=total, file=sys.stderr, leave=False)
+    bar: Iterable[T] = tqdm(items, desc=description, total=total, file=sys.stderr, leave=False)
+    return bar

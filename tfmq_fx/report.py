@@ -84,11 +84,13 @@ class Report:
     def _head(self) -> list[str]:
         d = self.data
         capture = d["capture"]
+        guards = "; ".join(capture.get("guards", [])) or "none"
         lines = [
-            f"recipe {d['recipe']}: {d['bytes'] / 1024:.1f} KiB, float {d['float_bytes'] / 1024:.1f} KiB "
+            f"recipe {d['recipe']}: {d['bytes'] / 1024:.1f} KiB, "
+            f"float {d['float_bytes'] / 1024:.1f} KiB "
             f"({d['float_bytes'] / max(d['bytes'], 1):.2f}x smaller)",
             f"captured by {capture.get('route', '?')} in {capture.get('seconds', 0):.1f} s, "
-            f"{capture.get('nodes', 0)} nodes; guards: {'; '.join(capture.get('guards', [])) or 'none'}",
+            f"{capture.get('nodes', 0)} nodes; guards: {guards}",
             f"timesteps: {d['timesteps']}",
             f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
             f"{100 * self.activation_coverage:.1f} % of layer inputs are integers",

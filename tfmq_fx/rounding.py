@@ -47,7 +47,8 @@ def aligned_weight(weight: Tensor, cross: Tensor, gram: Tensor, damping: float) 
     system = _damped(gram, damping)
     gap = weight.double() @ (cross - gram).double()
     change = torch.linalg.solve(system, gap.T)
-    return weight + change.T.to(weight.dtype)
+    aligned: Tensor = weight + change.T.to(weight.dtype)
+    return aligned
 
 
 def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: float) -> Rounded:
@@ -92,8 +93,8 @@ def _damped(gram: Tensor, damping: float) -> Tensor:
 class SoftRounding:
     """AdaRound's variables for one layer: a weight between floor and ceiling, learnt, then decided.
 
-    target: (out, in), the values to round (the weight, or `Rounded.target`).  Start: the soft weight
-    equals `target`, so that deciding at once gives nearest rounding of it.
+    target: (out, in), the values to round (the weight, or a point near given codes).  Start: the
+    soft weight equals `target`, so that deciding at once gives nearest rounding of it.
     """
 
     def __init__(self, target: Tensor, grid: QParams) -> None:

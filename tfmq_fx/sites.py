@@ -75,7 +75,8 @@ def plan_sites(
 
     The first and last sites that depend on the sample get `config.first` and `config.last`;
     `temporal` names the sites of the temporal block, which are never first or last.  overrides:
-    module name patterns (fnmatch); later ones win.  Raises ConfigError for one that matches nothing.
+    module name patterns (fnmatch); later ones win.  Raises ConfigError for one that matches
+    nothing.
     """
     plan = {site.name: config.layers for site in sites}
     spatial = [site.name for site in sites if site.name not in temporal]

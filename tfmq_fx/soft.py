@@ -53,9 +53,9 @@ class SoftLayer(nn.Module):
 def start_of(layer: QuantLayer, weight: Tensor) -> Tensor:
     """Where soft rounding of `layer` starts.
 
-    A layer rounded to nearest starts at its float weight, as AdaRound does.  A layer that was rounded
-    by something better starts a tenth of a step from its codes, on the side of the float weight:
-    deciding at once gives the codes back, and learning may flip what does not fit.
+    A layer rounded to nearest starts at its float weight, as AdaRound does.  A layer that was
+    rounded by something better starts a tenth of a step from its codes, on the side of the float
+    weight: deciding at once gives the codes back, and learning may flip what does not fit.
     """
     shape = (-1, *[1] * (weight.dim() - 1))
     weight = weight.detach().float()

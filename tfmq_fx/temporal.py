@@ -107,9 +107,7 @@ def choose_temporal(
     budget = spec.budget
     if budget is None:
         budget = sum(module_bytes.values()) if spec.mode == "select" else 1 << 62
-    result.choice = select(
-        options, uses=block.uses, module_bytes=module_bytes, budget=budget
-    )
+    result.choice = select(options, uses=block.uses, module_bytes=module_bytes, budget=budget)
     result.details = {
         "budget": None if budget >= 1 << 62 else budget,
         "parameters": sum(p.numel() for p in block.graph.parameters()),

@@ -45,10 +45,25 @@ _DATA_DEPENDENT = (
 # constant and random ones are drawn at each call.
 _FACTORIES = {
     name: getattr(torch, name)
-    for name in (
-        "arange as_tensor empty eye full linspace logspace ones rand randint randn randperm "
-        "scalar_tensor tensor tril_indices triu_indices zeros"
-    ).split()
+    for name in [
+        "arange",
+        "as_tensor",
+        "empty",
+        "eye",
+        "full",
+        "linspace",
+        "logspace",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "scalar_tensor",
+        "tensor",
+        "tril_indices",
+        "triu_indices",
+        "zeros",
+    ]
 }
 _RECORDED = frozenset(_FACTORIES.values())
 _LOCK = threading.RLock()

@@ -33,8 +33,8 @@ class Verification:
     output at batch 1 was equal bit for bit.  difference: the largest absolute difference at batch 1
     and relative difference at a larger batch.  steps: output SQNR in dB at each timestep.
     features: (name, mean, worst) relative error of each temporal feature over the set, and the
-    timestep of the worst.  sites: (name, worst SQNR in dB over steps, timestep), worst first, each on
-    the reference's own inputs.
+    timestep of the worst.  sites: (name, worst SQNR in dB over steps, timestep), worst first, each
+    on the reference's own inputs.
     """
 
     exact: bool
@@ -59,7 +59,8 @@ class Verification:
             f"larger batch within {self.difference[1]:.3g} relative"
         ]
         worst = sorted(self.steps.items(), key=lambda item: item[1])[:5]
-        lines.append("output SQNR, worst steps: " + ", ".join(f"t={t:g} {v:.1f} dB" for t, v in worst))
+        steps = ", ".join(f"t={t:g} {v:.1f} dB" for t, v in worst)
+        lines.append(f"output SQNR, worst steps: {steps}")
         for name, mean, most, t in sorted(self.features, key=lambda f: -f[2])[:5]:
             if most > 0:
                 lines.append(f"feature {name}: error {mean:.3g}, worst {most:.3g} at t={t:g}")
@@ -136,17 +137,19 @@ def temporal_errors(
         for values, node in zip(found, nodes, strict=True):
             values.append(walk.values[node][0])
     names = [f.name for f in block.features]
-    values = tuple(torch.cat(v).view_as(row) for v, row in zip(found, rows, strict=True))
-    return names, relative_errors(values, rows)
+    gathered = tuple(torch.cat(v).view_as(row) for v, row in zip(found, rows, strict=True))
+    return names, relative_errors(gathered, rows)
 
 
 def _zeros(like: dict[str, Tensor], timestep: str, t: Tensor) -> list[Tensor]:
     """Placeholder values at batch 1: zeros, and the timestep."""
     made = []
     for name, value in like.items():
-        sizes = [n if isinstance(n, int) else 1 for n in value.shape]
-        kind = {"dtype": value.dtype, "device": t.device}
-        made.append(t.to(value.dtype).reshape(1) if name == timestep else torch.zeros(sizes, **kind))
+        if name == timestep:
+            made.append(t.to(value.dtype).reshape(1))
+        else:
+            sizes = [n if isinstance(n, int) else 1 for n in value.shape]
+            made.append(torch.zeros(sizes, dtype=value.dtype, device=t.device))
     return made
 
 

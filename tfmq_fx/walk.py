@@ -1,4 +1,4 @@
-"""Run a graph node by node over many samples, stopping where a pass wants to look or change a layer.
+"""Run a graph node by node over many samples, stopping where a pass wants to look or change.
 
 A walk keeps only live values, so that its memory is the graph's widest cut times the samples, not
 the sum of all activations.
@@ -25,7 +25,7 @@ class Walk:
     def __init__(self, gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]]) -> None:
         self.gm, self.chunks = gm, chunks
         self.values: dict[fx.Node, Chunks] = {}
-        self._nodes = list(gm.graph.nodes)
+        self._nodes: list[fx.Node] = list(gm.graph.nodes)
         self._by_name = {node.name: node for node in self._nodes}
         self._position = 0
         self._order = {node: i for i, node in enumerate(self._nodes)}
