@@ -95,7 +95,7 @@ def save(
         safetensors.torch.save_file(tensors, new / TENSORS_FILE)
         os.chmod(new / TENSORS_FILE, os.stat(new).st_mode & 0o666)  # safetensors writes 0600
         document["tensors"] = _fingerprint(new / TENSORS_FILE)
-        (new / GRAPH_FILE).write_text(json.dumps(document, indent=1, allow_nan=False))
+        (new / GRAPH_FILE).write_text(json.dumps(document, separators=(",", ":"), allow_nan=False))
         for path in (new / TENSORS_FILE, new / GRAPH_FILE, new):
             _sync(path)
         _swap(new, target)

@@ -57,10 +57,11 @@ def to_json(gm: fx.GraphModule) -> dict[str, Any]:
             f"the graph's code generator is a {type(gm.graph._codegen).__name__}; "
             "only graphs of plain positional inputs can be saved"
         )
-    symbols = SymbolWriter()
+    symbols, stacks = SymbolWriter(), _Stacks()
     return {
         "name": type(gm).__name__,
-        "nodes": [_node_json(node, symbols) for node in gm.graph.nodes],
+        "nodes": [_node_json(node, symbols, stacks) for node in gm.graph.nodes],
+        "stacks": stacks.table,
         "modules": modules_json(gm),
         "tensors": tensors_json(gm),
         "symbols": symbols.table,
@@ -88,10 +89,10 @@ def from_json(data: dict[str, Any]) -> fx.GraphModule:
 
 
 def _from_json(data: dict[str, Any]) -> fx.GraphModule:
-    keys(data, "graph", "name nodes modules tensors symbols meta")
+    keys(data, "graph", "name nodes stacks modules tensors symbols meta")
     symbols, graph, nodes = SymbolReader(data["symbols"]), fx.Graph(), dict[str, fx.Node]()
     for entry in data["nodes"]:
-        _add_node(graph, entry, nodes, symbols)
+        _add_node(graph, entry, nodes, symbols, data["stacks"])
     root = nn.Module()
     install_modules(root, data["modules"])
     install_tensors(root, data["tensors"])
@@ -112,7 +113,26 @@ def _from_json(data: dict[str, Any]) -> fx.GraphModule:
     return gm
 
 
-def _node_json(node: fx.Node, symbols: SymbolWriter) -> dict[str, Any]:
+class _Stacks:
+    """Module stacks, which many nodes share: each is written once and named by its position."""
+
+    def __init__(self) -> None:
+        self.table: list[list[list[str]]] = []
+        self._position: dict[str, int] = {}
+
+    def index(self, stack: Mapping[str, Any]) -> int:
+        """Position of a "nn_module_stack" in the table."""
+        entry = [
+            [path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}", key]
+            for key, (path, kind) in stack.items()
+        ]
+        position = self._position.setdefault(repr(entry), len(self.table))
+        if position == len(self.table):
+            self.table.append(entry)
+        return position
+
+
+def _node_json(node: fx.Node, symbols: SymbolWriter, stacks: _Stacks) -> dict[str, Any]:
     def reference(value: Any) -> Any:
         return {"node": value.name} if isinstance(value, fx.Node) else NotImplemented
 
@@ -131,10 +151,7 @@ def _node_json(node: fx.Node, symbols: SymbolWriter) -> dict[str, Any]:
     elif node.op not in ("output", "get_attr"):
         raise ArtifactError(f"{node.name}: no meta['val'] to save")
     if "nn_module_stack" in node.meta:
-        saved["nn_module_stack"] = [
-            [path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}", key]
-            for key, (path, kind) in (node.meta["nn_module_stack"] or {}).items()
-        ]
+        saved["nn_module_stack"] = stacks.index(node.meta["nn_module_stack"] or {})
     for key in _NODE_META:
         if key in node.meta:
             saved[key] = encode(node.meta[key], f"{node.name}: meta[{key!r}]")
@@ -142,7 +159,11 @@ def _node_json(node: fx.Node, symbols: SymbolWriter) -> dict[str, Any]:
 
 
 def _add_node(
-    graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node], symbols: SymbolReader
+    graph: fx.Graph,
+    entry: dict[str, Any],
+    nodes: dict[str, fx.Node],
+    symbols: SymbolReader,
+    stacks: list[list[list[str]]],
 ) -> None:
     optional = " ".join(("val", "nn_module_stack", *_NODE_META))
     keys(entry, "node", "name op target args kwargs", optional)
@@ -167,7 +188,7 @@ def _add_node(
         node.meta["val"] = symbols.decode(entry["val"], f"{name}: meta['val']")
     if "nn_module_stack" in entry:
         node.meta["nn_module_stack"] = {
-            str(key): (str(path), str(kind)) for path, kind, key in entry["nn_module_stack"]
+            str(key): (str(path), str(kind)) for path, kind, key in stacks[entry["nn_module_stack"]]
         }
     for key in _NODE_META:
         if key in entry:

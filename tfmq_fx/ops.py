@@ -35,7 +35,7 @@ def timestep_index(keys: Tensor, t: Tensor) -> Tensor:
     Values are compared exactly: as int64 if both are integers, else as float64.  NaN is no key.
     """
     wide = _wide(keys.dtype, t.dtype)
-    known, wanted = keys.to(wide), t.reshape(-1).to(wide)
+    known, wanted = keys.to(wide), t.reshape(-1).to(wide).contiguous()
     # searchsorted alone would hand an unknown timestep the row of its neighbour
     row = torch.searchsorted(known, wanted).clamp(max=known.shape[0] - 1)
     return torch.where(known[row] == wanted, row, -1)
