@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tfmq_fx.errors import ConfigError
 from tfmq_fx.graph import Declined, Rewrite
 from tfmq_fx.nn import QuantLayer
 
@@ -24,5 +25,5 @@ def compile_graph(gm: fx.GraphModule, **options: Any) -> tuple[fx.GraphModule, R
         if isinstance(module, QuantLayer)
     ]
     if options:
-        raise TypeError(f"backend 'eager' takes no options, got {', '.join(options)}")
+        raise ConfigError(f"backend 'eager' takes no options, got {', '.join(options)}")
     return torch.no_grad()(gm), Rewrite(gm, 0, declined, name="eager")

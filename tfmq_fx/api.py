@@ -133,8 +133,13 @@ def calibrate(
         for inputs in progress_bar(source, "calibration", enabled=progress):
             if isinstance(inputs, Mapping):
                 prepared(**inputs)
-            else:
+            elif isinstance(inputs, (tuple, list)):
                 prepared(*inputs)
+            else:
+                raise ConfigError(
+                    "calibrate() takes an iterable of calls, each a tuple or a dict of arguments; "
+                    f"it gave a {type(inputs).__name__}"
+                )
     else:
         raise ConfigError(
             "calibrate() takes a diffusers pipeline, a (scheduler, shape) pair or an iterable of "
@@ -150,6 +155,10 @@ def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
     rounding -> block reconstruction.  Deterministic for a seed on one machine.
     Raises CalibrationError where a layer that needs data saw none.
     """
+    if not isinstance(prepared, Prepared):
+        raise ConfigError(
+            f"convert() takes what prepare() returned, not a {type(prepared).__name__}"
+        )
     recipe, gm, spec = prepared.recipe, prepared.gm, prepared.recipe.reconstruction
     timesteps, visits = _finite_set(prepared)
     block = temporal_block(gm)
@@ -237,6 +246,11 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
     (torch.compile's mode, dynamic, ...).  Compiling happens at the first call.
     Raises BackendError where the backend is unknown or cannot run here.
     """
+    if not isinstance(model, Converted):
+        raise ConfigError(
+            f"compile() takes what convert(), fold_timesteps() or load() returned, not a "
+            f"{type(model).__name__}"
+        )
     name, note = backend, None
     if backend == "auto":
         name = "inductor"

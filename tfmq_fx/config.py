@@ -206,7 +206,7 @@ def resolve(config: str | Config) -> Config:
             "config='fp8' is not available: this version has no fp8 convolution kernels. "
             f"Use one of {', '.join(PRESETS)}."
         )
-    if config not in PRESETS:
+    if not isinstance(config, str) or config not in PRESETS:
         raise ConfigError(f"unknown config {config!r}; presets are {', '.join(PRESETS)}")
     return PRESETS[config]
 

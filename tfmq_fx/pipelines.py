@@ -29,12 +29,24 @@ def named_inputs(
 
     Raises ConfigError where they were not given and cannot be derived.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(example_inputs, Mapping):
         return dict(example_inputs)
     if example_inputs is not None:
         if isinstance(example_inputs, Tensor):
             raise ConfigError("example_inputs must be a tuple or a dict, not one tensor")
-        return dict(zip(forward_parameters(model), example_inputs, strict=False))
+        if not isinstance(example_inputs, Sequence):
+            raise ConfigError(
+                f"example_inputs must be a tuple or a dict, not {type(example_inputs).__name__}"
+            )
+        names = forward_parameters(model)
+        if len(example_inputs) > len(names):
+            raise ConfigError(
+                f"{len(example_inputs)} example_inputs given, but {type(model).__name__}.forward "
+                f"takes {len(names)}: {', '.join(names)}"
+            )
+        return dict(zip(names, example_inputs, strict=False))
     config = getattr(model, "config", None)
     channels, size = (getattr(config, name, None) for name in ("in_channels", "sample_size"))
     if channels is None or size is None or "sample" not in forward_parameters(model):
@@ -92,7 +104,7 @@ def timestep_values(timesteps: Any) -> Tensor | None:
     if isinstance(timesteps, bool):
         raise ConfigError("timesteps must be a number, a sequence or a scheduler, not a bool")
     if isinstance(timesteps, int):
-        return torch.arange(timesteps)
+        return torch.arange(max(timesteps, 0))  # an empty set is refused where it is checked
     found = getattr(timesteps, "timesteps", timesteps)  # a scheduler has them as an attribute
     try:
         return torch.as_tensor(found)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from .config import LayerConfig
+from .errors import ConfigError
 from .graph import Rewrite
-from .modules import Converted
+from .modules import Compiled, Converted
 from .nn import QuantLayer
 from .observers import Ranges
 from .sites import find_sites
@@ -131,8 +132,10 @@ class Report:
         return lines
 
 
-def report(model: Converted) -> Report:
+def report(model: Converted | Compiled) -> Report:
     """What was done to `model`, and why not elsewhere."""
+    if not isinstance(model, (Converted, Compiled)):
+        raise ConfigError(f"report() takes a converted model, not a {type(model).__name__}")
     keys = model.timesteps
     span = "none" if keys is None else f"{len(keys)} from {keys[0].item()} to {keys[-1].item()}"
     return Report(

@@ -84,6 +84,10 @@ def plan_sites(
         plan[spatial[0]] = config.first or config.layers
         plan[spatial[-1]] = config.last or config.layers
     for pattern, layer in (overrides or {}).items():
+        if not isinstance(layer, LayerConfig):
+            raise ConfigError(
+                f"override {pattern!r} must be a LayerConfig, got {type(layer).__name__}"
+            )
         matched = fnmatch.filter(plan, pattern)
         if not matched:
             names = ", ".join(list(plan)[:8])
