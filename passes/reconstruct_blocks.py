@@ -14,11 +14,11 @@ from torch import Tensor, fx
 
 from tfmq_fx.blocks import Unit, unit_nodes, units
 from tfmq_fx.config import ReconstructionSpec
-from tfmq_fx.dataflow import extract
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.progress import progress_bar
+from tfmq_fx.regions import extract, region_inputs, region_outputs
 from tfmq_fx.sites import find_sites
 from tfmq_fx.soft import SoftLayer, learn, start_of
 from tfmq_fx.walk import Walk
@@ -92,15 +92,9 @@ def _view(gm: fx.GraphModule, unit: Unit, full: Walk) -> _View | None:
     outputs stand in the full-precision graph under the same names."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     nodes = unit_nodes(gm, unit)
-    inside = set(nodes)
-    inputs = {used for node in nodes for used in node.all_input_nodes if used not in inside}
-    outputs = [
-        node
-        for node in nodes
-        if isinstance(node.meta.get("val"), Tensor) and any(u not in inside for u in node.users)
-    ]
+    outputs = [n for n in region_outputs(nodes) if isinstance(n.meta["val"], Tensor)]
     first = min((node for site in unit.sites for node in site.nodes), key=order.__getitem__)
-    ordered = sorted((n for n in inputs if n.op != "get_attr"), key=order.__getitem__)
+    ordered = region_inputs(nodes)
     if not outputs or not all(full.has(node.name) for node in outputs):
         return None
     if any(order[node] > order[first] for node in ordered):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .regions import region
 from .sites import Site
 
 
@@ -49,14 +50,7 @@ def unit_nodes(gm: fx.GraphModule, unit: Unit) -> list[fx.Node]:
     """The nodes of a unit in execution order: all that its module's forward recorded."""
     if len(unit.sites) == 1 and unit.path == unit.sites[0].name:
         return list(unit.sites[0].nodes)
-    inside = []
-    for node in gm.graph.nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        if node.op not in ("placeholder", "output") and any(
-            p == unit.path for p, _ in stack.values()
-        ):
-            inside.append(node)
-    return inside
+    return region(gm, unit.path)
 
 
 def _ancestors(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What depends on what: binding times, the temporal block, and regions as graphs of their own.
+"""What depends on what: binding times and the temporal block.
 
 The binding time of a value says which inputs must be known before it can be computed. Shape, dtype
 and device reads are not dependences. Values that depend on the timestep alone form the temporal
@@ -11,7 +11,7 @@ import enum
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import ConfigError, GraphError
+from .errors import ConfigError
 from .graph import Declined, module_path, timestep_node
 from .ops import has_weights, is_heavy, is_random, op_name, value_inputs, writers
+from .regions import extract, extract_nodes, reads_tensor
 
 RANDOM, WRITTEN = "<random>", "<written in place>"  # stand for inputs in BindingTimes.deps
 
@@ -200,7 +201,7 @@ def _cut(gm: fx.GraphModule, times: BindingTimes) -> tuple[tuple[fx.Node, ...], 
         network.add_edges_from(((node, "in"), (used, "out")) for used in sources)
         if heavy:
             network.add_edge((node, "in"), "heavy")
-        if any(user not in early and _reads_tensor(user) for user in node.users):
+        if any(user not in early and reads_tensor(user) for user in node.users):
             if stuck[node]:
                 declined.append(Declined(node.name, f"cannot be stored: {obstacle}"))
             else:
@@ -210,11 +211,6 @@ def _cut(gm: fx.GraphModule, times: BindingTimes) -> tuple[tuple[fx.Node, ...], 
     _, (_, kept) = nx.minimum_cut(network, "rest", "heavy")
     cut = tuple(node for node in stuck if (node, "in") in kept and (node, "out") not in kept)
     return cut, declined
-
-
-def _reads_tensor(node: fx.Node) -> bool:
-    """Whether a node needs its inputs themselves, not just their sizes, which other inputs have."""
-    return op_name(node) != "sym_size"
 
 
 def _obstacles(gm: fx.GraphModule, early: Collection[fx.Node]) -> dict[fx.Node, str]:
@@ -311,116 +307,3 @@ def _weighted(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
         elif node.op == "get_attr" and isinstance(operator.attrgetter(target)(gm), nn.Parameter):
             found[target.rpartition(".")[0]] = None
     return tuple(found)
-
-
-# ---------------------------------------------------------------------------- regions
-
-
-def extract(
-    gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]
-) -> fx.GraphModule:
-    """The graph module inputs -> tuple of outputs, sharing the modules and parameters of `gm`.
-
-    Sizes are read from those inputs that carry the same symbol, wherever `gm` reads them.  Writes
-    in place to values inside the region come along.  Raises GraphError if `outputs` need another
-    input.
-    """
-    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in inputs:
-        env[node] = graph.placeholder(str(node.target) if node.op == "placeholder" else node.name)
-        env[node].meta = dict(node.meta)
-    for node in extract_nodes(gm, outputs, inputs):
-        source = _size_source(node, inputs)
-        if source is None:
-            env[node] = graph.node_copy(node, env.__getitem__)
-        else:
-            size = graph.call_function(torch.ops.aten.sym_size.int, (env[source[0]], source[1]))
-            size.meta, env[node] = dict(node.meta), size
-    graph.output(tuple(env[node] for node in outputs))
-    made = fx.GraphModule(gm, graph, type(gm).__name__)
-    made.meta = {key: gm.meta[key] for key in ("stage", "timestep") if key in gm.meta}
-    made.train(gm.training)
-    return made
-
-
-def extract_nodes(
-    gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]
-) -> dict[fx.Node, None]:
-    """The nodes, in graph order, that compute `outputs` from `inputs`, which are not among them."""
-    position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    last = max((position[node] for node in outputs), default=-1)
-    writes = [(node, bases) for node, bases in writers(gm) if position[node] < last]
-    needed, todo, given = set[fx.Node](), list(outputs), set(inputs)
-    while todo:
-        node = todo.pop()
-        if node in needed or node in given:
-            continue
-        if node.op == "placeholder":
-            names = ", ".join(n.name for n in outputs)
-            raise GraphError(f"{names}: cannot be computed without input {node.target!r}")
-        needed.add(node)
-        if _size_source(node, inputs) is None:
-            todo += node.all_input_nodes
-        todo += [writer for writer, bases in writes if node in bases]
-    return {node: None for node in gm.graph.nodes if node in needed}
-
-
-def _size_source(node: fx.Node, inputs: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
-    """An input, and its dimension, of the size that `node` holds; None if it holds none of them."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.SymInt):
-        return None
-    for source in inputs:
-        tensor = source.meta.get("val")
-        if isinstance(tensor, Tensor):
-            for i, size in enumerate(tensor.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr == value.node.expr:
-                    return source, i
-    return None
-
-
-def region(gm: fx.GraphModule, path: str) -> list[fx.Node]:
-    """The nodes recorded inside the module at `path` ("" is the whole model), in graph order."""
-
-    def inside(node: fx.Node) -> bool:
-        stack = node.meta.get("nn_module_stack") or {}
-        return not path or path in (found for found, _ in stack.values())
-
-    return [n for n in gm.graph.nodes if n.op not in ("placeholder", "output") and inside(n)]
-
-
-def region_inputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
-    """The values that `nodes` take from outside, in order of first use; buffers are not among them,
-    nor sizes that an input tensor carries."""
-    inside = set(nodes)
-    used = dict.fromkeys(used for node in nodes for used in node.all_input_nodes)
-    found = [node for node in used if node not in inside and node.op != "get_attr"]
-    return [node for node in found if _size_source(node, found) is None]
-
-
-def region_outputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
-    """The tensors (and tuples) of `nodes` used outside, in graph order; sizes do not count."""
-    inside = set(nodes)
-    return [
-        node
-        for node in nodes
-        if node.op != "get_attr"
-        and isinstance(node.meta.get("val"), (Tensor, tuple, list))
-        and any(user not in inside and _reads_tensor(user) for user in node.users)
-    ]
-
-
-def is_convex(gm: fx.GraphModule, nodes: Collection[fx.Node]) -> bool:
-    """Whether no way leads out of `nodes` and back in: such a region can run as one call."""
-    inside, after = set(nodes), set[fx.Node]()
-    for node in gm.graph.nodes:
-        if node in inside:
-            if any(used in after and _carries(used) for used in node.all_input_nodes):
-                return False
-        elif any(used in inside or used in after for used in node.all_input_nodes):
-            after.add(node)
-    return True
-
-
-def _carries(node: fx.Node) -> bool:
-    return not isinstance(node.meta.get("val"), torch.SymInt)

@@ -139,7 +139,7 @@ def _node_json(node: fx.Node, symbols: SymbolWriter, stacks: _Stacks) -> dict[st
     check_node(node)
     where = f"{node.name}: argument"
     function = node.op == "call_function"
-    saved = {
+    saved: dict[str, Any] = {
         "name": node.name,
         "op": node.op,
         "target": function_name(node.target, node.name) if function else node.target,
