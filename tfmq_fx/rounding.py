@@ -24,7 +24,7 @@ class Rounded:
     """Codes (out, in) as floats holding integers, and the value each was rounded from.
 
     target: (out, in), in the units of the weight: the weight after the errors of earlier columns
-    were spread over it. AdaRound starts from it.
+    were spread over it. Each code is the nearest to its target.
     """
 
     codes: Tensor
