@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from tests.strategies import WIDTH, GraphBuilder, captured_graphs, draw_inputs
-from tests.test_dataflow import few, record, same, tib
+from tests.test_dataflow import few, record, tib
 from tfmq_fx.errors import GraphError
 from tfmq_fx.regions import extract, region, region_inputs, region_outputs
 

@@ -47,6 +47,13 @@ class GraphModel(nn.Module):
         self.model_config = model_config
         self.eval()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_meta": dict(self.gm.meta)}  # torch's pickle of a graph drops it
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.gm.meta.update(self.__dict__.pop("_meta"))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, in its own type. Raises InputError for a call not captured."""
         inputs, return_dict = self.call.bind(args, kwargs)
