@@ -1,0 +1,197 @@
+"""inductor: quantized layers become oneDNN int8 kernels, and what does not is told."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.toys import seeded
+from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, calibrate, compile, convert, prepare
+from tfmq_fx.backends import inductor
+from tfmq_fx.backends.inductor import FloatLayer, LoweredLayer, lower, obstacle, unavailable
+from tfmq_fx.dialect import Stage, stage_of
+from tfmq_fx.nn import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
+
+TIMES = (0, 3, 7)
+REASON = unavailable()
+needs_compiler = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+class Net(nn.Module):
+    """A convolution, then a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Conv2d(4, 16, 3, padding=1)
+        self.leave = nn.Linear(16, 8)
+
+    def forward(self, x, t):
+        h = torch.tanh(self.enter(x) * (1 + t[:, None, None, None].float()))
+        return self.leave(h.mean((2, 3)))
+
+
+def data(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(4, 4, 6, 6, generator=generator), torch.full((4,), t)) for t in TIMES]
+
+
+def converted(model, config="w8a8", **options):
+    prepared = prepare(model, data()[0], timesteps=TIMES, config=config, **options)
+    return convert(calibrate(prepared, data(), progress=False), progress=False)
+
+
+EIGHT = LayerConfig(weights=WeightSpec(), activations=ActivationSpec())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return converted(seeded(Net).eval(), overrides={"enter": EIGHT})
+
+
+@needs_compiler
+def test_layers_become_int8_kernels_and_agree_with_eager(model):
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    before = (config.freezing, config.cpp_wrapper, torch.get_default_dtype())
+    compiled = compile(model)
+    assert compiled.backend == "inductor" and compiled.lowered == 2 and compiled.declined == []
+    x, t = data(seed=1)[0]
+    t = torch.tensor(TIMES)[[0, 2, 1, 2]]
+    found, code = run_and_get_code(compiled, x, t)
+    assert "qconv_pointwise" in code[0] and "qlinear_pointwise" in code[0]
+    expected = model(x, t)
+    # The same integers up to float rounding before each round(): where that falls on the other
+    # side, one input code of the last layer is off by one, and the output by one step times the
+    # largest weight; 1e-5 for the order of float sums.
+    scales = model.gm.activation_scales.max()
+    step = float(scales * model.gm.leave.weight.abs().max())
+    assert (found - expected).abs().max() <= step + 1e-5
+    assert (found - expected).abs().median() < 1e-5
+    for x, t in data(seed=2):  # other values of t and other inputs: the same kernels
+        assert (compiled(x, t) - model(x, t)).abs().max() <= step + 1e-5
+    assert before == (config.freezing, config.cpp_wrapper, torch.get_default_dtype())
+
+
+@needs_compiler
+def test_weight_only_linear_layers_run_on_int8_weights():
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.leave = nn.Linear(32, 16)
+
+        def forward(self, x, t):
+            return self.leave(x + t[:, None].float())
+
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    calls = [(x, torch.full((4,), t)) for t in TIMES]
+    prepared = prepare(seeded(Linear).eval(), calls[0], timesteps=TIMES, config="w8a16")
+    model = convert(calibrate(prepared, calls, progress=False), progress=False)
+    compiled = compile(model, "inductor")
+    assert compiled.lowered == 0 and compiled.declined == []
+    assert type(compiled.gm.leave.weight).__name__ == "Int8Tensor"
+    for x, t in calls:
+        # one sum of 32 products, scaled after it instead of before
+        terms = (x + t[:, None]).abs() @ model.gm.leave.weight.abs().T
+        assert (compiled(x, t) - model(x, t)).abs().max() <= 32 * 2**-22 * terms.max()
+
+
+def test_lowering_gives_the_same_numbers_before_it_is_compiled(model):
+    lowered = lower(model.gm)
+    assert stage_of(lowered.gm) is Stage.LOWERED and stage_of(model.gm) is Stage.QUANTIZED
+    assert lowered.changed == 2 and lowered.details["integer"] == 2
+    assert isinstance(lowered.gm.enter, LoweredLayer) and isinstance(model.gm.enter, QuantConv2d)
+    step = float(model.gm.activation_scales.max() * model.gm.leave.weight.abs().max())
+    with torch.no_grad():
+        for x, t in data(seed=1):
+            (found,) = lowered.gm(x, t)
+            assert (found - model(x, t)).abs().max() <= step + 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("per_timestep", [True, False])
+def test_four_bit_weights_and_static_ranges_are_lowered_too(bits, per_timestep):
+    acts = ActivationSpec(per_timestep=per_timestep)
+    layer = LayerConfig(weights=WeightSpec(bits=bits), activations=acts)
+    model = converted(seeded(Net).eval(), overrides={"*": layer})
+    lowered = lower(model.gm)
+    assert lowered.declined == [] and lowered.gm.enter.weight.dtype == torch.int8
+    x, t = data()[1]
+    with torch.no_grad():
+        # calibration data: one code off by one, as above
+        scale = model.gm.activation_scales if per_timestep else model.gm.leave.act_scale
+        step = float(scale.max() * model.gm.leave.weight.abs().max())
+        assert (lowered.gm(x, t)[0] - model(x, t)).abs().max() <= step + 1e-5
+
+
+def test_what_runs_in_floating_point_is_listed_with_its_reason():
+    model = converted(seeded(Net).eval())  # 16 bits enter the first layer
+    compiled = compile(model, "eager")
+    lowered = lower(model.gm)
+    reason = "runs in floating point: activations have 16 bits"
+    assert [[d.site, d.reason] for d in lowered.declined] == [["enter", reason]]
+    assert isinstance(lowered.gm.enter, FloatLayer) and isinstance(lowered.gm.leave, LoweredLayer)
+    x, t = data()[1]
+    step = float(model.gm.activation_scales.max() * model.gm.leave.weight.abs().max())
+    with torch.no_grad():
+        assert (lowered.gm(x, t)[0] - compiled(x, t)).abs().max() <= step + 1e-5
+
+
+def quantized(kind, source, act_bits=8, **options):
+    layer = kind.from_float(source, weight_bits=8, act_bits=act_bits, per_timestep=False)
+    return layer.to(options["device"]) if options else layer
+
+
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (quantized(QuantLinear, nn.Linear(4, 4)), None),
+        (quantized(QuantConv2d, nn.Conv2d(4, 4, 3)), None),
+        (quantized(QuantLinear, nn.Linear(4, 4), None), "activations are in floating point"),
+        (quantized(QuantLinear, nn.Linear(4, 4), 16), "activations have 16 bits"),
+        (quantized(QuantConv1d, nn.Conv1d(4, 4, 3)), "exist for 2-d convolutions only"),
+        (
+            quantized(QuantConv2d, nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
+            "padding mode 'circular'",
+        ),
+        (quantized(QuantLinear, nn.Linear(4, 4), device="meta"), "no int8 kernel on meta"),
+        (
+            QuantLayer(
+                weight_shape=(4, 4), weight_bits=8, act_bits=8, per_timestep=False, bias=False
+            ),
+            "no int8 kernel for QuantLayer",
+        ),
+    ],
+)
+def test_every_obstacle_is_named(layer, reason):
+    found = obstacle(layer)
+    assert found is None if reason is None else reason in found
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
+    from torch._inductor import cpp_builder
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "no-such-compiler")
+    assert "'no-such-compiler' is not installed" in unavailable()
+
+    def fail():
+        raise ValueError
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", fail)
+    assert unavailable() == "torch.compile needs a C++ compiler and found none (ValueError)"
+
+
+def test_freezing_is_on_for_the_call_alone(model, monkeypatch):
+    from torch._inductor import config
+
+    seen = []
+
+    def compiled(gm, **options):
+        assert options == {"fullgraph": True, "mode": "default"}
+        return lambda *inputs: seen.append((config.freezing, torch.is_grad_enabled()))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    before = config.freezing
+    runner, _ = inductor.compile_graph(model.gm, mode="default")
+    assert seen == [] and config.freezing == before
+    runner(*data()[0])
+    assert seen == [(True, False)] and config.freezing == before

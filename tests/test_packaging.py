@@ -1,0 +1,86 @@
+"""The package list, the linked folders and the package data agree with the tree."""
+
+import fnmatch
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import tfmq_fx
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+LINKED = ("passes", "backends")
+
+
+def test_the_package_list_is_the_tree():
+    places = {"tfmq_fx": ROOT / "tfmq_fx"} | {f"tfmq_fx.{n}": ROOT / n for n in LINKED}
+    found = set()
+    for package, place in places.items():
+        for init in place.rglob("__init__.py"):  # links are not followed
+            inner = init.parent.relative_to(place).parts
+            if not (package == "tfmq_fx" and inner and inner[0] in LINKED):
+                found.add(".".join((package, *inner)))
+    assert found == set(SETUPTOOLS["packages"]) == set(SETUPTOOLS["package-dir"])
+    for package, folder in SETUPTOOLS["package-dir"].items():
+        assert ROOT / folder == places[package]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_the_folders_are_linked_into_the_package(name):
+    link = ROOT / "tfmq_fx" / name
+    assert link.is_symlink() and os.readlink(link) == f"../{name}"
+    assert link.resolve() == ROOT / name and (link / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_they_cannot_be_imported_twice(name):
+    command = [sys.executable, "-c", f"import {name}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    message = f"ImportError: import this package as tfmq_fx.{name}, not as {name}"
+    assert done.returncode != 0 and message in done.stderr
+
+
+def test_package_data_is_listed_and_present():
+    patterns = SETUPTOOLS["package-data"]["tfmq_fx"]
+    package = ROOT / "tfmq_fx"
+    files = [
+        str(path.relative_to(package))
+        for folder in (package, package / "assets", package / "assets" / "digits-unet")
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
+    assert "py.typed" in files and any(f.startswith("assets/digits-unet/") for f in files)
+    assert [f for f in files if not any(fnmatch.fnmatch(f, p) for p in patterns)] == []
+    for pattern in patterns:
+        assert fnmatch.filter(files, pattern), pattern
+    assets = [p for p in (package / "assets").rglob("*") if p.is_file()]
+    assert len(assets) == sum(f.startswith("assets/") for f in files)  # no deeper folder
+
+
+def test_the_version_is_one():
+    assert PROJECT["project"]["version"] == tfmq_fx.__version__
+
+
+def test_the_command_exists():
+    module, function = PROJECT["project"]["scripts"]["tfmq-fx"].split(":")
+    assert callable(getattr(__import__(module, fromlist=[function]), function))
+
+
+def test_every_module_has_its_place_in_the_layers():
+    (layers,) = [c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
+    named = {
+        n for line in layers["layers"] for n in line.replace("|", ":").replace(" ", "").split(":")
+    }
+    modules = {p.stem for p in (ROOT / "tfmq_fx").glob("*.py")} - {"__init__"}
+    assert modules | set(LINKED) == named
+
+
+def test_what_is_imported_is_declared():
+    declared = " ".join(PROJECT["project"]["dependencies"])
+    for name in ("torch", "torchao", "numpy", "scipy", "networkx", "safetensors", "tqdm"):
+        assert f"{name}>=" in declared, name
