@@ -1,0 +1,103 @@
+"""cli: it parses, calls the library, prints, and exits with a status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_api import TIMES, data
+from tests.toys import ToyUNet, seeded
+from tfmq_fx import __version__, demo, fold_timesteps, load, report, save
+from tfmq_fx.cli import main
+from tfmq_fx.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    save(fold_timesteps(seeded(ToyUNet).eval(), TIMES, data(8)[0]), path)
+    return path
+
+
+def test_report_prints_what_was_done_to_a_saved_model(saved, capsys):
+    assert main(["report", str(saved)]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{report(load(saved))}\n" and err == ""
+
+
+def test_errors_of_the_library_are_one_line_and_status_one(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "nothing")]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tfmq-fx: ") and err.endswith("there is no such directory\n")
+    assert len(err.splitlines()) == 1
+
+
+def test_notes_of_errors_are_printed(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        error = ConfigError("no")
+        error.add_note("in pass fold_timesteps")
+        raise error
+
+    monkeypatch.setattr(demo, "run", fail)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == "tfmq-fx: no\n  in pass fold_timesteps\n"
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["demo"])
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], (Path("demo-out"), {"samples": 512, "progress": True})),
+        (
+            ["--out", "a/b", "--samples", "7", "--quiet"],
+            (Path("a/b"), {"samples": 7, "progress": False}),
+        ),
+    ],
+)
+def test_demo_gets_its_arguments(monkeypatch, arguments, expected):
+    seen = []
+    monkeypatch.setattr(demo, "run", lambda out, **options: seen.append((out, options)))
+    assert main(["demo", *arguments]) == 0
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ([], "the following arguments are required: command"),
+        (["quantize"], "invalid choice: 'quantize'"),
+        (["report"], "the following arguments are required: model"),
+        (["demo", "--samples", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.strip() == __version__
+
+
+def test_it_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "tfmq_fx.cli", "report", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert "is not a model saved by tfmq_fx" in done.stderr

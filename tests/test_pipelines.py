@@ -1,0 +1,139 @@
+"""pipelines: example inputs, the timestep among them, finite sets, and denoisers put in place."""
+
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from tests.toys import tiny_unet2d
+from tfmq_fx.errors import ConfigError
+from tfmq_fx.pipelines import (
+    find_timestep,
+    forward_parameters,
+    named_inputs,
+    timestep_values,
+    with_denoiser,
+)
+
+
+class Takes(nn.Module):
+    def __init__(self, **config):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        if config:
+            self.config = types.SimpleNamespace(**config)
+
+    def forward(self, sample, timestep, *, scale=1.0, **more):
+        return sample
+
+
+def test_parameters_that_can_be_named():
+    assert forward_parameters(Takes()) == ["sample", "timestep", "scale"]
+
+
+def test_given_inputs_are_named():
+    x, t = torch.zeros(2, 2), torch.zeros(2)
+    model = Takes()
+    for given in ((x, t), [x, t], {"sample": x, "timestep": t}):
+        found = named_inputs(model, given)
+        assert list(found) == ["sample", "timestep"]
+        assert found["sample"] is x and found["timestep"] is t
+    mapping = {"sample": x}
+    assert named_inputs(model, mapping) is not mapping
+
+
+@pytest.mark.parametrize("size, shape", [(16, (2, 3, 16, 16)), ((8, 12), (2, 3, 8, 12))])
+def test_inputs_are_derived_from_a_config(size, shape):
+    found = named_inputs(Takes(in_channels=3, sample_size=size), None)
+    assert found["sample"].shape == shape and found["timestep"].tolist() == [1, 1]
+    again = named_inputs(Takes(in_channels=3, sample_size=size), None)
+    assert torch.equal(found["sample"], again["sample"])
+
+
+def test_derived_inputs_follow_the_model():
+    assert named_inputs(tiny_unet2d().half(), None)["sample"].dtype == torch.float16
+    assert named_inputs(tiny_unet2d().to("meta"), None)["sample"].is_meta
+    model = tiny_unet2d()
+    random = torch.get_rng_state()
+    named_inputs(model, None)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "model, given, message",
+    [
+        (Takes(), None, "cannot be derived for Takes: its config has no in_channels and sample_si"),
+        (Takes(in_channels=3), None, "Pass example_inputs="),
+        (nn.Linear(2, 2), None, "cannot be derived for Linear"),
+        (Takes(), torch.zeros(2), "must be a tuple or a dict, not one tensor"),
+        (Takes(), 3, "must be a tuple or a dict, not int"),
+        (Takes(), (1, 2, 3, 4), r"4 example_inputs given, but Takes.forward takes 3: sample, time"),
+        (lambda x: x, (1,), "the model must be a torch.nn.Module, got function"),
+    ],
+)
+def test_inputs_that_cannot_be_used_are_refused(model, given, message):
+    with pytest.raises(ConfigError, match=message):
+        named_inputs(model, given)
+
+
+@pytest.mark.parametrize(
+    "inputs, name, expected",
+    [
+        ({"x": torch.zeros(2, 3), "t": torch.zeros(2)}, None, "t"),
+        ({"x": torch.zeros(2, 3), "time_cond": torch.zeros(2)}, None, "time_cond"),
+        ({"x": torch.zeros(2, 3), "noise": 0.5}, None, "noise"),
+        ({"x": torch.zeros(2, 3), "sigma": torch.zeros(())}, None, "sigma"),
+        ({"x": torch.zeros(2, 3), "flag": True, "sigma": torch.zeros(2)}, None, "sigma"),
+        ({"t": torch.zeros(2), "timestep": torch.zeros(2)}, "t", "t"),
+        ({"x": torch.zeros(2), "y": torch.zeros(2)}, "y", "y"),
+    ],
+)
+def test_the_timestep_is_found_by_name_or_by_form(inputs, name, expected):
+    assert find_timestep(inputs, name) == expected
+
+
+@pytest.mark.parametrize(
+    "inputs, name, message",
+    [
+        ({"x": 1, "t": 2, "timestep": 3}, None, "candidates are t, timestep. Pass timestep=<name>"),
+        ({"a": torch.zeros(2), "b": 1.0}, None, "candidates are a, b"),
+        ({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, None, "candidates are a, b"),
+        ({"x": 1, "t": 2}, "tau", "no input named 'tau'; the example inputs are x, t"),
+    ],
+)
+def test_candidates_in_doubt_are_listed(inputs, name, message):
+    with pytest.raises(ConfigError, match=message):
+        find_timestep(inputs, name)
+
+
+def test_finite_sets():
+    assert timestep_values(None) is None
+    assert timestep_values(3).tolist() == [0, 1, 2]
+    assert timestep_values(0).tolist() == timestep_values(-1).tolist() == []
+    assert timestep_values([5, 1]).tolist() == [5, 1]  # order and duplicates are judged elsewhere
+    assert timestep_values((0.5,)).dtype == torch.float32
+    scheduler = types.SimpleNamespace(timesteps=torch.tensor([9, 4]))
+    assert timestep_values(scheduler) is scheduler.timesteps
+
+
+@pytest.mark.parametrize("value", [True, "abc", object(), ["a"], {}, {1, 2}])
+def test_what_is_no_finite_set_is_refused(value):
+    with pytest.raises(ConfigError, match="timesteps must be a number"):
+        timestep_values(value)
+
+
+class Pipeline:
+    def __init__(self, unet, scheduler):
+        self.components = {"unet": unet, "scheduler": scheduler}
+
+
+def test_a_pipeline_is_copied_with_another_denoiser():
+    unet, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    pipeline = Pipeline(unet, "scheduler")
+    found = with_denoiser(pipeline, unet, other)
+    assert type(found) is Pipeline
+    assert found.components == {"unet": other, "scheduler": "scheduler"}
+    assert pipeline.components["unet"] is unet
+    with pytest.raises(ConfigError, match=r"component of this Pipeline \(components: unet, sched"):
+        with_denoiser(pipeline, other, unet)
