@@ -10,6 +10,7 @@ from torch import fx, nn
 from tests.test_api import TIMES, calibrated, data, fast
 from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx import compile, convert, fold_timesteps, load, prepare, save
+from tfmq_fx.dialect import check, stage_of
 from tfmq_fx.errors import InputError
 from tfmq_fx.modules import ModelConfig, retarget
 from tfmq_fx.nn import QuantConv2d
@@ -103,6 +104,8 @@ def test_pickling_keeps_everything(model):
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(x, t), model(x, t))
     assert again.recipe == model.recipe and again.record == model.record
+    check(again.gm, stage_of(model.gm))  # values and names too: it can be saved and verified
+    assert [n.name for n in again.gm.graph.nodes] == [n.name for n in model.gm.graph.nodes]
     with pytest.raises(InputError, match="not among"):
         again(x, 7)
 

@@ -195,7 +195,8 @@ PRESETS: dict[str, Config] = {
 """Presets by name. In "w8a16" and "w4a16" activations stay in the model's own dtype.
 
 Weights of 4 bits get second-order rounding; at 8 bits it adds nothing to nearest rounding on the
-models measured so far, nor does block reconstruction add to it: ReconstructionSpec switches both."""
+models measured so far, nor does block reconstruction add to it: ReconstructionSpec switches both.
+"""
 
 
 def resolve(config: str | Config) -> Config:

@@ -13,6 +13,7 @@ from .config import Config, LayerConfig
 from .dialect import stage_of
 from .errors import InputError
 from .graph import KEYS, Rewrite, timestep_node
+from .graph_json import from_json, to_json
 from .observers import SampleCache
 from .ops import find_unknown
 from .passes.quantize_layers import SCALES
@@ -46,13 +47,6 @@ class GraphModel(nn.Module):
         self.call = call
         self.model_config = model_config
         self.eval()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_meta": dict(self.gm.meta)}  # torch's pickle of a graph drops it
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.gm.meta.update(self.__dict__.pop("_meta"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, in its own type. Raises InputError for a call not captured."""
@@ -241,8 +235,26 @@ class Converted(GraphModel):
             model_config=copy.deepcopy(self.model_config, memo),
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As it is saved: torch's own pickle of a graph traces it again and loses its metadata.
+        settings = (self.call, self.recipe, self.record, self.model_config)
+        return _unpickled, (to_json(self.gm), self.gm.state_dict(), *settings)
+
     def extra_repr(self) -> str:
         return f"stage={stage_of(self.gm).value}, recipe={self.recipe.name}"
+
+
+def _unpickled(
+    graph: dict[str, Any],
+    tensors: dict[str, Tensor],
+    call: CallSpec,
+    recipe: Config,
+    record: dict[str, Any],
+    model_config: Any,
+) -> Converted:
+    gm = from_json(graph)
+    gm.load_state_dict(tensors, strict=True, assign=True)
+    return Converted(gm, call, recipe=recipe, record=record, model_config=model_config)
 
 
 class Compiled(GraphModel):
