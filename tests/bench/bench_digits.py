@@ -59,8 +59,8 @@ def recipes() -> list[Config]:
     tib = dataclasses.replace(temporal, mode="tib")
     return [
         with_(static(w8), name="W8A8 nearest, static ranges", **nearest),
-        with_(w8, name="W8A8 nearest, ranges per timestep (preset)", **nearest),
-        with_(w8, name="W8A8 second-order", rounding="second-order"),
+        with_(w8, name="W8A8 nearest, ranges per timestep", **nearest),
+        with_(w8, name="W8A8 second-order (preset)"),
         dataclasses.replace(coarse_input(w8), name="W8A8 with 8-bit sample input"),
         demo.nearest_static(),
         with_(static(w4), name="W4A8 nearest, static, exact tables", **nearest),
