@@ -7,19 +7,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu check venv clean
+.PHONY: demo test check venv clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tfmq-fx demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q
-
-test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m slow
-
-test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m gpu
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
