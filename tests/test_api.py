@@ -253,12 +253,16 @@ def test_calibration_by_a_pipeline_visits_the_steps_of_its_scheduler(unet, kind)
     pipeline, scheduler = pipelines()[kind]
     pipe = pipeline(unet, scheduler())
     prepared = prepare(unet, config=fast("w8a8"))
-    calibrate(prepared, pipe, num_inference_steps=3, samples=2, progress=False)
+    sizes = set()
+    hook = prepared.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
+    calibrate(prepared, pipe, num_inference_steps=3, samples=3, batch_size=2, progress=False)
+    hook.remove()
+    assert sizes == {2, 1}
     assert pipe.unet is unet
     assert prepared.timesteps is None
     done = convert(prepared, progress=False)
     assert done.timesteps.tolist() == [0, 333, 666]
-    assert set(prepared.cache.visits.values()) == {2}
+    assert set(prepared.cache.visits.values()) == {3}
     pipe.unet = done
     images = pipe(batch_size=1, num_inference_steps=3, output_type="np").images
     assert images.shape == (1, 16, 16, 3)

@@ -108,16 +108,20 @@ def calibrate(
 
     source: a diffusers pipeline (called with *args and **kwargs), a (scheduler, shape) pair with
     shape that of one sample, or any iterable of inputs (tuples or dicts of arguments).
-    num_inference_steps, samples, batch_size, seed: of the sampling; an iterable brings its own.
+    num_inference_steps, samples, batch_size, seed: of the sampling; an iterable brings its own, and
+    prompts bring the number of samples.
     Raises CalibrationError naming the layer where NaN or Inf appears.
     """
     if hasattr(source, "components"):
         pipe = with_denoiser(source, prepared.source, prepared)
         pipe.set_progress_bar_config(disable=not progress)
         generator = torch.Generator().manual_seed(seed)
-        if not args and "prompt" not in kwargs:
-            kwargs.setdefault("batch_size", samples)
-        pipe(*args, num_inference_steps=num_inference_steps, generator=generator, **kwargs)
+        kwargs |= {"num_inference_steps": num_inference_steps, "generator": generator}
+        if args or "prompt" in kwargs:  # the prompts say how many
+            pipe(*args, **kwargs)
+        else:
+            for start in range(0, samples, batch_size):
+                pipe(batch_size=min(batch_size, samples - start), **kwargs)
     elif isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step"):
         scheduler, shape = source
         sample(
