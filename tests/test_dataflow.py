@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from tests.strategies import WIDTH, GraphBuilder, captured_graphs, draw_inputs
+from tests.toys import ToyDiT, seeded
+from tfmq_fx.capture import capture
 from tfmq_fx.dataflow import (
     Binding,
     binding_times,
@@ -281,3 +283,14 @@ def test_equal_names_are_made_unique():
     again = b.layer("blocks.0.proj", nn.Identity(), h)
     gm = b.finish(b.call(operator.mul, h, b.x), b.call(operator.mul, again, b.x))
     assert [f.name for f in temporal_block(gm).features] == ["blocks.0.proj", "blocks.0.proj_1"]
+
+
+def test_the_cut_upto_conditions_ends_at_the_modulation_layers():
+    model = seeded(ToyDiT)
+    example = {"x": torch.randn(2, 3, 8, 8), "t": 0.5, "y": torch.tensor([3, 4])}
+    gm = capture(model, example, timestep="t").gm
+    times = binding_times(gm, ["y"])
+    cut = temporal_cut(gm, times, upto=Binding.TC)
+    assert [node.target for node in cut] == ["blocks.0.modulation", "blocks.1.modulation"]
+    assert [node.target for node in temporal_cut(gm, times, upto=Binding.C)] == ["label"]
+    assert [node.target for node in temporal_cut(gm, times)] == ["time.2"]

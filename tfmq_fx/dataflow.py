@@ -167,18 +167,23 @@ def binding_times(gm: fx.GraphModule, conditions: Collection[str] = ()) -> Bindi
 # ---------------------------------------------------------------------------- the temporal cut
 
 
-def temporal_cut(gm: fx.GraphModule, times: BindingTimes) -> tuple[fx.Node, ...]:
-    """The values to store so that no heavy operation on the timestep stays, in graph order.
+def temporal_cut(
+    gm: fx.GraphModule, times: BindingTimes, upto: Binding = Binding.T
+) -> tuple[fx.Node, ...]:
+    """The values to store so that no heavy operation known by `upto` stays, in graph order.
 
     The cheapest set, in bytes per timestep, between operations with weights (and matrix products)
-    that depend on t alone and whatever reads their results: a minimum vertex cut.  Empty where
-    there are none.  Each value is a tensor with the batch as dimension 0, the others static.
+    that depend on t alone (upto=TC: on t and the conditions) and whatever reads their results: a
+    minimum vertex cut.  Empty where there are none.  Each value is a tensor with the batch as
+    dimension 0, the others static.
     """
-    return _cut(gm, times)[0]
+    return _cut(gm, times, upto)[0]
 
 
-def _cut(gm: fx.GraphModule, times: BindingTimes) -> tuple[tuple[fx.Node, ...], list[Declined]]:
-    early = {n for n in gm.graph.nodes if n.op != "output" and times[n] <= Binding.T}
+def _cut(
+    gm: fx.GraphModule, times: BindingTimes, upto: Binding = Binding.T
+) -> tuple[tuple[fx.Node, ...], list[Declined]]:
+    early = {n for n in gm.graph.nodes if n.op != "output" and times[n].join(upto) is upto}
     obstacles = _obstacles(gm, early)
     declined, network = [], nx.DiGraph()
     stuck: dict[
@@ -187,7 +192,7 @@ def _cut(gm: fx.GraphModule, times: BindingTimes) -> tuple[tuple[fx.Node, ...], 
     for node in gm.graph.nodes:
         if node not in early or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             continue  # sizes are computed again, not stored
-        heavy = times[node] is Binding.T and is_heavy(gm, node)
+        heavy = times[node] is not Binding.CONSTANT and is_heavy(gm, node)
         sources = [used for used in node.all_input_nodes if used in stuck]
         if not heavy and not sources:
             continue
