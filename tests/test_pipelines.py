@@ -63,7 +63,7 @@ def test_derived_inputs_follow_the_model():
 @pytest.mark.parametrize(
     "model, given, message",
     [
-        (Takes(), None, "cannot be derived for Takes: its config has no in_channels and sample_si"),
+        (Takes(), None, "derived for Takes: neither its config nor a rule says what 'sample' is"),
         (Takes(in_channels=3), None, "Pass example_inputs="),
         (nn.Linear(2, 2), None, "cannot be derived for Linear"),
         (Takes(), torch.zeros(2), "must be a tuple or a dict, not one tensor"),

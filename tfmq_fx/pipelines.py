@@ -1,4 +1,4 @@
-"""diffusers on this side only: example inputs from a config, schedulers, pipelines."""
+"""diffusers on this side only: inputs by name, schedulers, pipelines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .examples import example_inputs as derived_inputs
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_cond", "noise_level")
-EXAMPLE_BATCH = 2
 
 
 def forward_parameters(model: nn.Module) -> list[str]:
@@ -47,27 +47,7 @@ def named_inputs(
                 f"takes {len(names)}: {', '.join(names)}"
             )
         return dict(zip(names, example_inputs, strict=False))
-    config = getattr(model, "config", None)
-    channels, size = (getattr(config, name, None) for name in ("in_channels", "sample_size"))
-    if channels is None or size is None or "sample" not in forward_parameters(model):
-        raise ConfigError(
-            f"example_inputs cannot be derived for {type(model).__name__}: its config has no "
-            "in_channels and sample_size. Pass example_inputs=(sample, timestep, ...) to prepare()."
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    parameter = next(iter(model.parameters()))
-    sample = torch.randn(
-        EXAMPLE_BATCH,
-        channels,
-        height,
-        width,
-        dtype=parameter.dtype,
-        device=parameter.device,
-        generator=torch.Generator(parameter.device).manual_seed(0)
-        if parameter.device.type != "meta"
-        else None,
-    )
-    return {"sample": sample, "timestep": torch.ones(EXAMPLE_BATCH, dtype=torch.int64)}
+    return derived_inputs(model)
 
 
 def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
