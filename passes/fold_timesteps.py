@@ -19,7 +19,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from tfmq_fx.dataflow import Binding, Feature, binding_times, temporal_block
 from tfmq_fx.dialect import Stage, stage_of
 from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row, timestep_node
+from tfmq_fx.graph import (
+    Declined,
+    Rewrite,
+    graph_pass,
+    insert_timestep_row,
+    prune,
+    timestep_node,
+)
 from tfmq_fx.ops import check_timesteps, is_view, op_name
 from tfmq_fx.tables import FEATURE, TABLE, feature_slice
 
@@ -65,7 +72,7 @@ def fold_timesteps(
         table_bytes += table.nbytes
     if picked:
         _free_sizes(gm)
-        gm.graph.eliminate_dead_code()
+        prune(gm.graph)
         for target in attributes - _attributes(gm):
             if "." not in target:  # torch cleans up modules; those below may be the model's own
                 delattr(gm, target)

@@ -250,7 +250,7 @@ class WritesState(Small):
 
 
 class InPlaceActivations(Small):
-    """One in-place activation whose input is read again, one whose input is not."""
+    """In-place activations: one whose input is read again, two whose input is not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact, backends
-from .capture import capture
+from .capture import Dynamic, capture
 from .config import Config, LayerConfig, from_dict, resolve, to_dict
 from .dataflow import temporal_block
 from .errors import ArtifactError, BackendError, CalibrationError, ConfigError
@@ -44,7 +44,7 @@ def prepare(
     timestep: str | None = None,
     config: str | Config = "w8a8",
     overrides: Mapping[str, LayerConfig] | None = None,
-    dynamic: Collection[str] = ("batch",),
+    dynamic: Dynamic = ("batch",),
 ) -> Prepared:
     """A captured, analysed and observed form of `model`, which is never changed.
 
@@ -53,7 +53,8 @@ def prepare(
     (0 to N - 1), a 1-d tensor or sequence of integers or floats, or a scheduler; left out, the
     steps that calibration visits.  timestep: the name of that input; left out, it is found by name.
     config: a preset name or a Config.  overrides: module name patterns (fnmatch) -> LayerConfig.
-    dynamic: "batch" and, if wanted, "spatial": sizes the graph leaves free.
+    dynamic: the sizes the graph leaves free: "batch" and, if wanted, "spatial"; or, one by one,
+    {input: {dim: name}}.
 
     Calls of the result answer like the original and record ranges and samples.  Raises ConfigError
     for arguments that cannot be used, CaptureError where the model cannot be captured exactly.

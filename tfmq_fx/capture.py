@@ -22,6 +22,8 @@ from torch.fx.proxy import Proxy
 
 from .dialect import Stage, check
 from .errors import CaptureError, ConfigError, TfmqError
+from .exported import Exported, export
+from .graph import prune
 from .guards import guard, same_operations
 from .replay import arguments, replay, structural_clone
 from .signature import BATCH, Argument, CallSpec, Input
@@ -30,8 +32,11 @@ from .tracer import SizeTest, ValueTracer
 
 log = logging.getLogger(__name__)
 
-_DYNAMIC = ("batch", "spatial")
+_SPATIAL = "spatial"
+_INEQUALITIES = (sympy.StrictGreaterThan, sympy.GreaterThan, sympy.StrictLessThan, sympy.LessThan)
 _TRIES = 8  # tests on sizes tried one by one for whether they matter
+
+Dynamic = Collection[str] | Mapping[str, Mapping[int, str]]
 
 
 @dataclass(frozen=True)
@@ -50,41 +55,69 @@ def capture(
     example_inputs: Mapping[str, Any],
     *,
     timestep: str,
-    dynamic: Collection[str] = ("batch",),
+    dynamic: Dynamic = ("batch",),
 ) -> Captured:
     """The model's graph at Stage.CAPTURED, in eval mode; the model is not changed.
 
     example_inputs: by parameter name of forward; tensors, also inside dicts and lists, become
     placeholders, everything else is fixed.  timestep: which of them is the timestep; the graph
     takes it as a tensor (batch,) of the example's dtype (int -> int64, float -> float32).
-    dynamic: "batch" frees dim 0 of every input that has the sample's batch; "spatial" also the last
-    two dims of inputs with four or more dims that have the sample's.
+    dynamic: "batch" frees dim 0 of every input that has the sample's batch; "spatial" the last two
+    dims of inputs with four or more dims that have the sample's, or the tokens (dim 1 of a sample
+    (batch, tokens, channels)) wherever another input has as many in dim 0 or 1.  Or exactly what is
+    free, by name: {"hidden_states": {0: "batch", 1: "tokens"}, "img_ids": {0: "tokens"}}.
     Parameters and buffers are shared with the model; modules are copies.
     """
     start = time.perf_counter()
-    unknown = set(dynamic) - set(_DYNAMIC)
-    if unknown:
-        raise ConfigError(f"dynamic: unknown {sorted(unknown)}; known are {', '.join(_DYNAMIC)}")
+    if not isinstance(dynamic, Mapping) and (unknown := set(dynamic) - {BATCH, _SPATIAL}):
+        raise ConfigError(f"dynamic: unknown {sorted(unknown)}; known are {BATCH}, {_SPATIAL}")
     call, examples = _describe_call(model, example_inputs, timestep, dynamic)
-    trace = _trace(model, call, examples)
-    binding = _binding(model, call, examples, trace)
-    notes = [
-        f"captured where {test.expression} is {test.held} ({test.source})"
-        if test in binding
-        else f"{test.expression} ({test.source}) is {test.held} here and chooses a memory layout "
-        f"only: where it is not, the graph equals the model up to the order of float additions"
-        for test in trace.tests
-    ]
+    try:
+        trace = _trace(model, call, examples)
+        binding = _binding(model, call, examples, trace)
+        gm, call, notes = _proved(model, call, examples, trace, binding)
+        route = "trace"
+    except CaptureError as refusal:
+        try:
+            trace = _export(model, call, examples)
+            gm, call, notes = _proved(model, call, examples, trace, trace.tests)
+        except CaptureError as error:
+            refusal.add_note(f"torch.export does not help: {error}")
+            raise refusal from error
+        route, notes = "export", [f"captured by torch.export, since {_first_line(refusal)}", *notes]
+    seconds = time.perf_counter() - start
+    log.debug("captured %s in %.2f s", type(model).__name__, seconds)
+    return Captured(gm, call, route, seconds, tuple(notes))
+
+
+def _proved(
+    model: nn.Module,
+    call: CallSpec,
+    examples: list[Tensor],
+    trace: _Trace,
+    binding: list[SizeTest],
+) -> tuple[fx.GraphModule, CallSpec, list[str]]:
+    """The graph, how it is called, and what to say about it; raises unless it equals the model.
+
+    binding: those tests on sizes that every call has to pass."""
+    notes = [f"captured where {t.expression} is {t.held} ({t.source})" for t in binding]
+    if idle := [f"{t.expression} ({t.source})" for t in trace.tests if t not in binding]:
+        notes.append(
+            f"{', '.join(idle)}: chooses a memory layout only; where it comes out otherwise than "
+            f"here, the graph equals the model up to the order of float additions"
+        )
     guards = tuple(guard(test) for test in binding)
     call = dataclasses.replace(call, output=trace.output, guards=guards)
     notes += replay(model, trace.gm, call, examples)
-    seconds = time.perf_counter() - start
-    log.debug("captured %s in %.2f s", type(model).__name__, seconds)
-    return Captured(trace.gm, call, "trace", seconds, tuple(notes))
+    return trace.gm, call, notes
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _describe_call(
-    model: nn.Module, example_inputs: Mapping[str, Any], timestep: str, dynamic: Collection[str]
+    model: nn.Module, example_inputs: Mapping[str, Any], timestep: str, dynamic: Dynamic
 ) -> tuple[CallSpec, list[Tensor]]:
     """How forward is called, its output left open, and the example's tensors in order."""
     parameters = {
@@ -136,34 +169,58 @@ def _describe_call(
         declared.append(Argument(name, structure, len(leaves), positional, omittable))
         leaves += found
     paths = [path for path, _ in leaves]
-    tensors = _batched([value for _, value in leaves], paths.index(timestep), BATCH in dynamic)
-    inputs = _inputs(paths, tensors, timestep, dynamic)
-    where = inputs[paths.index(timestep)].name
-    call = CallSpec(tuple(declared), inputs, where, Const(None), return_dict)
+    at = paths.index(timestep)
+    tensors = [value for _, value in leaves]
+    sample = _sample(paths, tensors, at)
+    tensors = _batched(tensors, at, sample, _frees_batch(dynamic))
+    inputs = _inputs(paths, tensors, at, sample, dynamic)
+    call = CallSpec(tuple(declared), inputs, inputs[at].name, Const(None), return_dict)
     return call, tensors
 
 
-def _batched(values: list[Any], timestep: int, free: bool) -> list[Tensor]:
+def _frees_batch(dynamic: Dynamic) -> bool:
+    if isinstance(dynamic, Mapping):
+        return any(BATCH in sizes.values() for sizes in dynamic.values())
+    return BATCH in dynamic
+
+
+def _sample(paths: list[str], values: list[Any], timestep: int) -> int | None:
+    """The input whose dim 0 is the batch: the first image-like one, else the one with most dims.
+
+    Not an element of a list, where each sample is a tensor of its own."""
+    found = {
+        i: value
+        for i, (path, value) in enumerate(zip(paths, values, strict=True))
+        if i != timestep
+        and isinstance(value, Tensor)
+        and value.ndim
+        and not re.search(r"\.\d+(\.|$)", path)
+    }
+    images = [i for i, value in found.items() if value.ndim >= 4]
+    if images:
+        return images[0]
+    return max(found, key=lambda i: found[i].ndim, default=None)
+
+
+def _batched(values: list[Any], timestep: int, sample: int | None, free: bool) -> list[Tensor]:
     """The example's tensors, a batch of one made two (torch fixes sizes of one), and the timestep
     made a tensor (batch,)."""
-    others = [value for i, value in enumerate(values) if i != timestep]
-    sample = _sample(others)
     t = values[timestep]
     if isinstance(t, bool) or not isinstance(t, (int, float, Tensor)):
         raise ConfigError(f"the timestep must be a number or a tensor, got {type(t).__name__}")
     if not isinstance(t, Tensor):
         t = torch.tensor(t, dtype=torch.int64 if isinstance(t, int) else torch.float32)
-    batch = sample.shape[0] if sample is not None else max(t.numel(), 1)
+    batch = max(t.numel(), 1) if sample is None else values[sample].shape[0]
     if t.ndim > 1 or t.numel() not in (1, batch) or t.dtype == torch.bool:
         raise CaptureError(
             f"the timestep has shape {tuple(t.shape)} and {t.dtype}; expected one number for each "
             f"of the {batch} samples, or one for all"
         )
-    if free and batch == 1:
+    if free and batch == 1 and sample is not None:
         batch = 2
         values = [v.repeat(2, *[1] * (v.ndim - 1)) if _rows(v) == 1 else v for v in values]
     tensors = [value.detach() if isinstance(value, Tensor) else value for value in values]
-    device = sample.device if sample is not None else t.device
+    device = t.device if sample is None else tensors[sample].device
     row = t.detach().reshape(-1).to(device)
     tensors[timestep] = row if len(row) == batch else row[:1].expand(batch).contiguous()
     return tensors
@@ -173,36 +230,67 @@ def _rows(value: Any) -> int | None:
     return value.shape[0] if isinstance(value, Tensor) and value.ndim else None
 
 
-def _sample(tensors: list[Tensor]) -> Tensor | None:
-    """The input whose dim 0 is the batch: the first image-like one, else the one with most dims."""
-    images = [tensor for tensor in tensors if tensor.ndim >= 4]
-    if images:
-        return images[0]
-    return max((x for x in tensors if x.ndim), key=lambda tensor: tensor.ndim, default=None)
-
-
 def _inputs(
-    paths: list[str], tensors: list[Tensor], timestep: str, dynamic: Collection[str]
+    paths: list[str], tensors: list[Tensor], timestep: int, sample: int | None, dynamic: Dynamic
 ) -> tuple[Input, ...]:
-    sample = _sample([x for path, x in zip(paths, tensors, strict=True) if path != timestep])
-    batch = tensors[paths.index(timestep)].shape[0]
+    free = (
+        _named_sizes(paths, tensors, timestep, dynamic)
+        if isinstance(dynamic, Mapping)
+        else _usual_sizes(tensors, sample, dynamic)
+    )
     inputs: list[Input] = []
-    for path, tensor in zip(paths, tensors, strict=True):
-        shape: list[int | str] = list(tensor.shape)
-        if BATCH in dynamic and _rows(tensor) == batch:
-            shape[0] = BATCH
-        if (
-            "spatial" in dynamic
-            and sample is not None
-            and min(tensor.ndim, sample.ndim) >= 4
-            and tensor.shape[-2:] == sample.shape[-2:]
-        ):
-            shape[-2:] = "height", "width"
+    for path, tensor, sizes in zip(paths, tensors, free, strict=True):
+        shape = tuple(sizes.get(i, size) for i, size in enumerate(tensor.shape))
         name = re.sub(r"\W", "_", path)
         if keyword.iskeyword(name) or name in {spec.name for spec in inputs}:
             name = f"{name}_{len(inputs)}"
-        inputs.append(Input(name, path, tuple(shape), tensor.dtype, tensor.device.type))
+        inputs.append(Input(name, path, shape, tensor.dtype, tensor.device.type))
     return tuple(inputs)
+
+
+def _usual_sizes(
+    tensors: list[Tensor], sample: int | None, dynamic: Collection[str]
+) -> list[dict[int, str]]:
+    """Dim -> name of the size, for each input, of the sizes that `dynamic` frees."""
+    free: list[dict[int, str]] = [{} for _ in tensors]
+    if sample is None:
+        return free
+    shape = tensors[sample].shape
+    for sizes, tensor in zip(free, tensors, strict=True):
+        if BATCH in dynamic and _rows(tensor) == shape[0]:
+            sizes[0] = BATCH
+        if _SPATIAL not in dynamic:
+            continue
+        if len(shape) >= 4:
+            if tensor.ndim >= 4 and tensor.shape[-2:] == shape[-2:]:
+                sizes |= {tensor.ndim - 2: "height", tensor.ndim - 1: "width"}
+        elif len(shape) == 3:
+            same = [i for i in range(min(tensor.ndim - 1, 2)) if tensor.shape[i] == shape[1]]
+            sizes |= {i: "tokens" for i in same if i not in sizes}
+    return free
+
+
+def _named_sizes(
+    paths: list[str], tensors: list[Tensor], timestep: int, dynamic: Mapping[str, Mapping[int, str]]
+) -> list[dict[int, str]]:
+    """As the user named them; the timestep has the batch of the others."""
+    if unknown := [path for path in dynamic if path not in paths]:
+        raise ConfigError(f"dynamic: no input {unknown[0]!r}; choose from {', '.join(paths)}")
+    found: dict[str, int] = {}
+    for path, sizes in dynamic.items():
+        tensor = tensors[paths.index(path)]
+        for dim, name in sizes.items():
+            if not (0 <= dim < tensor.ndim and name.isidentifier()):
+                raise ConfigError(f"dynamic: {path} {tuple(tensor.shape)} has no {dim}: {name!r}")
+            size = found.setdefault(name, tensor.shape[dim])
+            if size != tensor.shape[dim]:
+                raise ConfigError(
+                    f"dynamic: {name} is {size} in one input and {tensor.shape[dim]} in {path}"
+                )
+    free = [dict(dynamic.get(path, {})) for path in paths]
+    if BATCH in found and tensors[timestep].shape[0] == found[BATCH]:
+        free[timestep] = {0: BATCH}
+    return free
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +307,15 @@ def _trace(
     call: CallSpec,
     examples: list[Tensor],
     forced: Mapping[SizeTest, bool] | None = None,
+    exported: Exported | None = None,
 ) -> _Trace:
-    """Trace the model; tests in `forced` come out as given there instead of as they do."""
+    """Trace the model; tests in `forced` come out as given there instead of as they do.
+
+    exported: trace this form of the model in place of its code.
+    """
     clone = structural_clone(model)
+    if exported is not None:
+        exported.register(clone)
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     sizes: dict[str, Any] = {}
@@ -242,12 +336,11 @@ def _trace(
 
     def run(proxies: list[Any]) -> tuple[Any, ...]:
         nonlocal output
-        kwargs = arguments(call, proxies)
-        if call.return_dict is not None:
-            kwargs["return_dict"] = True
-        # _call_impl: __call__ is patched to trace submodules, and the root is none.
-        output, leaves = outline(clone._call_impl(**kwargs))
-        return tuple(value for _, value in leaves)
+        if exported is not None:
+            output = exported.output
+            return exported.run(tracer, clone, proxies)
+        output, leaves = _flat(clone, call, proxies)
+        return leaves
 
     tracer = ValueTracer(clone, mode, fakes, run, names, forced or {})
     try:
@@ -261,12 +354,35 @@ def _trace(
     _check_output(output)
     gm = fx.GraphModule(clone, graph, type(model).__name__)
     gm.eval()
-    gm.graph.eliminate_dead_code()
+    prune(gm.graph)
     gm.delete_all_unused_submodules()
     gm.recompile()
     gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep)
     check(gm, Stage.CAPTURED)
     return _Trace(gm, output, tracer.tests)
+
+
+def _flat(model: nn.Module, call: CallSpec, values: list[Any]) -> tuple[Structure, tuple[Any, ...]]:
+    """Call the model; the structure of its output, and its tensors."""
+    kwargs = arguments(call, values)
+    if call.return_dict is not None:
+        kwargs["return_dict"] = True
+    # _call_impl: while tracing, __call__ is patched to trace submodules, and the root is none.
+    output, leaves = outline(model._call_impl(**kwargs))
+    return output, tuple(value for _, value in leaves)
+
+
+def _export(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> _Trace:
+    """The graph by way of torch.export, for a model that the tracer refused."""
+    clone = structural_clone(model)
+    exported = export(
+        clone,
+        lambda *values: _flat(clone, call, list(values)),
+        examples,
+        [spec.shape for spec in call.inputs],
+    )
+    trace = _trace(model, call, examples, exported=exported)
+    return _Trace(trace.gm, trace.output, [*exported.tests, *trace.tests])
 
 
 def _binding(
@@ -286,11 +402,12 @@ def _binding(
         return other.output == trace.output and same_operations(trace.gm.graph, other.gm.graph)
 
     branches = [test for test in trace.tests if test.branch]
-    if not branches or idle(branches):
-        return [test for test in trace.tests if not test.branch]
-    if len(branches) > _TRIES:
-        return trace.tests
-    return [test for test in trace.tests if not (test.branch and idle([test]))]
+    # Those that choose a memory layout ask whether something is large; tracing again takes time.
+    large = [test for test in branches if isinstance(test.expression, _INEQUALITIES)]
+    free = set(large) if large and idle(large) else set()
+    if not free and 1 < len(large) <= _TRIES:
+        free = {test for test in large if idle([test])}
+    return [test for test in trace.tests if test not in free]
 
 
 def _check_output(output: Structure) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .errors import CaptureError
@@ -67,6 +68,8 @@ def purify(graph: fx.Graph, root: nn.Module, writes: dict[fx.Node, tuple[fx.Node
     buffers is an error.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
+    for node, bases in writes.items():
+        _read_result(node, bases, order)
     memory = {node: _storage(node) for node in graph.nodes}
     pure = {node: _is_private(node, bases, order, memory) for node, bases in writes.items()}
     shared = {node.target for node, private in pure.items() if not private}
@@ -75,6 +78,22 @@ def purify(graph: fx.Graph, root: nn.Module, writes: dict[fx.Node, tuple[fx.Node
             private = _make_pure(node, root)
         if not private:
             _keep(node)
+
+
+def _read_result(node: fx.Node, bases: tuple[fx.Node, ...], order: dict[fx.Node, int]) -> None:
+    """y = f(x), f writing to x and returning it: whoever reads x later may read y instead."""
+    result = node.meta.get("val")
+    if len(bases) != 1 or not isinstance(result, Tensor):
+        return
+    value = bases[0].meta["val"]
+    if (
+        _storage(node) == _storage(bases[0])
+        and result.shape == value.shape
+        and result.stride() == value.stride()
+        and result.storage_offset() == value.storage_offset()
+    ):
+        later = {user for user in bases[0].users if order[user] > order[node]}
+        bases[0].replace_all_uses_with(node, lambda user: user in later, propagate_meta=False)
 
 
 def _storage(node: fx.Node) -> int | None:
@@ -113,10 +132,21 @@ def _make_pure(node: fx.Node, root: nn.Module) -> bool:
         return True
     values = [argument.meta["val"] for argument in node.all_input_nodes]
     dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
-    if node.target not in PURE_FORMS or len(dtypes) != 1:  # promotion would change the dtype
+    pure = PURE_FORMS.get(node.target) or _pure_overload(node.target)
+    if pure is None or len(dtypes) != 1:  # promotion would change the dtype
         return False
-    node.target = PURE_FORMS[node.target]
+    node.target = pure
     return True
+
+
+def _pure_overload(target: Any) -> Any:
+    """aten.add.Tensor for aten.add_.Tensor; None where there is no such pair."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    name = target._opname.removesuffix("_")
+    if name not in PURE_FORMS.values():
+        return None
+    return getattr(getattr(torch.ops.aten, name), target._overloadname, None)
 
 
 def _keep(node: fx.Node) -> None:

@@ -80,7 +80,7 @@ def graph_pass(
             except TfmqError as error:
                 error.add_note(f"in pass {body.__name__}")
                 raise
-            result.gm.graph.eliminate_dead_code()
+            prune(result.gm.graph)
             result.gm.delete_all_unused_submodules()
             result.gm.recompile()
             result.gm.meta["stage"] = gives
@@ -92,6 +92,11 @@ def graph_pass(
         return run
 
     return decorate
+
+
+def prune(graph: fx.Graph) -> None:
+    """Remove what nothing uses, but for writes in place."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() or "writes" in node.meta)
 
 
 def module_path(node: fx.Node) -> str:

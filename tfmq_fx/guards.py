@@ -30,6 +30,7 @@ _BINARY = {
     "PythonMod": "mod",
     "PowByNatural": "pow",
     "Pow": "pow",
+    "FloatPow": "pow",
 }
 _MANY = {"Add": "add", "Mul": "mul", "Max": "max", "Min": "min"}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.proxy import Proxy
 
 from .effects import PURE_FORMS, setitem_
@@ -19,6 +19,7 @@ from .errors import CaptureError
 if TYPE_CHECKING:
     from .tracer import ValueTracer
 
+_EMPTY = torch.empty  # the original: while tracing, torch.empty records
 _LIBRARY = os.path.dirname(torch.__file__) + os.sep
 _OURS = (__file__, os.path.join(os.path.dirname(__file__), "tracer.py"))
 
@@ -55,19 +56,30 @@ class ValueProxy(Proxy):
         return id(self)
 
 
-class TensorProxy(ValueProxy):
-    """Stands for a tensor; what needs its data is refused with the module and line that asked."""
+class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
+    """Stands for a tensor; what needs its data is refused with the module and line that asked.
 
-    @property  # isinstance(x, torch.Tensor) and torch.is_tensor(x) hold, without patching them
-    def __class__(self) -> type:
-        return Tensor
+    It is a tensor, on the meta device, so that isinstance holds and compiled code that is handed
+    one finds no data instead of foreign memory; but all that Python code asks of it is answered
+    here, from the value of its node.
+    """
 
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TypeError("the class of a traced tensor is fixed")
+    def __new__(cls, node: fx.Node, tracer: ValueTracer) -> TensorProxy:
+        value = node.meta["val"]
+        with torch._C.DisableTorchFunction():
+            bare = _EMPTY([0] * value.dim(), dtype=value.dtype, device="meta")
+            return Tensor._make_subclass(cls, bare)
+
+    def __init__(self, node: fx.Node, tracer: ValueTracer) -> None:
+        ValueProxy.__init__(self, node, tracer)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _OF_TENSORS:
+            return self._attribute(name)
+        return super().__getattribute__(name)
 
     @property
-    def shape(self) -> Sizes:
+    def shape(self) -> Sizes:  # type: ignore[override]
         return Sizes(self.tracer.size_of(self, i) for i in range(self.value.dim()))
 
     def size(self, dim: int | None = None) -> Any:
@@ -137,6 +149,9 @@ class TensorProxy(ValueProxy):
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         return self._refuse(".numpy()")
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._refuse("numpy()")
+
     # The next five use only another tensor's shape, dtype or device: no data edge to it.
     def type_as(self, other: Any) -> Any:
         return self.to(other)
@@ -156,8 +171,12 @@ class TensorProxy(ValueProxy):
     def reshape_as(self, other: Any) -> Any:
         return self.reshape(other.shape)
 
-    def type(self, dtype: Any = None, **kwargs: Any) -> Any:
-        return self.value.type() if dtype is None else self._method("type", dtype, **kwargs)
+    def type(self, dtype: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        if dtype is None:
+            return self.value.type()
+        if isinstance(dtype, torch.dtype):
+            return self.to(dtype, **kwargs)
+        return self._method("type", dtype, **kwargs)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", setitem_, (self, key, value), {})
@@ -165,15 +184,17 @@ class TensorProxy(ValueProxy):
     def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+    def _attribute(self, name: str) -> Any:
+        """An attribute or method of torch.Tensor."""
         found = getattr(self.value, name)
         if callable(found):
             return lambda *args, **kwargs: self._method(name, *args, **kwargs)
         if isinstance(found, Tensor):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return found
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"'Tensor' object has no attribute {name!r}")
 
 
 def _inplace_operator(target: Callable[..., Any]) -> Callable[[TensorProxy, Any], Any]:
@@ -186,6 +207,13 @@ def _inplace_operator(target: Callable[..., Any]) -> Callable[[TensorProxy, Any]
 for _target in PURE_FORMS:
     if callable(_target):
         setattr(TensorProxy, f"__{_target.__name__}__", _inplace_operator(_target))
+
+# What TensorProxy leaves to its value: all of torch.Tensor's public attributes but its own.
+_OF_TENSORS = frozenset(
+    name
+    for name in dir(Tensor)
+    if not name.startswith("_") and not any(name in vars(k) for k in TensorProxy.__mro__[:3])
+)
 
 
 class SizeProxy(ValueProxy):

@@ -119,10 +119,13 @@ class ValueTracer(fx.Tracer):
         self.tests: list[SizeTest] = []
         self.computing = False
         self.last = "before its first operation"  # module and line of the latest operation
+        self.source: str | None = None  # of the code that is traced, where no frame tells
         self._model, self._mode, self._inputs, self._call = model, mode, inputs, call
+        self._shapes: Any = mode.shape_env
         self._names, self._forced = names, forced
         self._thread = threading.get_ident()
         self._sizes: dict[Any, Any] = {}
+        self._tied: set[Any] = set()
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
         self._writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         # Reversed: of several names for one module or tensor, the first counts.
@@ -133,6 +136,7 @@ class ValueTracer(fx.Tracer):
             *model.named_buffers(remove_duplicate=False),
         ]
         self._tensors = {id(tensor): name for name, tensor in reversed(tensors)}
+        self._buffers = dict(model.named_buffers(remove_duplicate=False))
 
     def run(self) -> fx.Graph:
         """The graph: one placeholder for each input, a flat tuple of outputs."""
@@ -140,6 +144,7 @@ class ValueTracer(fx.Tracer):
         # torch.fx patches nn.Module.__call__ for the whole process: one trace at a time.
         with _LOCK, torch.no_grad(), _Record(self), _factories(self), _einops():
             graph = self.trace(model)
+        self._check_state()
         purify(graph, model, self._writes)
         graph._tracer_cls = None  # a tracer class of ours would have to be unpickled
         for node in graph.nodes:
@@ -148,6 +153,18 @@ class ValueTracer(fx.Tracer):
             node.meta["nn_module_stack"] = collections.OrderedDict({**root, **stack})
             node.meta.setdefault("source", "")
         return graph
+
+    def _check_state(self) -> None:
+        """Refuse a model whose forward put something else in the place of a buffer."""
+        now = {
+            name: id(tensor) for name, tensor in self._model.named_buffers(remove_duplicate=False)
+        }
+        before = {name: id(tensor) for name, tensor in self._buffers.items()}
+        if changed := [name for name in {**now, **before} if now.get(name) != before.get(name)]:
+            raise CaptureError(
+                f"{changed[0].rpartition('.')[0] or 'the model'}: forward assigns to the buffer "
+                f"{changed[0]}, so one call changes the next; a graph holds no such state"
+            )
 
     # What the model's code asks
 
@@ -167,7 +184,7 @@ class ValueTracer(fx.Tracer):
 
     def decide(self, value: Any) -> bool:
         """The outcome of a condition on sizes that the model's code tests."""
-        test = SizeTest(value.node._expr.xreplace(self._names), True, source_line())
+        test = SizeTest(value.node._expr.xreplace(self._names), True, self._line())
         held = self._forced[test] if test in self._forced else bool(value)
         self._note(dataclasses.replace(test, held=held))
         return held
@@ -177,7 +194,7 @@ class ValueTracer(fx.Tracer):
         expression = value.node._expr.xreplace(self._names)  # converting replaces the symbol
         found = convert(value)
         equation = sympy.Eq(expression, found, evaluate=False)
-        self._note(SizeTest(equation, True, source_line(), branch=False))
+        self._note(SizeTest(equation, True, self._line(), branch=False))
         return found
 
     def _note(self, test: SizeTest) -> None:
@@ -194,7 +211,10 @@ class ValueTracer(fx.Tracer):
     def whereabouts(self) -> str:
         """Module path and source line of what is being traced."""
         paths = [path for path, _ in self.module_stack.values()]
-        return f"{paths[-1] if paths else 'the model'} ({source_line()})"
+        return f"{paths[-1] if paths else 'the model'} ({self._line()})"
+
+    def _line(self) -> str:
+        return self.source or source_line()
 
     # fx.Tracer's hooks
 
@@ -222,7 +242,7 @@ class ValueTracer(fx.Tracer):
         node = self.create_node(
             kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr
         )
-        node.meta["source"] = source_line()
+        node.meta["source"] = self._line()
         self.last = self.whereabouts()
         if kind == "placeholder":
             node.meta["val"] = self._inputs[target]
@@ -238,7 +258,7 @@ class ValueTracer(fx.Tracer):
             )
         node = super().create_node(kind, *args, **kwargs)
         if kind == "get_attr":
-            node.meta["source"] = source_line()
+            node.meta["source"] = self._line()
             value: Any = self.root
             for part in str(node.target).split("."):
                 value = _attribute(value, part)
@@ -311,7 +331,9 @@ class ValueTracer(fx.Tracer):
         try:
             # Without the Python dispatcher some kernels fix free sizes to the example's.
             with self._mode, enable_python_dispatcher():
-                result = target(*args, **kwargs)
+                result = _evenly_spaced(target, args, kwargs)
+                if result is None:
+                    result = target(*args, **kwargs)
         except _DATA_DEPENDENT as error:
             raise CaptureError(
                 f"{self.whereabouts()}: the result of {node.target} depends on a tensor's data in "
@@ -319,6 +341,7 @@ class ValueTracer(fx.Tracer):
             ) from error
         finally:
             self.computing = False
+        self._note_fixed()
         written = [
             arg
             for arg, version in zip(tensors, versions, strict=True)
@@ -327,6 +350,14 @@ class ValueTracer(fx.Tracer):
         if written:
             self._writes[node] = tuple(written)
         return result
+
+    def _note_fixed(self) -> None:
+        """Note the sizes that an operation fixed to the example's, or tied to one another."""
+        replaced = self._shapes.replacements
+        for symbol in [*(self._names.keys() & replaced.keys() - self._tied)]:
+            self._tied.add(symbol)
+            equation = sympy.Eq(symbol, replaced[symbol], evaluate=False).xreplace(self._names)
+            self._note(SizeTest(equation, True, self._line(), branch=False))
 
     def _wrap(self, node: fx.Node) -> Any:
         """What the model's code gets for a node: a proxy, or the value itself where it is known."""
@@ -358,6 +389,18 @@ class ValueTracer(fx.Tracer):
         if not names or type(value) is tuple:
             return tuple(parts)
         return collections.namedtuple(type(value).__name__, names)(*parts)
+
+
+def _evenly_spaced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What linspace and logspace return for a symbolic number of steps, which their own kernels
+    would fix; None for other calls."""
+    if target not in (torch.linspace, torch.logspace):
+        return None
+    steps = kwargs.get("steps", args[2] if len(args) > 2 else None)
+    if not isinstance(steps, torch.SymInt):
+        return None
+    settings = {name: value for name, value in kwargs.items() if name in ("dtype", "device")}
+    return torch.empty(steps, **settings)
 
 
 def _number(expression: Any) -> bool | int | float:
