@@ -83,7 +83,7 @@ def test_first_and_last_are_those_of_the_part_that_depends_on_the_sample(toy):
     sites, _ = find_sites(toy)
     temporal = [s.name for s in sites if "time" in s.name]
     config = Config(layers=BITS[4], first=BITS[8], last=BITS[3])
-    plan = plan_sites(sites, config, temporal=temporal)
+    plan = plan_sites(sites, config, early=temporal)
     assert sites[0].name == "time_mlp.0"
     assert plan["conv_in"] is BITS[8] and plan["conv_out"] is BITS[3]
     others = set(plan) - {"conv_in", "conv_out"}

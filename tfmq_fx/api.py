@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import artifact, backends
 from .capture import Dynamic, capture
 from .config import Config, LayerConfig, from_dict, resolve, to_dict
-from .dataflow import temporal_block
+from .dataflow import Binding, binding_times, request_conditions, temporal_block
 from .errors import ArtifactError, BackendError, CalibrationError, ConfigError
 from .graph import Rewrite
 from .metrics import sample
@@ -22,6 +22,7 @@ from .modules import Compiled, Converted, ModelConfig, Prepared
 from .observers import RangeObserver, Ranges, SampleCache
 from .ops import check_timesteps
 from .passes.fold_timesteps import fold_timesteps as fold_pass
+from .passes.merge_duplicates import merge_duplicates
 from .passes.observe_layers import observe_layers, observer_name
 from .passes.quantize_layers import quantize_layers
 from .passes.quantize_tables import quantize_tables
@@ -66,7 +67,8 @@ def prepare(
     if values is not None and values.is_floating_point():
         inputs[name] = torch.as_tensor(inputs[name]).float()
     captured = capture(model, inputs, timestep=name, dynamic=dynamic)
-    gm = captured.gm
+    merged = merge_duplicates(captured.gm)
+    gm = merged.gm
     dtype = inputs[name].dtype if isinstance(inputs[name], Tensor) else None
     sites, _ = find_sites(gm)
     check_weights(sites)
@@ -79,6 +81,7 @@ def prepare(
         "nodes": len(gm.graph.nodes),
         "guards": [f"{g.text} is {g.holds} ({g.source})" for g in captured.call.guards],
         "notes": list(captured.notes),
+        "merged": merged.details["merged"],
     }
     observed = observe_layers(gm).gm
     spec = recipe.reconstruction
@@ -168,7 +171,8 @@ def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
     timesteps, visits = _finite_set(prepared)
     block = temporal_block(gm)
     sites, declined = find_sites(gm)
-    plan = plan_sites(sites, recipe, temporal=block.modules, overrides=prepared.overrides)
+    early = _before_the_sample(gm, sites)
+    plan = plan_sites(sites, recipe, early=early, overrides=prepared.overrides)
     ranges = _ranges(prepared, sites, plan, timesteps)
     done: list[Rewrite] = []
 
@@ -317,6 +321,12 @@ def _plain(config: Any) -> dict[str, Any] | None:
         except TypeError:
             continue
     return plain
+
+
+def _before_the_sample(gm: torch.fx.GraphModule, sites: list[Site]) -> set[str]:
+    """The sites whose results depend on the timestep and the conditions alone."""
+    times = binding_times(gm, request_conditions(gm))
+    return {s.name for s in sites if all(times[node] is not Binding.X for node in s.nodes)}
 
 
 def _finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:

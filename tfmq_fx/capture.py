@@ -174,7 +174,14 @@ def _describe_call(
     sample = _sample(paths, tensors, at)
     tensors = _batched(tensors, at, sample, _frees_batch(dynamic))
     inputs = _inputs(paths, tensors, at, sample, dynamic)
-    call = CallSpec(tuple(declared), inputs, inputs[at].name, Const(None), return_dict)
+    call = CallSpec(
+        tuple(declared),
+        inputs,
+        inputs[at].name,
+        Const(None),
+        return_dict,
+        sample=None if sample is None else inputs[sample].name,
+    )
     return call, tensors
 
 
@@ -357,7 +364,7 @@ def _trace(
     prune(gm.graph)
     gm.delete_all_unused_submodules()
     gm.recompile()
-    gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep)
+    gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep, sample=call.sample)
     check(gm, Stage.CAPTURED)
     return _Trace(gm, output, tracer.tests)
 

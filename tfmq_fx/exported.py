@@ -106,7 +106,7 @@ def export(
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes={"values": tuple(dims)}, strict=False
             )
-            if _needs_casts(program.graph_module):
+            if _is_high_level(program.graph_module):
                 program = program.run_decompositions({})
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
@@ -139,10 +139,12 @@ class _Flat(nn.Module):
         return self.call(*values)
 
 
-def _needs_casts(gm: fx.GraphModule) -> bool:
-    """Whether autocast is on somewhere: then casts must be written out."""
+def _is_high_level(gm: fx.GraphModule) -> bool:
+    """Whether a graph says autocast or vmap, and not what they do."""
+    cast = torch.ops.higher_order.wrap_with_autocast
     return any(
-        node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2]
+        (node.target is cast and node.args[2])
+        or "functorch" in str(getattr(node.target, "__module__", ""))
         for part in gm.modules()
         if isinstance(part, fx.GraphModule)
         for node in part.graph.nodes

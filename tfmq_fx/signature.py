@@ -82,6 +82,7 @@ class CallSpec:
 
     timestep: the placeholder that holds the timestep, always a tensor (batch,).
     return_dict: forward's default of that name; None where forward has no such parameter.
+    sample: the placeholder of what is denoised; None where no input carries the batch.
     """
 
     arguments: tuple[Argument, ...]
@@ -90,6 +91,7 @@ class CallSpec:
     output: Structure
     return_dict: bool | None = None
     guards: tuple[Guard, ...] = ()
+    sample: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -175,6 +177,7 @@ class CallSpec:
             "timestep": self.timestep,
             "output": dump(self.output),
             "return_dict": self.return_dict,
+            "sample": self.sample,
             "guards": [
                 {**_fields(guard), "expression": dump_expression(guard.expression)}
                 for guard in self.guards

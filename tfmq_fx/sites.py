@@ -47,10 +47,15 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
     ones that cannot be quantized, with the reason."""
     calls: dict[str, list[fx.Node]] = {}
     declined = []
+    reads = [str(node.target).rpartition(".") for node in gm.graph.find_nodes(op="get_attr")]
+    read = {owner: name for owner, _, name in reads}
     for node in gm.graph.nodes:
         if node.op == "call_module":
             layer = gm.get_submodule(str(node.target))
-            if kind_of(layer) or isinstance(layer, QuantLayer):
+            if kind_of(layer) and str(node.target) in read:
+                reason = f"its {read[str(node.target)]} is used elsewhere as well"
+                declined.append(Declined(str(node.target), reason))
+            elif kind_of(layer) or isinstance(layer, QuantLayer):
                 calls.setdefault(str(node.target), []).append(node)
             elif isinstance(layer, _TRANSPOSED):
                 declined.append(Declined(str(node.target), "transposed convolution"))
@@ -61,25 +66,25 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
             reason = "called as a function, not as a torch.nn layer"
             declined.append(Declined(node.name, reason))
     sites = [Site(name, gm.get_submodule(name), tuple(nodes)) for name, nodes in calls.items()]
-    return sites, declined
+    return sites, list(dict.fromkeys(declined))
 
 
 def plan_sites(
     sites: Collection[Site],
     config: Config,
     *,
-    temporal: Collection[str] = (),
+    early: Collection[str] = (),
     overrides: Mapping[str, LayerConfig] | None = None,
 ) -> dict[str, LayerConfig]:
     """What each site becomes.
 
     The first and last sites that depend on the sample get `config.first` and `config.last`;
-    `temporal` names the sites of the temporal block, which are never first or last.  overrides:
-    module name patterns (fnmatch); later ones win.  Raises ConfigError for one that matches
+    `early` names the sites that do not, which are never first or last.  overrides: module name
+    patterns (fnmatch); later ones win.  Raises ConfigError for one that matches
     nothing.
     """
     plan = {site.name: config.layers for site in sites}
-    spatial = [site.name for site in sites if site.name not in temporal]
+    spatial = [site.name for site in sites if site.name not in early]
     if spatial:
         plan[spatial[0]] = config.first or config.layers
         plan[spatial[-1]] = config.last or config.layers
