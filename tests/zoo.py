@@ -214,7 +214,7 @@ ENTRIES: dict[str, Entry] = {
             "text_len": 8,
             "text_len_t5": 12,
         },
-        conditions=("image_meta_size", "style"),
+        conditions=("image_meta_size",),  # the only legal style is 0
     ),
     "hunyuan-video": Entry(
         config="hunyuan-video",
@@ -321,7 +321,7 @@ def model(
         if torch.device(device).type == "meta":
             with torch.device("meta"):
                 made: nn.Module = kind.from_config(values)
-            return made.to(dtype).eval()
+            return made.to(device="meta", dtype=dtype).eval()  # torch.Tensor([x]) stays on CPU
         made = kind.from_config(values)
         for parameter in made.parameters():
             if not parameter.any():

@@ -19,14 +19,30 @@ FRAMES = 3
 # integers. Flow matching counts time from 0 to 1 or as floats to 1000; SVD takes log(sigma) / 4;
 # HunyuanDiT computes its time embedding in the timestep's own dtype (diffusers 0.42).
 TIMESTEPS: dict[str, tuple[float, torch.dtype | None]] = {
+    "AuraFlowTransformer2DModel": (0.5, None),
+    "BriaTransformer2DModel": (500.0, None),
+    "ChromaTransformer2DModel": (0.5, None),
+    "Flux2Transformer2DModel": (0.5, None),
+    "FluxControlNetModel": (0.5, None),
     "FluxTransformer2DModel": (0.5, None),
     "HunyuanDiT2DModel": (500.0, None),
     "HunyuanVideoTransformer3DModel": (500.0, None),
+    "LTXVideoTransformer3DModel": (500.0, torch.float32),
+    "LongCatImageTransformer2DModel": (0.5, None),
+    "OvisImageTransformer2DModel": (0.5, None),
+    "QwenImageControlNetModel": (0.5, None),
     "QwenImageTransformer2DModel": (0.5, None),
+    "SD3ControlNetModel": (500.0, torch.float32),
     "SD3Transformer2DModel": (500.0, torch.float32),
+    "SanaTransformer2DModel": (500.0, torch.float32),
     "UNetSpatioTemporalConditionModel": (0.5, torch.float32),
     "ZImageTransformer2DModel": (0.5, torch.float32),
 }
+FRAMES_FIRST = (  # (batch, frames, channels, ...), where other videos have channels first
+    "CogVideoXTransformer3DModel",
+    "ConsisIDTransformer3DModel",
+    "UNetSpatioTemporalConditionModel",
+)
 IMAGE_TOKENS = {"UNetSpatioTemporalConditionModel": 1}  # conditioned on an image, not on text
 
 
@@ -48,8 +64,8 @@ class Maker:
         read = getattr(self.config, "get", None) or (lambda key: getattr(self.config, key, None))
         return next((value for value in map(read, keys) if value is not None), None)
 
-    def width(self, *keys: str) -> int | None:
-        """As `get`, for widths that some configs give per block."""
+    def first(self, *keys: str) -> Any:
+        """As `get`, for what some configs give per block or per axis."""
         found = self.get(*keys)
         return found[0] if isinstance(found, (list, tuple)) else found
 
@@ -80,6 +96,15 @@ class Maker:
         height, width = self.get("sample_height") or height, self.get("sample_width") or width
         return self.scale * height, self.scale * width
 
+    def frames(self) -> int:
+        """Number of frames of a video's latents."""
+        if self.get("sample_frames"):
+            each = self.get("temporal_compression_ratio") or 1
+            return int((self.get("sample_frames") - 1) // each + 1)
+        patch = self.get("patch_size")
+        each = self.get("patch_size_t") or (patch[0] if isinstance(patch, (list, tuple)) else 1)
+        return int(FRAMES * each)
+
     def tokens(self) -> int:
         """Number of tokens in encoder_hidden_states."""
         length = self.get("text_len", "max_text_seq_length") or TEXT_TOKENS
@@ -87,23 +112,21 @@ class Maker:
 
 
 def latents(make: Maker) -> Tensor | None:
-    """Packed (batch, tokens, channels) beside img_ids or img_shapes, else an image or a video."""
+    """Packed (batch, tokens, channels) beside what tells their grid, else an image or a video."""
     channels = make.get("in_channels")
     if channels is None:
         return None
     height, width = make.size()
     if "img_ids" in make.names or "img_shapes" in make.names:
         return make.normal(make.batch, height * width, channels)
-    if make.get("sample_frames"):
-        frames = (make.get("sample_frames") - 1) // make.get("temporal_compression_ratio") + 1
-        return make.normal(make.batch, frames, channels, height, width)
-    if make.get("num_frames"):
-        frames = min(FRAMES, make.get("num_frames"))
-        return make.normal(make.batch, frames, channels, height, width)
-    patch = make.get("patch_size")
-    if make.get("patch_size_t") or isinstance(patch, (list, tuple)):
-        frames = FRAMES * (make.get("patch_size_t") or patch[0])
-        return make.normal(make.batch, channels, frames, height, width)
+    if {"num_frames", "height", "width"} <= set(make.names):
+        return make.normal(make.batch, make.frames() * height * width, channels)
+    if make.kind in FRAMES_FIRST:
+        return make.normal(make.batch, make.frames(), channels, height, width)
+    if "3D" in make.kind or make.get("motion_max_seq_length"):
+        return make.normal(make.batch, channels, make.frames(), height, width)
+    if "1D" in make.kind:
+        return make.normal(make.batch, channels, height)
     return make.normal(make.batch, channels, height, width)
 
 
@@ -128,11 +151,12 @@ def timestep(make: Maker) -> Tensor:
 
 def text(make: Maker) -> Tensor | None:
     projected = make.get("encoder_hid_dim") if make.get("encoder_hid_dim_type") else None
-    width = projected or make.width(
+    width = projected or make.first(
         "joint_attention_dim",
         "caption_channels",
         "text_embed_dim",
         "text_dim",
+        "cap_feat_dim",
         "cross_attention_dim",
     )
     return make.normal(make.batch, make.tokens(), width) if width else None
@@ -162,7 +186,9 @@ def mask(make: Maker, tokens: int) -> Tensor:
 
 def text_mask(make: Maker) -> Tensor | None:
     """None for the UNets, which pipelines call without."""
-    masked = make.get("caption_channels", "text_embed_dim", "text_len", "joint_attention_dim")
+    masked = make.get(
+        "caption_channels", "text_embed_dim", "text_len", "joint_attention_dim", "cap_feat_dim"
+    )
     return mask(make, make.tokens()) if masked else None
 
 
@@ -195,11 +221,14 @@ def guidance_embedding(make: Maker) -> Tensor | None:
 
 
 def image_ids(make: Maker) -> Tensor:
-    return make.positions(1, *make.size())
+    """Positions in time, height and width; models with more axes have one layer there."""
+    axes = len(make.get("axes_dims_rope", "axes_dim") or (0, 0, 0))
+    return make.positions(1, *make.size(), *[1] * (axes - 3))
 
 
 def text_ids(make: Maker) -> Tensor:
-    return torch.zeros(make.tokens(), 3, dtype=make.dtype, device=make.device)
+    axes = len(make.get("axes_dims_rope", "axes_dim") or (0, 0, 0))
+    return torch.zeros(make.tokens(), axes, dtype=make.dtype, device=make.device)
 
 
 def image_shapes(make: Maker) -> list[list[tuple[int, int, int]]]:
@@ -215,10 +244,8 @@ def added_conditions(make: Maker) -> dict[str, Tensor] | None:
     kind = make.get("addition_embed_type")
     height, width = (8.0 * side for side in make.size())
     if kind == "text_time":
-        joined, each = (
-            make.get("projection_class_embeddings_input_dim"),
-            make.get("addition_time_embed_dim"),
-        )
+        joined = make.get("projection_class_embeddings_input_dim")
+        each = make.get("addition_time_embed_dim")
         return {
             "text_embeds": make.normal(make.batch, joined - 6 * each),
             "time_ids": make.rows(height, width, 0.0, 0.0, height, width),
@@ -226,20 +253,27 @@ def added_conditions(make: Maker) -> dict[str, Tensor] | None:
     if kind == "image":
         return {"image_embeds": make.normal(make.batch, make.get("encoder_hid_dim"))}
     additional = make.get("use_additional_conditions")
-    if additional or (additional is None and make.kind == "PixArtTransformer2DModel"):
-        wanted = make.get("sample_size") == 128 if additional is None else True
-        if wanted:
-            return {"resolution": make.rows(height, width), "aspect_ratio": make.rows(1.0)}
+    if additional is None:  # PixArt-alpha decides by its size then
+        additional = make.kind == "PixArtTransformer2DModel" and make.get("sample_size") == 128
+    if additional:
+        return {"resolution": make.rows(height, width), "aspect_ratio": make.rows(1.0)}
     return None
 
 
 def time_ids(make: Maker) -> Tensor | None:
     """Frames per second, motion and noise of a video."""
-    joined, each = (
-        make.get("projection_class_embeddings_input_dim"),
-        make.get("addition_time_embed_dim"),
-    )
+    joined = make.get("projection_class_embeddings_input_dim")
+    each = make.get("addition_time_embed_dim")
     return make.rows(*(6.0, 127.0, 0.02)[: joined // each]) if joined and each else None
+
+
+def pixel_size(make: Maker) -> Tensor:
+    height, width = (8.0 * side for side in make.size())
+    return make.rows(height, width)
+
+
+def corner(make: Maker) -> Tensor:
+    return make.rows(0.0, 0.0)
 
 
 def image_meta_size(make: Maker) -> Tensor | None:
@@ -255,14 +289,16 @@ def style(make: Maker) -> Tensor | None:
 def rotary(make: Maker) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines (tokens, head width) of angles of positions, each angle twice."""
     patch, width = make.get("patch_size"), make.get("attention_head_dim")
-    if make.get("use_rotary_positional_embeddings") is False or not patch or not width:
+    used = make.get("use_rotary_positional_embeddings")
+    if used is None:
+        used = not make.get("sample_frames")  # videos have other forms of it
+    if not used or not patch or not width:
         return None
     tokens = 1
     for side in make.size():
         tokens *= side // patch
     if make.get("sample_frames"):
-        frames = (make.get("sample_frames") - 1) // make.get("temporal_compression_ratio") + 1
-        tokens *= -(-frames // (make.get("patch_size_t") or 1))
+        tokens *= -(-make.frames() // (make.get("patch_size_t") or 1))
     rates = 10000.0 ** -(torch.arange(width // 2, device=make.device) / (width // 2))
     angles = torch.arange(tokens, device=make.device)[:, None] * rates[None]
     angles = angles.repeat_interleave(2, dim=1)
@@ -270,13 +306,11 @@ def rotary(make: Maker) -> tuple[Tensor, Tensor] | None:
 
 
 def control_image(make: Maker) -> Tensor | None:
-    """An image in pixels, which the model's own strided convolutions bring to the latents' size."""
-    channels, steps = (
-        make.get("conditioning_channels"),
-        make.get("conditioning_embedding_out_channels"),
-    )
+    """An image in pixels where the model's own convolutions shrink it to the latents' size."""
+    channels = make.get("conditioning_channels")
+    steps = make.get("conditioning_embedding_out_channels")
     if not channels or not steps:
-        return None
+        return latents(make)
     height, width = (side * 2 ** (len(steps) - 1) for side in make.size())
     return make.normal(make.batch, channels, height, width)
 
@@ -305,6 +339,12 @@ RULES: dict[str, Callable[[Maker], Any]] = {
     "txt_seq_lens": text_lengths,
     "added_cond_kwargs": added_conditions,
     "added_time_ids": time_ids,
+    "original_size": pixel_size,
+    "target_size": pixel_size,
+    "crop_coords": corner,
+    "num_frames": Maker.frames,
+    "height": lambda make: make.size()[0],
+    "width": lambda make: make.size()[1],
     "image_meta_size": image_meta_size,
     "style": style,
     "image_rotary_emb": rotary,
