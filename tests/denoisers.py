@@ -30,7 +30,7 @@ INTEGERS, FLOATS = (0, 3, 500, 999), (0.0, 0.25, 3.5, 999.0)
 
 @dataclass(frozen=True)
 class Block:
-    """One ingredient; option chooses among its variants, inner are the blocks it is wrapped round."""
+    """One ingredient; option chooses among its variants, inner are the blocks inside it."""
 
     kind: str
     option: int = 0
