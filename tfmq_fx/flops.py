@@ -1,0 +1,69 @@
+"""Floating-point operations of each node of a graph, counted by torch on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+Shape = tuple[int, ...]
+
+
+def node_flops(gm: fx.GraphModule, shapes: Sequence[Shape]) -> dict[fx.Node, int]:
+    """Operations of every node that has any, for inputs of these shapes, in placeholder order.
+
+    Counted: matrix products, convolutions and attention, two for each multiply-add; element-wise
+    operations, norms and embedding look-ups count as none, as is usual.  Nothing is computed.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    run = _Counting(gm, counter)
+    # MultiheadAttention's fused kernels are opaque to the counter, its plain path is not.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), mode:
+            inputs = [
+                torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+                for node, shape in zip(gm.graph.find_nodes(op="placeholder"), shapes, strict=True)
+            ]
+            with counter:
+                run.run(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return run.flops
+
+
+class _Counting(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(gm)
+        self.counter = counter
+        self.flops: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        if spent := self.counter.get_total_flops() - before:
+            self.flops[n] = spent
+        return result
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _matrix_vector(matrix: Shape, *_: Any, **__: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+# what torch 2.13 has no formula for
+_FORMULAS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable: _attention,
+    torch.ops.aten.mv: _matrix_vector,
+    torch.ops.aten.addmv: lambda bias, matrix, *_, **__: _matrix_vector(matrix),
+}
