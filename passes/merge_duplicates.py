@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from tfmq_fx.dataflow import RANDOM, WRITTEN, binding_times
 from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Rewrite, graph_pass
+from tfmq_fx.graph import Rewrite, fork, graph_pass
 
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)
@@ -43,6 +43,7 @@ def merge_duplicates(gm: fx.GraphModule) -> Rewrite:
         node.replace_all_uses_with(same, propagate_meta=False)
         gm.graph.erase_node(node)
         changed += 1
+    gm = fork(gm)  # without the tensors that nothing reads now
     return Rewrite(gm, changed, details={"merged": merged})
 
 

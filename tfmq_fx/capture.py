@@ -323,7 +323,8 @@ def _trace(
     clone = structural_clone(model)
     if exported is not None:
         exported.register(clone)
-    shapes = ShapeEnv()
+    # No sizes that come from data: neither guards nor binding times could speak of them.
+    shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     sizes: dict[str, Any] = {}
     names: dict[sympy.Symbol, sympy.Symbol] = {}

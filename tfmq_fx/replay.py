@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 def structural_clone(model: nn.Module) -> nn.Module:
     """A copy of the module tree, in eval mode, on the same memory.
 
-    Parameters of the copy want no gradient: what is learnt later is never the model's own (and
-    torch 2.13 crashes in the backward of a channels-last GroupNorm whose input wants none).
+    Parameters of the copy are objects of their own that want a gradient where the model's do (torch
+    chooses matrix kernels by that); what is learnt later is never the model's.
     """
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     try:
         return copy.deepcopy(model, memo).eval()
     except (TypeError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
+import torch.utils._device
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import (
@@ -429,6 +430,11 @@ def _factories(tracer: ValueTracer) -> Iterator[None]:
 
         return make
 
+    # torch caches sets of its own functions at first use: they must hold the originals.
+    torch.utils._device._device_constructors()
+    torch.overrides.get_ignored_functions()
+    torch.overrides.get_overridable_functions()
+    torch.overrides.is_tensor_method_or_property(Tensor.add)
     try:
         for name, func in _FACTORIES.items():
             setattr(torch, name, replacement(func))

@@ -131,7 +131,7 @@ def test_the_plan_is_honoured_site_by_site(toy):
     plan = plan_sites(
         sites,
         config,
-        temporal=temporal,
+        early=temporal,
         overrides={"mid1.*": STATIC, "down1.conv2": LayerConfig()},
     )
     ranges = observe(toy, toy_batches(), TIMES)

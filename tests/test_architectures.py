@@ -1,0 +1,156 @@
+"""Every architecture, captured exactly: any form of its inputs, sizes it was not traced at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import zoo
+from tfmq_fx.api import fold_timesteps
+from tfmq_fx.capture import Captured, capture
+from tfmq_fx.errors import InputError
+from tfmq_fx.pipelines import find_timestep
+from tfmq_fx.structure import outline
+
+# What binds a model to the batch or the resolution it was captured at: its own Python.
+LISTS_OF_SAMPLES = {"z-image", "qwen-image"}
+ONE_RESOLUTION = {
+    "cogvideox-2b": "computes its positional embedding anew for another size",
+    "dit-xl-2": "reads the number of tokens as a number",
+    "pixart-alpha": "computes its positional embedding anew for another size",
+    "pixart-alpha-1024": "computes its positional embedding anew for another size",
+    "pixart-sigma": "computes its positional embedding anew for another size",
+    "qwen-image": "takes the resolution as numbers (img_shapes)",
+    "z-image": "counts the tokens of each sample",
+}
+SLOW = {name for name in zoo.ENTRIES if name.startswith(("sd15-", "sd21", "svd", "ldm"))}
+
+
+def free_sizes(name: str, model: nn.Module) -> dict[str, dict[int, str]]:
+    """Every size that differs between two batches or two resolutions, by name."""
+    base, other = zoo.inputs(name, model), zoo.inputs(name, model, scale=2)
+    found: dict[str, dict[int, str]] = {}
+    for key, value in base.items():
+        if key == find_timestep(base, None):
+            continue
+        for (path, a), (_, b) in zip(
+            *(outline(v, key)[1] for v in (value, other[key])), strict=True
+        ):
+            sizes = {
+                i: f"{'hw'[i - a.ndim] if a.ndim > 3 and i >= a.ndim - 2 else 'n'}{m}_{n}"
+                for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True))
+                if m != n
+            }
+            if (
+                a.shape[0] == 2
+                and name not in LISTS_OF_SAMPLES
+                and key not in ("img_ids", "txt_ids")
+            ):
+                sizes[0] = "batch"
+            if sizes:
+                found[path] = sizes
+    return found
+
+
+def captured_at(name: str, dtype: torch.dtype, dynamic: Any) -> tuple[nn.Module, Captured, str]:
+    model = zoo.model(name, dtype=dtype)
+    inputs = zoo.inputs(name, model)
+    timestep = find_timestep(inputs, None)
+    if dynamic is None:
+        dynamic = free_sizes(name, model)
+    return model, capture(model, inputs, timestep=timestep, dynamic=dynamic), timestep
+
+
+def forms(t: Tensor) -> Iterator[Any]:
+    """The ways to say the timesteps t (B,): each row of its own, or one for all."""
+    yield t
+    yield torch.full_like(t, t[-1].item())
+    yield t[-1].clone()
+    yield t[-1].item()
+
+
+def same(found: Any, expected: Any) -> None:
+    (a, ours), (b, theirs) = outline(found), outline(expected)
+    assert type(found) is type(expected) and a == b
+    for (path, x), (_, y) in zip(ours, theirs, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y), path
+
+
+@torch.no_grad()
+def check(model: nn.Module, captured: Captured, inputs: dict[str, Any], timestep: str) -> None:
+    """The graph answers as the model does; where the model takes no numbers or 0-d timesteps, as it
+    does for a row of them."""
+    last = inputs[timestep]
+    rows = (last * torch.arange(1, len(last) + 1) / len(last)).to(last)
+    for t in forms(rows):
+        given = {**inputs, timestep: t}
+        try:
+            expected = model(**given)
+        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            assert not isinstance(t, Tensor) or t.dim() == 0
+            row = torch.as_tensor(t).to(rows).expand(len(rows)).contiguous()
+            expected = model(**{**inputs, timestep: row})
+        values, return_dict = captured.call.bind((), given)
+        same(captured.call.rebuild(captured.gm(*values), return_dict), expected)
+
+
+@pytest.mark.parametrize("name", zoo.ENTRIES)
+def test_exact_at_any_batch_and_form_of_the_timestep(name: str) -> None:
+    model, captured, timestep = captured_at(name, torch.float32, ("batch",))
+    assert captured.route == "trace"
+    for batch in (2,) if name in LISTS_OF_SAMPLES else (1, 3):
+        check(model, captured, zoo.inputs(name, model, batch), timestep)
+
+
+@pytest.mark.parametrize("name", zoo.ENTRIES)
+def test_exact_in_bfloat16(name: str) -> None:
+    model, captured, timestep = captured_at(name, torch.bfloat16, ())
+    check(model, captured, zoo.inputs(name, model), timestep)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in zoo.ENTRIES]
+)
+def test_exact_at_another_resolution(name: str) -> None:
+    model, captured, timestep = captured_at(name, torch.float32, None)
+    check(model, captured, zoo.inputs(name, model), timestep)
+    batch = 2 if name in LISTS_OF_SAMPLES else 3
+    other = zoo.inputs(name, model, batch, scale=2)
+    if name in ONE_RESOLUTION:
+        with pytest.raises(InputError, match=r"captured (where|as)"):
+            check(model, captured, other, timestep)
+    else:
+        check(model, captured, other, timestep)
+
+
+def test_return_types_go_both_ways() -> None:
+    for name in ("sd15", "flux-dev", "dit-xl-2"):
+        model, captured, _ = captured_at(name, torch.float32, ())
+        inputs = zoo.inputs(name, model)
+        for return_dict in (True, False):
+            with torch.no_grad():
+                expected = model(**inputs, return_dict=return_dict)
+                values, wanted = captured.call.bind((), {**inputs, "return_dict": return_dict})
+                same(captured.call.rebuild(captured.gm(*values), wanted), expected)
+
+
+@pytest.mark.parametrize("name", zoo.ENTRIES)
+def test_tables_are_exact_at_batch_one(name: str) -> None:
+    model = zoo.model(name)
+    inputs = zoo.inputs(name, model, batch=1)
+    timestep = find_timestep(inputs, None)
+    last = inputs[timestep]
+    steps = torch.stack([last, last / 2, last / 4]).to(last.dtype).flatten()
+    folded = fold_timesteps(model, steps, inputs)
+    block = folded.record["block"]
+    assert block["features"] and not block["declined"]
+    kept = {node.target for node in folded.gm.graph.nodes if node.op == "call_module"}
+    assert not kept & set(block["modules"])
+    for step in steps:
+        given = {**inputs, timestep: step[None]}
+        with torch.no_grad():
+            same(folded(**given), model(**given))
