@@ -24,7 +24,6 @@ from tfmq_fx.dataflow import RANDOM, WRITTEN, binding_times, temporal_block
 from tfmq_fx.errors import CaptureError, InputError
 from tfmq_fx.graph_json import from_json, to_json
 from tfmq_fx.modules import Converted, GraphModel, Prepared
-from tfmq_fx.ops import op_name
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 from tfmq_fx.passes.observe_layers import observe_layers
 from tfmq_fx.structure import outline
@@ -169,25 +168,27 @@ class Recorder(fx.Interpreter):
 
 
 def record(gm: fx.GraphModule, values: list[Tensor]) -> dict[fx.Node, Any]:
+    """The value of every node; memory that nobody has written to is NaN."""
     recorder = Recorder(gm)
-    with torch.no_grad(), torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        recorder.run(*[value.clone() for value in values])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            recorder.run(*[value.clone() for value in values])
+    finally:
+        torch.use_deterministic_algorithms(False)
     return recorder.values
 
 
 def check_dependences(spec: Spec, model: GraphModel) -> None:
-    """A value that is said not to depend on an input keeps every bit when that input changes.
-
-    Left out: values that count as depending on everything, and memory nobody has written to."""
+    """A value that is said not to depend on an input keeps every bit when that input changes."""
     times = binding_times(model.gm)
     bound = [model.call.bind((), inputs(spec, 2, seed=seed))[0] for seed in (1, 5)]
     before = record(model.gm, bound[0])
     for i, name in enumerate(model.call.names):
         after = record(model.gm, [*bound[0][:i], bound[1][i], *bound[0][i + 1 :]])
         for node, value in before.items():
-            unknown = times.deps[node] & {RANDOM, WRITTEN} or "empty" in op_name(node)
-            if name not in times.deps[node] and not unknown:
+            if not times.deps[node] & {name, RANDOM, WRITTEN}:
                 equal(value, after[node], f"{node.name}, claimed not to depend on {name}")
 
 
@@ -271,7 +272,7 @@ def check_trap(spec: Spec) -> None:
     check_dependences(spec, graph)
 
 
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=40)
 @given(spec=denoisers(traps=True))
 def test_traps_are_refused_or_followed_exactly(spec: Spec) -> None:
     note(repr(spec))
