@@ -144,10 +144,13 @@ def test_tables_are_exact_at_batch_one(name: str) -> None:
     inputs = zoo.inputs(name, model, batch=1)
     timestep = find_timestep(inputs, None)
     last = inputs[timestep]
-    steps = torch.stack([last, last / 2, last / 4]).to(last.dtype).flatten()
+    steps = (
+        last * torch.tensor([1, 0.5, 0.25]) if last.is_floating_point() else torch.arange(3) * 99
+    )
     folded = fold_timesteps(model, steps, inputs)
     block = folded.record["block"]
-    assert block["features"] and not block["declined"]
+    # a distilled model adds the guidance scale before the first layer: nothing is the timestep's
+    assert bool(block["features"]) is (name != "sd15-distilled") and not block["declined"]
     kept = {node.target for node in folded.gm.graph.nodes if node.op == "call_module"}
     assert not kept & set(block["modules"])
     for step in steps:
