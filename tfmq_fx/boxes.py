@@ -72,12 +72,15 @@ class Box:
         return [name for op in self.ops for name in op.features]
 
     def mix(self) -> dict[Binding, float]:
-        """The share of each binding time, earliest first: in parameters, else in operations."""
+        """The share of each binding time, earliest first: in parameters, where there are none in
+        operations, of which constants do not count beside others."""
         count: Counter[Binding] = Counter()
         for op in self.ops:
             count[op.binding] += op.parameters
         if not count.total():
             count.update(op.binding for op in self.ops)
+            if len(count) > 1:
+                del count[Binding.CONSTANT]
         return {b: n / count.total() for b, n in sorted(count.items()) if n}
 
 

@@ -40,13 +40,14 @@ class Drawing:
         return Box("model", self.model, "", self.model, [op for op in self.ops if op.kind == "op"])
 
 
-def number(count: float) -> str:
-    """1234567 -> "1.23 M": three digits, in words of powers of a thousand."""
-    for unit in ("", " k", " M", " G", " T"):
-        if abs(count) < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g} P"
+def number(count: float, unit: str = "") -> str:
+    """Three digits and a prefix for powers of a thousand: number(1234567, "FLOPs") is
+    "1.23 MFLOPs"."""
+    prefixes = iter(("", "k", "M", "G", "T"))
+    prefix = next(prefixes)
+    while abs(count) >= 999.5 and prefix != "T":
+        count, prefix = count / 1000, next(prefixes)
+    return f"{count:.3g} {prefix}{unit}".rstrip()
 
 
 def _subtitle(box: Box) -> str:
@@ -73,7 +74,7 @@ def _details(box: Box) -> str:
         if part:
             lines.append(
                 f"{name}: {len(part)} operations, {sum(op.parameters for op in part):,} "
-                f"parameters, {number(sum(op.flops for op in part))}FLOPs"
+                f"parameters, {number(sum(op.flops for op in part), 'FLOPs')}"
             )
     lines.append(f"gives {box.ops[-1].shape}")
     lines += [f"table row: {name}" for name in box.features]
@@ -154,7 +155,7 @@ def _svg(model: str, total: Box, drawn: Boxes) -> str:
     texts = [(box.title, _subtitle(box)) for box in drawn.boxes]
     widths = [max(len(title), 0.86 * len(below)) * _CHARACTER + 18 for title, below in texts]
     layout = place(widths, drawn.edges, height=_HEIGHT, gap=_GAP)
-    head = f"{model}: {number(total.parameters)} parameters, {number(total.flops)}FLOPs a call"
+    head = f"{model}: {number(total.parameters)} parameters, {number(total.flops, 'FLOPs')} a call"
     legend, legend_width = _svg_legend(total)
     width = max(layout.width, legend_width, len(head) * 8) + 2 * _MARGIN
     left, top = (width - layout.width) / 2, _MARGIN + _HEAD

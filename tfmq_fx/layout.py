@@ -1,7 +1,7 @@
 """Places for the boxes of a layered drawing: no two overlap, and no line crosses a box.
 
 The steps of Sugiyama, Tagawa and Toda (1981): layers, order within layers by barycentres, then
-coordinates, here by least squares under a least distance.
+coordinates, as the linear program of Gansner, Koutsofios, North and Vo (1993).
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
+from scipy.optimize import linprog
+from scipy.sparse import coo_array
 
 _SWEEPS = 12
 _LANE = 12.0  # width kept free for a line that passes a layer
 _GAP = 14.0
+_SOLVED = 20_000  # boxes and lanes; beyond, the linear program takes too long
 
 Point = tuple[float, float]
 Item = tuple[int, int]  # a box (box, its layer), or a line that passes: (its source, the layer)
@@ -63,7 +66,7 @@ def place(
         below[first].append(second)
     rows = _order(rows, above, below)
     wide = {item: widths[item[0]] if layer[item[0]] == item[1] else _LANE for item in items}
-    centre = _centres(rows, above, below, wide)
+    centre = _centres(rows, {link: _weight(link, layer) for link in links}, wide)
     left = min((centre[item] - wide[item] / 2 for item in items), default=0.0)
     right = max((centre[item] + wide[item] / 2 for item in items), default=0.0)
 
@@ -86,12 +89,21 @@ def place(
 
 
 def _layers(graph: nx.DiGraph) -> dict[int, int]:
-    """The longest way to each box; what nothing leads to stands right above its first reader."""
-    layer = {box: n for n, layer in enumerate(nx.topological_generations(graph)) for box in layer}
-    for box in graph.nodes:
-        if not graph.in_degree(box) and graph.out_degree(box):
-            layer[box] = min(layer[reader] for reader in graph.successors(box)) - 1
+    """The longest way to each box, and then down to its first reader where no line gets longer."""
+    layer = {box: n for n, found in enumerate(nx.topological_generations(graph)) for box in found}
+    for box in reversed(list(nx.topological_sort(graph))):
+        readers = list(graph.successors(box))
+        room = min((layer[reader] for reader in readers), default=0) - 1 - layer[box]
+        if room > 0:
+            ends = [max(layer[r] for r in graph.successors(p)) for p in graph.predecessors(box)]
+            if sum(max(0, layer[box] + room - end) for end in ends) <= room:
+                layer[box] += room
     return layer
+
+
+def _weight(link: tuple[Item, Item], layer: Mapping[int, int]) -> int:
+    """How much it matters that a link is straight, by how many of its ends are boxes."""
+    return (8, 1, 2)[sum(layer[box] == row for box, row in link)]
 
 
 def _order(
@@ -131,33 +143,45 @@ def _crossings(rows: list[list[Item]], below: Mapping[Item, list[Item]]) -> int:
 
 
 def _centres(
-    rows: list[list[Item]],
-    above: Mapping[Item, list[Item]],
-    below: Mapping[Item, list[Item]],
+    rows: Sequence[Sequence[Item]],
+    links: Mapping[tuple[Item, Item], int],
     wide: Mapping[Item, float],
 ) -> dict[Item, float]:
+    """Centres at which the least width is spent on slants, with nothing overlapping: a linear
+    program in the centres and the slant of each link."""
+    number = {item: i for i, item in enumerate(item for row in rows for item in row)}
+    centres, slants = len(number), len(links)
+    beside = [pair for row in rows for pair in itertools.pairwise(row)]
+    # slant >= first - second and slant >= second - first; right - left >= what both need
+    ends = [(number[first], number[second]) for first, second in links]
+    sides = [(number[first], number[second]) for first, second in beside]
+    apart = [(wide[first] + wide[second]) / 2 + _GAP for first, second in beside]
+    if centres > _SOLVED:
+        return _packed(rows, wide)
+    plus = [first for first, _ in ends] + [second for _, second in ends]
+    minus = [second for _, second in ends] + [first for first, _ in ends]
+    plus, minus = plus + [left for left, _ in sides], minus + [right for _, right in sides]
+    count = len(plus)
+    entries = [1.0] * count + [-1.0] * count + [-1.0] * (2 * slants)
+    row = [*range(count), *range(count), *range(2 * slants)]
+    column = [*plus, *minus, *range(centres, centres + slants), *range(centres, centres + slants)]
+    solved = linprog(
+        c=[0.0] * centres + [float(weight) for weight in links.values()],
+        A_ub=coo_array((entries, (row, column)), shape=(count, centres + slants)),
+        b_ub=[0.0] * (2 * slants) + [-need for need in apart],
+        bounds=[(0.0, None)] * (centres + slants),
+    )
+    if not solved.success:
+        return _packed(rows, wide)
+    return {item: float(solved.x[i]) for item, i in number.items()}
+
+
+def _packed(rows: Sequence[Sequence[Item]], wide: Mapping[Item, float]) -> dict[Item, float]:
+    """Each layer from the left, without gaps: for drawings too large to be looked at as a whole."""
     centre: dict[Item, float] = {}
     for row in rows:
-        centre |= dict(zip(row, _spread([0.0] * len(row), row, wide), strict=True))
-    for sweep in range(_SWEEPS):
-        near = below if sweep % 2 else above
-        for row in reversed(rows) if sweep % 2 else rows:
-            wanted = [_mean(near[item], centre, centre[item]) for item in row]
-            centre |= dict(zip(row, _spread(wanted, row, wide), strict=True))
+        right = 0.0
+        for item in row:
+            centre[item] = right + wide[item] / 2
+            right += wide[item] + _GAP
     return centre
-
-
-def _spread(wanted: list[float], row: list[Item], wide: Mapping[Item, float]) -> list[float]:
-    """Centres nearest to the wanted ones, in least squares, at which nothing overlaps."""
-    offsets = [0.0]
-    for first, second in itertools.pairwise(row):
-        offsets.append(offsets[-1] + (wide[first] + wide[second]) / 2 + _GAP)
-    blocks: list[tuple[float, int]] = []  # isotonic regression: pool what is out of order
-    for want, offset in zip(wanted, offsets, strict=False):
-        mean, size = want - offset, 1
-        while blocks and blocks[-1][0] > mean:
-            before, count = blocks.pop()
-            mean, size = (mean * size + before * count) / (size + count), size + count
-        blocks.append((mean, size))
-    means = [mean for mean, size in blocks for _ in range(size)]
-    return [mean + offset for mean, offset in zip(means, offsets, strict=False)]
