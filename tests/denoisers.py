@@ -21,9 +21,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Ingredients that the library gets wrong today: "kind", or "kind:option". They are not drawn.
-KNOWN_GAPS: frozenset[str] = frozenset({"shape_of_data"})
-
 EMBED, HEADS, OPTIONS = 8, 2, 4
 INTEGERS, FLOATS = (0, 3, 500, 999), (0.0, 0.25, 3.5, 999.0)
 
@@ -832,17 +829,12 @@ def inputs(spec: Spec, batch: int, side: int | None = None, seed: int = 0) -> di
     return given
 
 
-def _allowed(kinds: Any) -> list[str]:
-    return [kind for kind in kinds if kind not in KNOWN_GAPS]
-
-
 @st.composite
 def blocks(draw: st.DrawFn, layout: str, depth: int = 2) -> Block:
     """A tree of ingredients that take h of `layout`."""
     plain = [*ANY, *(TOKENS if layout == "tokens" else IMAGES)]
-    kind = draw(st.sampled_from(_allowed([*plain, *(WRAPPERS if depth else ())])))
-    options = [o for o in range(OPTIONS) if f"{kind}:{o}" not in KNOWN_GAPS]
-    option = draw(st.sampled_from(options))
+    kind = draw(st.sampled_from([*plain, *(WRAPPERS if depth else ())]))
+    option = draw(st.integers(0, OPTIONS - 1))
     inner: tuple[Block, ...] = ()
     if kind == "tokens":
         inner = (draw(blocks("tokens", max(depth - 1, 0))),)
@@ -858,14 +850,13 @@ def denoisers(draw: st.DrawFn, traps: bool = False) -> Spec:
     layout = draw(st.sampled_from(("image", "tokens")))
     body = draw(st.lists(blocks(layout), min_size=1, max_size=3))
     if traps:
-        trap = Block(draw(st.sampled_from(_allowed(TRAPS))), draw(st.integers(0, OPTIONS - 1)))
-        if f"{trap.kind}:{trap.option}" not in KNOWN_GAPS:
-            body.insert(draw(st.integers(0, len(body))), trap)
+        trap = Block(draw(st.sampled_from([*TRAPS])), draw(st.integers(0, OPTIONS - 1)))
+        body.insert(draw(st.integers(0, len(body))), trap)
     return Spec(
         layout=layout,
         width=draw(st.sampled_from((4, 8))),
         side=draw(st.sampled_from((4, 8) if layout == "image" else (3, 8))),
-        time=draw(st.sampled_from(_allowed(TIMES))),
+        time=draw(st.sampled_from([*TIMES])),
         floats=draw(st.booleans()),
         spread=draw(st.integers(0, 2)),
         condition=draw(st.sampled_from(("none", "optional", "class", "nested"))),
