@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,20 +15,26 @@ from torch import Tensor, fx, nn
 
 from .boxes import NAMES, plain_ops
 from .capture import Captured, capture
-from .dataflow import Binding, BindingTimes, TemporalBlock, binding_times, temporal_block
-from .dataflow import temporal_cut as minimum_cut
-from .drawing import Drawing, number
+from .dataflow import (
+    Binding,
+    BindingTimes,
+    TemporalBlock,
+    binding_times,
+    temporal_block,
+    temporal_cut,
+)
+from .drawing import Drawing
 from .errors import ConfigError, InputError
 from .flops import node_flops
-from .graph import module_path, timestep_node
+from .graph import module_path
 from .ops import is_heavy
 from .pipelines import TIMESTEP_NAMES, find_timestep, named_inputs
 from .regions import extract_nodes
 from .signature import CallSpec, Input
 from .skeletons import skeleton
+from .summary import summary
 
 _STEPWISE = ("residual", "block_samples")  # what another network computes anew at every step
-_LISTED = 40  # features named one by one; more are counted by kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,81 +76,7 @@ class Analysis:
             raise ConfigError(f"{path} cannot be written: {error}") from error
 
     def __str__(self) -> str:
-        return "\n".join([*self._head(), *self._block(), *self._conditioned()])
-
-    def _head(self) -> list[str]:
-        d = self.data
-        lines = [
-            f"{d['model']}: {d['parameters']:,} parameters, {d['nodes']} nodes, "
-            f"captured in {d['capture_seconds']:.1f} s",
-            "inputs:",
-        ]
-        lines += [
-            f"  {each['path']} {_tuple(each['shape'])}: {each['binding']}" for each in d["inputs"]
-        ]
-        lines.append("binding time      nodes   parameters   share       FLOPs   share")
-        for name, row in d["bindings"].items():
-            weights = 100 * row["parameters"] / max(d["parameters"], 1)
-            work = 100 * row["flops"] / max(d["flops"], 1)
-            lines.append(
-                f"  {name:<14}{row['nodes']:>7}{row['parameters']:>13,}{weights:>7.2f} %"
-                f"{number(row['flops']):>10}{work:>7.3g} %"
-            )
-        lines.append(
-            f"  FLOPs of one call with a batch of {d['batch']}: {number(d['flops'], 'FLOPs')}"
-        )
-        if d["unused_parameters"]:
-            lines.append(f"  parameters that no call uses: {d['unused_parameters']:,}")
-        return lines
-
-    def _block(self) -> list[str]:
-        d, block = self.data, self.data["block"]
-        lines = [
-            f"temporal information block: {len(block['features'])} features, "
-            f"{block['parameters']:,} parameters; {block['row_bytes']} bytes a timestep, "
-            f"{_kib(block['table_bytes'])} for {d['steps']} steps "
-            f"in place of {_kib(block['weight_bytes'])} of weights; "
-            f"saves {number(block['flops_saved'], 'FLOPs')} in {d['steps']} steps"
-        ]
-        shared = set(block["shared"])
-        if len(block["features"]) > _LISTED:
-            lines += _by_kind((name, shape) for name, shape, _ in block["features"])
-        else:
-            for name, shape, _ in block["features"]:
-                own = [m for m in block["uses"][name] if m not in shared and m != name]
-                more = f", with {', '.join(own)}" if own else ""
-                lines.append(f"  {name} {_tuple(shape)}{more}")
-        if shared:
-            lines.append(f"  shared by several: {', '.join(block['shared'])}")
-        return lines + [f"  not tabled: {site}: {reason}" for site, reason in block["declined"]]
-
-    def _conditioned(self) -> list[str]:
-        d, part = self.data, self.data["conditioned"]
-        if not part["conditions"]:
-            return []
-        lines = [f"fixed for a request: {', '.join(part['conditions'])}"]
-        for name, what, each in (
-            ("t", "the timestep alone", "step"),
-            ("c", "these alone", "request"),
-            ("(t, c)", "these and the timestep", "step and request"),
-        ):
-            row = part["rows"][name]
-            if row["features"]:
-                total = f", {_kib(row['bytes'])} for {d['steps']} steps" if "t" in name else ""
-                lines.append(
-                    f"  from {what}: {len(row['features'])} values, "
-                    f"{_kib(row['row_bytes'])} in fp16 for each {each}{total}"
-                )
-                lines += ["  " + line for line in _by_kind((n, s) for n, s, _ in row["features"])]
-        if any(row["features"] for row in part["rows"].values()):
-            share = 100 * part["parameters"] / max(d["parameters"], 1)
-            lines.append(
-                f"  in place of {part['parameters']:,} parameters ({share:.2f} %) and "
-                f"{number(part['flops'], 'FLOPs')} a call"
-            )
-        else:
-            lines.append("  nothing heavy depends on them and the timestep alone")
-        return lines
+        return summary(self.data)
 
 
 def analyze(
@@ -175,9 +106,10 @@ def analyze(
     shapes = _shapes(captured, inputs)
     flops = node_flops(gm, shapes)
     owners = _owners(gm, times)
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
     sizes: Counter[fx.Node] = Counter()
-    for first, parameter, _ in owners:
-        sizes[first] += parameter.numel()
+    for users, parameter, _ in owners:
+        sizes[min(users, key=position.__getitem__)] += parameter.numel()
     block = temporal_block(gm)
     parameters = sum(p.numel() for p in model.parameters())
     rows = {
@@ -212,7 +144,9 @@ def analyze(
         "unused_parameters": parameters - sum(sizes.values()),
         "bindings": rows,
         "block": _block(gm, block, owners, flops, steps),
-        "conditioned": _conditioned(gm, times, rows, steps),
+        "conditioned": _conditioned(
+            gm, times, owners, flops, {spec.name: spec.path for spec in call.inputs}, steps
+        ),
     }
     ops = plain_ops(gm, times, sizes, flops, features)
     return Analysis(data, Drawing(type(model).__name__, ops))
@@ -275,11 +209,11 @@ def _shapes(captured: Captured, inputs: Mapping[str, Any]) -> list[tuple[int, ..
 # ---------------------------------------------------------------------------- parameters
 
 _NO_WORK = ("placeholder", "output", "get_attr")
-Owner = tuple[fx.Node, nn.Parameter, Binding]
+Owner = tuple[frozenset[fx.Node], nn.Parameter, Binding]
 
 
 def _owners(gm: fx.GraphModule, times: BindingTimes) -> list[Owner]:
-    """Each parameter once: the node that uses it first, and the latest binding time that does.
+    """Each parameter once: the nodes that use it, and the latest binding time among them.
 
     A constant made from parameters by light operations (a position table, reshaped) is no work
     saved, so its parameters count where the constant is used.
@@ -298,8 +232,8 @@ def _owners(gm: fx.GraphModule, times: BindingTimes) -> list[Owner]:
             carried[node] = used
             continue
         for parameter in used:
-            first, _, binding = found.get(id(parameter), (node, parameter, times[node]))
-            found[id(parameter)] = (first, parameter, binding.join(times[node]))
+            users, _, binding = found.get(id(parameter), (frozenset(), parameter, times[node]))
+            found[id(parameter)] = (users | {node}, parameter, binding.join(times[node]))
     return list(found.values())
 
 
@@ -319,9 +253,8 @@ def _block(
     flops: Mapping[fx.Node, int],
     steps: int,
 ) -> dict[str, Any]:
-    cut = [feature.node for feature in block.features]
-    inside = extract_nodes(gm, cut, [timestep_node(gm)])
-    dropped = [p for node, p, binding in owners if binding <= Binding.T and node in inside]
+    left = _left(gm, [feature.node for feature in block.features])
+    dropped = [p for users, p, _ in owners if not users & left]
     row = sum(f.width * f.dtype.itemsize for f in block.features)
     return {
         **block.summary(),
@@ -330,32 +263,43 @@ def _block(
         "weight_bytes": sum(p.nbytes for p in dropped),
         "row_bytes": row,
         "table_bytes": row * steps,
-        "flops_saved": steps * sum(flops.get(node, 0) for node in inside),
+        "flops_saved": steps * sum(n for node, n in flops.items() if node not in left),
     }
 
 
 def _conditioned(
-    gm: fx.GraphModule, times: BindingTimes, bindings: Mapping[str, dict[str, int]], steps: int
+    gm: fx.GraphModule,
+    times: BindingTimes,
+    owners: Sequence[Owner],
+    flops: Mapping[fx.Node, int],
+    paths: Mapping[str, str],
+    steps: int,
 ) -> dict[str, Any]:
     """What would be stored, in fp16, were the conditions fixed as well as the timesteps."""
-    early = (Binding.T, Binding.C, Binding.TC)
-    cut = minimum_cut(gm, times, upto=Binding.TC) if times.conditions else ()
+    cut = temporal_cut(gm, times, upto=Binding.TC) if times.conditions else ()
+    left = _left(gm, cut)
     rows: dict[str, Any] = {}
-    for binding in early:
+    for binding in (Binding.T, Binding.C, Binding.TC):
         features = [
-            [_producer(node), list(node.meta["val"].shape[1:]), NAMES[times[node]]]
+            [_producer(node), list(node.meta["val"].shape[1:])]
             for node in cut
             if times[node] is binding
         ]
-        row = sum(2 * _numel(shape) for _, shape, _ in features)
+        row = sum(2 * _numel(shape) for _, shape in features)
         repeated = 1 if binding is Binding.C else steps
         rows[NAMES[binding]] = {"features": features, "row_bytes": row, "bytes": row * repeated}
     return {
-        "conditions": sorted(times.conditions),
+        "conditions": [path for name, path in paths.items() if name in times.conditions],
         "rows": rows,
-        "parameters": sum(bindings[NAMES[b]]["parameters"] for b in early),
-        "flops": sum(bindings[NAMES[b]]["flops"] for b in early),
+        "parameters": sum(p.numel() for users, p, _ in owners if not users & left),
+        "flops": sum(n for node, n in flops.items() if node not in left),
     }
+
+
+def _left(gm: fx.GraphModule, stored: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes still computed in every call once the values of `stored` are given."""
+    given = [*gm.graph.find_nodes(op="placeholder"), *stored]
+    return set(extract_nodes(gm, list(gm.graph.find_nodes(op="output")), given))
 
 
 def _numel(shape: Iterable[int]) -> int:
@@ -369,29 +313,7 @@ def _producer(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else module_path(node) or node.name
 
 
-# ---------------------------------------------------------------------------- words
-
-
 def _checked_depth(depth: int) -> int:
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
         raise ConfigError(f"depth must be a whole number of at least 1, got {depth!r}")
     return depth
-
-
-def _kib(count: int) -> str:
-    return f"{count / 1024:.1f} KiB" if count < 1 << 24 else f"{count / (1 << 20):.1f} MiB"
-
-
-def _tuple(shape: Iterable[int | str]) -> str:
-    sizes = [str(size) for size in shape]
-    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
-
-
-def _by_kind(features: Iterable[tuple[str, Sequence[int]]]) -> list[str]:
-    """One line for all features whose names differ in their numbers only and that have one shape:
-    "blocks.*.modulation (192,), 28 times"."""
-    kinds = Counter((re.sub(r"(?<=\.)\d+", "*", name), tuple(shape)) for name, shape in features)
-    return [
-        f"  {name} {shape}" + (f", {count} times" if count > 1 else "")
-        for (name, shape), count in kinds.items()
-    ]

@@ -22,12 +22,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     show = commands.add_parser("report", help="print what was done to a saved model")
     show.add_argument("model", type=Path, help="directory written by tfmq_fx.save")
+    look = commands.add_parser(
+        "analyze", help="tell what depends on the timestep alone in a model, from its config"
+    )
+    look.add_argument("model", type=Path, help="diffusers config.json, or a directory with one")
+    look.add_argument("--steps", type=int, default=50, help="timesteps to count tables for")
+    look.add_argument("--timestep", metavar="NAME", help="which input is the timestep")
+    look.add_argument(
+        "--condition",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        help="inputs fixed for a request; left out, all but the sample and the timestep",
+    )
+    look.add_argument("--depth", type=int, default=2, help="module levels drawn")
+    look.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="files to write: .svg or .dot for a picture, .json, .txt",
+    )
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "demo":
             from .demo import run
 
             run(chosen.out, samples=chosen.samples, progress=not chosen.quiet)
+        elif chosen.command == "analyze":
+            from .analysis import analyze
+
+            found = analyze(
+                chosen.model,
+                timestep=chosen.timestep,
+                conditions=chosen.condition,
+                steps=chosen.steps,
+            )
+            print(found)
+            for path in chosen.out:
+                found.save(path, depth=chosen.depth)
         else:
             from .api import load
             from .report import report
