@@ -1,5 +1,6 @@
 """cli: it parses, calls the library, prints, and exits with a status."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_api import TIMES, data
-from tests.toys import ToyUNet, seeded
+from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx import __version__, demo, fold_timesteps, load, report, save
 from tfmq_fx.cli import main
 from tfmq_fx.errors import ConfigError
@@ -54,6 +55,36 @@ def test_other_errors_are_not_hidden(monkeypatch):
         main(["demo"])
 
 
+def test_analyze_prints_and_writes_what_a_config_is_worth(tmp_path, capsys):
+    tiny_unet2d().save_config(tmp_path / "unet")
+    out = [str(tmp_path / f"found.{suffix}") for suffix in ("json", "txt", "dot", "svg")]
+    arguments = ["analyze", str(tmp_path / "unet"), "--steps", "20", "--timestep", "timestep"]
+    assert main([*arguments, "--depth", "1", "--out", *out[:2], "--out", *out[2:]]) == 0
+    text, err = capsys.readouterr()
+    assert err == "" and text == Path(out[1]).read_text()
+    assert text.startswith("UNet2DModel: 177,427 parameters") and "for 20 steps" in text
+    assert json.loads(Path(out[0]).read_text())["bindings"]["t"]["parameters"] == 18768
+    assert Path(out[2]).read_text().startswith('digraph "UNet2DModel"')
+    picture = Path(out[3]).read_text()
+    assert picture.startswith("<svg ") and ">mid_block<" in picture and "linear_1<" not in picture
+
+
+def test_analyze_tells_what_is_wrong(tmp_path, capsys):
+    tiny_unet2d().save_config(tmp_path)
+    config = str(tmp_path / "config.json")
+    for arguments, message in (
+        ([str(tmp_path / "nothing")], "there is no such file or directory"),
+        ([config, "--condition", "text"], "no input 'text' for a condition; choose from sample"),
+        ([config, "--timestep", "tau"], "no input named 'tau'"),
+        ([config, "--steps", "0"], "steps must be a whole number of at least 1, got 0"),
+    ):
+        assert main(["analyze", *arguments]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("tfmq-fx: ") and message in err
+    assert main(["analyze", config, "--out", str(tmp_path / "a.png")]) == 1
+    assert "a.png: the name must end in one of .json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
@@ -77,6 +108,7 @@ def test_demo_gets_its_arguments(monkeypatch, arguments, expected):
         ([], "the following arguments are required: command"),
         (["quantize"], "invalid choice: 'quantize'"),
         (["report"], "the following arguments are required: model"),
+        (["analyze"], "the following arguments are required: model"),
         (["demo", "--samples", "many"], "invalid int value: 'many'"),
     ],
 )

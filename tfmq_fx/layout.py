@@ -156,7 +156,7 @@ def _centres(
     ends = [(number[first], number[second]) for first, second in links]
     sides = [(number[first], number[second]) for first, second in beside]
     apart = [(wide[first] + wide[second]) / 2 + _GAP for first, second in beside]
-    if centres > _SOLVED:
+    if not links or centres > _SOLVED:
         return _packed(rows, wide)
     plus = [first for first, _ in ends] + [second for _, second in ends]
     minus = [second for _, second in ends] + [first for first, _ in ends]
