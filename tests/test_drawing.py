@@ -45,9 +45,7 @@ def test_dot_has_clusters_by_module_path_and_colours_by_binding_time():
     down = dot[dot.index('subgraph "cluster_down_blocks"') :]
     down = down[: down.index("}")]
     assert 'label="down_blocks.0\\nDownBlock2D, 8.06 k, 13 % t + 87 % x"' in down
-    stripes = (
-        f'style="striped", fillcolor="{COLOURS[Binding.T]};{1040 / 8064:.4f}:{COLOURS[Binding.X]}"'
-    )
+    colours = f"{COLOURS[Binding.T]};{1040 / 8064:.4f}:{COLOURS[Binding.X]}"
     assert f'style="striped", fillcolor="{colours}"' in down and "down_blocks.1" in down
     assert 'label="time_embedding.linear_1\\nLinear, 1.09 k, t"' in dot
     assert f'style="filled", fillcolor="{COLOURS[Binding.T]}"' in dot

@@ -86,9 +86,9 @@ def _conditioned(d: Mapping[str, Any]) -> list[str]:
             lines += [f"  {line}" for line in _by_kind(row["features"])]
     if any(row["features"] for row in part["rows"].values()):
         lines.append(
-            f"  in place of {part['parameters']:,} parameters "
+            f"  with these stored, a step does without {part['parameters']:,} parameters "
             f"({_share(part['parameters'], d['parameters'])}) and "
-            f"{number(part['flops'], 'FLOPs')} a call"
+            f"{number(part['flops'], 'FLOPs')}"
         )
     else:
         lines.append("  no layer depends on them and the timestep alone")
