@@ -127,6 +127,7 @@ class ValueTracer(fx.Tracer):
         self._thread = threading.get_ident()
         self._sizes: dict[Any, Any] = {}
         self._tied: set[Any] = set()
+        self._known: dict[Any, dict[str, Any]] = {}  # likeness of a node -> layout of its value
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
         self._writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         # Reversed: of several names for one module or tensor, the first counts.
@@ -332,6 +333,9 @@ class ValueTracer(fx.Tracer):
         try:
             # Without the Python dispatcher some kernels fix free sizes to the example's.
             with self._mode, enable_python_dispatcher():
+                alike = self._likeness(node)
+                if alike in self._known:
+                    return torch.empty_strided(**self._known[alike])
                 result = _evenly_spaced(target, args, kwargs)
                 if result is None:
                     result = target(*args, **kwargs)
@@ -350,7 +354,33 @@ class ValueTracer(fx.Tracer):
         ]
         if written:
             self._writes[node] = tuple(written)
+        elif isinstance(result, Tensor) and not _shares_memory(result, tensors):
+            self._known[alike] = {
+                "size": result.shape,
+                "stride": result.stride(),
+                "dtype": result.dtype,
+                "device": result.device,
+            }
         return result
+
+    def _likeness(self, node: fx.Node) -> Any:
+        """Equal for nodes whose values have the same shape, strides, dtype and device."""
+        target: Any = node.target
+        if node.op == "call_module":
+            module = self.root.get_submodule(target)
+            parameters = [*module.parameters(), *module.buffers()]
+            layouts = tuple((p.shape, p.stride(), p.dtype) for p in parameters)
+            target = (type(module), repr(module), layouts)
+
+        def layout(argument: fx.Node) -> str:
+            value = argument.meta["val"]
+            if not isinstance(value, Tensor):
+                return str(_expression(value))
+            sizes = (*value.shape, *value.stride(), value.storage_offset())
+            return str((*map(_expression, sizes), value.dtype, value.device))
+
+        arguments: Any = fx.node.map_arg((node.args, node.kwargs), layout)  # type: ignore[arg-type]
+        return node.op, target, repr(arguments)
 
     def _note_fixed(self) -> None:
         """Note the sizes that an operation fixed to the example's, or tied to one another."""
@@ -390,6 +420,15 @@ class ValueTracer(fx.Tracer):
         if not names or type(value) is tuple:
             return tuple(parts)
         return collections.namedtuple(type(value).__name__, names)(*parts)
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, _SYMBOLIC) else size
+
+
+def _shares_memory(value: Tensor, others: list[fx.Node]) -> bool:
+    memory = value.untyped_storage()._cdata
+    return any(other.meta["val"].untyped_storage()._cdata == memory for other in others)
 
 
 def _evenly_spaced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
