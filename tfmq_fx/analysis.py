@@ -28,13 +28,12 @@ from .errors import ConfigError, InputError
 from .flops import node_flops
 from .graph import module_path
 from .ops import is_heavy
-from .pipelines import TIMESTEP_NAMES, find_timestep, named_inputs
+from .passes.merge_duplicates import merge_duplicates
+from .pipelines import find_timestep, named_inputs
 from .regions import extract_nodes
-from .signature import CallSpec, Input
+from .signature import CallSpec
 from .skeletons import skeleton
 from .summary import summary
-
-_STEPWISE = ("residual", "block_samples")  # what another network computes anew at every step
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ def analyze(
         model = skeleton(model)
     inputs = named_inputs(model, example_inputs)
     captured = capture(model, inputs, timestep=find_timestep(inputs, timestep))
-    gm, call = captured.gm, captured.call
+    gm, call = merge_duplicates(captured.gm).gm, captured.call
     times = binding_times(gm, _conditions(call, conditions))
     shapes = _shapes(captured, inputs)
     flops = node_flops(gm, shapes)
@@ -157,16 +156,9 @@ def analyze(
 
 def _conditions(call: CallSpec, names: Sequence[str] | None) -> list[str]:
     """Placeholders of the inputs that are fixed for a request, named or all that may be."""
-    others = [spec for spec in call.inputs if spec.name != call.timestep]
     if names is None:
-        sample = _sample(call, others)
-        return [
-            spec.name
-            for spec in others
-            if _argument(spec) != sample
-            and _argument(spec) not in TIMESTEP_NAMES
-            and not any(word in spec.path for word in _STEPWISE)
-        ]
+        return list(call.conditions)
+    others = [spec for spec in call.inputs if spec.name != call.timestep]
     found: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else names:
         named = [
@@ -179,19 +171,6 @@ def _conditions(call: CallSpec, names: Sequence[str] | None) -> list[str]:
             raise ConfigError(f"no input {name!r} for a condition; choose from {paths}")
         found |= dict.fromkeys(named)
     return list(found)
-
-
-def _argument(spec: Input) -> str:
-    return spec.path.split(".")[0]
-
-
-def _sample(call: CallSpec, others: Sequence[Input]) -> str:
-    """The argument that holds the sample: of tensors (no lists) the first image, else the one with
-    most dimensions; else the first argument."""
-    tensors = [spec for spec in others if spec.path == _argument(spec)]
-    images = [spec for spec in tensors if len(spec.shape) >= 4]
-    ranked = images or sorted(tensors, key=lambda spec: -len(spec.shape)) or others
-    return _argument(ranked[0]) if ranked else ""
 
 
 def _shapes(captured: Captured, inputs: Mapping[str, Any]) -> list[tuple[int, ...]]:

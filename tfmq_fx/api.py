@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from . import artifact, backends
 from .capture import Dynamic, capture
 from .config import Config, LayerConfig, from_dict, resolve, to_dict
-from .dataflow import Binding, binding_times, request_conditions, temporal_block
+from .dataflow import Binding, binding_times, temporal_block
 from .errors import ArtifactError, BackendError, CalibrationError, ConfigError
 from .graph import Rewrite
 from .metrics import sample
-from .modules import Compiled, Converted, ModelConfig, Prepared
+from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
 from .observers import RangeObserver, Ranges, SampleCache
 from .ops import check_timesteps
 from .passes.fold_timesteps import fold_timesteps as fold_pass
@@ -28,7 +28,13 @@ from .passes.quantize_layers import quantize_layers
 from .passes.quantize_tables import quantize_tables
 from .passes.reconstruct_blocks import reconstruct_blocks
 from .passes.round_weights import round_weights
-from .pipelines import find_timestep, named_inputs, timestep_values, with_denoiser
+from .pipelines import (
+    find_timestep,
+    named_inputs,
+    takes_batch_size,
+    timestep_values,
+    with_denoiser,
+)
 from .progress import progress_bar
 from .report import pass_record, site_records
 from .signature import CallSpec
@@ -113,7 +119,7 @@ def calibrate(
     source: a diffusers pipeline (called with *args and **kwargs), a (scheduler, shape) pair with
     shape that of one sample, or any iterable of inputs (tuples or dicts of arguments).
     num_inference_steps, samples, batch_size, seed: of the sampling; an iterable brings its own, and
-    prompts bring the number of samples.
+    prompts, class labels or embeddings bring the number of samples.
     Raises CalibrationError naming the layer where NaN or Inf appears.
     """
     if hasattr(source, "components"):
@@ -121,7 +127,7 @@ def calibrate(
         pipe.set_progress_bar_config(disable=not progress)
         generator = torch.Generator().manual_seed(seed)
         kwargs |= {"num_inference_steps": num_inference_steps, "generator": generator}
-        if args or "prompt" in kwargs:  # the prompts say how many
+        if args or not takes_batch_size(pipe):  # prompts, labels or embeddings say how many
             pipe(*args, **kwargs)
         else:
             for start in range(0, samples, batch_size):
@@ -229,6 +235,7 @@ def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
         "declined": [[d.site, d.reason] for d in declined],
         "passes": [pass_record(rewrite) for rewrite in done],
         "float_bytes": prepared.nbytes(),
+        "removed": removed_layers(prepared.gm, gm),
     }
     return Converted(
         gm, prepared.call, recipe=recipe, record=record, model_config=prepared.model_config
@@ -329,7 +336,7 @@ def _plain(config: Any) -> dict[str, Any] | None:
 
 def _before_the_sample(gm: torch.fx.GraphModule, sites: list[Site]) -> set[str]:
     """The sites whose results depend on the timestep and the conditions alone."""
-    times = binding_times(gm, request_conditions(gm))
+    times = binding_times(gm, gm.meta.get("conditions", ()))
     return {s.name for s in sites if all(times[node] is not Binding.X for node in s.nodes)}
 
 

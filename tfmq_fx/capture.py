@@ -32,7 +32,9 @@ from .tracer import SizeTest, ValueTracer
 
 log = logging.getLogger(__name__)
 
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_cond", "noise_level")
 _SPATIAL = "spatial"
+_STEPWISE = ("residual", "block_samples")  # in the names of what a ControlNet adds at every step
 _INEQUALITIES = (sympy.StrictGreaterThan, sympy.GreaterThan, sympy.StrictLessThan, sympy.LessThan)
 _TRIES = 8  # tests on sizes tried one by one for whether they matter
 
@@ -180,9 +182,24 @@ def _describe_call(
         inputs[at].name,
         Const(None),
         return_dict,
-        sample=None if sample is None else inputs[sample].name,
+        conditions=_conditions(inputs, at, sample),
     )
     return call, tensors
+
+
+def _conditions(inputs: tuple[Input, ...], timestep: int, sample: int | None) -> tuple[str, ...]:
+    """The inputs that are fixed for a whole request, judged by name: all but the sample (the first
+    argument, where it is a list), timesteps and what another network computes at every step."""
+    others = [spec for i, spec in enumerate(inputs) if i != timestep]
+    paths = [spec.path.split(".")[0] for spec in others]
+    denoised = inputs[sample].path if sample is not None else next(iter(paths), "")
+    return tuple(
+        spec.name
+        for spec, path in zip(others, paths, strict=True)
+        if path != denoised
+        and path not in TIMESTEP_NAMES
+        and not any(word in path for word in _STEPWISE)
+    )
 
 
 def _frees_batch(dynamic: Dynamic) -> bool:
@@ -365,7 +382,7 @@ def _trace(
     prune(gm.graph)
     gm.delete_all_unused_submodules()
     gm.recompile()
-    gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep, sample=call.sample)
+    gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep, conditions=list(call.conditions))
     check(gm, Stage.CAPTURED)
     return _Trace(gm, output, tracer.tests)
 

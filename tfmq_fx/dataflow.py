@@ -24,7 +24,6 @@ from .graph import Declined, module_path, timestep_node
 from .ops import has_weights, is_heavy, is_random, op_name, value_inputs, writers
 from .regions import extract, extract_nodes, reads_tensor
 
-_STEPWISE = ("residual", "block_samples")  # parts of the names of inputs that change at every step
 RANDOM, WRITTEN = "<random>", "<written in place>"  # stand for inputs in BindingTimes.deps
 
 
@@ -163,17 +162,6 @@ def binding_times(gm: fx.GraphModule, conditions: Collection[str] = ()) -> Bindi
         if deps[node] <= quiet  # the others depend on the sample anyway
     ]
     return BindingTimes(timestep, frozenset(conditions), deps, tuple(notes))
-
-
-def request_conditions(gm: fx.GraphModule) -> tuple[str, ...]:
-    """The inputs that are fixed for a whole request, judged by name: all but the sample, the
-    timestep and what another network computes from the sample at every step (ControlNet residuals).
-    """
-    own = {gm.meta.get("sample"), gm.meta.get("timestep")}
-    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    return tuple(
-        name for name in names if name not in own and not any(word in name for word in _STEPWISE)
-    )
 
 
 # ---------------------------------------------------------------------------- the temporal cut

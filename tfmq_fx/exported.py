@@ -7,9 +7,13 @@ stands, and so gets the same form as any other captured graph.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import re
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +106,7 @@ def export(
     flat = _Flat(model, run)
     dims = [{i: Dim.DYNAMIC for i, s in enumerate(shape) if isinstance(s, str)} for shape in shapes]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes={"values": tuple(dims)}, strict=False
             )
@@ -128,6 +132,20 @@ def export(
     ]
     tests = _tests(inputs, shapes)
     return Exported(program.graph_module, tensors, constants, output, tests)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off the screen what torch.export says on its way to an error, which is told anyway."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 class _Flat(nn.Module):

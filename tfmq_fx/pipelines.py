@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture import TIMESTEP_NAMES
 from .errors import ConfigError
 from .examples import example_inputs as derived_inputs
-
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_cond", "noise_level")
 
 
 def forward_parameters(model: nn.Module) -> list[str]:
@@ -96,16 +96,30 @@ def timestep_values(timesteps: Any) -> Tensor | None:
 
 
 def with_denoiser(pipeline: Any, source: nn.Module, denoiser: nn.Module) -> Any:
-    """A pipeline like `pipeline` with `denoiser` for its component `source`; the given one stays.
+    """A pipeline like `pipeline` with `denoiser` for its component `source`, and a scheduler of its
+    own; the given one and its scheduler stay as they are.
 
     Raises ConfigError where `source` is none of its components.
     """
     components = dict(pipeline.components)
     for name, component in components.items():
         if component is source:
-            return type(pipeline)(**{**components, name: denoiser})
+            own = {"scheduler": copy.deepcopy(components["scheduler"]), name: denoiser}
+            return type(pipeline)(**_settings(pipeline), **{**components, **own})
     raise ConfigError(
         f"the prepared model is not a component of this {type(pipeline).__name__} "
         f"(components: {', '.join(components)}). Calibrate with the pipeline it came from, or pass "
         "a (scheduler, shape) pair."
     )
+
+
+def _settings(pipeline: Any) -> dict[str, Any]:
+    """The constructor's arguments that are no components (requires_safety_checker, ...)."""
+    config = getattr(pipeline, "config", {})
+    names = inspect.signature(type(pipeline)).parameters
+    return {n: config[n] for n in names if n in config and n not in pipeline.components}
+
+
+def takes_batch_size(pipeline: Any) -> bool:
+    """Whether a call of `pipeline` is told how many samples to draw, not what of."""
+    return "batch_size" in inspect.signature(pipeline.__call__).parameters

@@ -32,6 +32,7 @@ from .structure import (
 )
 
 BATCH = "batch"
+_STRUCTURED = ("arguments", "inputs", "output", "guards", "conditions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class CallSpec:
 
     timestep: the placeholder that holds the timestep, always a tensor (batch,).
     return_dict: forward's default of that name; None where forward has no such parameter.
-    sample: the placeholder of what is denoised; None where no input carries the batch.
+    conditions: placeholders that are fixed for a whole request, judged by name.
     """
 
     arguments: tuple[Argument, ...]
@@ -91,7 +92,7 @@ class CallSpec:
     output: Structure
     return_dict: bool | None = None
     guards: tuple[Guard, ...] = ()
-    sample: str | None = None
+    conditions: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -177,7 +178,7 @@ class CallSpec:
             "timestep": self.timestep,
             "output": dump(self.output),
             "return_dict": self.return_dict,
-            "sample": self.sample,
+            "conditions": list(self.conditions),
             "guards": [
                 {**_fields(guard), "expression": dump_expression(guard.expression)}
                 for guard in self.guards
@@ -208,9 +209,8 @@ class CallSpec:
                     Guard(**{**item, "expression": load_expression(item["expression"])})
                     for item in data["guards"]
                 ),
-                **{
-                    k: data[k] for k in data if k not in ("arguments", "inputs", "output", "guards")
-                },
+                conditions=tuple(data.get("conditions", ())),
+                **{key: data[key] for key in data if key not in _STRUCTURED},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"not a call specification: {error}") from error
