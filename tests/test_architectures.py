@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import zoo
+from tfmq_fx.analysis import analyze
 from tfmq_fx.api import fold_timesteps
 from tfmq_fx.capture import Captured, capture
 from tfmq_fx.errors import InputError
@@ -29,11 +30,35 @@ ONE_RESOLUTION = {
 }
 SLOW = {name for name in zoo.ENTRIES if name.startswith(("sd15-", "sd21", "svd", "ldm"))}
 
+# Shares of the parameters, in percent, that depend on t alone, and on t and small conditions; KiB
+# of the rows for one timestep in fp16: found by another implementation of the same analysis.
+SHARES = {
+    "ddpm-cifar10": (8.08, 8.08, 9.75),
+    "ldm-vq": (4.62, 4.62, 25.4),
+    "sd15": (3.24, 3.24, 39.4),
+    "adm": (0.25, 9.79, 69.8),
+    "sdxl": (0.08, 0.97, 26.9),
+    "svd": (0.13, 3.69, 118.1),  # three frames, each with a row of its own
+    "dit-xl-2": (6.07, 40.49, 382.5),
+    "sd3": (0.14, 33.7, 858.0),
+    "flux-dev": (0.09, 27.56, 2064.0),
+    "wan-1.3b": (1.21, 1.21, 21.0),
+    "cogvideox-2b": (21.12, 21.12, 1354.0),
+}
+
+MAIN = ("sd15", "dit-xl-2", "sd3", "flux-dev", "cogvideox-2b")
+
 
 def free_sizes(name: str, model: nn.Module) -> dict[str, dict[int, str]]:
     """Every size that differs between two batches or two resolutions, by name."""
     base, other = zoo.inputs(name, model), zoo.inputs(name, model, scale=2)
     found: dict[str, dict[int, str]] = {}
+    names: dict[tuple[str, int, int], str] = {}
+
+    def size(kind: str, m: int, n: int) -> str:  # height, height_8, ...: one for each pair of sizes
+        plain = kind if kind not in names.values() else f"{kind}_{m}"
+        return names.setdefault((kind, m, n), plain)
+
     for key, value in base.items():
         if key == find_timestep(base, None):
             continue
@@ -41,7 +66,11 @@ def free_sizes(name: str, model: nn.Module) -> dict[str, dict[int, str]]:
             *(outline(v, key)[1] for v in (value, other[key])), strict=True
         ):
             sizes = {
-                i: f"{'hw'[i - a.ndim] if a.ndim > 3 and i >= a.ndim - 2 else 'n'}{m}_{n}"
+                i: size(
+                    ("height", "width")[i - a.ndim] if a.ndim > 3 and i >= a.ndim - 2 else "tokens",
+                    m,
+                    n,
+                )
                 for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True))
                 if m != n
             }
@@ -157,3 +186,24 @@ def test_tables_are_exact_at_batch_one(name: str) -> None:
         given = {**inputs, timestep: step[None]}
         with torch.no_grad():
             same(folded(**given), model(**given))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in MAIN else [pytest.mark.slow]) for n in SHARES]
+)
+def test_shares_of_published_models(name: str) -> None:
+    entry = zoo.ENTRIES[name]
+    data = analyze(zoo.CONFIGS / f"{entry.config}.json", conditions=entry.conditions).data
+    t, early, row = SHARES[name]
+    assert data["parameters"] / 1e6 == pytest.approx(entry.millions, abs=1)
+    part = {
+        key: 100 * row["parameters"] / data["parameters"] for key, row in data["bindings"].items()
+    }
+    assert part["t"] == pytest.approx(t, abs=0.006)
+    assert part["t"] + part["c"] + part["(t, c)"] == pytest.approx(early, abs=0.006)
+    rows = data["conditioned"]["rows"]
+    stored = sum(rows[key]["row_bytes"] for key in rows) if entry.conditions else 0
+    stored = stored or sum(
+        2 * torch.Size(shape).numel() for _, shape, _ in data["block"]["features"]
+    )
+    assert stored / 1024 == pytest.approx(row, rel=0.005)
