@@ -50,6 +50,8 @@ class LoweredLayer(nn.Module):
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
         assert layer.act_bits is not None
+        for name in layer.settings:  # diffusers' pipelines read some
+            setattr(self, name, getattr(layer, name))
         # The op that applies weights; its own (packed) buffers are dropped.
         self.op = _Op(layer)
         self.per_timestep = layer.per_timestep
@@ -116,6 +118,8 @@ class FloatLayer(nn.Module):
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
         self.layer = layer
+        for name in layer.settings:
+            setattr(self, name, getattr(layer, name))
         self.register_buffer("dequantized", layer.weight.to(layer.dtype))
         self.dequantized: Tensor
 

@@ -25,6 +25,7 @@ from tfmq_fx.sites import Site, find_sites
 from tfmq_fx.walk import Walk
 
 ROWS = 20_000  # rows of each layer's input that its Gram matrix is made of
+NOISE = 1e-4  # of the mean square; float32 sums of thousands of products are good to about 1e-6
 
 
 @graph_pass(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
@@ -97,7 +98,7 @@ def _rounded(
     layer = copy.deepcopy(site.layer)
     assert isinstance(layer, QuantLayer) and plan.weights is not None
     has_bias = layer.bias is not None
-    used = statistics.centered() if has_bias else statistics
+    used = _centered(statistics) if has_bias else statistics
     rows = weight.float().flatten(1)
     per_group = rows.view(used.gram.shape[0], -1, rows.shape[1])
     aligned = torch.stack(
@@ -130,6 +131,19 @@ def _rounded(
         given = (value @ (statistics.sum_q / statistics.rows)[:, :, None]).flatten()
         layer.bias = (layer.bias.double() + wanted - given).to(layer.bias.dtype)
     return layer, errors
+
+
+def _centered(statistics: InputStatistics) -> InputStatistics:
+    """The statistics about the means, as if both models' inputs carried the same white NOISE.
+
+    Of an input that is the same in every row (one guidance scale, a padded text) nothing is left
+    about its mean but rounding, of any sign, which must not steer the weights.
+    """
+    used = statistics.centered()
+    noise = NOISE * statistics.gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    used.gram.diagonal(dim1=1, dim2=2).add_(noise)
+    used.cross.diagonal(dim1=1, dim2=2).add_(noise)
+    return used
 
 
 def _rows_of(grid: Any, group: int, channels: int) -> Any:

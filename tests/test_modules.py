@@ -12,7 +12,7 @@ from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx import compile, convert, fold_timesteps, load, prepare, save
 from tfmq_fx.dialect import check, stage_of
 from tfmq_fx.errors import InputError
-from tfmq_fx.modules import ModelConfig, retarget
+from tfmq_fx.modules import ModelConfig, Removed, retarget
 from tfmq_fx.nn import QuantConv2d
 from tfmq_fx.tables import QuantTimestepTable
 
@@ -200,3 +200,22 @@ def test_without_a_finite_set_every_timestep_is_taken(toy):
     assert prepared.timesteps is None
     prepared(data(8)[0][0], 123)
     assert prepared.cache.visits == {123: 4}
+
+
+def test_what_was_removed_still_answers(unet, tmp_path):
+    """diffusers pipelines read the sizes of layers, whatever became of them."""
+    save(unet, tmp_path / "model")
+    forms = (unet, load(tmp_path / "model"), copy.deepcopy(unet), pickle.loads(pickle.dumps(unet)))
+    for found in (*forms, compile(unet, "eager")):
+        layer = found.time_embedding.linear_1
+        assert isinstance(layer, Removed) and "Linear(in_features=16" in repr(layer)
+        assert layer.in_features == 16 and layer.weight.is_meta and layer.weight.shape[1] == 16
+        assert not hasattr(layer, "nothing") and not list(found.time_embedding.parameters())
+        with pytest.raises(NotImplementedError):
+            layer(torch.zeros(1, 16))
+    assert not any(name.startswith("gm.time_embedding") for name in unet.state_dict())
+
+
+def test_pipelines_may_say_which_pass_of_guidance_runs(unet):
+    with unet.cache_context("cond"):
+        assert unet(*data(16)[0]).sample.shape == data(16)[0][0].shape

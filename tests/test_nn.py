@@ -41,6 +41,15 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_settings_go_by_torchs_names(name):
+    layer = LAYERS[name][0]()
+    made = quantized(layer)
+    assert made.settings
+    for setting in made.settings:
+        assert getattr(made, setting) == getattr(layer, setting), setting
+
+
 def quantized(layer, *, bits=8, act_bits=None, per_timestep=False, spec=None):
     """The quantized form of a float layer, weights rounded to nearest."""
     made = kind_of(layer).from_float(

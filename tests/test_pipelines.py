@@ -12,6 +12,7 @@ from tfmq_fx.pipelines import (
     find_timestep,
     forward_parameters,
     named_inputs,
+    takes_batch_size,
     timestep_values,
     with_denoiser,
 )
@@ -124,8 +125,12 @@ def test_what_is_no_finite_set_is_refused(value):
 
 
 class Pipeline:
-    def __init__(self, unet, scheduler):
+    def __init__(self, unet, scheduler, checked=True):
         self.components = {"unet": unet, "scheduler": scheduler}
+        self.config = {"unet": "a class", "checked": checked}
+
+    def __call__(self, prompt, steps=3):
+        return prompt
 
 
 def test_a_pipeline_is_copied_with_another_denoiser():
@@ -137,3 +142,20 @@ def test_a_pipeline_is_copied_with_another_denoiser():
     assert pipeline.components["unet"] is unet
     with pytest.raises(ConfigError, match=r"component of this Pipeline \(components: unet, sched"):
         with_denoiser(pipeline, other, unet)
+
+
+def test_the_copy_has_the_settings_and_a_scheduler_of_its_own():
+    unet, scheduler = nn.Linear(1, 1), types.SimpleNamespace(timesteps=[3])
+    pipeline = Pipeline(unet, scheduler, checked=False)
+    found = with_denoiser(pipeline, unet, nn.Linear(1, 1))
+    assert found.config["checked"] is False
+    found.components["scheduler"].timesteps.append(4)
+    assert pipeline.components["scheduler"] is scheduler and scheduler.timesteps == [3]
+
+
+def test_pipelines_that_are_told_how_many_samples_to_draw():
+    class Unconditional(Pipeline):
+        def __call__(self, batch_size=1):
+            return batch_size
+
+    assert takes_batch_size(Unconditional(None, None)) and not takes_batch_size(Pipeline(1, 2))

@@ -36,6 +36,14 @@ def modules_json(gm: fx.GraphModule) -> dict[str, Any]:
     return table
 
 
+def module_json(module: nn.Module, where: str) -> dict[str, Any] | None:
+    """How to build `module`, which lies at `where`, or None where that cannot be said."""
+    try:
+        return _module_json(module, where)
+    except ArtifactError:
+        return None
+
+
 def install_modules(root: nn.Module, table: dict[str, Any]) -> None:
     """Give `root` the modules that `modules_json` described; their tensors come later."""
     for path, entry in table.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -14,6 +15,7 @@ from .dialect import stage_of
 from .errors import InputError
 from .graph import KEYS, Rewrite, timestep_node
 from .graph_json import from_json, to_json
+from .module_json import install_modules, module_json
 from .observers import SampleCache
 from .ops import find_unknown
 from .passes.quantize_layers import SCALES
@@ -32,6 +34,38 @@ class ModelConfig(dict[str, Any]):
             raise AttributeError(f"the model's config has no {name!r}") from error
 
 
+class Removed(nn.Module):
+    """Stands where a look-up replaced a layer: answers what the layer was (`in_features`, `weight`
+    on the meta device), holds no tensor of the model and cannot be called."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # in a tuple it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        (layer,) = self.__dict__["_layer"]
+        return getattr(layer, name)
+
+    def extra_repr(self) -> str:
+        return str(self._layer[0])
+
+
+def removed_layers(before: fx.GraphModule, after: fx.GraphModule) -> dict[str, Any]:
+    """How to build each layer that `before` calls and `after` does not, by path; JSON-ready."""
+    old, new = ({n.target for n in gm.graph.find_nodes(op="call_module")} for gm in (before, after))
+    paths = sorted(str(target) for target in old - new)
+    found = {path: module_json(before.get_submodule(path), path) for path in paths}
+    return {path: entry for path, entry in found.items() if entry is not None}
+
+
+def install_removed(gm: fx.GraphModule, table: Mapping[str, Any]) -> None:
+    """Put a `Removed` in the place of each layer of `table`, which `removed_layers` made."""
+    layers = nn.Module()
+    install_modules(layers, dict(table))
+    for path in table:
+        gm.add_submodule(path, Removed(layers.get_submodule(path)))
+
+
 class GraphModel(nn.Module):
     """A graph called like the model it came from: same arguments, same output type.
 
@@ -47,6 +81,15 @@ class GraphModel(nn.Module):
         self.call = call
         self.model_config = model_config
         self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            gm = self.__dict__.get("_modules", {}).get("gm")
+            if gm is not None and name in gm._modules:
+                return gm._modules[name]
+            raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, in its own type. Raises InputError for a call not captured."""
@@ -106,6 +149,10 @@ class GraphModel(nn.Module):
     def nbytes(self) -> int:
         """Bytes of parameters and buffers in memory, tensors shared by two names counted once."""
         return sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+
+    def cache_context(self, name: str, **options: Any) -> contextlib.AbstractContextManager[None]:
+        """What diffusers' pipelines enter round a call; nothing is cached between calls here."""
+        return contextlib.nullcontext()
 
     def print_readable(self) -> None:
         """Print the graph as code, look-up nodes and quantized layers included."""
@@ -214,15 +261,7 @@ class Converted(GraphModel):
     ) -> None:
         super().__init__(gm, call, model_config)
         self.recipe, self.record = recipe, record
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            gm = self.__dict__.get("_modules", {}).get("gm")
-            if gm is not None and name in gm._modules:
-                return gm._modules[name]
-            raise
+        install_removed(gm, record.get("removed", {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
         gm = copy.deepcopy(self.gm, memo)
@@ -274,6 +313,7 @@ class Compiled(GraphModel):
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
         self.recipe, self.record = converted.recipe, converted.record
+        install_removed(self.gm, self.record.get("removed", {}))
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:

@@ -31,6 +31,7 @@ class QuantLayer(nn.Module):
     """
 
     stage = Stage.QUANTIZED
+    settings: tuple[str, ...] = ()  # what the torch.nn layer calls its settings; answered here too
 
     def __init__(
         self,
@@ -189,6 +190,18 @@ class QuantLayer(nn.Module):
 class QuantLinear(QuantLayer):
     """y = x W^T + b with integer W (out, in) and, as configured, integer x (B, ..., in)."""
 
+    settings = ("in_features", "out_features")
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of x."""
+        return self.weight_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last dimension of y."""
+        return self.weight_shape[0]
+
     @classmethod
     def from_float(
         cls, layer: nn.Linear, *, weight_bits: int, act_bits: int | None, per_timestep: bool
@@ -214,6 +227,15 @@ class QuantConv(QuantLayer):
     """Common part of quantized convolutions; weights are (out, in / groups, *kernel)."""
 
     convolution: Callable[..., Tensor]
+    settings = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+    )
 
     def __init__(
         self,
@@ -229,6 +251,21 @@ class QuantConv(QuantLayer):
         self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
         self.padding = padding if isinstance(padding, str) else tuple(padding)
         self.padding_mode = padding_mode
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.weight_shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.weight_shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Extent of the kernel."""
+        return self.weight_shape[2:]
 
     @classmethod
     def from_float(

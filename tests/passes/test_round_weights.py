@@ -149,3 +149,35 @@ def test_quantized_layers_are_new_and_integers(toy):
         assert isinstance(site.layer, QuantLayer)
         assert site.layer is not nearest.get_submodule(site.name)
         assert site.layer.codes.dtype == torch.uint8
+
+
+class Constant(nn.Module):
+    """Two linear layers; the first always sees the same input, as one guidance scale gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Linear(32, 32)
+        self.out = nn.Linear(32, 8)
+
+    def forward(self, x, t):
+        same = torch.linspace(-3, 50, 32) + 0 * x
+        return self.out(torch.tanh(self.scale(same)) + x * t[:, None])
+
+
+def test_inputs_that_never_change_do_not_steer_the_weights():
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    model = seeded(Constant).eval()
+    prepared = prepare(model, (x, torch.ones(40)), timesteps=[1.0], config="w4a8")
+    prepared(x, torch.ones(40))
+    done = convert(prepared, progress=False)
+    given = torch.linspace(-3, 50, 32).expand(1, 32)
+    layer = done.gm.scale
+    with torch.no_grad():
+        error = layer(given, done.gm.activation_scales[:, 0]) - model.scale(given)
+        norm = model.scale(given).norm()
+        change = (layer.weight - model.scale.weight).norm() / model.scale.weight.norm()
+    # The bias takes up the mean, so that what the layer was given is answered up to rounding; the
+    # weights are those of the model, less what 1e-6 of sums of squares of 50 can move against 1e-4
+    # of their mean (a few per cent), not what fits the noise (all of them).
+    assert float(error.norm() / norm) < 1e-3
+    assert float(change) < 0.1
