@@ -256,7 +256,7 @@ def writes_items(m, h, c):
 
 @ingredient(ANY)
 def writes_views(m, h, c):
-    y = h + 1
+    y = (h + 1).contiguous()
     flat = y.view(h.shape[0], -1) if m.option % 2 else y.flatten(1)
     flat[:, :3] *= 2
     y.select(1, 0).zero_()

@@ -26,8 +26,8 @@ from tfmq_fx.graph_json import from_json, to_json
 from tfmq_fx.modules import Converted, GraphModel, Prepared
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 from tfmq_fx.passes.observe_layers import observe_layers
+from tfmq_fx.patches import FACTORIES
 from tfmq_fx.structure import outline
-from tfmq_fx.tracer import _FACTORIES
 
 # Rows of a table are computed at batch 1, the model's at batch B, where BLAS may take another
 # kernel and add in another order: some float32 roundings (6e-8) in each of up to ten layers. Behind
@@ -76,7 +76,7 @@ def world() -> list[Any]:
     """What a trace patches for its time, or could leave changed."""
     backends = getattr(sys.modules.get("einops._backends"), "_type2backend", {})
     return [
-        [getattr(torch, name) for name in _FACTORIES],
+        [getattr(torch, name) for name in FACTORIES],
         [getattr(nn.Module, name) for name in ("__call__", "__getattr__", "__setattr__")],
         [torch.is_tensor, torch._C._len_torch_function_stack(), torch.is_grad_enabled()],
         [torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")],

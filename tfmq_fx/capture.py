@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.proxy import Proxy
 
 from .dialect import Stage, check
-from .errors import CaptureError, ConfigError, TfmqError
+from .errors import CaptureError, ConfigError, StateError, TfmqError
 from .exported import Exported, export
 from .graph import prune
 from .guards import guard, same_operations
@@ -79,6 +79,8 @@ def capture(
         binding = _binding(model, call, examples, trace)
         gm, call, notes = _proved(model, call, examples, trace, binding)
         route = "trace"
+    except StateError:
+        raise
     except CaptureError as refusal:
         try:
             trace = _export(model, call, examples)
@@ -370,6 +372,9 @@ def _trace(
     tracer = ValueTracer(clone, mode, fakes, run, names, forced or {})
     try:
         graph = tracer.run()
+        if tracer.leaves_values():  # does the next call read them?
+            tracer = ValueTracer(clone, mode, fakes, run, names, forced or {})
+            graph = tracer.run()
     except TfmqError:
         raise
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import CaptureError
+from .errors import StateError
 from .graph import module_path
 
 # In-place operators and methods, and what computes the same into new memory.
@@ -112,7 +112,7 @@ def _is_private(
     aliases = [other for other in order if memory[other] in written]
     for other in aliases:
         if other.op == "get_attr":
-            raise CaptureError(
+            raise StateError(
                 f"{module_path(node) or 'the model'} ({node.meta.get('source')}): forward writes "
                 f"to {other.target}, so one call changes the next; a graph holds no such state"
             )

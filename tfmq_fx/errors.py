@@ -13,6 +13,10 @@ class CaptureError(TfmqError, RuntimeError):
     """The model cannot be turned into a graph, or the graph is not the same function."""
 
 
+class StateError(CaptureError):
+    """One call of the model changes the next: no graph of it can be right."""
+
+
 class InputError(TfmqError, ValueError):
     """A call with inputs that the captured graph was not made for (shape, dtype, timestep)."""
 

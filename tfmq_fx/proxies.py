@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 _EMPTY = torch.empty  # the original: while tracing, torch.empty records
 _LIBRARY = os.path.dirname(torch.__file__) + os.sep
-_OURS = (__file__, os.path.join(os.path.dirname(__file__), "tracer.py"))
+_OURS = tuple(
+    os.path.join(os.path.dirname(__file__), f"{name}.py")
+    for name in ("proxies", "tracer", "patches")
+)
 
 
 def source_line() -> str:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import operator
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,10 +28,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.proxy import Proxy
-from torch.overrides import TorchFunctionMode
 
 from .effects import purify
-from .errors import CaptureError
+from .errors import CaptureError, StateError
+from .ops import value_inputs
+from .patches import RECORDED, patched
 from .proxies import SizeProxy, Sizes, TensorProxy, source_line
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -42,31 +41,6 @@ _DATA_DEPENDENT = (
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
 )
-# Makers of tensors without tensor arguments: recorded, so that no device or dtype is baked into a
-# constant and random ones are drawn at each call.
-_FACTORIES = {
-    name: getattr(torch, name)
-    for name in [
-        "arange",
-        "as_tensor",
-        "empty",
-        "eye",
-        "full",
-        "linspace",
-        "logspace",
-        "ones",
-        "rand",
-        "randint",
-        "randn",
-        "randperm",
-        "scalar_tensor",
-        "tensor",
-        "tril_indices",
-        "triu_indices",
-        "zeros",
-    ]
-}
-_RECORDED = frozenset(_FACTORIES.values())
 _LOCK = threading.RLock()
 
 
@@ -81,19 +55,6 @@ class SizeTest:
     held: bool
     source: str
     branch: bool = True
-
-
-class _Record(TorchFunctionMode):
-    """Records tensor factories, also those imported by name; active in the tracing thread alone."""
-
-    def __init__(self, tracer: ValueTracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self.tracer.make(func, tuple(args), kwargs or {})
 
 
 class ValueTracer(fx.Tracer):
@@ -144,7 +105,7 @@ class ValueTracer(fx.Tracer):
         """The graph: one placeholder for each input, a flat tuple of outputs."""
         model = self._model
         # torch.fx patches nn.Module.__call__ for the whole process: one trace at a time.
-        with _LOCK, torch.no_grad(), _Record(self), _factories(self), _einops():
+        with _LOCK, torch.no_grad(), patched(self.make):
             graph = self.trace(model)
         self._check_state()
         purify(graph, model, self._writes)
@@ -163,10 +124,34 @@ class ValueTracer(fx.Tracer):
         }
         before = {name: id(tensor) for name, tensor in self._buffers.items()}
         if changed := [name for name in {**now, **before} if now.get(name) != before.get(name)]:
-            raise CaptureError(
+            raise StateError(
                 f"{changed[0].rpartition('.')[0] or 'the model'}: forward assigns to the buffer "
                 f"{changed[0]}, so one call changes the next; a graph holds no such state"
             )
+
+    def leaves_values(self) -> bool:
+        """Whether the model's code put a traced tensor that depends on an input on a module."""
+
+        def tensors(value: Any) -> Iterator[TensorProxy]:
+            if isinstance(value, TensorProxy):
+                yield value
+            elif isinstance(value, (list, tuple)):
+                for item in value:
+                    yield from tensors(item)
+            elif isinstance(value, dict):
+                for item in value.values():
+                    yield from tensors(item)
+
+        kept = [p.node for m in self._model.modules() for p in tensors(_own_attributes(m))]
+        reached: set[fx.Node] = set()
+        while kept:
+            node = kept.pop()
+            if node.op == "placeholder":
+                return True
+            if node not in reached:
+                reached.add(node)
+                kept += value_inputs(node)
+        return False
 
     # What the model's code asks
 
@@ -205,7 +190,7 @@ class ValueTracer(fx.Tracer):
 
     def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a torch function that got no proxy, or record it if it is a tensor factory."""
-        if not self._idle() and func in _RECORDED:
+        if not self._idle() and func in RECORDED:
             with contextlib.suppress(NotImplementedError):  # arguments no graph can hold: numpy
                 return self.create_proxy("call_function", func, args, kwargs)
         return func(*args, **kwargs)
@@ -269,6 +254,11 @@ class ValueTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Proxy):
+            if a.tracer is not self:
+                raise StateError(
+                    f"{self.whereabouts()}: forward reads a value that an earlier call left on the "
+                    f"module, so one call changes the next; a graph holds no such state"
+                )
             return a.node
         if isinstance(a, (Sizes, torch.Size)):
             a = tuple(a)
@@ -443,6 +433,11 @@ def _evenly_spaced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return torch.empty(steps, **settings)
 
 
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    containers = ("_parameters", "_buffers", "_modules")
+    return {name: value for name, value in vars(module).items() if name not in containers}
+
+
 def _number(expression: Any) -> bool | int | float:
     if expression.is_Boolean:
         return bool(expression)
@@ -455,43 +450,3 @@ def _attribute(value: Any, name: str) -> Any:
         if name in value.__dict__.get(kind, {}):
             return value.__dict__[kind][name]
     return value.__dict__[name]
-
-
-@contextlib.contextmanager
-def _factories(tracer: ValueTracer) -> Iterator[None]:
-    """Replace torch.zeros and its like: torch 2.13's argument parser takes no proxy in
-    torch.zeros(batch, 3). Other threads get the originals."""
-
-    def replacement(func: Any) -> Any:
-        @functools.wraps(func)
-        def make(*args: Any, **kwargs: Any) -> Any:
-            return tracer.make(func, args, kwargs)
-
-        return make
-
-    # torch caches sets of its own functions at first use: they must hold the originals.
-    torch.utils._device._device_constructors()
-    torch.overrides.get_ignored_functions()
-    torch.overrides.get_overridable_functions()
-    torch.overrides.is_tensor_method_or_property(Tensor.add)
-    try:
-        for name, func in _FACTORIES.items():
-            setattr(torch, name, replacement(func))
-        yield
-    finally:
-        for name, func in _FACTORIES.items():
-            setattr(torch, name, func)
-
-
-@contextlib.contextmanager
-def _einops() -> Iterator[None]:
-    """Make einops take proxies for tensors, where it is loaded."""
-    backends = getattr(sys.modules.get("einops._backends"), "_type2backend", None)
-    if backends is None:
-        yield
-        return
-    backends[TensorProxy] = sys.modules["einops._backends"].TorchBackend()
-    try:
-        yield
-    finally:
-        del backends[TensorProxy]

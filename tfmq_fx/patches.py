@@ -1,0 +1,105 @@
+"""What is changed in torch and einops while a model is traced, and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._device
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .proxies import TensorProxy
+
+Make = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+# Makers of tensors without tensor arguments: recorded, so that no device or dtype is baked into a
+# constant and random ones are drawn at each call.
+FACTORIES = {
+    name: getattr(torch, name)
+    for name in [
+        "arange",
+        "as_tensor",
+        "empty",
+        "eye",
+        "full",
+        "linspace",
+        "logspace",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "scalar_tensor",
+        "tensor",
+        "tril_indices",
+        "triu_indices",
+        "zeros",
+    ]
+}
+RECORDED = frozenset(FACTORIES.values())
+
+
+@contextlib.contextmanager
+def patched(make: Make) -> Iterator[None]:
+    """While active, tensor factories go through make(func, args, kwargs), in this thread also those
+    imported by name, and einops takes proxies for tensors."""
+    with _Record(make), _factories(make), _einops():
+        yield
+
+
+class _Record(TorchFunctionMode):
+    """Hands tensor factories to `make`; active in the tracing thread alone."""
+
+    def __init__(self, make: Make) -> None:
+        super().__init__()
+        self.make = make
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.make(func, tuple(args), kwargs or {})
+
+
+@contextlib.contextmanager
+def _factories(make: Make) -> Iterator[None]:
+    """Replace torch.zeros and its like: torch 2.13's argument parser takes no proxy in
+    torch.zeros(batch, 3). Other threads get the originals."""
+
+    def replacement(func: Any) -> Any:
+        @functools.wraps(func)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            return make(func, args, kwargs)
+
+        return record
+
+    # torch caches sets of its own functions at first use: they must hold the originals.
+    torch.utils._device._device_constructors()
+    torch.overrides.get_ignored_functions()
+    torch.overrides.get_overridable_functions()
+    torch.overrides.is_tensor_method_or_property(Tensor.add)
+    try:
+        for name, func in FACTORIES.items():
+            setattr(torch, name, replacement(func))
+        yield
+    finally:
+        for name, func in FACTORIES.items():
+            setattr(torch, name, func)
+
+
+@contextlib.contextmanager
+def _einops() -> Iterator[None]:
+    """Make einops take proxies for tensors, where it is loaded."""
+    backends = getattr(sys.modules.get("einops._backends"), "_type2backend", None)
+    if backends is None:
+        yield
+        return
+    backends[TensorProxy] = sys.modules["einops._backends"].TorchBackend()
+    try:
+        yield
+    finally:
+        del backends[TensorProxy]
