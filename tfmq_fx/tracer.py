@@ -107,8 +107,8 @@ class ValueTracer(fx.Tracer):
         # torch.fx patches nn.Module.__call__ for the whole process: one trace at a time.
         with _LOCK, torch.no_grad(), patched(self.make):
             graph = self.trace(model)
-        self._check_state()
         purify(graph, model, self._writes)
+        self._check_state()
         graph._tracer_cls = None  # a tracer class of ours would have to be unpickled
         for node in graph.nodes:
             stack = node.meta.get("nn_module_stack") or {}
