@@ -1,19 +1,23 @@
-# make demo   quantize the digits model four ways and compare, with pictures
-# make test   the default test suite
-# make check  linters, types, import layers
+# make demo       quantize the digits model four ways and compare, with pictures
+# make test       the default test suite
+# make test-slow  the rest: thousands of random models, every resolution, compiled models
+# make check      linters, types, import layers
 # All of them make .venv and install what they need first.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check venv clean
+.PHONY: demo test test-slow check venv clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tfmq-fx demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m slow
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests import toys
 from tfmq_fx.capture import Captured, capture
 from tfmq_fx.dialect import Stage, check
-from tfmq_fx.errors import CaptureError, ConfigError, InputError
+from tfmq_fx.errors import CaptureError, ConfigError, InputError, StateError
 
 
 def call(captured: Captured, *args: Any, **kwargs: Any) -> Any:
@@ -288,3 +288,60 @@ def test_unusable_arguments() -> None:
         capture(model, small_inputs(), timestep="t", dynamic=("depth",))
     with pytest.raises(CaptureError, match="one number for each of the 2 samples"):
         capture(model, {**small_inputs(), "t": torch.zeros(3)}, timestep="t")
+
+
+class ListsSamples(toys.Small):
+    """Takes a plain list with an element for each sample, of which it reads the first."""
+
+    def forward(self, x: Tensor, t: Tensor, shapes: list[Any], order: list[int]) -> Tensor:
+        height, width = shapes[0]
+        return self.base(x, t) * height + width + order[1]
+
+
+def test_a_list_of_equal_elements_follows_the_batch() -> None:
+    model = toys.seeded(ListsSamples)
+    example = {**small_inputs(2), "shapes": [(4, 6)] * 2, "order": [0, 1]}
+    captured = capture(model, example, timestep="t")
+    for batch in (1, 2, 3):
+        inputs = {**small_inputs(batch), "shapes": [(4, 6)] * batch, "order": [0, 1]}
+        with torch.no_grad():
+            equal(model(**inputs), call(captured, **inputs))
+    with pytest.raises(InputError, match="shapes: 2 for a batch of 3"):
+        call(captured, **{**inputs, "shapes": [(4, 6)] * 2})
+    with pytest.raises(InputError, match=r"shapes.2.1: captured as the constant 6, got 7"):
+        call(captured, **{**inputs, "shapes": [(4, 6), (4, 6), (4, 7)]})
+    with pytest.raises(InputError, match="order: expected a list of 2"):
+        call(captured, **{**inputs, "order": [0, 1, 2]})
+
+
+class Keeps(toys.Small):
+    """Leaves a value on itself; mode says what later calls make of it."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode, self.cache = mode, dict[str, Tensor]()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.base(x, t)
+        if self.mode == "shown":
+            self.latest = h
+        elif self.mode == "constant":
+            if "angles" not in self.cache:
+                self.cache["angles"] = torch.arange(4) / 4
+            h = h + self.cache["angles"]
+        elif "mean" in self.cache:
+            h = h + self.cache["mean"].round()  # hidden from comparison by rounding
+        else:
+            self.cache["mean"] = x.mean() * 1e-3
+        return h
+
+
+def test_values_left_for_the_next_call_are_refused_where_it_reads_them() -> None:
+    for mode in ("shown", "constant"):
+        model = toys.seeded(Keeps, mode)
+        captured = capture(model, small_inputs(), timestep="t")
+        inputs = small_inputs(3)
+        with torch.no_grad():
+            equal(model(**inputs), call(captured, **inputs))
+    with pytest.raises(StateError, match=r"test_capture.py:\d+\): forward reads a value that an"):
+        capture(toys.seeded(Keeps, "read"), small_inputs(), timestep="t")

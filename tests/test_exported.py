@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,3 +173,18 @@ def test_both_routes_give_the_same_model(make, monkeypatch: pytest.MonkeyPatch) 
         expected = call(traced, **inputs)
         found = call(exported, **inputs)
     equal(getattr(expected, "sample", expected), getattr(found, "sample", found))
+
+
+def test_threads_may_trace_and_export_at_once() -> None:
+    models = [toys.seeded(kind) for kind in (Scripted, toys.WritesItems, Vmapped, toys.TupleOutput)]
+    found: dict[int, str] = {}
+
+    def work(i: int) -> None:
+        found[i] = capture(models[i], small_inputs(), timestep="t").route
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: "export", 1: "trace", 2: "export", 3: "trace"}

@@ -123,3 +123,30 @@ def test_weights_that_are_not_finite_name_their_layer(parameter, value):
     gm.get_submodule("mid1.conv2").load_state_dict(model.mid1.conv2.state_dict())
     with pytest.raises(ConfigError, match=rf"mid1\.conv2\.{parameter} holds NaN or Inf"):
         check_weights(find_sites(gm)[0])
+
+
+class Shares(nn.Module):
+    """A layer with a hook, and one whose weight is used by itself as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.hooked, self.tied, self.free = (nn.Linear(8, 8) for _ in range(3))
+        self.hooked.register_forward_hook(lambda module, args, output: output * 2)
+
+    def forward(self, x, t):
+        h = self.free(self.tied(self.hooked(x)))
+        return h @ self.tied.weight + t[:, None]
+
+
+def test_layers_that_are_more_than_their_operation_are_declined():
+    model = Shares().eval()
+    gm = graph_of(model, 8)
+    sites, declined = find_sites(gm)
+    assert [site.name for site in sites] == ["free"]
+    assert {d.site: d.reason for d in declined} == {
+        "hooked": "it has hooks",
+        "tied": "its weight is used elsewhere as well",
+    }
+    x, t = torch.randn(3, 8), torch.arange(3)
+    with torch.no_grad():
+        assert torch.equal(gm(x, t)[0], model(x, t))

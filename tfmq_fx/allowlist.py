@@ -73,7 +73,7 @@ _ATTRIBUTES = _words(
 )
 _TORCH_NN = re.compile(r"torch\.nn\.modules(\.[a-z]\w*)+", re.ASCII)
 _OWN = re.compile(r"tfmq_fx(\.[a-z]\w*)+", re.ASCII)
-_PATH = re.compile(r"(?!__)\w+(\.(?!__)\w+)*", re.ASCII)
+_PATH = re.compile(r"(?!__)[\w-]+(\.(?!__)[\w-]+)*", re.ASCII)  # ModuleDicts have keys like 2-1
 _OP = re.compile(r"torch\.ops\.([a-z]\w*)\.(\w+)\.([A-Za-z]\w*)", re.ASCII)
 
 

@@ -27,7 +27,7 @@ from .graph import prune
 from .guards import guard, same_operations
 from .replay import arguments, replay, structural_clone
 from .signature import BATCH, Argument, CallSpec, Input
-from .structure import Branch, Const, Leaf, Structure, outline
+from .structure import Branch, Const, Leaf, Structure, outline, per_sample
 from .tracer import SizeTest, ValueTracer
 
 log = logging.getLogger(__name__)
@@ -176,8 +176,14 @@ def _describe_call(
     at = paths.index(timestep)
     tensors = [value for _, value in leaves]
     sample = _sample(paths, tensors, at)
+    rows = 0 if sample is None else tensors[sample].shape[0]
     tensors = _batched(tensors, at, sample, _frees_batch(dynamic))
     inputs = _inputs(paths, tensors, at, sample, dynamic)
+    if sample is not None and inputs[sample].shape[0] == BATCH:
+        declared = [
+            dataclasses.replace(argument, structure=per_sample(argument.structure, rows))
+            for argument in declared
+        ]
     call = CallSpec(
         tuple(declared),
         inputs,
@@ -360,13 +366,14 @@ def _trace(
             fakes[spec.name] = torch.empty(shape, dtype=spec.dtype, device=example.device)
 
     output: Structure = Const(None)
+    samples = examples[call.names.index(call.timestep)].shape[0]
 
     def run(proxies: list[Any]) -> tuple[Any, ...]:
         nonlocal output
         if exported is not None:
             output = exported.output
             return exported.run(tracer, clone, proxies)
-        output, leaves = _flat(clone, call, proxies)
+        output, leaves = _flat(clone, call, proxies, samples)
         return leaves
 
     tracer = ValueTracer(clone, mode, fakes, run, names, forced or {})
@@ -392,9 +399,11 @@ def _trace(
     return _Trace(gm, output, tracer.tests)
 
 
-def _flat(model: nn.Module, call: CallSpec, values: list[Any]) -> tuple[Structure, tuple[Any, ...]]:
+def _flat(
+    model: nn.Module, call: CallSpec, values: list[Any], samples: int
+) -> tuple[Structure, tuple[Any, ...]]:
     """Call the model; the structure of its output, and its tensors."""
-    kwargs = arguments(call, values)
+    kwargs = arguments(call, values, samples)
     if call.return_dict is not None:
         kwargs["return_dict"] = True
     # _call_impl: while tracing, __call__ is patched to trace submodules, and the root is none.
@@ -405,9 +414,10 @@ def _flat(model: nn.Module, call: CallSpec, values: list[Any]) -> tuple[Structur
 def _export(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> _Trace:
     """The graph by way of torch.export, for a model that the tracer refused."""
     clone = structural_clone(model)
+    samples = examples[call.names.index(call.timestep)].shape[0]
     exported = export(
         clone,
-        lambda *values: _flat(clone, call, list(values)),
+        lambda *values: _flat(clone, call, list(values), samples),
         examples,
         [spec.shape for spec in call.inputs],
     )

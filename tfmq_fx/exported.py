@@ -24,7 +24,7 @@ from torch.export import Dim
 
 from .errors import CaptureError
 from .structure import Const, Structure
-from .tracer import SizeTest, ValueTracer
+from .tracer import TRACING, SizeTest, ValueTracer
 
 _aten = torch.ops.aten
 # Operation -> the layer it may be the whole forward of, and where its weight stands.
@@ -106,7 +106,7 @@ def export(
     flat = _Flat(model, run)
     dims = [{i: Dim.DYNAMIC for i, s in enumerate(shape) if isinstance(s, str)} for shape in shapes]
     try:
-        with torch.no_grad(), _quiet():
+        with TRACING, torch.no_grad(), _quiet():
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes={"values": tuple(dims)}, strict=False
             )

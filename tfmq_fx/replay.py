@@ -31,10 +31,10 @@ def structural_clone(model: nn.Module) -> nn.Module:
         raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
-def arguments(call: CallSpec, values: list[Any]) -> dict[str, Any]:
-    """Keyword arguments of forward with `values` for its tensors."""
+def arguments(call: CallSpec, values: list[Any], samples: int) -> dict[str, Any]:
+    """Keyword arguments of forward with `values` for its tensors, for a batch of `samples`."""
     return {
-        argument.name: rebuild(argument.structure, values[argument.first :])
+        argument.name: rebuild(argument.structure, values[argument.first :], samples)
         for argument in call.arguments
         if argument.name != "return_dict"
     }
@@ -134,7 +134,7 @@ def _inputs(
     ]
     at = call.names.index(call.timestep)
     values[at] = _timesteps(examples[at], values[at].shape[0], seed)
-    kwargs = arguments(call, values)
+    kwargs = arguments(call, values, values[at].shape[0])
     if call.return_dict is not None:
         kwargs["return_dict"] = want_dict
     return kwargs

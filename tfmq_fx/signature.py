@@ -118,6 +118,11 @@ class CallSpec:
         for i, spec in enumerate(self.inputs):
             if spec.name == self.timestep:
                 values[i] = _timestep(spec, values[i], sizes, device)
+        for argument in self.arguments:
+            if _is_per_sample(argument) and argument.name in given:
+                count = len(given[argument.name])
+                if count != sizes[BATCH]:
+                    raise InputError(f"{argument.name}: {count} for a batch of {sizes[BATCH]}")
         for guard in self.guards:
             if not guard.allows(sizes):
                 raise InputError(
@@ -227,6 +232,13 @@ def _collect(structure: Structure, value: Any, path: str, values: list[Any]) -> 
                 f"{path}: captured as the constant {structure.value!r}, got {found}. "
                 f"Capture again with it among the example inputs."
             )
+    elif structure.kind == "samples":
+        if not isinstance(value, list):
+            raise InputError(
+                f"{path}: expected a list, one for each sample, got {_describe(value)}"
+            )
+        for i, item in enumerate(value):
+            _collect(structure.children[0], item, f"{path}.{i}", values)
     elif structure.kind in ("list", "tuple"):
         if not isinstance(value, (list, tuple)) or len(value) != len(structure.children):
             raise InputError(
@@ -246,6 +258,10 @@ def _collect(structure: Structure, value: Any, path: str, values: list[Any]) -> 
             raise InputError(f"{path}: expected a {structure.cls.__name__}, got {_describe(value)}")
         for key, child in zip(structure.keys, structure.children, strict=True):
             _collect(child, getattr(value, key), f"{path}.{key}", values)
+
+
+def _is_per_sample(argument: Argument) -> bool:
+    return isinstance(argument.structure, Branch) and argument.structure.kind == "samples"
 
 
 def _check_tensor(spec: Input, value: Any, sizes: dict[str, int]) -> None:

@@ -55,6 +55,8 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
             if kind_of(layer) and str(node.target) in read:
                 reason = f"its {read[str(node.target)]} is used elsewhere as well"
                 declined.append(Declined(str(node.target), reason))
+            elif kind_of(layer) and (layer._forward_hooks or layer._forward_pre_hooks):
+                declined.append(Declined(str(node.target), "it has hooks"))
             elif kind_of(layer) or isinstance(layer, QuantLayer):
                 calls.setdefault(str(node.target), []).append(node)
             elif isinstance(layer, _TRANSPOSED):

@@ -71,7 +71,10 @@ class Const:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A container: kind is dict, list, tuple or object; cls builds an object from its fields."""
+    """A container: kind is dict, list, tuple or object; cls builds an object from its fields.
+
+    Or samples: a list of as many elements as there are samples, each equal to the only child.
+    """
 
     kind: str
     keys: tuple[Any, ...]
@@ -112,13 +115,24 @@ def _outline(value: Any, path: str, leaves: list[tuple[str, Any]]) -> Structure:
     return Branch(kind, keys, children, cls if kind == "object" else None)
 
 
-def rebuild(structure: Structure, leaves: Sequence[Any]) -> Any:
-    """The nested value with `leaves` in the places of its tensors."""
+def per_sample(structure: Structure, count: int) -> Structure:
+    """A list without tensors of `count` equal elements as one element for each of any samples."""
+    if not isinstance(structure, Branch) or structure.kind != "list" or has_leaves(structure):
+        return structure
+    if len(structure.children) != count or len(set(map(repr, structure.children))) != 1:
+        return structure
+    return Branch("samples", (0,), structure.children[:1])
+
+
+def rebuild(structure: Structure, leaves: Sequence[Any], samples: int = 1) -> Any:
+    """The nested value with `leaves` in the places of its tensors, for so many samples."""
     if isinstance(structure, Leaf):
         return leaves[structure.index]
     if isinstance(structure, Const):
         return structure.value
-    values = [rebuild(child, leaves) for child in structure.children]
+    values = [rebuild(child, leaves, samples) for child in structure.children]
+    if structure.kind == "samples":
+        return values * samples
     if structure.kind == "list":
         return values
     if structure.kind == "tuple":

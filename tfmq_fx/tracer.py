@@ -41,7 +41,7 @@ _DATA_DEPENDENT = (
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
 )
-_LOCK = threading.RLock()
+TRACING = threading.RLock()  # torch.fx patches nn.Module for the whole process: one trace at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,7 @@ class ValueTracer(fx.Tracer):
     def run(self) -> fx.Graph:
         """The graph: one placeholder for each input, a flat tuple of outputs."""
         model = self._model
-        # torch.fx patches nn.Module.__call__ for the whole process: one trace at a time.
-        with _LOCK, torch.no_grad(), patched(self.make):
+        with TRACING, torch.no_grad(), patched(self.make):
             graph = self.trace(model)
         purify(graph, model, self._writes)
         self._check_state()
