@@ -422,7 +422,7 @@ def complex_rotary(m, h, c):
 @ingredient(TOKENS)
 def positions(m, h, c):
     if m.option == 0:
-        return h + m.table[: h.shape[1] % 16]
+        return h + m.table[: (h.shape[1] - 1) % 16 + 1]
     if m.option == 1:
         return h + F.embedding(torch.arange(h.size(1), device=h.device) % 16, m.table)
     grid = m.table.t()[None]
