@@ -217,3 +217,20 @@ def test_size_expressions(a: int, b: int) -> None:
     assert evaluate(("floordiv", ("add", "a", 1), "b"), sizes) == (a + 1) // b
     assert evaluate(("and", ("lt", "a", "b"), ("not", ("eq", "a", 3))), sizes) == (a < b and a != 3)
     assert evaluate(("or", ("ge", "a", "b"), ("ne", ("max", "a", "b"), "b")), sizes) == (a >= b)
+
+
+@pytest.mark.parametrize("captured", [Const(None), Branch("dict", (), ())])
+def test_no_options_are_none_or_an_empty_dict(captured: Any) -> None:
+    x, t = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    base = spec()
+    for name, same in (("attention_kwargs", True), ("control", False)):
+        last = Argument(name, captured, 3, positional=False, omittable=False)
+        made = spec(arguments=(*base.arguments, last))
+        for value in (None, {}):
+            if same or value == rebuild(captured, ()):
+                assert len(bind(x, t, of=made, cond=cond(), **{name: value})) == 3
+            else:
+                with pytest.raises(InputError, match="control: (captured|expected)"):
+                    bind(x, t, of=made, cond=cond(), **{name: value})
+        with pytest.raises(InputError, match=name):
+            bind(x, t, of=made, cond=cond(), **{name: {"scale": 1.0}})

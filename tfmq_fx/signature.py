@@ -225,6 +225,8 @@ def _collect(structure: Structure, value: Any, path: str, values: list[Any]) -> 
     """Append the tensors of `value` to `values`; refuse what the captured structure has not."""
     if isinstance(structure, Leaf):
         values.append(value)
+    elif _no_options(structure, value, path):
+        return
     elif isinstance(structure, Const):
         if isinstance(value, Tensor) or not (value is structure.value or value == structure.value):
             found = "a tensor" if isinstance(value, Tensor) else repr(value)
@@ -262,6 +264,15 @@ def _collect(structure: Structure, value: Any, path: str, values: list[Any]) -> 
 
 def _is_per_sample(argument: Argument) -> bool:
     return isinstance(argument.structure, Branch) and argument.structure.kind == "samples"
+
+
+def _no_options(structure: Structure, value: Any, path: str) -> bool:
+    """Whether an argument like joint_attention_kwargs is empty in both: None and {} say the same,
+    and diffusers' pipelines pass either."""
+    empty = isinstance(structure, Branch) and structure.kind == "dict" and not structure.keys
+    none = isinstance(structure, Const) and structure.value is None
+    nothing = value is None or (isinstance(value, dict) and not value)
+    return path.endswith("_kwargs") and (empty or none) and nothing
 
 
 def _check_tensor(spec: Input, value: Any, sizes: dict[str, int]) -> None:
