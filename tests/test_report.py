@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests import toys
+from tests.passes.test_merge_duplicates import Repeats
 from tests.test_api import TIMES, calibrated, data, fast
+from tests.test_exported import Scripted
 from tests.toys import ToyUNet, seeded
 from tfmq_fx import ConfigError, LayerConfig, compile, convert, fold_timesteps, prepare, report
 from tfmq_fx.graph import Declined, Rewrite
@@ -130,3 +133,13 @@ def test_passes_are_recorded_with_what_they_declined():
         "declined": [["a.b", "too wide"]],
         "details": {"x": 1},
     }
+
+
+def test_the_route_and_merged_layers_are_told():
+    exported = toys.seeded(Scripted).eval()
+    text = str(report(fold_timesteps(exported, 3, (torch.randn(2, 4), torch.tensor([0, 1])))))
+    assert "captured by export in" in text
+    assert "\n  captured by torch.export, since the model (test_exported.py:" in text
+    repeats = Repeats().eval()
+    text = str(report(fold_timesteps(repeats, 3, (torch.randn(2, 8), torch.tensor([0, 1])))))
+    assert "merged with equal ones: 6 layers (embeds.1.0 with embeds.0.0, ...)" in text

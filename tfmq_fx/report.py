@@ -92,10 +92,14 @@ class Report:
             f"({d['float_bytes'] / max(d['bytes'], 1):.2f}x smaller)",
             f"captured by {capture.get('route', '?')} in {capture.get('seconds', 0):.1f} s, "
             f"{capture.get('nodes', 0)} nodes; guards: {guards}",
+            *(f"  {note}" for note in capture.get("notes", [])),
             f"timesteps: {d['timesteps']}",
             f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
             f"{100 * self.activation_coverage:.1f} % of layer inputs are integers",
         ]
+        if merged := capture.get("merged", {}):
+            first, kept = next(iter(merged.items()))
+            lines.append(f"merged with equal ones: {len(merged)} layers ({first} with {kept}, ...)")
         return lines + [f"  left in floating point: {site}: {why}" for site, why in d["declined"]]
 
     def _temporal(self) -> list[str]:
