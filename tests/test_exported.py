@@ -16,6 +16,7 @@ from tfmq_fx.api import convert, fold_timesteps, load, prepare, save
 from tfmq_fx.capture import capture
 from tfmq_fx.dataflow import temporal_block
 from tfmq_fx.errors import CaptureError, InputError
+from tfmq_fx.report import report
 
 
 @torch.jit.script
@@ -173,6 +174,15 @@ def test_both_routes_give_the_same_model(make, monkeypatch: pytest.MonkeyPatch) 
         expected = call(traced, **inputs)
         found = call(exported, **inputs)
     equal(getattr(expected, "sample", expected), getattr(found, "sample", found))
+
+
+def test_weights_inside_autocast_count_as_left() -> None:
+    model = toys.seeded(toys.Autocasts).eval()
+    prepared = prepare(model, small_inputs(), timesteps=20, config="w8a8")
+    prepared(**small_inputs(4))
+    facts = report(convert(prepared, progress=False))
+    assert facts.data["sites"] == {} and facts.data["left_weights"] == 16
+    assert facts.weight_coverage == 0
 
 
 def test_threads_may_trace_and_export_at_once() -> None:

@@ -10,7 +10,7 @@ from tests.toys import SharedTwice, ToyUNet, seeded, tiny_unet2d
 from tfmq_fx.capture import capture
 from tfmq_fx.config import Config, LayerConfig, WeightSpec
 from tfmq_fx.errors import ConfigError
-from tfmq_fx.sites import check_weights, find_sites, plan_sites
+from tfmq_fx.sites import check_weights, find_sites, plan_sites, weights_left
 
 
 def graph_of(model, *shape):
@@ -147,6 +147,7 @@ def test_layers_that_are_more_than_their_operation_are_declined():
         "hooked": "it has hooks",
         "tied": "its weight is used elsewhere as well",
     }
+    assert weights_left(gm, sites) == 2 * 8 * 8
     x, t = torch.randn(3, 8), torch.arange(3)
     with torch.no_grad():
         assert torch.equal(gm(x, t)[0], model(x, t))

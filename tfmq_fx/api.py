@@ -38,7 +38,7 @@ from .pipelines import (
 from .progress import progress_bar
 from .report import pass_record, site_records
 from .signature import CallSpec
-from .sites import Site, check_weights, find_sites, plan_sites
+from .sites import Site, check_weights, find_sites, plan_sites, weights_left
 from .temporal import choose_temporal
 from .walk import Walk
 
@@ -233,6 +233,7 @@ def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
         "temporal": temporal.details,
         "sites": site_records(gm, plan, ranges),
         "declined": [[d.site, d.reason] for d in declined],
+        "left_weights": weights_left(prepared.gm, sites),
         "passes": [pass_record(rewrite) for rewrite in done],
         "float_bytes": prepared.nbytes(),
         "removed": removed_layers(prepared.gm, gm),

@@ -66,9 +66,10 @@ class Report:
 
     @property
     def weight_coverage(self) -> float:
-        """Share of convolution and linear weights in the graph that are integers."""
+        """Share of convolution and linear weights in the graph that are integers, those that no
+        pass can quantize counted as well."""
         sites = self.data["sites"].values()
-        total = sum(s["weights"] for s in sites)
+        total = sum(s["weights"] for s in sites) + self.data.get("left_weights", 0)
         return sum(s["weights"] for s in sites if s["weight_bits"]) / total if total else 0.0
 
     @property

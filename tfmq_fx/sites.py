@@ -14,6 +14,7 @@ from .config import Config, LayerConfig
 from .errors import ConfigError
 from .graph import Declined
 from .nn import QuantLayer, kind_of
+from .ops import is_heavy, op_name
 
 _FUNCTIONAL = {
     F.linear,
@@ -69,6 +70,33 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
             declined.append(Declined(node.name, reason))
     sites = [Site(name, gm.get_submodule(name), tuple(nodes)) for name, nodes in calls.items()]
     return sites, list(dict.fromkeys(declined))
+
+
+def weights_left(gm: fx.GraphModule, sites: Collection[Site]) -> int:
+    """The number of weights that matrix products and convolutions outside `sites` multiply with."""
+    names, found = {site.name for site in sites}, dict[int, int]()
+    for node in gm.graph.nodes:
+        parameters: list[Tensor] = []
+        if not is_heavy(gm, node) or node.target in names:
+            continue
+        if node.op == "call_module":
+            layer = gm.get_submodule(str(node.target))
+            parameters = [] if isinstance(layer, nn.Embedding) else list(layer.parameters())
+        elif op_name(node) != "embedding":
+            parameters = [p for used in node.all_input_nodes for p in _parameter(gm, used)]
+        found |= {id(p): p.numel() for p in parameters if p.dim() > 1}
+    return sum(found.values())
+
+
+def _parameter(gm: fx.GraphModule, node: fx.Node) -> list[Tensor]:
+    """The parameter that a value is, cast or viewed; empty for other values."""
+    while node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    if node.op != "get_attr":
+        return []
+    owner, _, name = str(node.target).rpartition(".")
+    value = getattr(gm.get_submodule(owner), name, None)
+    return [value] if isinstance(value, nn.Parameter) else []
 
 
 def plan_sites(
