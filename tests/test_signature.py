@@ -230,7 +230,7 @@ def test_no_options_are_none_or_an_empty_dict(captured: Any) -> None:
             if same or value == rebuild(captured, ()):
                 assert len(bind(x, t, of=made, cond=cond(), **{name: value})) == 3
             else:
-                with pytest.raises(InputError, match="control: (captured|expected)"):
+                with pytest.raises(InputError, match=r"control: (captured|expected)"):
                     bind(x, t, of=made, cond=cond(), **{name: value})
         with pytest.raises(InputError, match=name):
             bind(x, t, of=made, cond=cond(), **{name: {"scale": 1.0}})
