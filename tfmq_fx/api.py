@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact, backends
-from .capture import Dynamic, capture
+from .capture import capture
 from .config import Config, LayerConfig, from_dict, resolve, to_dict
 from .dataflow import Binding, binding_times, temporal_block
+from .describe import Dynamic
 from .errors import ArtifactError, BackendError, CalibrationError, ConfigError
 from .graph import Rewrite
 from .metrics import sample
