@@ -14,10 +14,10 @@ demo: $(VENV)/.installed
 	$(BIN)/tfmq-fx demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

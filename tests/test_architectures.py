@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,14 @@ ONE_RESOLUTION = {
     "qwen-image": "takes the resolution as numbers (img_shapes)",
     "z-image": "counts the tokens of each sample",
 }
-SLOW = {name for name in zoo.ENTRIES if name.startswith(("sd15-", "sd21", "svd", "ldm"))}
+VARIANTS = {name for name in zoo.ENTRIES if name.startswith("sd15-")}
+LARGE = VARIANTS | {"adm", "ldm-vq", "sd21", "svd"}  # many layers, and sizes that are long to trace
+
+
+def names(slow: Collection[str] = ()) -> list[Any]:
+    """Every architecture; those of `slow` in the slow tests."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in slow else []) for n in zoo.ENTRIES]
+
 
 # Shares of the parameters, in percent, that depend on t alone, and on t and small conditions; KiB
 # of the rows for one timestep in fp16: found by another implementation of the same analysis.
@@ -128,7 +135,7 @@ def check(model: nn.Module, captured: Captured, inputs: dict[str, Any], timestep
         same(captured.call.rebuild(captured.gm(*values), return_dict), expected)
 
 
-@pytest.mark.parametrize("name", zoo.ENTRIES)
+@pytest.mark.parametrize("name", names())
 def test_exact_at_any_batch_and_form_of_the_timestep(name: str) -> None:
     model, captured, timestep = captured_at(name, torch.float32, ("batch",))
     assert captured.route == "trace"
@@ -136,15 +143,13 @@ def test_exact_at_any_batch_and_form_of_the_timestep(name: str) -> None:
         check(model, captured, zoo.inputs(name, model, batch), timestep)
 
 
-@pytest.mark.parametrize("name", zoo.ENTRIES)
+@pytest.mark.parametrize("name", names(slow=VARIANTS))
 def test_exact_in_bfloat16(name: str) -> None:
     model, captured, timestep = captured_at(name, torch.bfloat16, ())
     check(model, captured, zoo.inputs(name, model), timestep)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in zoo.ENTRIES]
-)
+@pytest.mark.parametrize("name", names(slow=LARGE))
 def test_exact_at_another_resolution(name: str) -> None:
     model, captured, timestep = captured_at(name, torch.float32, None)
     check(model, captured, zoo.inputs(name, model), timestep)
@@ -168,7 +173,7 @@ def test_return_types_go_both_ways() -> None:
                 same(captured.call.rebuild(captured.gm(*values), wanted), expected)
 
 
-@pytest.mark.parametrize("name", zoo.ENTRIES)
+@pytest.mark.parametrize("name", names(slow=VARIANTS))
 def test_tables_are_exact_at_batch_one(name: str, tmp_path: Path) -> None:
     model = zoo.model(name)
     inputs = zoo.inputs(name, model, batch=1)
