@@ -22,7 +22,7 @@ def test_text_of_a_conditional_model(data):
     assert (
         summary(data)
         == """\
-ToyDiT: 33,324 parameters, 111 nodes, captured in 0.2 s
+ToyDiT: 33,324 parameters, 110 nodes, captured in 0.2 s
 inputs:
   x (batch, 3, 8, 8): x
   t (batch,): t
@@ -31,7 +31,7 @@ binding time   nodes       parameters     share         FLOPs     share
   constant         6                0    0.00 %             0    0.00 %
   t                9            2,112    6.34 %        8.19 k    0.64 %
   c                1              320    0.96 %             0    0.00 %
-  (t, c)          25           12,672   38.03 %        49.2 k    3.82 %
+  (t, c)          24           12,672   38.03 %        49.2 k    3.82 %
   x               65           18,220   54.68 %        1.23 M   95.54 %
   one call with a batch of 2: 1.29 MFLOPs, two for each multiply-add
 temporal information block: 1 feature, 2,112 parameters

@@ -130,8 +130,12 @@ def _functions() -> dict[str, Any]:
         if (ours or from_c) and not name.startswith("_") and name not in _FUNCTIONAL_REFUSED:
             table[f"torch.nn.functional.{name}"] = value
     tensor_functions = set(dir(torch._C._VariableFunctions)) - _TORCH_REFUSED
+    # What torch.meshgrid and its like, written in Python, call.
+    inner = {name: getattr(torch._C._VariableFunctions, name, None) for name in _TORCH_PYTHON}
+    table |= {f"torch._VF.{name}": value for name, value in inner.items() if value is not None}
     sources = [(torch, tensor_functions), (math, dir(math))]
-    sources += [(space, dir(space)) for space in (torch.fft, torch.linalg, torch.special)]
+    spaces = (torch.fft, torch.linalg, torch.special, torch._C._nn)
+    sources += [(space, dir(space)) for space in spaces]
     for space, names in sources:
         for name in names:
             value = getattr(space, name, None)
