@@ -128,9 +128,8 @@ def row(subject: Subject) -> list[str]:
         graph = capture(model, example, timestep=timestep, dynamic=subject.free(model))
         other = subject.inputs(model, 3 if subject.batches else 2, 1 if subject.fixed else 2)
         differences.append(f"{difference(model, graph, other):g}")
-        guards = guards or ", ".join(
-            guard.text if guard.holds else f"not {guard.text}" for guard in graph.call.guards
-        )
+        texts = [g.text if g.holds else f"not {g.text}" for g in graph.call.guards]
+        guards = guards or ", ".join(dict.fromkeys(texts))
     model = subject.full()
     captured = capture(model, subject.inputs(model, 2, 1), timestep=timestep)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
