@@ -128,6 +128,25 @@ def test_branches_of_an_exported_model_are_guarded() -> None:
             call(captured, **small_inputs(4))
 
 
+class BranchesBeforeSizesMeet(Scripted):
+    """Asks about the size of t before t meets x."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        scale = 3 if t.shape[0] > 4 else 1
+        return super().forward(x, t) * scale
+
+
+def test_guards_on_sizes_that_are_found_equal_later_are_kept() -> None:
+    model = toys.seeded(BranchesBeforeSizesMeet)
+    captured = capture(model, small_inputs(2), timestep="t")
+    assert captured.route == "export"
+    inputs = small_inputs(4)
+    with torch.no_grad():
+        equal(model(**inputs), call(captured, **inputs))
+        with pytest.raises(InputError, match=r"batch <= 4 is True"):
+            call(captured, **small_inputs(5))
+
+
 def test_both_refusals_are_told() -> None:
     with pytest.raises(CaptureError, match="bool\\(\\) of a tensor's data") as caught:
         capture(toys.BranchesOnData(), small_inputs(), timestep="t")

@@ -36,8 +36,6 @@ def test_full_models_have_the_published_size(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_full_models_take_the_derived_inputs(name):
-    if name == "sd15-controlled":
-        pytest.skip("two full models; sd15 and controlnet-sd15 are tried alone")
     model = zoo.model(name, full=True, device="meta")
     inputs = zoo.inputs(name, model)
     assert all(leaf.is_meta for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
