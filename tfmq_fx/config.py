@@ -13,6 +13,10 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError
 
 Rounding = Literal["nearest", "second-order"]
+RangeEstimator = Literal["minmax", "mse"]
+Sampling = Literal["uniform", "normal"]
+Softmax = Literal["uniform", "log2", "adaptive"]
+Correction = Literal["none", "bias", "noise"]
 TemporalMode = Literal["select", "table", "cache", "tib"]
 
 
@@ -21,24 +25,38 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _one_of(name: str, value: Any, choices: Any) -> None:
+    _require(
+        value in get_args(choices), f"{name} must be one of {get_args(choices)}, got {value!r}"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpec:
-    """Integer weights, one scale (and zero point) per output channel.
+    """Integer weights, one scale (and zero point) per output channel or per group of it.
 
     bits: 2 to 8.  8-bit weights are always symmetric: they must fit int8 kernels.
     symmetric: False lets fewer than 8 bits use a zero point per channel; the codes minus the zero
     point still fit int8, so the same kernels run them.
     search: candidates of the clipping range tried per channel (1 keeps min-max), minimising
     |w - what|^2.4 (TFMQ-DM's released settings use 80).
+    group_size: input channels that share a scale; None is one scale per output channel. A layer
+    whose input channels it does not divide keeps one scale per output channel, and the report says
+    so. No integer kernel runs grouped weights yet.
     """
 
     bits: int = 8
     symmetric: bool = False
     search: int = 80
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.bits in range(2, 9), f"WeightSpec.bits must be 2 to 8, got {self.bits}")
         _require(self.search >= 1, f"WeightSpec.search must be at least 1, got {self.search}")
+        _require(
+            self.group_size is None or self.group_size >= 1,
+            f"WeightSpec.group_size must be a number of channels or None, got {self.group_size}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +66,29 @@ class ActivationSpec:
     bits: 4 to 8, or 16.
     per_timestep: one scale for each timestep of the finite set (finite set calibration, FSC, of
     TFMQ-DM), looked up from t, with a zero point shared by all; False keeps one static range.
+    timestep_groups: groups of neighbouring timesteps that share a range (TCAQ-DM); None gives each
+    its own.
+    ranges: "minmax", or "mse": the clipped range that loses least, over calibration values.
     """
 
     bits: int = 8
     per_timestep: bool = True
+    timestep_groups: int | None = None
+    ranges: RangeEstimator = "minmax"
 
     def __post_init__(self) -> None:
         _require(
             self.bits in (4, 5, 6, 7, 8, 16),
             f"ActivationSpec.bits must be 4 to 8 or 16, got {self.bits}",
+        )
+        _one_of("ActivationSpec.ranges", self.ranges, RangeEstimator)
+        _require(
+            self.timestep_groups is None or self.timestep_groups >= 1,
+            f"ActivationSpec.timestep_groups must be positive or None, got {self.timestep_groups}",
+        )
+        _require(
+            self.per_timestep or self.timestep_groups is None,
+            "ActivationSpec: timestep_groups contradicts per_timestep=False, which keeps one range",
         )
 
 
@@ -93,10 +125,7 @@ class TemporalSpec:
     tiar_iters: int = 1000
 
     def __post_init__(self) -> None:
-        _require(
-            self.mode in get_args(TemporalMode),
-            f"TemporalSpec.mode must be one of {get_args(TemporalMode)}, got {self.mode!r}",
-        )
+        _one_of("TemporalSpec.mode", self.mode, TemporalMode)
         object.__setattr__(self, "cache_bits", tuple(self.cache_bits))
         _require(
             bool(self.cache_bits) and set(self.cache_bits) <= {4, 8},
@@ -113,14 +142,93 @@ class TemporalSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RewriteSpec:
+    """Rewrites of quantized layers that change nothing before they are quantized.
+
+    split_concat: the parts of a channel concatenation get layers, and so ranges, of their own
+    (Q-Diffusion).
+    tcr: timestep-channel joint reparameterisation of convolutions and linear layers (TCAQ-DM):
+    input channels are divided by a factor between 1 and this limit; None leaves it out.
+    smooth: exponent alpha of SmoothQuant's factors for linear layers, 0 to 1; None leaves it out.
+    rotate: channels in each Hadamard block that rotates the input of linear layers (a power of
+    two); layers it does not divide take the largest power of two that does. None leaves it out.
+    low_rank: rank of a 16-bit branch beside each layer, of whose weight the rest is quantized
+    (SVDQuant); 0 leaves it out.
+    first_token: the first text token, where calibration saw one only, gets its exact output
+    from a stored row (MixDQ).
+    """
+
+    split_concat: bool = False
+    tcr: float | None = None
+    smooth: float | None = None
+    rotate: int | None = None
+    low_rank: int = 0
+    first_token: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self.tcr is None or self.tcr >= 1,
+            f"RewriteSpec.tcr must be a limit of at least 1 or None, got {self.tcr}",
+        )
+        _require(
+            self.smooth is None or 0 <= self.smooth <= 1,
+            f"RewriteSpec.smooth must be 0 to 1 or None, got {self.smooth}",
+        )
+        _require(
+            self.tcr is None or self.smooth is None,
+            "RewriteSpec: tcr and smooth both scale the input channels of linear layers; "
+            "choose one of them",
+        )
+        _require(
+            self.rotate is None or (self.rotate >= 2 and self.rotate & (self.rotate - 1) == 0),
+            f"RewriteSpec.rotate must be a power of two or None, got {self.rotate}",
+        )
+        _require(
+            self.low_rank >= 0,
+            f"RewriteSpec.low_rank must not be negative, got {self.low_rank}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Quantized attention: both matrix products of activations, q.k and softmax.v.
+
+    Fused attention never forms what this quantizes, so it is written out as products and a softmax;
+    no integer kernel runs it yet.
+    activations: of queries, keys and values.  probabilities_bits: of the softmax's result.
+    probabilities: how those are ranged: "uniform", "log2", or "adaptive": log2 or uniform for each
+    layer and timestep group by a likelihood test (DAQ of TCAQ-DM).
+    """
+
+    activations: ActivationSpec = field(default_factory=ActivationSpec)
+    probabilities_bits: int = 8
+    probabilities: Softmax = "uniform"
+
+    def __post_init__(self) -> None:
+        _one_of("AttentionSpec.probabilities", self.probabilities, Softmax)
+        _require(
+            self.probabilities_bits in (4, 5, 6, 7, 8, 16),
+            f"AttentionSpec.probabilities_bits must be 4 to 8 or 16, got {self.probabilities_bits}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionSpec:
     """How weights are rounded outside the temporal block.
 
     rounding: "nearest", or "second-order": column-wise rounding against the Gram matrix of the
     layer's inputs (GPTQ), in execution order.
+    refine: sweeps of coordinate descent over second-order codes and their scales.
     iters: Adam steps of AdaRound for each block (BRECQ units); 0 leaves it out.
-    samples: calibration samples used at most, drawn evenly over timesteps.
-    memory: bytes of activations that may be held at once; fewer samples are used where needed.
+    quantize_inputs: whether AdaRound sees quantized activations, or full-precision ones as in the
+    released code of BRECQ and TFMQ-DM.
+    rounds: rounds of resampling with the quantized model and learning again on what it visits
+    (progressively aligned reconstruction, PAR, of TCAQ-DM).  round_iters: Adam steps of each.
+    sampling: how many samples each timestep contributes: "uniform", or "normal": timesteps drawn
+    from a normal distribution about `center` (share of the way from noise 0 to 1) with a deviation
+    of half the set (PTQ4DM).
+    samples: calibration samples used at most.
+    memory: bytes of activations held in memory at once; what is more waits on disk.
     batch_size: samples per step of AdaRound and per forward of a block.
     learning_rate: of AdaRound, here and in TIAR.  regularization: weight of its rounding term
     against an error that starts at 1.
@@ -129,7 +237,13 @@ class ReconstructionSpec:
     """
 
     rounding: Rounding = "second-order"
+    refine: int = 0
     iters: int = 0
+    quantize_inputs: bool = True
+    rounds: int = 0
+    round_iters: int = 0
+    sampling: Sampling = "uniform"
+    center: float = 0.4
     samples: int = 640
     memory: int = 4 << 30
     batch_size: int = 64
@@ -139,17 +253,34 @@ class ReconstructionSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(
-            self.rounding in get_args(Rounding),
-            f"ReconstructionSpec.rounding must be one of {get_args(Rounding)}, "
-            f"got {self.rounding!r}",
-        )
+        _one_of("ReconstructionSpec.rounding", self.rounding, Rounding)
+        _one_of("ReconstructionSpec.sampling", self.sampling, Sampling)
         for name in ("samples", "memory", "batch_size"):
             value = getattr(self, name)
             _require(value > 0, f"ReconstructionSpec.{name} must be positive, got {value}")
-        for name in ("iters", "learning_rate", "regularization", "damping"):
+        not_negative = (
+            "refine",
+            "iters",
+            "rounds",
+            "round_iters",
+            "learning_rate",
+            "regularization",
+            "damping",
+        )
+        for name in not_negative:
             value = getattr(self, name)
             _require(value >= 0, f"ReconstructionSpec.{name} must not be negative, got {value}")
+        _require(
+            0 <= self.center <= 1, f"ReconstructionSpec.center must be 0 to 1, got {self.center}"
+        )
+        _require(
+            self.rounds == 0 or self.round_iters > 0,
+            "ReconstructionSpec: rounds of resampling need round_iters, Adam steps of each",
+        )
+        _require(
+            self.rounding == "second-order" or self.refine == 0,
+            "ReconstructionSpec: refine improves second-order codes; rounding is 'nearest'",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,14 +289,37 @@ class Config:
 
     layers: every convolution and linear layer outside the temporal block (and, for weights, in it).
     first, last: what the first and last layer get instead; None treats them like the rest.
+    rewrites: of the layers, before they are quantized.
+    attention: how attention's own products are quantized; None leaves them fused and in float.
+    correction: per-timestep correction of the output against full precision, measured on
+    calibration samples: "bias" subtracts the mean error of each channel; "noise" is PTQD's model of
+    it, a factor and a mean, whose leftover variance `tfmq_fx.correct_scheduler` takes out of a
+    stochastic sampler.
     """
 
     name: str = "custom"
     layers: LayerConfig = field(default_factory=LayerConfig)
     first: LayerConfig | None = None
     last: LayerConfig | None = None
+    rewrites: RewriteSpec = field(default_factory=RewriteSpec)
+    attention: AttentionSpec | None = None
     temporal: TemporalSpec = field(default_factory=TemporalSpec)
     reconstruction: ReconstructionSpec = field(default_factory=ReconstructionSpec)
+    correction: Correction = "none"
+
+    def __post_init__(self) -> None:
+        _one_of("Config.correction", self.correction, Correction)
+        acts = self.layers.activations
+        scaling = [n for n in ("tcr", "smooth", "rotate") if getattr(self.rewrites, n) is not None]
+        _require(
+            acts is not None or not scaling,
+            f"Config {self.name!r}: rewrites.{', '.join(scaling)} make inputs easier to quantize, "
+            "but layers.activations is None",
+        )
+        _require(
+            self.layers.weights is not None or self.rewrites == RewriteSpec(),
+            f"Config {self.name!r}: rewrites are of quantized layers, but layers.weights is None",
+        )
 
 
 def _recipe(name: str, weights: int, activations: int | None) -> Config:
@@ -223,6 +377,8 @@ _NESTED: dict[str, type] = {
     "layers": LayerConfig,
     "first": LayerConfig,
     "last": LayerConfig,
+    "rewrites": RewriteSpec,
+    "attention": AttentionSpec,
     "temporal": TemporalSpec,
     "reconstruction": ReconstructionSpec,
 }
