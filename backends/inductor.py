@@ -132,6 +132,8 @@ def obstacle(layer: QuantLayer) -> str | None:
     """Why no int8 kernel runs the layer, or None where one does."""
     if layer.codes.device.type != "cpu":
         return f"no int8 kernel on {layer.codes.device.type} in this version"
+    if layer.weight_groups > 1:
+        return "weights have scales per group"
     if layer.act_bits is None:
         return "activations are in floating point"
     if layer.act_bits > 8:
@@ -159,7 +161,7 @@ def lower(gm: fx.GraphModule) -> Rewrite:
         if reason is None:
             lowered = LoweredLayer(layer)
             changed += 1
-        elif isinstance(layer, QuantLinear) and layer.act_bits is None:
+        elif isinstance(layer, QuantLinear) and layer.act_bits is None and layer.weight_groups == 1:
             lowered = to_torchao(layer)
             weight_only.append(name)
         else:

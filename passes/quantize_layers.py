@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.affine import shared_zero_scales, weight_qparams
+from tfmq_fx.affine import shared_zero_scales, weight_groups, weight_qparams
 from tfmq_fx.config import ActivationSpec, LayerConfig
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row
@@ -88,15 +88,15 @@ def _per_timestep(
 
 def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
     kind = kind_of(site.layer)
-    assert kind is not None and plan.weights is not None
+    weight = site.layer.weight
+    assert kind is not None and plan.weights is not None and isinstance(weight, Tensor)
     made = kind.from_float(
         site.layer,  # type: ignore[arg-type]  # the class was chosen by the layer's own
         weight_bits=plan.weights.bits,
         act_bits=plan.activations.bits if plan.activations else None,
         per_timestep=per_timestep,
+        weight_groups=weight_groups(weight.shape, plan.weights),
     )
-    weight = site.layer.weight
-    assert isinstance(weight, Tensor)
     grid = weight_qparams(weight, plan.weights)
     codes = round_nearest(weight.detach().float().flatten(1), grid)
     made.set_weight(codes.view(weight.shape), grid)

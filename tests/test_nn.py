@@ -1,13 +1,14 @@
 """nn: quantized layers compute what their integers say, for every kind of layer and padding."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tfmq_fx.affine import weight_qparams
+from tfmq_fx.affine import weight_groups, weight_qparams
 from tfmq_fx.config import WeightSpec
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.nn import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, kind_of
@@ -236,3 +237,34 @@ def test_layers_say_what_they_are():
     assert repr(made) == "QuantConv2d(5x3x3x3, weights 4 bits, activations 8 bits static)"
     assert made.range_kind() == "static" and made.weight_shape_numel() == 135
     assert quantized(nn.Linear(2, 2)).range_kind() == "none"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(12, 5), nn.Conv2d(12, 5, 3), nn.Conv2d(12, 4, 3, groups=2)]
+)
+def test_grouped_weights_stand_for_what_their_runs_of_channels_round_to(layer, bits):
+    spec = WeightSpec(bits=bits, group_size=3)
+    weight = layer.weight.detach()
+    groups = weight_groups(weight.shape, spec)
+    assert groups == weight.shape[1] // 3
+    grid = weight_qparams(weight, spec)
+    made = kind_of(layer).from_float(
+        layer, weight_bits=bits, act_bits=None, per_timestep=False, weight_groups=groups
+    )
+    made.set_weight(round_nearest(weight.flatten(1), grid).view(weight.shape), grid)
+    alone = dataclasses.replace(spec, group_size=None)
+    for g in range(groups):
+        part = weight[:, 3 * g : 3 * g + 3]
+        own = weight_qparams(part, alone)
+        scale, zero = own.over(part[0].numel())
+        expected = (round_nearest(part.flatten(1), own) - zero) * scale
+        assert torch.equal(made.weight[:, 3 * g : 3 * g + 3].flatten(1), expected)
+    rebuilt = type(made).from_spec(made.spec())
+    rebuilt.load_state_dict(made.state_dict())
+    x = torch.randn(2, 12, *[4] * (weight.dim() - 2))
+    assert torch.equal(rebuilt(x), made(x))
+
+
+def test_a_group_size_that_divides_no_input_keeps_one_scale_per_channel():
+    assert weight_groups((5, 7), WeightSpec(bits=4, group_size=3)) == 1

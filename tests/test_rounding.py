@@ -13,6 +13,7 @@ from tfmq_fx.rounding import (
     SoftRounding,
     aligned_weight,
     annealed_beta,
+    refine,
     round_nearest,
     round_second_order,
 )
@@ -204,3 +205,44 @@ def test_beta_falls_from_20_to_2_after_the_warm_up():
     assert all(a > b for a, b in itertools.pairwise(betas[20:]))
     assert betas[99] == pytest.approx(2 + 18 / 80) and annealed_beta(100, 100) == 2
     assert annealed_beta(0, 1, warmup=0.0) == 20
+
+
+@given(
+    seed=st.integers(0, 1000),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    group=st.sampled_from([None, 4]),
+    nearest=st.booleans(),
+)
+def test_refining_never_raises_the_output_error(seed, bits, group, nearest):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 24, generator=generator)
+    mixing = torch.randn(24, 24, generator=generator)
+    inputs = torch.randn(100, 24, generator=generator) @ mixing
+    gram = inputs.T @ inputs
+    grid = weight_qparams(weight, WeightSpec(bits=bits, group_size=group))
+    start = (
+        round_nearest(weight, grid)
+        if nearest
+        else round_second_order(weight, gram, grid, damping=0.01).codes
+    )
+    refined = refine(weight, start, gram, grid, sweeps=3)
+    assert refined.codes.ge(0).all() and refined.codes.le(2**bits - 1).all()
+    assert torch.equal(refined.codes, refined.codes.round())
+
+    def error(codes, on):
+        scale, zero = on.over(24)
+        change = (codes - zero).double() * scale.double() - weight.double()
+        return float(((change @ gram.double()) * change).sum())
+
+    before, after = error(start, grid), error(refined.codes, refined.grid)
+    assert after <= before * (1 + 1e-4)  # float32 sums over 24 columns
+    if nearest and bits == 2:
+        assert after < 0.9 * before
+
+
+def test_refining_a_layer_without_inputs_keeps_its_codes():
+    weight = torch.randn(3, 8)
+    grid = weight_qparams(weight, WeightSpec(bits=4))
+    codes = round_nearest(weight, grid)
+    refined = refine(weight, codes, torch.zeros(8, 8), grid, sweeps=2)
+    assert torch.equal(refined.codes, codes) and torch.equal(refined.grid.scale, grid.scale)

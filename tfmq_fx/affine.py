@@ -5,6 +5,8 @@ Codes of b bits run over [0, 2**b - 1]; the value of code q is scale * (q - zero
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +20,26 @@ _SHRINK = 0.01  # each further candidate of the search clips one hundredth of th
 
 @dataclass(frozen=True, slots=True)
 class QParams:
-    """Scale and zero point of one grid per channel.
+    """Scale and zero point of one grid per channel, or of several for equal runs of its columns.
 
-    scale: (channels,) float, > 0, in the units of the tensor.
-    zero: (channels,) float holding integers in [0, 2**bits - 1].
+    scale: (channels,) or (channels, groups) float, > 0, in the units of the tensor.
+    zero: the same shape, float holding integers in [0, 2**bits - 1].
     """
 
     scale: Tensor
     zero: Tensor
     bits: int
+
+    def over(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point that broadcast over rows (channels, columns)."""
+        if self.scale.dim() == 1:
+            return self.scale[:, None], self.zero[:, None]
+        run = columns // self.scale.shape[1]
+        return self.scale.repeat_interleave(run, 1), self.zero.repeat_interleave(run, 1)
+
+    def rows(self, start: int, stop: int) -> QParams:
+        """The grids of channels [start, stop)."""
+        return QParams(self.scale[start:stop], self.zero[start:stop], self.bits)
 
 
 def levels(bits: int) -> int:
@@ -69,13 +82,20 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def weight_qparams(weight: Tensor, spec: WeightSpec) -> QParams:
-    """Parameters for a weight (channels, ...), per output channel, by search over clipped ranges.
+    """Parameters for a weight (channels, in, ...) by search over clipped ranges, per output channel
+    or, where `spec.group_size` divides the input channels, per group of them.
 
     The search keeps, per channel, the candidate that minimises sum |w - what|^2.4. All-zero and
     constant channels are fine: they get scale 1 (all zero) or a grid that holds their value.
     8 bits and `spec.symmetric` give symmetric grids.
     """
     rows = weight.detach().flatten(1).float()
+    groups = weight_groups(weight.shape, spec)
+    if groups > 1:
+        parts = rows.reshape(len(rows) * groups, -1)
+        flat = weight_qparams(parts, dataclasses.replace(spec, group_size=None))
+        shape = (len(rows), groups)
+        return QParams(flat.scale.view(shape), flat.zero.view(shape), spec.bits)
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     symmetric = spec.symmetric or spec.bits == 8
 
@@ -99,6 +119,12 @@ def weight_qparams(weight: Tensor, spec: WeightSpec) -> QParams:
         scale = torch.where(better, trial.scale, scale)
         zero = torch.where(better, trial.zero, zero)
     return QParams(scale, zero, spec.bits)
+
+
+def weight_groups(shape: Sequence[int], spec: WeightSpec) -> int:
+    """How many scales each output channel of a weight (out, in, ...) has under `spec`."""
+    size = spec.group_size
+    return 1 if size is None or shape[1] % size else shape[1] // size
 
 
 def _search_loss(rows: Tensor, grid: QParams) -> Tensor:

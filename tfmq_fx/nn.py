@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .affine import QParams, dequantize, levels
+from .affine import QParams, levels
 from .dialect import Stage
 from .errors import ConfigError
 from .packing import pack, packed_size, unpack
@@ -25,9 +25,10 @@ _FLOAT_BUFFERS = ("weight_scale", "act_scale")  # keep float32 whatever the mode
 class QuantLayer(nn.Module):
     """Common part of quantized linear and convolution layers.
 
-    Buffers: `codes` uint8, packed (see `packing`); `weight_scale` (out,) float32; `weight_zero`
-    (out,) uint8; `bias` (out,) in the model's dtype, or None; `act_scale`, `act_zero`, 0-d float32
-    and int32: the static input range, or the shared zero point where scales come per timestep.
+    Buffers: `codes` uint8, packed (see `packing`); `weight_scale` float32 and `weight_zero` uint8,
+    (out,), or (out, weight_groups) where runs of input channels have their own; `bias` (out,) in
+    the model's dtype, or None; `act_scale`, `act_zero`, 0-d float32 and int32: the static input
+    range, or the shared zero point where scales come per timestep.
     """
 
     stage = Stage.QUANTIZED
@@ -42,18 +43,21 @@ class QuantLayer(nn.Module):
         per_timestep: bool,
         bias: bool,
         dtype: torch.dtype = torch.float32,
+        weight_groups: int = 1,
     ) -> None:
         super().__init__()
         if per_timestep and act_bits is None:
             raise ConfigError("a layer without activation bits has no scale per timestep")
         self.weight_shape, self.weight_bits = tuple(weight_shape), weight_bits
         self.act_bits, self.per_timestep, self.dtype = act_bits, per_timestep, dtype
+        self.weight_groups = weight_groups
         out, count = weight_shape[0], torch.Size(weight_shape).numel()
         self.register_buffer(
             "codes", torch.empty(packed_size(count, weight_bits), dtype=torch.uint8)
         )
-        self.register_buffer("weight_scale", torch.empty(out))
-        self.register_buffer("weight_zero", torch.empty(out, dtype=torch.uint8))
+        grid = (out,) if weight_groups == 1 else (out, weight_groups)
+        self.register_buffer("weight_scale", torch.empty(grid))
+        self.register_buffer("weight_zero", torch.empty(grid, dtype=torch.uint8))
         self.register_buffer("bias", torch.empty(out, dtype=dtype) if bias else None)
         self.register_buffer("act_scale", torch.ones(()))
         self.register_buffer("act_zero", torch.zeros((), dtype=torch.int32))
@@ -68,26 +72,35 @@ class QuantLayer(nn.Module):
 
     def set_weight(self, codes: Tensor, grid: QParams) -> None:
         """Store integer `codes` (out, ...) on `grid`; earlier tensors are replaced, not written."""
-        if tuple(codes.shape) != self.weight_shape or grid.bits != self.weight_bits:
+        fits = tuple(codes.shape) == self.weight_shape and grid.scale.shape[1:].numel() == (
+            self.weight_groups
+        )
+        if not fits or grid.bits != self.weight_bits:
             raise ConfigError(
                 f"codes of shape {tuple(codes.shape)} at {grid.bits} bits do not fit a layer of "
-                f"shape {self.weight_shape} at {self.weight_bits} bits"
+                f"shape {self.weight_shape} at {self.weight_bits} bits (scales "
+                f"{tuple(grid.scale.shape)}, {self.weight_groups} for each channel)"
             )
         self.codes = pack(codes, self.weight_bits)
         self.weight_scale = grid.scale.detach().float().clone()
         self.weight_zero = grid.zero.detach().to(torch.uint8)
 
+    def grid(self) -> QParams:
+        """Scales and zero points of the weight."""
+        return QParams(self.weight_scale, self.weight_zero.float(), self.weight_bits)
+
     def weight_codes(self) -> Tensor:
         """Codes less their zero points: (out, ...) int8, every bit width included."""
-        codes = unpack(self.codes, self.weight_bits, self.weight_shape).to(torch.int16)
-        zero = self.weight_zero.to(torch.int16).view(-1, *[1] * (len(self.weight_shape) - 1))
-        return (codes - zero).to(torch.int8)
+        codes = unpack(self.codes, self.weight_bits, self.weight_shape).to(torch.int16).flatten(1)
+        _, zero = self.grid().over(codes.shape[1])
+        return (codes - zero.to(torch.int16)).to(torch.int8).view(self.weight_shape)
 
     @property
     def weight(self) -> Tensor:
         """The weight these integers stand for: (out, ...) float32."""
-        scale = self.weight_scale.view(-1, *[1] * (len(self.weight_shape) - 1))
-        return dequantize(self.weight_codes().float(), scale, torch.zeros_like(scale))
+        codes = self.weight_codes().float().flatten(1)
+        scale, _ = self.grid().over(codes.shape[1])
+        return (codes * scale).view(self.weight_shape)
 
     # ------------------------------------------------------------------ activations
 
@@ -162,6 +175,7 @@ class QuantLayer(nn.Module):
             "per_timestep": self.per_timestep,
             "bias": self.bias is not None,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "weight_groups": self.weight_groups,
         }
 
     @classmethod
@@ -184,7 +198,8 @@ class QuantLayer(nn.Module):
     def extra_repr(self) -> str:
         acts = "float" if self.act_bits is None else f"{self.act_bits} bits {self.range_kind()}"
         shape = "x".join(map(str, self.weight_shape))
-        return f"{shape}, weights {self.weight_bits} bits, activations {acts}"
+        groups = f" in {self.weight_groups} groups" if self.weight_groups > 1 else ""
+        return f"{shape}, weights {self.weight_bits} bits{groups}, activations {acts}"
 
 
 class QuantLinear(QuantLayer):
@@ -204,7 +219,13 @@ class QuantLinear(QuantLayer):
 
     @classmethod
     def from_float(
-        cls, layer: nn.Linear, *, weight_bits: int, act_bits: int | None, per_timestep: bool
+        cls,
+        layer: nn.Linear,
+        *,
+        weight_bits: int,
+        act_bits: int | None,
+        per_timestep: bool,
+        weight_groups: int = 1,
     ) -> Self:
         """An empty quantized layer for `layer`, with its bias."""
         made = cls(
@@ -212,6 +233,7 @@ class QuantLinear(QuantLayer):
             weight_bits=weight_bits,
             act_bits=act_bits,
             per_timestep=per_timestep,
+            weight_groups=weight_groups,
             bias=layer.bias is not None,
             dtype=layer.weight.dtype,
         ).to(layer.weight.device)
@@ -269,7 +291,13 @@ class QuantConv(QuantLayer):
 
     @classmethod
     def from_float(
-        cls, layer: Any, *, weight_bits: int, act_bits: int | None, per_timestep: bool
+        cls,
+        layer: Any,
+        *,
+        weight_bits: int,
+        act_bits: int | None,
+        per_timestep: bool,
+        weight_groups: int = 1,
     ) -> Self:
         """An empty quantized layer for a torch convolution, with its bias."""
         weight, bias = layer.weight, layer.bias
@@ -283,6 +311,7 @@ class QuantConv(QuantLayer):
             weight_bits=weight_bits,
             act_bits=act_bits,
             per_timestep=per_timestep,
+            weight_groups=weight_groups,
             bias=bias is not None,
             dtype=weight.dtype,
         ).to(weight.device)
