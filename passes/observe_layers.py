@@ -5,12 +5,14 @@ y = conv(x)    ->    y = conv(observe(x, t))
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Callable
+
+from torch import fx, nn
 
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Rewrite, graph_pass
 from tfmq_fx.observers import RangeObserver
-from tfmq_fx.sites import find_sites
+from tfmq_fx.sites import Site, find_sites
 
 PREFIX = "observers"
 
@@ -20,14 +22,23 @@ def observer_name(site: str) -> str:
     return f"{PREFIX}.{site.replace('_', '__').replace('.', '_d')}"
 
 
+def _range_observer(site: Site) -> nn.Module:
+    return RangeObserver(site.name)
+
+
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.OBSERVED)
-def observe_layers(gm: fx.GraphModule) -> Rewrite:
+def observe_layers(
+    gm: fx.GraphModule, observer: Callable[[Site], nn.Module] = _range_observer
+) -> Rewrite:
     """The graph with observers; outputs are unchanged (exactly). A layer called several times
-    shares one observer. Reads gm.meta["timestep"], the name of the timestep's placeholder."""
+    shares one observer. Reads gm.meta["timestep"], the name of the timestep's placeholder.
+
+    observer: makes the observer of a site, called with its input and the timestep (B,).
+    """
     (t,) = (n for n in gm.graph.find_nodes(op="placeholder") if n.target == gm.meta["timestep"])
     sites, declined = find_sites(gm)
     for site in sites:
-        gm.add_submodule(observer_name(site.name), RangeObserver(site.name))
+        gm.add_submodule(observer_name(site.name), observer(site))
         for node in site.nodes:
             x = node.args[0] if node.args else node.kwargs["input"]
             assert isinstance(x, fx.Node)
