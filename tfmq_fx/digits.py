@@ -37,13 +37,13 @@ FEATURES = 64
 _SPLIT_SEED = 0
 
 
-def _demo_module(name: str) -> Any:
+def demo_module(name: str) -> Any:
+    """The module `name` of an optional package; the ImportError without it names the extra."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        error.add_note(
-            f'tfmq_fx.digits needs {name.partition(".")[0]}: pip install "tfmq_fx[demo]"'
-        )
+        package = name.partition(".")[0]
+        error.add_note(f'the shipped models need {package}: pip install "tfmq_fx[demo]"')
         raise
 
 
@@ -80,7 +80,7 @@ def load_images(split: Split) -> tuple[Tensor, Tensor]:
     is by image: one writer's digits can be in both. Raises ConfigError for another name, and
     ImportError without scikit-learn.
     """
-    data, target = _demo_module("sklearn.datasets").load_digits(return_X_y=True)
+    data, target = demo_module("sklearn.datasets").load_digits(return_X_y=True)
     labels = torch.from_numpy(target).long()
     rows = split_indices(labels, split)
     small = torch.from_numpy(data).float().reshape(-1, 1, 8, 8)[rows] / 8 - 1
@@ -88,33 +88,35 @@ def load_images(split: Split) -> tuple[Tensor, Tensor]:
     return images.clamp(-1, 1), labels[rows]
 
 
-class DigitClassifier(nn.Module):
-    """A convolutional classifier of 16x16 digits with a 64-dimensional feature layer."""
+class ImageClassifier(nn.Module):
+    """A convolutional classifier of ten classes with a 64-dimensional feature layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, channels: int, size: int, widths: tuple[int, ...]) -> None:
+        """channels, size: of the square images; widths: channels per stage, each halving them."""
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(32, 32, 3, padding=1, stride=2),
-            nn.SiLU(),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(64, 64, 3, padding=1, stride=2),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(64 * (IMAGE_SIZE // 4) ** 2, FEATURES),
-        )
+        layers: list[nn.Module] = []
+        for before, width in zip((channels, *widths), widths, strict=False):
+            layers += [nn.Conv2d(before, width, 3, padding=1), nn.SiLU()]
+            layers += [nn.Conv2d(width, width, 3, padding=1, stride=2), nn.SiLU()]
+        pixels = (size >> len(widths)) ** 2
+        layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(widths[-1] * pixels, FEATURES)]
+        self.body = nn.Sequential(*layers)
         self.head = nn.Linear(FEATURES, CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
-        """Features (n, 64) of images (n, 1, 16, 16), before the last nonlinearity."""
+        """Features (n, 64) of images (n, channels, size, size), before the last nonlinearity."""
         return cast(Tensor, self.body(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, 10) of images (n, 1, 16, 16)."""
+        """Logits (n, 10) of images (n, channels, size, size)."""
         return cast(Tensor, self.head(F.silu(self.features(x))))
+
+
+class DigitClassifier(ImageClassifier):
+    """A classifier of digits (n, 1, 16, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__(channels=1, size=IMAGE_SIZE, widths=(32, 64))
 
 
 def load_unet() -> UNet2DModel:
@@ -124,15 +126,13 @@ def load_unet() -> UNet2DModel:
     `make_scheduler`. The weights were rounded to fp16 once, on disk. Raises ImportError without
     diffusers.
     """
-    model = _demo_module("diffusers").UNet2DModel.from_pretrained(
-        UNET_FOLDER, local_files_only=True
-    )
+    model = demo_module("diffusers").UNet2DModel.from_pretrained(UNET_FOLDER, local_files_only=True)
     return cast("UNet2DModel", model.float().eval())
 
 
 def load_classifier() -> DigitClassifier:
     """The shipped classifier, float32 and in eval mode. Raises ImportError without safetensors."""
-    state = _demo_module("safetensors.torch").load_file(CLASSIFIER_FILE)
+    state = demo_module("safetensors.torch").load_file(CLASSIFIER_FILE)
     model = DigitClassifier()
     model.load_state_dict(state)
     return model.eval()
@@ -148,7 +148,7 @@ def make_scheduler(num_inference_steps: int | None = None) -> DDIMScheduler:
         raise ConfigError(
             f"num_inference_steps must be 1 to {TRAINING_STEPS}, got {num_inference_steps}"
         )
-    scheduler = _demo_module("diffusers").DDIMScheduler(
+    scheduler = demo_module("diffusers").DDIMScheduler(
         num_train_timesteps=TRAINING_STEPS,
         beta_start=1e-4,
         beta_end=0.02,

@@ -1,0 +1,173 @@
+"""Train the classifier and the denoiser of `tfmq_fx.glyphs` and write them as package assets.
+
+    python -m tests.bench.train_glyphs
+    python -m tests.bench.train_glyphs --only evaluate
+
+The second measures what is in the assets and prints one line of JSON. Both trainings are seeded.
+The denoiser's stops after --iterations or --minutes, whichever comes first, and its learning rate
+falls with whichever is nearer; an interrupted run continues from --checkpoint. Bit-for-bit
+repetition needs the same machine and no limit of minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tests.bench import training
+from tfmq_fx import glyphs, metrics
+
+TRAIN_IMAGES, TRAIN_SEED = 20_000, 0
+HELDOUT_IMAGES, HELDOUT_SEED = 2_000, 1
+WITHOUT_CLASS = 0.1  # share of the images whose class the denoiser is not told
+DIT = {
+    "sample_size": glyphs.IMAGE_SIZE,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": 4,
+    "num_layers": 6,
+    "num_attention_heads": 4,
+    "attention_head_dim": 36,
+    "norm_type": "ada_norm_zero",
+    "num_embeds_ada_norm": glyphs.CLASSES,
+}
+
+
+def make_dit() -> Any:
+    """An untrained denoiser, initialized as in the DiT paper: every block starts as identity.
+
+    diffusers drops labels by chance inside each block; here one draw must serve all blocks, so
+    theirs is switched off and `train_dit` makes its own.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(**DIT)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for block in model.transformer_blocks:
+        nn.init.zeros_(block.norm1.linear.weight)
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    nn.init.zeros_(model.proj_out_1.weight)
+    nn.init.zeros_(model.proj_out_2.weight)
+    return model
+
+
+def train_dit(args: argparse.Namespace) -> dict[str, Tensor]:
+    """Averaged weights of the trained denoiser."""
+    torch.manual_seed(args.seed)
+    images, labels = glyphs.make_images(TRAIN_IMAGES, seed=TRAIN_SEED)
+
+    def predict(
+        call: Any, noisy: Tensor, t: Tensor, rows: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        hidden = torch.rand(len(rows), generator=generator) < WITHOUT_CLASS
+        told = labels[rows].masked_fill(hidden, glyphs.NO_CLASS)
+        # The fused attention kernel is slow backwards in bf16 on the CPU.
+        with sdpa_kernel(SDPBackend.MATH):
+            predicted: Tensor = call(noisy, timestep=t, class_labels=told).sample
+        return predicted
+
+    return training.train_denoiser(make_dit(), images, predict, args)
+
+
+def draw(count: int, *, inference_steps: int, seed: int, guidance: float) -> tuple[Tensor, Tensor]:
+    """Samples (count, 3, 32, 32) of the shipped denoiser and the classes asked for, (count,).
+
+    Classes take turns. guidance 1 is none; larger values move away from the answer without a
+    class.
+    """
+    model: Any = glyphs.load_dit()
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        steps = t.expand(len(x))
+        asked = torch.arange(len(x)) % glyphs.CLASSES  # every batch starts at class 0
+        answer: Tensor = model(x, timestep=steps, class_labels=asked).sample
+        if guidance == 1:
+            return answer
+        nothing = torch.full_like(asked, glyphs.NO_CLASS)
+        blind: Tensor = model(x, timestep=steps, class_labels=nothing).sample
+        return blind + guidance * (answer - blind)
+
+    drawn = metrics.sample(
+        denoiser,
+        glyphs.make_scheduler(),
+        (count, 3, glyphs.IMAGE_SIZE, glyphs.IMAGE_SIZE),
+        num_inference_steps=inference_steps,
+        seed=seed,
+        batch_size=10 * glyphs.CLASSES,
+        progress=True,
+    )
+    return drawn, torch.arange(count) % glyphs.CLASSES
+
+
+def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) -> dict[str, Any]:
+    """Figures of the shipped models: Frechet distances, class agreement, distance to training."""
+    train, _ = glyphs.make_images(TRAIN_IMAGES, seed=TRAIN_SEED)
+    heldout, labels = glyphs.make_images(HELDOUT_IMAGES, seed=HELDOUT_SEED)
+    model = glyphs.load_classifier()
+    figures: dict[str, Any] = {
+        "torch": torch.__version__,
+        "samples": count,
+        "inference_steps": inference_steps,
+        "seed": seed,
+        "accuracy_heldout": training.accuracy(model, heldout, labels),
+    }
+    _, real = training.logits_and_features(model, train)
+    for guidance in (1.0, 2.0):
+        drawn, asked = draw(count, inference_steps=inference_steps, seed=seed, guidance=guidance)
+        agreement = training.accuracy(model, drawn, asked)
+        if guidance == 1:
+            figures |= training.quality(model, drawn, train, heldout, seed=seed)
+            figures["class_agreement"] = agreement
+            if grid is not None:
+                training.save_grid(drawn, grid, zoom=3)
+        else:
+            _, features = training.logits_and_features(model, drawn)
+            figures[f"fid_guided_{guidance:g}"] = metrics.frechet_distance(features, real)
+            figures[f"class_agreement_guided_{guidance:g}"] = agreement
+    return figures
+
+
+def main() -> None:
+    """Train what the arguments ask for and write the assets."""
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = training.arguments(summary, part="dit", checkpoint="glyphs-dit.ckpt")
+    parser.set_defaults(epochs=4)
+    args = parser.parse_args()
+
+    if args.only in (None, "classifier"):
+        model = training.train_classifier(
+            glyphs.GlyphClassifier,
+            glyphs.make_images(TRAIN_IMAGES, seed=TRAIN_SEED),
+            glyphs.make_images(HELDOUT_IMAGES, seed=HELDOUT_SEED),
+            augment=lambda images, _: images,
+            epochs=args.epochs,
+            batch_size=64,
+            seed=args.seed,
+        )
+        training.save_classifier(model, args.assets / glyphs.CLASSIFIER_FILE.name)
+    if args.only in (None, "dit"):
+        average = train_dit(args)
+        training.save_denoiser(make_dit(), average, args.assets / glyphs.DIT_FOLDER.name)
+    if args.only == "evaluate":
+        figures = evaluate(
+            count=args.samples,
+            inference_steps=args.inference_steps,
+            seed=args.seed,
+            grid=args.grid,
+        )
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
