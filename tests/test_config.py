@@ -9,18 +9,19 @@ from hypothesis import strategies as st
 
 from tfmq_fx import config as configs
 from tfmq_fx.config import (
-    PRESETS,
     ActivationSpec,
+    AttentionSpec,
     Config,
     LayerConfig,
     ReconstructionSpec,
+    RewriteSpec,
     TemporalSpec,
     WeightSpec,
     from_dict,
-    resolve,
     to_dict,
 )
 from tfmq_fx.errors import ConfigError, TfmqError
+from tfmq_fx.presets import PRESETS, RECIPES, resolve
 
 WEIGHTS = st.builds(
     WeightSpec, bits=st.integers(2, 8), symmetric=st.booleans(), search=st.integers(1, 99)
@@ -57,6 +58,17 @@ CONFIGS = st.builds(
 )
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_take_bits_by_name_and_survive_json(name):
+    recipe = resolve(f"{name}-w5a6")
+    assert recipe.name == f"{name}-w5a6"
+    assert recipe.layers.weights.bits == 5 and recipe.layers.activations.bits == 6
+    assert dataclasses.replace(recipe, name=name) == RECIPES[name][0](5, 6)
+    for config in (recipe, PRESETS[name]):
+        assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert PRESETS[name].name == name
+
+
 @given(config=CONFIGS)
 def test_a_config_survives_json(config):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
@@ -87,6 +99,40 @@ def test_a_config_prints_as_the_call_that_makes_it(config):
         (lambda: ReconstructionSpec(batch_size=0), r"batch_size must be positive, got 0"),
         (lambda: ReconstructionSpec(iters=-1), r"iters must not be negative, got -1"),
         (lambda: ReconstructionSpec(damping=float("nan")), r"damping must not be negative"),
+        (lambda: ReconstructionSpec(rounds=1), r"rounds of resampling need round_iters"),
+        (
+            lambda: ReconstructionSpec(rounding="nearest", refine=2),
+            r"refine improves second-order codes; rounding is 'nearest'",
+        ),
+        (lambda: ReconstructionSpec(sampling="odd"), r"sampling must be one of .*got 'odd'"),
+        (lambda: ReconstructionSpec(center=2), r"center must be 0 to 1, got 2"),
+        (lambda: WeightSpec(group_size=0), r"group_size must be a number of channels or None"),
+        (lambda: ActivationSpec(ranges="max"), r"ranges must be one of .*got 'max'"),
+        (lambda: ActivationSpec(timestep_groups=0), r"timestep_groups must be positive"),
+        (
+            lambda: ActivationSpec(per_timestep=False, timestep_groups=4),
+            r"timestep_groups contradicts per_timestep=False",
+        ),
+        (lambda: RewriteSpec(tcr=0.5), r"tcr must be a limit of at least 1 or None, got 0.5"),
+        (lambda: RewriteSpec(smooth=2), r"smooth must be 0 to 1 or None, got 2"),
+        (lambda: RewriteSpec(tcr=10, smooth=0.5), r"tcr and smooth both scale the input channels"),
+        (lambda: RewriteSpec(rotate=12), r"rotate must be a power of two or None, got 12"),
+        (lambda: RewriteSpec(low_rank=-1), r"low_rank must not be negative, got -1"),
+        (lambda: AttentionSpec(probabilities="log"), r"probabilities must be one of .*got 'log'"),
+        (lambda: AttentionSpec(probabilities_bits=2), r"probabilities_bits must be 4 to 8 or 16"),
+        (lambda: Config(correction="mean"), r"Config.correction must be one of .*got 'mean'"),
+        (
+            lambda: Config(
+                name="x", layers=LayerConfig(weights=WeightSpec()), rewrites=RewriteSpec(smooth=1)
+            ),
+            r"Config 'x': rewrites.smooth make inputs .* layers.activations is None",
+        ),
+        (
+            lambda: Config(rewrites=RewriteSpec(low_rank=4)),
+            r"rewrites are of quantized layers, but layers.weights is None",
+        ),
+        (lambda: resolve("w4a8-w6a6"), r"unknown config 'w4a8-w6a6'.*take bits"),
+        (lambda: resolve("best-w4a3"), r"ActivationSpec.bits must be 4 to 8 or 16, got 3"),
         (lambda: resolve("w2a2"), r"unknown config 'w2a2'; presets are fp, w8a8"),
         (lambda: resolve("fp8"), r"config='fp8' is not available"),
         (lambda: from_dict({"layer": {}}), r"Config: unknown keys \['layer'\]"),

@@ -9,9 +9,10 @@ from torch import nn
 from tests.passes.test_quantize_layers import relative_error
 from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx.api import convert, load, prepare, save
-from tfmq_fx.config import PRESETS, ReconstructionSpec, TemporalSpec, WeightSpec
+from tfmq_fx.config import ReconstructionSpec, TemporalSpec, WeightSpec
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.observers import SampleCache
+from tfmq_fx.presets import PRESETS
 from tfmq_fx.report import report
 from tfmq_fx.walk import Walk
 

@@ -9,11 +9,12 @@ from .api import fold_timesteps as fold_timesteps
 from .api import load as load
 from .api import prepare as prepare
 from .api import save as save
-from .config import PRESETS as PRESETS
 from .config import ActivationSpec as ActivationSpec
+from .config import AttentionSpec as AttentionSpec
 from .config import Config as Config
 from .config import LayerConfig as LayerConfig
 from .config import ReconstructionSpec as ReconstructionSpec
+from .config import RewriteSpec as RewriteSpec
 from .config import TemporalSpec as TemporalSpec
 from .config import WeightSpec as WeightSpec
 from .errors import ArtifactError as ArtifactError
@@ -27,6 +28,7 @@ from .errors import TfmqError as TfmqError
 from .modules import Compiled as Compiled
 from .modules import Converted as Converted
 from .modules import Prepared as Prepared
+from .presets import PRESETS as PRESETS
 from .report import Report as Report
 from .report import report as report
 from .verification import Verification as Verification

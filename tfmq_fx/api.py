@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import artifact, backends
 from .capture import capture
-from .config import Config, LayerConfig, from_dict, resolve, to_dict
+from .config import Config, LayerConfig, from_dict, to_dict
 from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, BackendError, CalibrationError, ConfigError
@@ -36,6 +36,7 @@ from .pipelines import (
     timestep_values,
     with_denoiser,
 )
+from .presets import resolve
 from .progress import progress_bar
 from .report import pass_record, site_records
 from .signature import CallSpec

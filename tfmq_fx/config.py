@@ -322,50 +322,6 @@ class Config:
         )
 
 
-def _recipe(name: str, weights: int, activations: int | None) -> Config:
-    """A preset: 8-bit first and last weights, and 16 bits for what enters the first layer.
-
-    The noisy sample spans the noise range, and the step of an 8-bit grid over it is coarser than
-    what the last steps must resolve; it feeds a handful of channels, so 16 bits there cost nothing.
-    """
-    acts = None if activations is None else ActivationSpec(bits=activations)
-    sixteen = None if activations is None else ActivationSpec(bits=16)
-    return Config(
-        name=name,
-        layers=LayerConfig(weights=WeightSpec(bits=weights), activations=acts),
-        first=LayerConfig(weights=WeightSpec(bits=8), activations=sixteen),
-        last=LayerConfig(weights=WeightSpec(bits=8), activations=acts),
-    )
-
-
-PRESETS: dict[str, Config] = {
-    "fp": Config(name="fp", temporal=TemporalSpec(mode="table")),
-    "w8a8": _recipe("w8a8", 8, 8),
-    "w4a8": _recipe("w4a8", 4, 8),
-    "w8a16": _recipe("w8a16", 8, None),
-    "w4a16": _recipe("w4a16", 4, None),
-}
-"""Presets by name. In "w8a16" and "w4a16" activations stay in the model's own dtype.
-
-Second-order rounding is on and block reconstruction off: on the models measured so far the latter
-adds nothing to the former. ReconstructionSpec switches both.
-"""
-
-
-def resolve(config: str | Config) -> Config:
-    """The configuration meant by a preset name or given as a value. Raises ConfigError."""
-    if isinstance(config, Config):
-        return config
-    if config == "fp8":
-        raise ConfigError(
-            "config='fp8' is not available: this version has no fp8 convolution kernels. "
-            f"Use one of {', '.join(PRESETS)}."
-        )
-    if not isinstance(config, str) or config not in PRESETS:
-        raise ConfigError(f"unknown config {config!r}; presets are {', '.join(PRESETS)}")
-    return PRESETS[config]
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration value as plain JSON-ready dicts."""
     return dataclasses.asdict(config)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from . import api, artifact, backends, digits, metrics
 from .capture import capture
-from .config import PRESETS, ActivationSpec, Config, LayerConfig, WeightSpec
+from .config import ActivationSpec, Config, LayerConfig, WeightSpec
 from .errors import BackendError
 from .modules import Converted
+from .presets import PRESETS
 from .report import report
 from .verification import temporal_errors
 

@@ -18,7 +18,8 @@ import torch
 
 import tfmq_fx
 from tfmq_fx import demo, digits, metrics
-from tfmq_fx.config import PRESETS, Config
+from tfmq_fx.config import Config
+from tfmq_fx.presets import PRESETS
 
 
 def with_(config: Config, *, name: str, **reconstruction: Any) -> Config:

@@ -19,10 +19,11 @@ from tests.strategies import WIDTH, GraphBuilder, draw_inputs
 from tests.test_sites import graph_of
 from tests.toys import ToyUNet, seeded
 from tfmq_fx.api import convert, prepare
-from tfmq_fx.config import PRESETS, LayerConfig, ReconstructionSpec, TemporalSpec, WeightSpec
+from tfmq_fx.config import LayerConfig, ReconstructionSpec, TemporalSpec, WeightSpec
 from tfmq_fx.errors import CalibrationError
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.passes.round_weights import round_weights
+from tfmq_fx.presets import PRESETS
 from tfmq_fx.sites import find_sites
 
 W3 = LayerConfig(weights=WeightSpec(bits=3))
