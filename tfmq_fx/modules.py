@@ -18,10 +18,11 @@ from .graph_json import from_json, to_json
 from .module_json import install_modules, module_json
 from .observers import SampleCache
 from .ops import find_unknown
+from .passes.correct_outputs import CORRECTION
 from .passes.quantize_layers import SCALES
 from .signature import CallSpec
 
-_EXACT = (KEYS, SCALES)  # buffers of the graph that keep their dtype whatever the model's
+_EXACT = (KEYS, SCALES, CORRECTION)  # buffers of the graph that keep their dtype in any model
 
 
 class ModelConfig(dict[str, Any]):
