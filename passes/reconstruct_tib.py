@@ -6,13 +6,14 @@ features = tib_q(t), rounded to nearest    ->    rounded so that all features to
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from tfmq_fx.checkpoint import seeded_generator
 from tfmq_fx.config import ReconstructionSpec
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.nn import QuantLayer
-from tfmq_fx.soft import SoftLayer, learn, start_of
+from tfmq_fx.soft import Batch, SoftLayer, learn, start_of
 
 
 @graph_pass(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
@@ -37,7 +38,6 @@ def reconstruct_tib(
     if not sites or iters == 0:
         return Rewrite(gm, 0)
     targets = reference(timesteps)
-    root_weight = (visits / visits.mean()).sqrt().float()
     trained = fx.GraphModule(gm, gm.graph)
     soft = {}
     for name in sites:
@@ -45,20 +45,18 @@ def reconstruct_tib(
         assert isinstance(layer, QuantLayer) and isinstance(original, Tensor)
         soft[name] = SoftLayer(layer, start_of(layer, original), quantize_input=False)
         trained.set_submodule(name, soft[name])
-    weighted = _Weighted(trained, root_weight)
     before = feature_errors(gm, targets, timesteps)
-    learn(
-        weighted,
+    stopped = learn(
+        trained,
         list(soft.values()),
-        [((timesteps,), tuple(weighted.scale(f) for f in targets))],
+        [Batch((timesteps,), targets, visits / visits.mean())],
         before=float(before.square().mean()),
         iters=iters,
         learning_rate=spec.learning_rate,
         regularization=spec.regularization,
-        generator=torch.Generator().manual_seed(spec.seed),
-        name="the temporal information block",
+        generator=seeded_generator(spec.seed, "temporal block"),
     )
-    original_layers = {name: gm.get_submodule(name) for name in sites}
+    given = {name: gm.get_submodule(name) for name in sites}
     for name, layer in soft.items():
         gm.set_submodule(name, layer.decided())
     after = feature_errors(gm, targets, timesteps)
@@ -69,11 +67,12 @@ def reconstruct_tib(
         "error_after": float(after.mean()),
         "decided": decided,
     }
-    if after.mean() >= before.mean():
-        for name, module in original_layers.items():
+    if stopped or not after.mean() < before.mean():  # NaN is no better
+        for name, module in given.items():
             gm.set_submodule(name, module)
-        reason = f"learnt rounding is no better ({after.mean():.3g} >= {before.mean():.3g})"
-        return Rewrite(gm, 0, [Declined("temporal block", reason)], details)
+        why = stopped or f"learnt rounding is no better ({after.mean():.4g})"
+        note = f"{why}: kept what it had ({before.mean():.4g})"
+        return Rewrite(gm, 0, [Declined("temporal block", note)], details)
     return Rewrite(gm, len(sites), [], details)
 
 
@@ -93,17 +92,3 @@ def relative_errors(found: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> T
             for f, t in zip(found, targets, strict=True)
         ]
     )
-
-
-class _Weighted(nn.Module):
-    """The block with each timestep's features multiplied by the root of its weight."""
-
-    def __init__(self, block: nn.Module, root_weight: Tensor) -> None:
-        super().__init__()
-        self.block, self.root_weight = block, root_weight
-
-    def scale(self, feature: Tensor) -> Tensor:
-        return feature * self.root_weight.view(-1, *[1] * (feature.dim() - 1))
-
-    def forward(self, t: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.scale(f) for f in self.block(t))

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from tests.test_nn import LAYERS, make, quantized
-from tfmq_fx.errors import CalibrationError
-from tfmq_fx.soft import SoftLayer, learn, start_of
+from tfmq_fx.soft import Batch, SoftLayer, learn, nearest_of, start_of, with_float_inputs
 
 
 def soft_of(layer, made, *, quantize_input=False):
@@ -98,24 +97,24 @@ def relative(layer, x, target):
         return float((layer(x) - target).square().mean() / target.square().mean())
 
 
-def learnt(seed=0, iters=600, learning_rate=1e-2, x=None, dtype=torch.float32):
+def learnt(seed=0, iters=600, learning_rate=1e-2, x=None, dtype=torch.float32, stopped=None):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         layer = nn.Linear(12, 16).requires_grad_(False).to(dtype)
     made = quantized(layer, bits=3)
     x = correlated(64, 12).to(dtype) if x is None else x
     soft = soft_of(layer, made)
-    learn(
+    found = learn(
         Tupled(soft),
         [soft],
-        [((part,), (layer(part),)) for part in x.split(32)],
+        [Batch((part,), (layer(part),)) for part in x.split(32)],
         before=relative(made, correlated(64, 12).to(dtype), layer(correlated(64, 12).to(dtype))),
         iters=iters,
         learning_rate=learning_rate,
         regularization=1.0,
         generator=torch.Generator().manual_seed(seed),
-        name="the layer",
     )
+    assert found == stopped
     return layer, made, soft, x
 
 
@@ -149,13 +148,12 @@ def test_the_loss_does_not_depend_on_the_size_of_the_output():
         learn(
             Times(),
             [soft],
-            [((x,), (factor * layer(x),))],
+            [Batch((x,), (factor * layer(x),))],
             before=0.01,
             iters=20,
             learning_rate=1e-2,
             regularization=1.0,
             generator=torch.Generator().manual_seed(0),
-            name="",
         )
         return soft.rounding.alpha.detach()
 
@@ -163,11 +161,66 @@ def test_the_loss_does_not_depend_on_the_size_of_the_output():
     assert torch.equal(alpha(1.0), alpha(2.0**10))
 
 
-def test_nan_is_an_error_that_names_the_unit():
+def test_learning_stops_where_the_loss_is_nan_and_says_so():
     x = correlated(64, 12)
-    x[3, 3] = float("nan")
-    with pytest.raises(CalibrationError, match="reconstruction of the layer became NaN"):
-        learnt(x=x, iters=5)
+    x[:, 3] = float("nan")
+    *_, soft, _ = learnt(x=x, iters=5, stopped="the loss became nan at step 0 of 5")
+    assert bool(torch.isfinite(soft.rounding.alpha).all())
+
+
+def test_a_learning_rate_beyond_all_bounds_still_gives_codes_on_the_grid():
+    _, _, soft, _ = learnt(
+        iters=3, learning_rate=1e30, stopped="the loss became inf at step 1 of 3"
+    )
+    codes = soft.decided().weight_codes()
+    assert codes.shape == (16, 12)
+
+
+def weighted_loss(weights, values):
+    """The gradient-free part of `learn`'s loss: squares of residuals over those of targets."""
+    batch = Batch((), (torch.tensor(values),), weights)
+    (residual,) = batch.residuals([torch.zeros(len(values))])
+    power = float(batch.power()[0])
+    assert abs(power - round(power)) < 1e-12  # the square of a root, in float64
+    return float(residual.square().sum()), round(power)
+
+
+def test_weights_multiply_squared_errors_of_their_samples():
+    # powers of two and their roots are exact
+    assert weighted_loss(torch.tensor([4.0, 0.25]), [1.0, 2.0]) == (4 + 1, 4 + 1)
+    # two rows for each sample stand together
+    assert weighted_loss(torch.tensor([4.0, 0.25]), [1.0, 1.0, 2.0, 4.0]) == (13, 13)
+    # rows that are no samples, and no weights
+    assert weighted_loss(torch.tensor([4.0, 0.25]), [1.0, 1.0, 2.0]) == (6, 6)
+    assert weighted_loss(None, [1.0, 1.0, 2.0]) == (6, 6)
+
+
+def test_squares_of_huge_values_do_not_overflow():
+    batch = Batch((), (torch.full((4,), 1e30),))
+    assert float(batch.power()[0]) == pytest.approx(4e60, rel=1e-6)  # float32 of 1e30
+
+
+def test_nearest_rounding_on_the_grid_of_a_layer():
+    layer, x = make("linear")
+    made = quantized(layer, bits=4)
+    shifted = quantized(layer, bits=4)
+    codes = shifted.weight_codes().float() + shifted.weight_zero[:, None].float()
+    shifted.set_weight(torch.where(codes > 7, codes - 1, codes + 1), shifted.grid())
+    shifted.bias = shifted.bias + 1
+    nearest = nearest_of(shifted, layer.weight, layer.bias)
+    assert torch.equal(nearest.codes, made.codes) and torch.equal(nearest.bias, layer.bias)
+    assert torch.equal(nearest(x), made(x)) and not torch.equal(nearest(x), shifted(x))
+
+
+def test_a_layer_with_float_inputs_shares_tensors_and_rounds_weights_alone():
+    layer, x = make("conv2d")
+    made = quantized(layer, bits=4, act_bits=4)
+    made.set_static_range(0.5, 8)
+    free = with_float_inputs(made)
+    assert free.codes is made.codes and made.act_bits == 4
+    assert torch.equal(free(x), made.apply_op(x, made.weight, made.bias))
+    free.set_weight(torch.zeros(made.weight_shape), made.grid())
+    assert free.codes is not made.codes and bool(made.codes.any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -224,6 +224,7 @@ def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
                     reference=prepared.gm,
                     chunks=chunks,
                     spec=spec,
+                    iters=spec.iters,
                     skip=temporal.layers,
                     progress=progress,
                 )

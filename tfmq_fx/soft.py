@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .affine import QParams
 from .dialect import Stage
-from .errors import CalibrationError
 from .nn import QuantLayer
 from .rounding import SoftRounding, annealed_beta, round_nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Inputs of a block, and what its outputs should be: each (samples, ...) or (n samples, ...).
+
+    weights: (samples,) of each sample's squared error; None is the same for all.
+    """
+
+    inputs: tuple[Any, ...]
+    targets: tuple[Tensor, ...]
+    weights: Tensor | None = None
+
+    def residuals(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """outputs - targets in float32, each sample times the root of its weight."""
+        return [
+            self._weighted(out.float() - target.float())
+            for out, target in zip(outputs, self.targets, strict=True)
+        ]
+
+    def power(self) -> list[Tensor]:
+        """Sum of the squares of each target, samples weighted: float64, 0-d."""
+        return [sum_of_squares(self._weighted(target.float())) for target in self.targets]
+
+    def _weighted(self, value: Tensor) -> Tensor:
+        if self.weights is None or not value.dim() or len(value) % len(self.weights):
+            return value
+        root = (
+            self.weights.to(value.device).sqrt().repeat_interleave(len(value) // len(self.weights))
+        )
+        return value * root.view(-1, *[1] * (value.dim() - 1))
+
+
+def sum_of_squares(value: Tensor) -> Tensor:
+    """Sum of squares in float64, 0-d: squares of float32 overflow beyond 1e19."""
+    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.float64)
+    return norm.square()
 
 
 class SoftLayer(nn.Module):
@@ -27,8 +65,7 @@ class SoftLayer(nn.Module):
         super().__init__()
         self.layer, self.quantize_input = layer, quantize_input
         self.shape = target.shape
-        grid = QParams(layer.weight_scale, layer.weight_zero.float(), layer.weight_bits)
-        self.rounding = SoftRounding(target.detach().float().flatten(1), grid)
+        self.rounding = SoftRounding(target.detach().float().flatten(1), layer.grid())
         # in float32: steps of Adam vanish in half precision, and its 1e-8 becomes a division by 0
         bias = None if layer.bias is None else layer.bias.detach().float().clone()
         self.bias = None if bias is None else nn.Parameter(bias)
@@ -57,34 +94,50 @@ def start_of(layer: QuantLayer, weight: Tensor) -> Tensor:
     rounded by something better starts a tenth of a step from its codes, on the side of the float
     weight: deciding at once gives the codes back, and learning may flip what does not fit.
     """
-    shape = (-1, *[1] * (weight.dim() - 1))
-    weight = weight.detach().float()
-    grid = QParams(layer.weight_scale, layer.weight_zero.float(), layer.weight_bits)
-    nearest = round_nearest(weight.flatten(1), grid).view(weight.shape)
-    codes = layer.weight_codes().float() + layer.weight_zero.float().view(shape)
-    if torch.equal(codes, nearest):
-        return weight
-    step = 0.1 * layer.weight_scale.view(shape)
-    return layer.weight + torch.where(weight > layer.weight, step, -step)
+    rows = weight.detach().float().flatten(1)
+    scale, zero = layer.grid().over(rows.shape[1])
+    codes = layer.weight_codes().float().flatten(1) + zero
+    if torch.equal(codes, round_nearest(rows, layer.grid())):
+        return weight.detach().float()
+    given, step = layer.weight.flatten(1), 0.1 * scale
+    return (given + torch.where(rows > given, step, -step)).view(weight.shape)
+
+
+def nearest_of(layer: QuantLayer, weight: Tensor, bias: Tensor | None) -> QuantLayer:
+    """A new layer on the grid of `layer`: `weight` rounded to nearest, and `bias`."""
+    made, grid = copy.deepcopy(layer), layer.grid()
+    codes = round_nearest(weight.detach().float().flatten(1), grid)
+    made.set_weight(codes.view(weight.shape), grid)
+    made.bias = None if bias is None else bias.detach().to(layer.dtype).clone()
+    return made
+
+
+def with_float_inputs(layer: QuantLayer) -> QuantLayer:
+    """A layer that shares the tensors of `layer` and takes its input as it comes, unrounded."""
+    made = copy.copy(layer)
+    made._buffers = dict(layer._buffers)
+    made.act_bits = None
+    return made
 
 
 def learn(
     forward: nn.Module,
     layers: list[SoftLayer],
-    batches: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
+    batches: Sequence[Batch],
     *,
     before: float,
     iters: int,
     learning_rate: float,
     regularization: float,
     generator: torch.Generator,
-    name: str,
-) -> None:
+) -> str | None:
     """Learn the rounding of `layers` so that forward(*inputs) gives the targets of `batches`.
 
     before: the relative squared error of the rounding that there is.  Loss: relative squared error
     over `before`, plus regularization times the mean rounding term: both of order 1, whatever the
-    unit's size and however good the start.  Raises CalibrationError if the loss becomes NaN.
+    unit's size and however good the start.
+    Returns None, or why it stopped early: the loss was NaN or Inf, and what `layers` hold is of no
+    use.
     """
     alphas = [layer.rounding.alpha for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -94,16 +147,13 @@ def learn(
             {"params": biases, "lr": learning_rate / 10},
         ]
     )
-    power = _mean_square(batches)
+    sizes = _root_mean_square(batches)
     weights = sum(alpha.numel() for alpha in alphas)
     for step in range(iters):
-        inputs, targets = batches[int(torch.randint(len(batches), (), generator=generator))]
+        batch = batches[int(torch.randint(len(batches), (), generator=generator))]
         with torch.enable_grad():
-            outputs = forward(*inputs)
-            losses = [
-                (out.float() - target.float()).square().mean() / scale
-                for out, target, scale in zip(outputs, targets, power, strict=True)
-            ]
+            residuals = batch.residuals(forward(*batch.inputs))
+            losses = [(r / size).square().mean() for r, size in zip(residuals, sizes, strict=True)]
             loss = torch.stack(losses).mean() / max(before, 1e-12)
             beta = annealed_beta(step, iters)
             total = loss
@@ -116,16 +166,16 @@ def learn(
             optimizer.zero_grad()
             total.backward()
         if not bool(torch.isfinite(total.detach())):
-            raise CalibrationError(f"reconstruction of {name} became NaN; lower the learning rate")
+            return f"the loss became {float(total.detach())} at step {step} of {iters}"
         optimizer.step()
+    return None
 
 
-def _mean_square(batches: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> list[Tensor]:
-    """Mean square of each target over all batches, never 0."""
-    count = len(batches[0][1])
-    return [
-        torch.stack([targets[i].float().square().mean() for _, targets in batches])
-        .mean()
-        .clamp(min=1e-12)
-        for i in range(count)
-    ]
+def _root_mean_square(batches: Sequence[Batch]) -> list[float]:
+    """Root mean square of each target over all batches, never 0."""
+    powers: list[list[Tensor]] = []
+    for batch in batches:
+        sizes = [target.numel() for target in batch.targets]
+        powers.append([p / n for p, n in zip(batch.power(), sizes, strict=True)])
+    means = torch.tensor(powers, dtype=torch.float64).mean(0).sqrt()
+    return [max(float(mean), 1e-6) for mean in means]

@@ -19,7 +19,7 @@ def block():
     return temporal_block(graph_of(seeded(ToyUNet).eval(), 3, 8, 8)).graph
 
 
-def reconstructed(block, iters=60, visits=None, seed=0, layers=W4, times=TIMES):
+def reconstructed(block, iters=60, visits=None, seed=0, layers=W4, times=TIMES, learning_rate=3e-2):
     nearest = quantize(block, layers, [(times,)], times).gm
     done = reconstruct_tib(
         nearest,
@@ -27,7 +27,7 @@ def reconstructed(block, iters=60, visits=None, seed=0, layers=W4, times=TIMES):
         timesteps=times,
         visits=torch.ones(len(times)) if visits is None else visits,
         iters=iters,
-        spec=ReconstructionSpec(seed=seed),
+        spec=ReconstructionSpec(seed=seed, learning_rate=learning_rate),
     )
     return nearest, done
 
@@ -63,6 +63,14 @@ def test_without_a_gain_the_layers_stay_and_the_pass_says_so(block):
     for name, module in nearest.named_modules():
         if hasattr(module, "weight_codes"):
             assert done.gm.get_submodule(name) is module
+
+
+@pytest.mark.parametrize("learning_rate", [1e3, 1e30])
+def test_a_diverging_block_stays_as_it_was(block, learning_rate):
+    nearest, done = reconstructed(block, iters=20, learning_rate=learning_rate)
+    (declined,) = done.declined
+    assert done.changed == 0 and "kept what it had (0.0" in declined.reason
+    assert torch.equal(errors(done.gm, block), errors(nearest, block))
 
 
 def test_it_is_deterministic_and_leaves_its_input_alone(block):

@@ -1,0 +1,1 @@
+"""Values beyond a budget of memory, in files."""
