@@ -31,6 +31,7 @@ from .modules import Prepared as Prepared
 from .presets import PRESETS as PRESETS
 from .report import Report as Report
 from .report import report as report
+from .schedulers import correct_scheduler as correct_scheduler
 from .verification import Verification as Verification
 from .verification import verify as verify
 
