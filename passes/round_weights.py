@@ -5,14 +5,16 @@ codes = round(W)    ->    codes = second_order(W aligned to the quantized inputs
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from tfmq_fx.affine import weight_qparams
+from tfmq_fx.affine import QParams, weight_qparams
+from tfmq_fx.checkpoint import rounded_state, seeded_generator, with_rounded_state
 from tfmq_fx.config import LayerConfig, ReconstructionSpec
 from tfmq_fx.dialect import Stage
 from tfmq_fx.errors import CalibrationError
@@ -20,12 +22,13 @@ from tfmq_fx.gram import InputStatistics, input_rows, row_count
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.nn import QuantConv, QuantLayer
 from tfmq_fx.progress import progress_bar
-from tfmq_fx.rounding import aligned_weight, round_nearest, round_second_order
+from tfmq_fx.rounding import refine, round_nearest, round_second_order
 from tfmq_fx.sites import Site, find_sites
 from tfmq_fx.walk import Walk
 
 ROWS = 20_000  # rows of each layer's input that its Gram matrix is made of
 NOISE = 1e-4  # of the mean square; float32 sums of thousands of products are good to about 1e-6
+DAMPING = (1, 10, 100)  # times the configured damping, until factors exist and codes are finite
 
 
 @graph_pass(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
@@ -43,14 +46,15 @@ def round_weights(
 
     Both models walk over the same samples; each layer is rounded on the inputs it gets from the
     part already quantized, to give the full-precision output (the weight is aligned first, the
-    bias takes up the mean).  reference: the captured graph.  chunks: placeholder values.
+    bias takes up the mean).  Each layer ends with the best of: the rounding it had, the aligned
+    weight rounded to nearest, to second order, and refined (spec.refine); it keeps what it had
+    where second-order rounding fails at 100 times the damping as well.
+    reference: the captured graph.  chunks: placeholder values.
     skip: sites to leave (the temporal block, which TIAR has done).
     """
     sites, _ = find_sites(gm)
     full, quantized = Walk(reference, chunks), Walk(gm, chunks)
-    generator = torch.Generator().manual_seed(spec.seed)
-    details: dict[str, Any] = {"error": {}}
-    declined = []
+    errors, declined, changed = dict[str, dict[str, float]](), [], 0
     for site in progress_bar(sites, "second-order rounding", enabled=progress):
         if site.name in skip or not isinstance(site.layer, QuantLayer):
             declined.append(Declined(site.name, "rounded elsewhere, or in floating point"))
@@ -58,97 +62,149 @@ def round_weights(
         node = site.nodes[0]
         quantized.stop_before(node)
         full.stop_before(full.node(node.name))
-        statistics = _statistics(site, full, quantized, generator)
         original = reference.get_submodule(site.name).weight
         assert isinstance(original, Tensor)
-        layer, errors = _rounded(site, original.detach(), statistics, plan[site.name], spec)
-        gm.set_submodule(site.name, layer)
-        details["error"][site.name] = errors
-    return Rewrite(gm, len(details["error"]), declined, details)
+        statistics = _statistics(site, original.detach(), full, quantized, spec.seed)
+        found = _rounded(site.layer, statistics, plan[site.name], spec)
+        errors[site.name] = found.errors
+        if found.note:
+            declined.append(Declined(site.name, found.note))
+        if found.state:
+            gm.set_submodule(site.name, with_rounded_state(site.layer, found.state))
+            changed += 1
+    return Rewrite(gm, changed, declined, {"error": errors})
 
 
 def _statistics(
-    site: Site, full: Walk, quantized: Walk, generator: torch.Generator
+    site: Site, weight: Tensor, full: Walk, quantized: Walk, seed: int
 ) -> InputStatistics:
+    """Statistics of about ROWS rows, as many from each chunk."""
     layer, node = site.layer, site.nodes[0]
     assert isinstance(layer, QuantLayer)
     groups = layer.groups if isinstance(layer, QuantConv) else 1
-    width = torch.Size(layer.weight_shape[1:]).numel()
-    result = InputStatistics.empty(groups, width, layer.codes.device)
+    rows = weight.flatten(1)
+    result = InputStatistics.empty(rows.view(groups, -1, rows.shape[1]))
+    generator = seeded_generator(seed, site.name)
     share = -(-ROWS // len(quantized.chunks))
     for i in range(len(quantized.chunks)):
         args, _ = quantized.arguments(node, i)
         seen = layer.quantized_input(*args)
         true = full.arguments(full.node(node.name), i)[0][0]
         picks = torch.randperm(row_count(layer, seen), generator=generator)[:share]
-        result.add(input_rows(layer, seen, picks), input_rows(layer, true, picks))
-    if not bool(torch.isfinite(result.gram).all() & torch.isfinite(result.cross).all()):
-        raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")
+        pair = input_rows(layer, seen, picks), input_rows(layer, true, picks)
+        if not all(bool(torch.isfinite(part).all()) for part in pair):
+            raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")
+        result.add(*pair)
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What became of a layer.
+
+    errors: squared output error of each candidate, less what no weights can avoid.
+    state: its `rounded_state`, empty where it stays.  note: why second-order rounding failed.
+    """
+
+    errors: dict[str, float]
+    state: dict[str, Tensor]
+    note: str = ""
+
+
 def _rounded(
-    site: Site,
-    weight: Tensor,
+    layer: QuantLayer, statistics: InputStatistics, plan: LayerConfig, spec: ReconstructionSpec
+) -> _Found:
+    """The best of the candidates for one layer and the errors of all; uses `statistics` up."""
+    if layer.bias is not None:
+        _center_(statistics)
+    error = "?"
+    for factor in DAMPING:
+        try:
+            candidates, aligned = _candidates(layer, statistics, plan, spec, spec.damping * factor)
+        except LinAlgError as failed:
+            error = str(failed).partition("\n")[0]
+            continue
+        errors = {
+            name: _error(_values(codes, grid) - aligned, statistics.gram)
+            for name, (codes, grid) in candidates.items()
+        }
+        if math.isfinite(errors["second-order"]):
+            break
+        error = "its codes are not finite"
+    else:
+        return _Found({}, {}, f"second-order rounding failed ({error}): kept what it had")
+    best = min(errors, key=lambda name: (not math.isfinite(errors[name]), errors[name]))
+    codes, grid = candidates[best]
+    made = with_rounded_state(layer, {})
+    made.set_weight(codes.view(layer.weight_shape), grid)
+    if layer.bias is not None:
+        made.bias = _shifted_bias(made, layer.bias, statistics)
+        if not bool(torch.isfinite(made.bias).all()):
+            return _Found(errors, {}, "the bias it needs is not finite: kept what it had")
+    return _Found(errors, rounded_state(made))
+
+
+def _candidates(
+    layer: QuantLayer,
     statistics: InputStatistics,
     plan: LayerConfig,
     spec: ReconstructionSpec,
-) -> tuple[QuantLayer, dict[str, float]]:
-    """A new layer with rounded weights, and its relative output error before and after."""
-    layer = copy.deepcopy(site.layer)
-    assert isinstance(layer, QuantLayer) and plan.weights is not None
-    has_bias = layer.bias is not None
-    used = _centered(statistics) if has_bias else statistics
-    rows = weight.float().flatten(1)
-    per_group = rows.view(used.gram.shape[0], -1, rows.shape[1])
-    aligned = torch.stack(
-        [
-            aligned_weight(w, cross, gram, spec.damping)
-            for w, cross, gram in zip(per_group, used.cross, used.gram, strict=True)
-        ]
-    ).view_as(rows)
-    grid = weight_qparams(aligned, plan.weights)
-    candidates = {"nearest": round_nearest(aligned, grid)}
-    parts = zip(aligned.view_as(per_group), used.gram, strict=True)
+    damping: float,
+) -> tuple[dict[str, tuple[Tensor, QParams]], Tensor]:
+    """Codes (out, in) by kind of rounding, with their grids, and the weight (out, in) they are to
+    be near to."""
+    assert plan.weights is not None
+    per_group = statistics.aligned_weight(damping)
     channels = per_group.shape[1]
-    candidates["second-order"] = torch.cat(
-        [
-            round_second_order(part, gram, _rows_of(grid, i, channels), damping=spec.damping).codes
-            for i, (part, gram) in enumerate(parts)
-        ]
-    )
-    scale, zero = grid.scale[:, None], grid.zero[:, None]
-    errors = {
-        name: _error((codes - zero) * scale - aligned, used.gram)
-        for name, codes in candidates.items()
+    aligned = per_group.flatten(0, 1)
+    # as a weight, whose second dimension scales may go in groups of
+    grid = weight_qparams(aligned.view(layer.weight_shape), plan.weights)
+    _, zero = layer.grid().over(aligned.shape[1])
+    found = {
+        "given": (layer.weight_codes().float().flatten(1) + zero, layer.grid()),
+        "nearest": (round_nearest(aligned, grid), grid),
     }
-    best = min(errors, key=errors.__getitem__)
-    layer.set_weight(candidates[best].view(weight.shape), grid)
-    if has_bias:
-        assert layer.bias is not None
-        value = ((candidates[best] - zero) * scale).double().view_as(per_group)
-        wanted = (per_group.double() @ (statistics.sum_f / statistics.rows)[:, :, None]).flatten()
-        given = (value @ (statistics.sum_q / statistics.rows)[:, :, None]).flatten()
-        layer.bias = (layer.bias.double() + wanted - given).to(layer.bias.dtype)
-    return layer, errors
+    parts = [
+        (part, gram, grid.rows(i * channels, (i + 1) * channels))
+        for i, (part, gram) in enumerate(zip(per_group, statistics.gram, strict=True))
+    ]
+    codes = [
+        round_second_order(part, gram, rows, damping=damping).codes for part, gram, rows in parts
+    ]
+    found["second-order"] = torch.cat(codes), grid
+    if spec.refine:
+        refined = [
+            refine(part, given, gram, rows, sweeps=spec.refine)
+            for given, (part, gram, rows) in zip(codes, parts, strict=True)
+        ]
+        scales = torch.cat([part.grid.scale for part in refined])
+        codes = [part.codes for part in refined]
+        found["refined"] = torch.cat(codes), QParams(scales, grid.zero, grid.bits)
+    return found, aligned
 
 
-def _centered(statistics: InputStatistics) -> InputStatistics:
+def _values(codes: Tensor, grid: QParams) -> Tensor:
+    scale, zero = grid.over(codes.shape[1])
+    return (codes - zero) * scale
+
+
+def _shifted_bias(made: QuantLayer, bias: Tensor, statistics: InputStatistics) -> Tensor:
+    """The bias with which the mean output is the full-precision one."""
+    value = made.weight.double().view_as(statistics.weight)
+    wanted = statistics.weight.double() @ (statistics.sum_f / statistics.rows)[:, :, None]
+    given = value @ (statistics.sum_q / statistics.rows)[:, :, None]
+    return (bias.double() + (wanted - given).flatten()).to(bias.dtype)
+
+
+def _center_(statistics: InputStatistics) -> None:
     """The statistics about the means, as if both models' inputs carried the same white NOISE.
 
     Of an input that is the same in every row (one guidance scale, a padded text) nothing is left
     about its mean but rounding, of any sign, which must not steer the weights.
     """
-    used = statistics.centered()
     noise = NOISE * statistics.gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    used.gram.diagonal(dim1=1, dim2=2).add_(noise)
-    used.cross.diagonal(dim1=1, dim2=2).add_(noise)
-    return used
-
-
-def _rows_of(grid: Any, group: int, channels: int) -> Any:
-    rows = slice(group * channels, (group + 1) * channels)
-    return type(grid)(grid.scale[rows], grid.zero[rows], grid.bits)
+    statistics.center_()
+    statistics.gram.diagonal(dim1=1, dim2=2).add_(noise)
 
 
 def _error(difference: Tensor, gram: Tensor) -> float:

@@ -79,20 +79,75 @@ def test_rows_for_any_convolution(data):
     assert float((outputs_from_rows(made, rows) - expected).abs().max().detach()) <= bound
 
 
-def test_statistics_are_sums_over_rows():
-    generator = torch.Generator().manual_seed(0)
-    q, f = (torch.randn(2, 30, 4, generator=generator) for _ in range(2))
-    found = InputStatistics.empty(2, 4, torch.device("cpu"))
-    found.add(q[:, :10], f[:, :10])
-    found.add(q[:, 10:], f[:, 10:])
-    assert found.rows == 30
-    # float32 sums of up to 20 products below 16 each
-    near = {"rtol": 0, "atol": 20 * 20 * 16 * 2**-24}
-    torch.testing.assert_close(found.gram, q.double().mT @ q.double(), **near)
-    torch.testing.assert_close(found.cross, f.double().mT @ q.double(), **near)
-    torch.testing.assert_close(found.sum_q, q.double().sum(1))
-    torch.testing.assert_close(found.sum_f, f.double().sum(1))
-    centered = found.centered()
-    dq, df = (v.double() - v.double().mean(1, keepdim=True) for v in (q, f))
-    torch.testing.assert_close(centered.gram, dq.mT @ dq, **near)
-    torch.testing.assert_close(centered.cross, df.mT @ dq, **near)
+def statistics(weights=None, seed=0, groups=2, width=4, out=3, rows=30):
+    """Statistics of random rows added in two parts, with the rows and the weight (double)."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(groups, rows, width, generator=generator) + 1
+    f = q + 0.3 * torch.randn(groups, rows, width, generator=generator)
+    weight = torch.randn(groups, out, width, generator=generator)
+    found = InputStatistics.empty(weight)
+    for part in (slice(0, 10), slice(10, None)):
+        found.add(q[:, part], f[:, part], None if weights is None else weights[part])
+    return found, q.double(), f.double(), weight.double()
+
+
+# float32 sums of up to 30 products of |W| |q| below 4 * 5 each, weights below 9
+NEAR = {"rtol": 0, "atol": 30 * 30 * 4 * 5 * 9 * 2**-24}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_statistics_are_weighted_sums_over_rows(weighted):
+    weights = torch.arange(30) % 3 * 4.0 + 0.5 if weighted else None
+    found, q, f, w = statistics(weights)
+    d = torch.ones(30, 1).double() if weights is None else weights.double()[:, None]
+    assert found.rows == float(d.sum())
+    torch.testing.assert_close(found.gram, q.mT @ (d * q), **NEAR)
+    torch.testing.assert_close(found.gap, ((f - q) @ w.mT).mT @ (d * q), **NEAR)
+    torch.testing.assert_close(found.sum_q, (d * q).sum(1), **NEAR)
+    torch.testing.assert_close(found.sum_f, (d * f).sum(1), **NEAR)
+    total = found.rows
+    found.center_()
+    dq, df = (v - (d * v).sum(1, keepdim=True) / total for v in (q, f))
+    torch.testing.assert_close(found.gram, dq.mT @ (d * dq), **NEAR)
+    torch.testing.assert_close(found.gap, ((df - dq) @ w.mT).mT @ (d * dq), **NEAR)
+
+
+def test_weights_of_one_change_nothing():
+    plain, *_ = statistics()
+    same, *_ = statistics(torch.ones(30))
+    for name in ("gram", "gap", "sum_q", "sum_f", "rows"):
+        a, b = getattr(plain, name), getattr(same, name)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+def test_the_aligned_weight_is_the_damped_least_squares_solution(damping):
+    found, q, f, w = statistics()
+    gram = found.gram.clone()
+    aligned = found.aligned_weight(damping)
+    assert torch.equal(found.gram, gram)  # whose diagonal was damped in place
+    ridge = max(damping, 1e-8) * gram.diagonal(dim1=1, dim2=2).mean(1)
+    for i in range(2):
+        # rows that say What = W with the root of the damping for a weight
+        rows = torch.cat([q[i], ridge[i].sqrt() * torch.eye(4).double()])
+        wanted = torch.cat([f[i] @ w[i].T, ridge[i].sqrt() * w[i].T])
+        expected = torch.linalg.lstsq(rows, wanted).solution.T
+        # conditions below 100, on sums good to NEAR of some 30
+        torch.testing.assert_close(aligned[i].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_aligned_weight_is_the_weight_where_both_inputs_agree():
+    _, q, _, w = statistics()
+    same = InputStatistics.empty(w.float())
+    same.add(q.float(), q.float())
+    assert torch.equal(same.aligned_weight(0.01), w.float())
+    nothing = InputStatistics.empty(w.float())
+    nothing.add(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4))
+    assert torch.equal(nothing.aligned_weight(0.0), w.float())
+
+
+def test_squares_beyond_float32_are_summed_in_float64():
+    found = InputStatistics.empty(torch.ones(1, 1, 2))
+    found.add(torch.full((1, 3, 2), 1e25), torch.full((1, 3, 2), 1e25))
+    expected = 3 * float(torch.tensor(1e25)) ** 2
+    torch.testing.assert_close(found.gram, torch.full((1, 2, 2), expected, dtype=torch.float64))

@@ -54,37 +54,71 @@ def row_count(layer: QuantLayer, x: Tensor) -> int:
 
 @dataclass(slots=True)
 class InputStatistics:
-    """Sums over rows of the inputs of one layer, as it sees them and as full precision has them.
+    """Sums over rows q of the inputs of one layer, as it sees them, and f, as full precision has
+    them, each row times its weight (1 by default).
 
-    gram: (groups, in, in) sum of q q^T; cross: (groups, in, in) sum of f q^T; mean_q, mean_f:
-    (groups, in) sums of q and of f; all float64.  rows: how many rows.
+    weight: (groups, out, in) float, W of the full-precision layer.  gram: (groups, in, in), sum of
+    q q^T.  gap: (groups, out, in), sum of W (f - q) q^T.  sum_q, sum_f: (groups, in).  rows: the
+    sum of the weights.  All sums are float64; products of one call's rows are float32.
     """
 
+    weight: Tensor
     gram: Tensor
-    cross: Tensor
+    gap: Tensor
     sum_q: Tensor
     sum_f: Tensor
-    rows: int = 0
+    rows: float = 0.0
 
     @classmethod
-    def empty(cls, groups: int, width: int, device: torch.device) -> InputStatistics:
-        """Statistics of no rows."""
-        square = torch.zeros(groups, width, width, dtype=torch.float64, device=device)
-        flat = torch.zeros(groups, width, dtype=torch.float64, device=device)
-        return cls(square, square.clone(), flat, flat.clone())
+    def empty(cls, weight: Tensor) -> InputStatistics:
+        """Statistics of no rows, for a layer of `weight`."""
+        groups, _, width = weight.shape
+        flat = torch.zeros(groups, width, dtype=torch.float64, device=weight.device)
+        square = flat.new_zeros(groups, width, width)
+        return cls(weight.float(), square, flat.new_zeros(weight.shape), flat, flat.clone())
 
-    def add(self, quantized: Tensor, full: Tensor) -> None:
-        """Add rows (groups, n, in) of both models."""
+    def add(self, quantized: Tensor, full: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows (groups, n, in) of both models; weights: (n,) of each row."""
         q, f = quantized.float(), full.float()
-        self.gram += (q.mT @ q).double()
-        self.cross += (f.mT @ q).double()
-        self.sum_q += q.double().sum(1)
-        self.sum_f += f.double().sum(1)
-        self.rows += q.shape[1]
+        seen = q if weights is None else q * weights[:, None]
+        self.gram += _product(seen.mT, q)
+        self.gap += _product(((f - q) @ self.weight.mT).mT, seen)
+        self.sum_q += seen.sum(1, dtype=torch.float64)
+        f = f if weights is None else f * weights[:, None]
+        self.sum_f += f.sum(1, dtype=torch.float64)
+        self.rows += q.shape[1] if weights is None else float(weights.double().sum())
 
-    def centered(self) -> InputStatistics:
-        """The same about the means: what is left for weights when a bias takes up the mean."""
-        mean_q = self.sum_q / self.rows
-        gram = self.gram - self.rows * mean_q[:, :, None] * mean_q[:, None, :]
-        cross = self.cross - self.sum_f[:, :, None] * mean_q[:, None, :]
-        return InputStatistics(gram, cross, self.sum_q, self.sum_f, self.rows)
+    def center_(self) -> None:
+        """Take the sums about the means: what is left for weights where a bias takes up the mean.
+
+        `sum_q` and `sum_f` stay as they are.
+        """
+        mean = (self.sum_q / self.rows)[:, None, :]
+        self.gram.baddbmm_(self.sum_q[:, :, None], mean, alpha=-1)
+        lacking = self.weight.double() @ (self.sum_f - self.sum_q)[:, :, None]
+        self.gap.baddbmm_(lacking, mean, alpha=-1)
+
+    def aligned_weight(self, damping: float) -> Tensor:
+        """The weight (groups, out, in) that best gives W f from q: the What that minimises
+        sum |What q - W f|^2 + damping mean(diag gram) |What - W|^2, in closed form.
+
+        Raises torch.linalg.LinAlgError where the damped Gram matrix is not positive definite.
+        """
+        changes = []
+        for gram, gap in zip(self.gram, self.gap, strict=True):
+            diagonal, given = gram.diagonal(), gram.diagonal().clone()
+            mean = float(given.mean())
+            # in place, and back: a Gram matrix is the largest thing there is
+            diagonal += max(damping, 1e-8) * mean if mean > 0 else 1.0
+            try:
+                factor = torch.linalg.cholesky(gram)
+            finally:
+                diagonal.copy_(given)
+            changes.append(torch.cholesky_solve(gap.T, factor).T.float())
+        return self.weight + torch.stack(changes)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, or in float64 where that overflows."""
+    found = a @ b
+    return found if bool(torch.isfinite(found).all()) else a.double() @ b.double()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests.passes.test_quantize_layers import TIMES, W4A8, quantize, relative_error, toy_batches
+from tests.passes.test_round_weights import Edge
 from tests.test_sites import graph_of
 from tests.toys import SharedTwice, ToyUNet, seeded
 from tfmq_fx.blocks import units
@@ -122,6 +123,49 @@ def test_both_ways_of_learning_differ(toy):
         for q in (True, False)
     )
     assert a.details["error"] != b.details["error"]
+
+
+@pytest.mark.parametrize("learning_rate", [1e30, 1e8, 3e-2])
+@pytest.mark.parametrize("factor", [1.0, 1e18])
+@pytest.mark.parametrize("count", [1, 8])
+def test_degenerate_and_diverging_blocks_end_finite_and_no_worse(learning_rate, factor, count):
+    gm = graph_of(seeded(Edge).eval(), 1, 1, 1)
+    gm.one.weight.data.mul_(1 / factor)
+    gm.last.weight.data.mul_(factor)
+    x = factor * torch.randn(count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    batches = [(x, torch.ones(count, dtype=torch.long))]
+    spec = ReconstructionSpec(learning_rate=learning_rate)
+    _, done = learnt(gm, iters=10, batches=batches, spec=spec)
+    for name, value in done.gm.state_dict().items():
+        assert bool(torch.isfinite(value).all()), name
+    for path, error in done.details["error"].items():
+        assert error["before"] < 1, path  # finite, and targets so large that squares overflow
+    if learning_rate > 1:
+        assert done.declined and all(": kept " in d.reason for d in done.declined)
+
+
+def test_a_block_whose_learning_stops_says_why(monkeypatch):
+    gm = graph_of(seeded(Interleaved).eval(), 4)
+    spec = ReconstructionSpec(learning_rate=1e30)
+    given, done = learnt(gm, iters=10, batches=small_batches(), spec=spec)
+    reasons = {d.site: d.reason for d in done.declined}
+    assert "the loss became inf at step 1 of 10: kept " in reasons["wide.0"]
+    assert relative_error(done.gm, gm, small_batches()) <= relative_error(
+        given, gm, small_batches()
+    )
+
+
+def test_nan_in_the_data_leaves_blocks_as_they_were():
+    gm = graph_of(seeded(Interleaved).eval(), 4)
+    batches = small_batches()
+    given = quantize(gm, W3, batches, TIMES).gm
+    batches[0][0][3, 1] = float("nan")
+    done = reconstruct_blocks(
+        given, reference=gm, chunks=batches, spec=ReconstructionSpec(), iters=5
+    )
+    assert done.changed == 0 and len(done.declined) == 6
+    assert all("the loss became nan" in d.reason for d in done.declined)
+    assert all("kept what it had (nan)" in d.reason for d in done.declined)
 
 
 class Interleaved(nn.Module):

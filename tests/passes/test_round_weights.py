@@ -1,6 +1,7 @@
 """round_weights: every layer is rounded on what it will see, to give the full-precision output."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tfmq_fx.errors import CalibrationError
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.passes.round_weights import round_weights
 from tfmq_fx.presets import PRESETS
+from tfmq_fx.rounding import Rounded, round_second_order
 from tfmq_fx.sites import find_sites
 
 W3 = LayerConfig(weights=WeightSpec(bits=3))
@@ -34,7 +36,7 @@ def toy():
     return graph_of(seeded(ToyUNet).eval(), 3, 8, 8)
 
 
-def rounded(gm, layers, batches=None, seed=0, **kwargs):
+def rounded(gm, layers, batches=None, spec=None, **kwargs):
     """(quantized to nearest, rounded) for every site by `layers`."""
     batches = list(toy_batches()) if batches is None else batches
     nearest = quantize(gm, layers, batches, TIMES).gm
@@ -43,7 +45,7 @@ def rounded(gm, layers, batches=None, seed=0, **kwargs):
         reference=gm,
         chunks=batches,
         plan={s.name: layers for s in find_sites(gm)[0]},
-        spec=ReconstructionSpec(seed=seed),
+        spec=ReconstructionSpec() if spec is None else spec,
         **kwargs,
     )
     return nearest, done
@@ -67,7 +69,7 @@ def test_the_chosen_rounding_of_each_layer_is_never_worse_than_nearest(toy):
     errors = done.details["error"]
     assert set(errors) == {s.name for s in find_sites(toy)[0]}
     better = [e["second-order"] < e["nearest"] for e in errors.values()]
-    assert all(e["second-order"] >= 0 and e["nearest"] >= 0 for e in errors.values())
+    assert all(min(e.values()) >= 0 for e in errors.values())
     assert sum(better) > 0.9 * len(better)
 
 
@@ -119,6 +121,104 @@ def test_an_all_zero_layer_and_an_all_zero_input_are_fine():
     found = done.gm(*batches[0])[0]
     # nothing but the bias is left
     torch.testing.assert_close(found, gm.get_submodule("after").bias.detach().expand(16, WIDTH))
+
+
+class Edge(nn.Module):
+    """A convolution of every extent of 1, an all-zero one and a linear layer; x (B, 1, 1, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(1, 4, 1)
+        self.zero = nn.Conv2d(4, 4, 3, padding=1)
+        self.constant = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.unfed = nn.Linear(4, 4)
+        self.last = nn.Conv2d(4, 1, 1)
+        nn.init.zeros_(self.zero.weight)
+        nn.init.constant_(self.constant.weight[1:3], 0.3)
+
+    def forward(self, x, t):
+        h = torch.tanh(self.one(x))
+        h = h + self.zero(h) + self.constant(h)
+        unfed = self.unfed(torch.zeros_like(h).movedim(1, -1)).movedim(-1, 1)
+        return self.last(h + unfed) * t[:, None, None, None]
+
+
+def output_error(gm, reference, batches):
+    with torch.no_grad():
+        return sum(
+            float((gm(*b)[0].double() - reference(*b)[0].double()).square().sum()) for b in batches
+        )
+
+
+@pytest.mark.parametrize("layers", [W3, W4A8])
+@pytest.mark.parametrize("factor", [1.0, 1e18, 1e-18])
+@pytest.mark.parametrize("count", [1, 8])
+def test_degenerate_layers_end_finite_and_no_worse_than_nearest(layers, factor, count):
+    gm = graph_of(seeded(Edge).eval(), 1, 1, 1)
+    gm.one.weight.data.mul_(1 / factor)
+    gm.last.weight.data.mul_(factor)
+    generator = torch.Generator().manual_seed(0)
+    x = factor * torch.randn(count, 1, 1, 1, generator=generator)
+    batches = [(x, torch.ones(count, dtype=torch.long))]
+    nearest, done = rounded(gm, layers, batches)
+    for name, value in done.gm.state_dict().items():
+        assert bool(torch.isfinite(value).all()), name
+    # nothing but float32 rounding on top of what nearest loses, where that is next to nothing
+    power = output_error(gm, lambda x, t: (torch.zeros(()),), batches)
+    assert output_error(done.gm, gm, batches) <= output_error(nearest, gm, batches) + 1e-12 * power
+    assert all(min(e.values()) >= 0 for e in done.details["error"].values())
+
+
+@pytest.mark.parametrize("broken", ["cholesky", "codes"])
+def test_a_layer_whose_second_order_rounding_fails_stays_as_it_was(toy, broken, monkeypatch):
+    tried = []
+
+    def failing(part, gram, grid, *, damping):
+        tried.append(damping)
+        if len(part) == 3:  # conv_out
+            if broken == "cholesky":
+                torch.linalg.cholesky(-torch.eye(2))
+            return Rounded(torch.full_like(part, math.nan), part)
+        return round_second_order(part, gram, grid, damping=damping)
+
+    monkeypatch.setattr("tfmq_fx.passes.round_weights.round_second_order", failing)
+    nearest, done = rounded(toy, W4A8)
+    (declined,) = done.declined
+    assert declined.site == "conv_out" and declined.reason.endswith(": kept what it had")
+    assert "linalg.cholesky" in declined.reason or "its codes are not finite" in declined.reason
+    assert tried[-3:] == [0.01, 0.1, 1.0] and 0.1 not in tried[:-3]
+    assert done.gm.get_submodule("conv_out") is nearest.get_submodule("conv_out")
+    assert done.changed == len(find_sites(toy)[0]) - 1
+
+
+def test_more_damping_helps_first(toy, monkeypatch):
+    def failing(part, gram, grid, *, damping):
+        if damping < 0.05:
+            torch.linalg.cholesky(-torch.eye(2))
+        return round_second_order(part, gram, grid, damping=damping)
+
+    monkeypatch.setattr("tfmq_fx.passes.round_weights.round_second_order", failing)
+    nearest, done = rounded(toy, W4A8)
+    assert done.changed == len(find_sites(toy)[0]) and not done.declined
+    assert relative_error(done.gm, toy, toy_batches()) < relative_error(nearest, toy, toy_batches())
+
+
+def test_refined_codes_are_taken_where_they_are_better(toy):
+    _, plain = rounded(toy, W3)
+    _, done = rounded(toy, W3, spec=ReconstructionSpec(refine=3))
+    errors = done.details["error"]
+    assert all(e["refined"] <= e["second-order"] * (1 + 1e-5) for e in errors.values())
+    assert relative_error(done.gm, toy, toy_batches()) < relative_error(
+        plain.gm, toy, toy_batches()
+    )
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_weights_in_groups_of_channels_are_rounded_better_than_to_nearest(toy, group_size):
+    layers = LayerConfig(weights=WeightSpec(bits=3, group_size=group_size))
+    nearest, done = rounded(toy, layers)
+    assert done.gm.get_submodule("mid1.conv1").weight_scale.shape == (32, 32 // group_size)
+    assert relative_error(done.gm, toy, toy_batches()) < relative_error(nearest, toy, toy_batches())
 
 
 def test_nan_in_the_data_names_the_layer():
