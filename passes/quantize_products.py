@@ -1,0 +1,147 @@
+"""Round both operands of every product of activations, as in attention.
+
+y = matmul(p, v)    ->    row = timestep_row(product_scales, keys, t);
+                          y = matmul(round_p(p, row[:, i], row[:, j]), round_v(v, row[:, k]))
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.activation import Grid, QuantActivation
+from tfmq_fx.affine import levels, shared_zero_scales
+from tfmq_fx.config import AttentionSpec
+from tfmq_fx.dialect import Stage
+from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row
+from tfmq_fx.products import (
+    SIDES,
+    Measured,
+    Operand,
+    Product,
+    Side,
+    find_products,
+    replace_operand,
+)
+
+SCALES = "product_scales"  # buffer: one row of scales and choices of grid for each timestep
+PREFIX = "quantized_products"
+
+
+@graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.QUANTIZED)
+def quantize_products(
+    gm: fx.GraphModule, *, measured: Measured, spec: AttentionSpec, timesteps: Tensor
+) -> Rewrite:
+    """The graph with a QuantActivation in front of both operands of every product.
+
+    measured: by `measure_products` on the graph in floating point, over `timesteps` (K,); products
+    are matched by their node's name, which they keep.  An operand whose rows are not the samples'
+    gets one static range, and is declined with that reason.
+    details["products"]: for each product and side its bits, grid, kind of range, the share of
+    timesteps on a logarithmic grid, and the likelihood ratio of each group that was tested.
+    """
+    declined, changed = [], 0
+    columns: list[Tensor] = []
+    wanting: list[tuple[fx.Node, int, bool]] = []  # calls, first column, whether a choice follows
+    details: dict[str, Any] = {}
+    for product in find_products(gm):
+        if product.name not in measured:
+            declined.append(Declined(product.name, "calibration saw no such product"))
+            continue
+        if any(_is_rounded(gm, product.operand(side)) for side in SIDES):
+            declined.append(Declined(product.name, "it is quantized already"))
+            continue
+        details[product.name] = {}
+        for side in SIDES:
+            operand = measured[product.name][side]
+            if operand.static is not None and spec.activations.per_timestep:
+                declined.append(Declined(product.name, f"static range: {operand.static}"))
+            module, scale = _rounding(operand, spec)
+            call = _insert(gm, product, side, module)
+            if module.per_timestep:
+                adapts = module.grid == "adaptive"
+                wanting.append((call, len(columns), adapts))
+                columns += [scale, operand.log2.float()] if adapts else [scale]
+            details[product.name][side] = _facts(operand, module)
+        changed += 1
+    if wanting:
+        table = torch.stack(columns, 1).to(timesteps.device)
+        row = insert_timestep_row(gm, SCALES, table, timesteps)
+        for call, column, adapts in wanting:
+            scale_node = _column(row, call, "scale", column)
+            chosen = (_column(row, call, "log2", column + 1),) if adapts else ()
+            call.args = (call.args[0], scale_node, *chosen)
+    return Rewrite(gm, changed, declined, {"products": details})
+
+
+def _is_rounded(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    return isinstance(gm.get_submodule(str(node.target)), QuantActivation)
+
+
+def _rounding(operand: Operand, spec: AttentionSpec) -> tuple[QuantActivation, Tensor]:
+    """The module for an operand, and its scale at each timestep (K,) float32."""
+    bits = spec.probabilities_bits if operand.probabilities else spec.activations.bits
+    grid: Grid = "uniform"
+    if bool(operand.log2.any()):
+        grid = "log2" if bool(operand.log2.all()) else "adaptive"
+    per_timestep = spec.activations.per_timestep and operand.static is None
+    module = QuantActivation(bits=bits, grid=grid, per_timestep=per_timestep)
+    low, high = operand.ranges.low, operand.ranges.high
+    if operand.probabilities:  # no value is below 0, and a logarithmic grid ends at the highest
+        top = torch.where(operand.log2, 1, levels(bits))
+        scale, zero = torch.where(high > 0, high / top, 1.0), 0
+    else:
+        scale, zero = shared_zero_scales(low, high, bits=bits)
+    module.set_static_range(float(scale.max()), zero)
+    return module, scale
+
+
+def _insert(gm: fx.GraphModule, product: Product, side: Side, module: QuantActivation) -> fx.Node:
+    """A call of `module` on one operand, in front of the product."""
+    value, node = product.operand(side), product.node
+    path = f"{PREFIX}.{product.name}.{side}"
+    gm.add_submodule(path, module.to(value.meta["val"].device))
+    with gm.graph.inserting_before(node):
+        call = gm.graph.create_node(
+            "call_module", path, (value,), {}, name=f"{product.name}_{side}"
+        )
+    call.meta = {"val": value.meta["val"], "nn_module_stack": node.meta["nn_module_stack"]}
+    replace_operand(product, side, call)
+    return call
+
+
+def _column(row: fx.Node, call: fx.Node, name: str, column: int) -> fx.Node:
+    """A column of the table's row, (B,), in front of `call`."""
+    with row.graph.inserting_before(call):
+        made = row.graph.create_node(
+            "call_function",
+            operator.getitem,
+            (row, (slice(None), column)),
+            name=f"{name}_{call.name}",
+        )
+    fake = row.meta["val"]
+    with fake.fake_mode:
+        made.meta = {
+            "val": fake[:, column],
+            "nn_module_stack": call.meta["nn_module_stack"],
+        }
+    return made
+
+
+def _facts(operand: Operand, module: QuantActivation) -> dict[str, Any]:
+    """JSON-ready facts about one operand."""
+    facts: dict[str, Any] = {
+        "bits": module.bits,
+        "grid": module.grid,
+        "ranges": module.range_kind(),
+        "interpolated": operand.ranges.interpolated,
+    }
+    if operand.probabilities:
+        facts["log2_share"] = float(operand.log2.float().mean())
+        facts["likelihood_ratios"] = [test.ratio for test in operand.tests]
+    return facts
