@@ -20,9 +20,11 @@ from .observers import SampleCache
 from .ops import find_unknown
 from .passes.correct_outputs import CORRECTION
 from .passes.quantize_layers import SCALES
+from .passes.quantize_products import SCALES as PRODUCT_SCALES
 from .signature import CallSpec
 
-_EXACT = (KEYS, SCALES, CORRECTION)  # buffers of the graph that keep their dtype in any model
+# buffers of the graph that keep their dtype in any model
+_EXACT = (KEYS, SCALES, PRODUCT_SCALES, CORRECTION)
 
 
 class ModelConfig(dict[str, Any]):

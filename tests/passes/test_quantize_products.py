@@ -12,9 +12,10 @@ from tfmq_fx import artifact, metrics
 from tfmq_fx.activation import QuantActivation
 from tfmq_fx.backends.inductor import lower, unavailable
 from tfmq_fx.capture import capture
-from tfmq_fx.config import ActivationSpec, AttentionSpec, LayerConfig, WeightSpec
+from tfmq_fx.config import ActivationSpec, AttentionSpec, Config, LayerConfig, WeightSpec
 from tfmq_fx.dialect import Stage, is_timestep_row, stage_of
 from tfmq_fx.errors import InputError
+from tfmq_fx.modules import Converted
 from tfmq_fx.observers import RangeObserver
 from tfmq_fx.passes.decompose_attention import decompose_attention
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
@@ -240,6 +241,22 @@ def test_the_result_saves_loads_and_copies(unet, tmp_path):
     assert {n: repr(m) for n, m in roundings(loaded).items()} == {
         n: repr(m) for n, m in roundings(done).items()
     }
+
+
+def test_scales_stay_in_float32_in_a_half_precision_model():
+    example = {"x": torch.randn(2, 3, 8, 8), "t": torch.tensor([1, 2])}
+    found = capture(seeded(Block).eval(), example, timestep="t")
+    done = quantize(found.gm, spec()).gm
+    x, t = list(batches(found.gm))[1]
+    with torch.no_grad():
+        (expected,) = done(x, t)
+        model = Converted(done, found.call, recipe=Config(), record={}).to(torch.bfloat16)
+        y = model(x.bfloat16(), t)
+    assert model.gm.get_buffer(SCALES).dtype == torch.float32
+    assert all(m.act_scale.dtype == torch.float32 for m in roundings(model).values())
+    assert y.dtype == torch.bfloat16
+    # scores of up to 10 with 8 bits of mantissa: weights, their exponentials, are off by 10 * 2**-8
+    assert float((y.float() - expected).norm() / expected.norm()) < 0.04
 
 
 class Block(nn.Module):
