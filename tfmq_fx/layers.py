@@ -139,8 +139,11 @@ def layer_before(node: fx.Node, path: str, layer: nn.Module, x: fx.Node, name: s
     value = node.meta["val"]
     with value.fake_mode:  # memory of its own: values that share some may be written together
         made.meta["val"] = torch.empty_like(value)
-    outer = list(node.meta["nn_module_stack"].items())[:-1]
-    made.meta["nn_module_stack"] = dict([*outer, (path, (path, type(layer)))])
+    stack = node.meta["nn_module_stack"]
+    outer = {
+        key: (p, kind) for key, (p, kind) in stack.items() if not p or path.startswith(p + ".")
+    }
+    made.meta["nn_module_stack"] = outer | {path: (path, type(layer))}
     return made
 
 

@@ -1,0 +1,84 @@
+"""Give the parts of a channel concatenation layers of their own.
+
+y = conv(x)    ->    y = conv.0(x[:, :n]) + conv.1(x[:, n:]),  x = cat(a, b), normed and activated
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import fx, nn
+
+from tfmq_fx.channels import part_sizes, seams
+from tfmq_fx.dialect import Stage
+from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.layers import (
+    bias_of,
+    call_before,
+    channel_dim,
+    groups_of,
+    layer_before,
+    layer_input,
+    layer_with,
+    replace_call,
+    sites_named,
+    weight_of,
+)
+
+
+@graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)
+def split_concat(gm: fx.GraphModule, *, only: Collection[str]) -> Rewrite:
+    """The graph whose layers read concatenated channels part by part, as Q-Diffusion's split
+    shortcut does; outputs are equal up to float reassociation.
+
+    only: sites to rewrite where a concatenation of their input channels reaches them, through
+    whatever keeps channels in their places; a concatenation of concatenations has all their parts.
+    The parts of `<site>` lie at `<site>.0`, `<site>.1`, ...; the first one has the bias.
+    Declined: sites whose input was concatenated and mixed since, and grouped convolutions.
+    details["parts"]: the paths of the parts, by site.
+    """
+    sites, declined = sites_named(gm, only)
+    found = seams(gm)
+    parts: dict[str, list[str]] = {}
+    for site in sites:
+        weight, dim = weight_of(site.layer), channel_dim(site.layer)
+        inputs = [layer_input(node) for node in site.nodes]
+        cuts = {found[x].cuts.get(x.meta["val"].dim() + dim, frozenset()) for x in inputs}
+        if cuts == {frozenset()}:
+            if lost := next((found[x].lost for x in inputs if found[x].lost), None):
+                reason = f"its input was concatenated, but {lost}"
+                declined.append(Declined(site.name, reason))
+            continue
+        if len(cuts) > 1:
+            declined.append(Declined(site.name, "its calls read different parts"))
+            continue
+        if groups_of(site.layer) > 1:
+            declined.append(Declined(site.name, "a grouped convolution of concatenated channels"))
+            continue
+        sizes = part_sizes(cuts.pop(), weight.shape[1])
+        layers = [
+            layer_with(site.layer, part.clone(), None if i else bias_of(site.layer))
+            for i, part in enumerate(weight.split(sizes, 1))
+        ]
+        gm.set_submodule(site.name, nn.Module())
+        parts[site.name] = [f"{site.name}.{i}" for i in range(len(layers))]
+        for path, layer in zip(parts[site.name], layers, strict=True):
+            gm.add_submodule(path, layer)
+        for node in site.nodes:
+            _split(node, dim, sizes, dict(zip(parts[site.name], layers, strict=True)))
+    return Rewrite(gm, len(parts), declined, {"parts": parts})
+
+
+def _split(node: fx.Node, dim: int, sizes: list[int], layers: dict[str, nn.Module]) -> None:
+    """Replace the call of a layer by the sum of its parts' calls."""
+    x, name, start = layer_input(node), node.name, 0
+    terms = []
+    for i, ((path, layer), size) in enumerate(zip(layers.items(), sizes, strict=True)):
+        part = call_before(node, torch.narrow, x, dim, start, size, name=f"{name}_slice_{i}")
+        terms.append(layer_before(node, path, layer, part, f"{name}_{i}"))
+        start += size
+    total = terms[0]
+    for term in terms[1:]:
+        total = call_before(node, torch.add, total, term, name=f"{name}_sum")
+    replace_call(node, total)
