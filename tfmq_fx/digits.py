@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffusers import DDIMScheduler, UNet2DModel
 
 Split = Literal["train", "heldout"]
+Prediction = Literal["epsilon", "v_prediction"]
 
 ASSETS = Path(__file__).parent / "assets"
 UNET_FOLDER = ASSETS / "digits-unet"
@@ -138,11 +139,14 @@ def load_classifier() -> DigitClassifier:
     return model.eval()
 
 
-def make_scheduler(num_inference_steps: int | None = None) -> DDIMScheduler:
+def make_scheduler(
+    num_inference_steps: int | None = None, *, prediction_type: Prediction = "epsilon"
+) -> DDIMScheduler:
     """A DDIM scheduler with the noise schedule of training: 1000 steps, beta 1e-4 to 0.02, linear.
 
-    num_inference_steps: 1 to 1000 sets the timesteps; None leaves that to the caller. Raises
-    ConfigError for a number outside that range, and ImportError without diffusers.
+    num_inference_steps: 1 to 1000 sets the timesteps; None leaves that to the caller.
+    prediction_type: what the denoiser answers with; the digits' predicts the noise, "epsilon".
+    Raises ConfigError for a number of steps outside that range, and ImportError without diffusers.
     """
     if num_inference_steps is not None and not 1 <= num_inference_steps <= TRAINING_STEPS:
         raise ConfigError(
@@ -153,7 +157,7 @@ def make_scheduler(num_inference_steps: int | None = None) -> DDIMScheduler:
         beta_start=1e-4,
         beta_end=0.02,
         beta_schedule="linear",
-        prediction_type="epsilon",
+        prediction_type=prediction_type,
         clip_sample=True,
     )
     if num_inference_steps is not None:

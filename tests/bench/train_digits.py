@@ -64,7 +64,7 @@ def train_unet(args: argparse.Namespace) -> dict[str, Tensor]:
         predicted: Tensor = call(noisy, t).sample
         return predicted
 
-    return training.train_denoiser(make_unet(), images, predict, args)
+    return training.train_denoiser(make_unet(), digits.make_scheduler(), images, predict, args)
 
 
 def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) -> dict[str, Any]:

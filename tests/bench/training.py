@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tfmq_fx import digits, metrics
 
-# (call, noisy images, timesteps, rows of the images, generator) to the predicted noise.
+# (call, noisy images, timesteps, rows of the images, generator) to the model's answer.
 Predict = Callable[[Any, Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
 
@@ -123,12 +123,19 @@ def learning_rate(progress: float, iteration: int, *, peak: float, warmup: int) 
 
 
 def train_denoiser(
-    model: torch.nn.Module, images: Tensor, predict: Predict, args: argparse.Namespace
+    model: torch.nn.Module,
+    scheduler: Any,
+    images: Tensor,
+    predict: Predict,
+    args: argparse.Namespace,
 ) -> dict[str, Tensor]:
-    """Averaged weights of `model` trained to predict the noise in images (n, c, h, w)."""
+    """Averaged weights of `model` trained to predict, for images (n, c, h, w), what `scheduler`
+    asks for: the noise or the velocity.
+    """
     generator = torch.Generator().manual_seed(args.seed)
-    alpha_bar = digits.make_scheduler().alphas_cumprod
-    steps = digits.TRAINING_STEPS
+    alpha_bar = scheduler.alphas_cumprod
+    steps = len(alpha_bar)
+    velocity = scheduler.config.prediction_type == "v_prediction"
 
     model.train()
     if args.channels_last:
@@ -164,11 +171,12 @@ def train_denoiser(
         t = (spaced * (steps / args.batch_size)).long().clamp_(max=steps - 1)
         keep = alpha_bar[t].view(-1, 1, 1, 1)
         noisy = keep.sqrt() * clean + (1 - keep).sqrt() * noise
+        target = keep.sqrt() * noise - (1 - keep).sqrt() * clean if velocity else noise
         if args.channels_last:
             noisy = noisy.to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             predicted = predict(call, noisy, t, rows, generator)
-        loss = F.mse_loss(predicted.float(), noise)
+        loss = F.mse_loss(predicted.float(), target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
