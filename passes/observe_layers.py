@@ -28,17 +28,22 @@ def _range_observer(site: Site) -> nn.Module:
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.OBSERVED)
 def observe_layers(
-    gm: fx.GraphModule, observer: Callable[[Site], nn.Module] = _range_observer
+    gm: fx.GraphModule, observer: Callable[[Site], nn.Module | None] = _range_observer
 ) -> Rewrite:
     """The graph with observers; outputs are unchanged (exactly). A layer called several times
     shares one observer. Reads gm.meta["timestep"], the name of the timestep's placeholder.
 
-    observer: makes the observer of a site, called with its input and the timestep (B,).
+    observer: makes the observer of a site, called with its input and the timestep (B,), or None.
     """
     (t,) = (n for n in gm.graph.find_nodes(op="placeholder") if n.target == gm.meta["timestep"])
     sites, declined = find_sites(gm)
+    changed = 0
     for site in sites:
-        gm.add_submodule(observer_name(site.name), observer(site))
+        made = observer(site)
+        if made is None:
+            continue
+        changed += 1
+        gm.add_submodule(observer_name(site.name), made)
         for node in site.nodes:
             x = node.args[0] if node.args else node.kwargs["input"]
             assert isinstance(x, fx.Node)
@@ -46,4 +51,4 @@ def observe_layers(
                 seen = gm.graph.call_module(observer_name(site.name), (x, t))
             seen.meta = {"val": x.meta["val"], "nn_module_stack": node.meta["nn_module_stack"]}
             node.replace_input_with(x, seen)
-    return Rewrite(gm, len(sites), declined)
+    return Rewrite(gm, changed, declined)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,34 @@ from torch import Tensor, nn
 
 from . import artifact, backends
 from .capture import capture
-from .config import Config, LayerConfig, from_dict, to_dict
+from .checkpoint import Checkpoint, digest
+from .config import Config, LayerConfig, RewriteSpec, from_dict, to_dict
+from .correction import measure_errors
 from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, BackendError, CalibrationError, ConfigError
 from .graph import Rewrite
-from .metrics import sample
 from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
 from .observers import RangeObserver, Ranges, SampleCache
 from .ops import check_timesteps
+from .passes.correct_outputs import correct_outputs
+from .passes.decompose_attention import decompose_attention
 from .passes.fold_timesteps import fold_timesteps as fold_pass
 from .passes.merge_duplicates import merge_duplicates
 from .passes.observe_layers import observe_layers, observer_name
 from .passes.quantize_layers import quantize_layers
+from .passes.quantize_products import quantize_products
 from .passes.quantize_tables import quantize_tables
 from .passes.reconstruct_blocks import reconstruct_blocks
 from .passes.round_weights import round_weights
-from .pipelines import (
-    find_timestep,
-    named_inputs,
-    takes_batch_size,
-    timestep_values,
-    with_denoiser,
-)
+from .pipelines import find_timestep, named_inputs, sampling_pass, timestep_values
 from .presets import resolve
-from .progress import progress_bar
+from .products import measure_products
 from .report import pass_record, site_records
+from .rewriting import Chunks, profiled_ranges, rewrite_layers
 from .signature import CallSpec
 from .sites import Site, check_weights, find_sites, plan_sites, weights_left
 from .temporal import choose_temporal
-from .walk import Walk
 
 
 def prepare(
@@ -119,57 +116,40 @@ def calibrate(
     """`prepared`, after one full-precision sampling pass that showed it every step.
 
     source: a diffusers pipeline (called with *args and **kwargs), a (scheduler, shape) pair with
-    shape that of one sample, or any iterable of inputs (tuples or dicts of arguments).
+    shape that of one sample (**kwargs: the model's further inputs by name, a row for each sample),
+    or any iterable of inputs (tuples or dicts of arguments).
     num_inference_steps, samples, batch_size, seed: of the sampling; an iterable brings its own, and
     prompts, class labels or embeddings bring the number of samples.
     Raises CalibrationError naming the layer where NaN or Inf appears.
     """
-    if hasattr(source, "components"):
-        pipe = with_denoiser(source, prepared.source, prepared)
-        pipe.set_progress_bar_config(disable=not progress)
-        generator = torch.Generator().manual_seed(seed)
-        kwargs |= {"num_inference_steps": num_inference_steps, "generator": generator}
-        if args or not takes_batch_size(pipe):  # prompts, labels or embeddings say how many
-            pipe(*args, **kwargs)
-        else:
-            for start in range(0, samples, batch_size):
-                pipe(batch_size=min(batch_size, samples - start), **kwargs)
-    elif isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step"):
-        scheduler, shape = source
-        sample(
-            prepared,
-            copy.deepcopy(scheduler),
-            (samples, *shape),
-            num_inference_steps=num_inference_steps,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-        )
-    elif isinstance(source, Iterable):
-        for inputs in progress_bar(source, "calibration", enabled=progress):
-            if isinstance(inputs, Mapping):
-                prepared(**inputs)
-            elif isinstance(inputs, (tuple, list)):
-                prepared(*inputs)
-            else:
-                raise ConfigError(
-                    "calibrate() takes an iterable of calls, each a tuple or a dict of arguments; "
-                    f"it gave a {type(inputs).__name__}"
-                )
-    else:
-        raise ConfigError(
-            "calibrate() takes a diffusers pipeline, a (scheduler, shape) pair or an iterable of "
-            f"inputs, got {type(source).__name__}"
-        )
+    sampling = sampling_pass(
+        source,
+        args,
+        kwargs,
+        original=prepared.source,
+        steps=num_inference_steps,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    sampling.run(prepared)
+    prepared.sampling = sampling
     return prepared
 
 
-def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
+def convert(
+    prepared: Prepared, *, checkpoint: str | Path | None = None, progress: bool = True
+) -> Converted:
     """The folded and quantized model that `prepared` and its calibration describe.
 
-    capture -> temporal block measured and chosen -> tables -> quantized layers -> second-order
-    rounding -> block reconstruction.  Deterministic for a seed on one machine.
-    Raises CalibrationError where a layer that needs data saw none.
+    capture -> exact rewrites of layers -> temporal block measured and chosen -> tables -> quantized
+    layers -> second-order rounding -> block reconstruction -> rounds of it on what the quantized
+    model visits -> output correction.  Deterministic for a seed on one machine.
+    checkpoint: a directory for finished layers and blocks.  With the same one a later convert of the
+    same recipe, model and calibration takes them from it, and ends with the same bits.
+    Raises CalibrationError where a layer that needs data saw none, ConfigError where the directory
+    holds the checkpoint of another conversion.
     """
     if not isinstance(prepared, Prepared):
         raise ConfigError(
@@ -177,23 +157,60 @@ def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
         )
     recipe, gm, spec = prepared.recipe, prepared.gm, prepared.recipe.reconstruction
     timesteps, visits = _finite_set(prepared)
+    subject = {} if checkpoint is None else _subject(prepared, timesteps, visits)
+    kept = None if checkpoint is None else Checkpoint(checkpoint, subject)
+
+    def parts(group: str) -> Checkpoint | None:
+        return None if kept is None else kept.within(group)
+
     block = temporal_block(gm)
     sites, declined = find_sites(gm)
     early = _before_the_sample(gm, sites)
     plan = plan_sites(sites, recipe, early=early, overrides=prepared.overrides)
-    if any(plan[site.name].weights for site in sites):
+    left = weights_left(gm, sites)
+    quantized = any(layer.weights for layer in plan.values())
+    if quantized:
         # Only roundings are learnt; and torch 2.13 crashes in the backward of a channels-last
         # GroupNorm whose weight wants a gradient and whose input wants none.
         gm.requires_grad_(False)
-    ranges = _ranges(prepared, sites, plan, timesteps)
+    learnt = quantized and (spec.rounding == "second-order" or spec.iters > 0)
+    profiled = _profiled(recipe, plan)
+    ranges = {} if profiled else _ranges(prepared, sites, plan, timesteps)
+    sampled = learnt or profiled or recipe.correction != "none"
+    chunks = _chunks(prepared) if sampled else []
     done: list[Rewrite] = []
 
     def apply(rewrite: Rewrite) -> torch.fx.GraphModule:
         done.append(rewrite)
         return rewrite.gm
 
+    if recipe.rewrites != RewriteSpec():
+        rewritten = rewrite_layers(
+            gm,
+            recipe.rewrites,
+            plan=plan,
+            fixed=block.modules,
+            chunks=chunks,
+            seed=spec.seed,
+            progress=progress,
+        )
+        gm, plan = rewritten.gm.requires_grad_(False), rewritten.plan
+        done.extend(rewritten.passes)
+    if recipe.attention is not None:
+        gm = apply(decompose_attention(gm))
+    reference = gm
+    if profiled:
+        ranges = profiled_ranges(
+            gm, plan, timesteps=timesteps, chunks=chunks, seed=spec.seed, progress=progress
+        )
     temporal = choose_temporal(
-        block, config=recipe, plan=plan, ranges=ranges, timesteps=timesteps, visits=visits
+        block,
+        config=recipe,
+        plan=plan,
+        ranges=ranges,
+        timesteps=timesteps,
+        visits=visits,
+        checkpoint=parts("temporal"),
     )
     done.extend(temporal.passes)
     gm = apply(fold_pass(gm, timesteps=timesteps, only=temporal.tabled))
@@ -202,44 +219,62 @@ def convert(prepared: Prepared, *, progress: bool = True) -> Converted:
     gm = apply(
         quantize_layers(gm, plan=plan, ranges=ranges, timesteps=timesteps, ready=temporal.layers)
     )
-    learnt = spec.rounding == "second-order" or spec.iters
-    if learnt and any(plan[s.name].weights for s in sites):
-        chunks = _chunks(prepared)
-        if spec.rounding == "second-order":
-            gm = apply(
-                round_weights(
-                    gm,
-                    reference=prepared.gm,
-                    chunks=chunks,
-                    plan=plan,
-                    spec=spec,
-                    skip=temporal.layers,
-                    progress=progress,
-                )
+    if recipe.attention is not None:
+        measured = measure_products(reference, chunks, spec=recipe.attention, timesteps=timesteps)
+        gm = apply(
+            quantize_products(gm, measured=measured, spec=recipe.attention, timesteps=timesteps)
+        )
+    # Without TIAR the temporal block is layers like any other.
+    skip = temporal.layers if recipe.temporal.tiar_iters else {}
+    if quantized and spec.rounding == "second-order":
+        gm = apply(
+            round_weights(
+                gm,
+                reference=reference,
+                chunks=chunks,
+                plan=plan,
+                spec=spec,
+                weights=_weights(prepared, chunks),
+                skip=skip,
+                checkpoint=parts("rounding"),
+                progress=progress,
             )
-        if spec.iters:
-            gm = apply(
-                reconstruct_blocks(
-                    gm,
-                    reference=prepared.gm,
-                    chunks=chunks,
-                    spec=spec,
-                    iters=spec.iters,
-                    skip=temporal.layers,
-                    progress=progress,
-                )
+        )
+
+    def reconstruct(given: Prepared, iters: int, group: str) -> torch.fx.GraphModule:
+        chunks = _chunks(given)
+        return apply(
+            reconstruct_blocks(
+                gm,
+                reference=reference,
+                chunks=chunks,
+                spec=spec,
+                iters=iters,
+                weights=_weights(given, chunks),
+                skip=skip,
+                checkpoint=parts(group),
+                progress=progress,
             )
+        )
+
+    if quantized and spec.iters:
+        gm = reconstruct(prepared, spec.iters, "blocks")
+    for i in range(spec.rounds if quantized else 0):
+        gm = reconstruct(_resampled(prepared, gm), spec.round_iters, f"round {i}")
     gm.meta["timesteps"] = timesteps
+    if recipe.correction != "none":
+        errors = measure_errors(reference, gm, chunks, timesteps=timesteps)
+        gm = apply(correct_outputs(gm, errors=errors, kind=recipe.correction, timesteps=timesteps))
     record = {
         "capture": gm.meta.pop("capture", {}),
         "block": block.summary(),
         "temporal": temporal.details,
         "sites": site_records(gm, plan, ranges),
         "declined": [[d.site, d.reason] for d in declined],
-        "left_weights": weights_left(prepared.gm, sites),
+        "left_weights": left,
         "passes": [pass_record(rewrite) for rewrite in done],
         "float_bytes": prepared.nbytes(),
-        "removed": removed_layers(prepared.gm, gm),
+        "removed": removed_layers(reference, gm),
     }
     return Converted(
         gm, prepared.call, recipe=recipe, record=record, model_config=prepared.model_config
@@ -360,6 +395,36 @@ def _finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:
     return given, visits if bool(visits.sum() > 0) else torch.ones(len(given))
 
 
+def _profiled(recipe: Config, plan: Mapping[str, LayerConfig]) -> bool:
+    """Whether ranges need more than calibration's smallest and largest values of each layer."""
+    acts = [layer.activations for layer in plan.values() if layer.activations is not None]
+    searched = any(a.ranges != "minmax" or a.timestep_groups is not None for a in acts)
+    return searched or recipe.rewrites != RewriteSpec() or recipe.attention is not None
+
+
+def _resampled(prepared: Prepared, gm: torch.fx.GraphModule) -> Prepared:
+    """What `prepared` would be had the model quantized so far, `gm`, been sampled with."""
+    if prepared.sampling is None or not prepared.sampling.repeatable:
+        raise CalibrationError(
+            f"recipe {prepared.recipe.name!r} samples again with the quantized model "
+            f"({prepared.recipe.reconstruction.rounds} rounds), which inputs given as an iterable "
+            "cannot do. Calibrate with a pipeline or a (scheduler, shape) pair."
+        )
+    spec = prepared.recipe.reconstruction
+    result = Prepared(
+        prepared.gm,
+        gm,
+        prepared.call,
+        recipe=prepared.recipe,
+        overrides=prepared.overrides,
+        cache=SampleCache(capacity=spec.memory, seed=spec.seed),
+        source=prepared.source,
+        model_config=prepared.model_config,
+    )
+    prepared.sampling.run(result)
+    return result
+
+
 def _ranges(
     prepared: Prepared, sites: list[Site], plan: Mapping[str, LayerConfig], timesteps: Tensor
 ) -> dict[str, Ranges]:
@@ -381,18 +446,41 @@ def _ranges(
 
 
 def _chunks(prepared: Prepared) -> list[tuple[Tensor, ...]]:
-    """Calibration samples for rounding, as many as the configured memory lets be walked at once."""
+    """Calibration samples for rounding."""
     spec = prepared.recipe.reconstruction
     if not len(prepared.cache):
         raise CalibrationError(
             "convert() before any calibration: rounding weights needs sample inputs. Run "
             "tfmq_fx.calibrate(prepared, ...) first, or use rounding='nearest' and iters=0."
         )
-    # Two models are walked side by side, and a unit's inputs and outputs are held besides.
-    fitting = spec.memory // (3 * max(Walk.widest(prepared.gm), 1))
     return prepared.cache.chunks(
-        max(1, min(spec.samples, fitting)),
+        spec.samples,
         batched=prepared.batched(),
         batch_size=spec.batch_size,
         seed=spec.seed,
+        center=spec.center if spec.sampling == "normal" else None,
     )
+
+
+def _weights(prepared: Prepared, chunks: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
+    """The weights of the samples of each chunk, by how often calibration visited their timestep;
+    None where all are the same or the timesteps were chosen."""
+    if prepared.recipe.reconstruction.sampling == "normal":
+        return None
+    position = prepared.call.names.index(prepared.call.timestep)
+    return prepared.cache.weights([chunk[position] for chunk in chunks])
+
+
+def _subject(prepared: Prepared, timesteps: Tensor, visits: Tensor) -> dict[str, Any]:
+    """All that decides what conversion finds, but for how much memory it takes."""
+    recipe = to_dict(prepared.recipe)
+    del recipe["reconstruction"]["memory"]
+    observers = prepared.observed.named_modules()
+    seen = {name: m.seen for name, m in observers if isinstance(m, RangeObserver)}
+    cache = prepared.cache
+    return {
+        "recipe": recipe,
+        "overrides": {name: to_dict(layer) for name, layer in prepared.overrides.items()},
+        "model": digest([list(prepared.gm.named_parameters()), list(prepared.gm.named_buffers())]),
+        "calibration": digest([timesteps, visits, cache.visits, cache.rows, seen]),
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, overload
 
@@ -231,7 +231,7 @@ def initial_noise(shape: Sequence[int], *, seed: int) -> Tensor:
 
 @overload
 def sample(
-    denoiser: Callable[[Tensor, Tensor], Any],
+    denoiser: Callable[..., Any],
     scheduler: Any,
     shape: Sequence[int],
     *,
@@ -240,13 +240,14 @@ def sample(
     batch_size: int = ...,
     device: torch.device | str = ...,
     progress: bool = ...,
+    conditions: Mapping[str, Tensor] | None = ...,
     record: Literal[False] = ...,
 ) -> Tensor: ...
 
 
 @overload
 def sample(
-    denoiser: Callable[[Tensor, Tensor], Any],
+    denoiser: Callable[..., Any],
     scheduler: Any,
     shape: Sequence[int],
     *,
@@ -255,13 +256,14 @@ def sample(
     batch_size: int = ...,
     device: torch.device | str = ...,
     progress: bool = ...,
+    conditions: Mapping[str, Tensor] | None = ...,
     record: Literal[True],
 ) -> tuple[Tensor, Trajectory]: ...
 
 
 @torch.no_grad()
 def sample(
-    denoiser: Callable[[Tensor, Tensor], Any],
+    denoiser: Callable[..., Any],
     scheduler: Any,
     shape: Sequence[int],
     *,
@@ -270,6 +272,7 @@ def sample(
     batch_size: int = 128,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    conditions: Mapping[str, Tensor] | None = None,
     record: bool = False,
 ) -> Tensor | tuple[Tensor, Trajectory]:
     """Images (n, ...) drawn by deterministic DDIM (eta 0), on the CPU; with record, a Trajectory.
@@ -279,23 +282,31 @@ def sample(
     scheduler: a diffusers DDIMScheduler; its timesteps are set here.
     shape: (n, ...) of all images. seed: of the initial noise, which is drawn before batching, as
     in `initial_noise`; so the images do not depend on batch_size beyond rounding.
-    Raises ConfigError for an empty shape, batch_size < 1 or num_inference_steps < 1.
+    conditions: further inputs of the denoiser by name, (n, ...) each, one row for each image.
+    Raises ConfigError for an empty shape, batch_size < 1 or num_inference_steps < 1, or conditions
+    of another length.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     if num_inference_steps < 1:
         raise ConfigError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    given = dict(conditions or {})
+    if wrong := [name for name, value in given.items() if len(value) != shape[0]]:
+        raise ConfigError(
+            f"{wrong[0]} has {len(given[wrong[0]])} rows for {shape[0]} samples; give one for each"
+        )
     noise = initial_noise(shape, seed=seed)
     scheduler.set_timesteps(num_inference_steps, device=device)
     timesteps = scheduler.timesteps
     batches = torch.split(noise, batch_size)
     images, inputs, outputs = [], [], []
     bar = _progress_bar(len(batches) * len(timesteps)) if progress else None
-    for batch in batches:
+    for start, batch in zip(range(0, len(noise), batch_size), batches, strict=True):
+        own = {name: v[start : start + batch_size].to(device) for name, v in given.items()}
         x = batch.to(device) * scheduler.init_noise_sigma
         seen, answered = [], []
         for t in timesteps:
-            answer = _prediction(denoiser(x, t))
+            answer = _prediction(denoiser(x, t, **own))
             if record:
                 # Copies: a denoiser may answer from a buffer that its next call overwrites.
                 seen.append(x.to("cpu", copy=True))

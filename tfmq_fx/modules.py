@@ -21,6 +21,7 @@ from .ops import find_unknown
 from .passes.correct_outputs import CORRECTION
 from .passes.quantize_layers import SCALES
 from .passes.quantize_products import SCALES as PRODUCT_SCALES
+from .pipelines import SamplingPass
 from .signature import CallSpec
 
 # buffers of the graph that keep their dtype in any model
@@ -223,6 +224,7 @@ class Prepared(GraphModel):
         super().__init__(captured, call, model_config)
         self.observed = observed
         self.recipe, self.overrides, self.cache = recipe, dict(overrides), cache
+        self.sampling: SamplingPass | None = None  # the last calibration, to be run again
         # A tuple keeps the user's module out of this one's submodules and state_dict.
         self._source = (source,)
 

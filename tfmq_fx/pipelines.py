@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from .describe import TIMESTEP_NAMES
 from .errors import ConfigError
 from .examples import example_inputs as derived_inputs
+from .metrics import sample
+from .progress import progress_bar
 
 
 def forward_parameters(model: nn.Module) -> list[str]:
@@ -118,6 +121,89 @@ def _settings(pipeline: Any) -> dict[str, Any]:
     config = getattr(pipeline, "config", {})
     names = inspect.signature(type(pipeline)).parameters
     return {n: config[n] for n in names if n in config and n not in pipeline.components}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPass:
+    """A way to call a denoiser as sampling does.
+
+    run: calls the module it is given.  repeatable: whether another module would be shown what it
+    steers to itself, which is so where a scheduler drives and not where inputs are given.
+    """
+
+    run: Callable[[nn.Module], None]
+    repeatable: bool
+
+
+def sampling_pass(
+    source: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    original: nn.Module,
+    steps: int,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> SamplingPass:
+    """How `source` samples: a diffusers pipeline that holds `original`, a (scheduler, shape) pair,
+    or an iterable of inputs; the arguments are those of `tfmq_fx.calibrate`. Raises ConfigError."""
+
+    def by_pipeline(denoiser: nn.Module) -> None:
+        pipe = with_denoiser(source, original, denoiser)
+        pipe.set_progress_bar_config(disable=not progress)
+        generator = torch.Generator().manual_seed(seed)
+        own = {**kwargs, "num_inference_steps": steps, "generator": generator}
+        if args or not takes_batch_size(pipe):  # prompts, labels or embeddings say how many
+            pipe(*args, **own)
+            return
+        for start in range(0, samples, batch_size):
+            pipe(batch_size=min(batch_size, samples - start), **own)
+
+    def by_scheduler(denoiser: nn.Module) -> None:
+        scheduler, shape = source
+        sample(
+            denoiser,
+            copy.deepcopy(scheduler),
+            (samples, *shape),
+            num_inference_steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+            conditions=kwargs,
+        )
+
+    def by_inputs(denoiser: nn.Module) -> None:
+        for inputs in progress_bar(source, "calibration", enabled=progress):
+            if isinstance(inputs, Mapping):
+                denoiser(**inputs)
+            elif isinstance(inputs, (tuple, list)):
+                denoiser(*inputs)
+            else:
+                raise ConfigError(
+                    "calibrate() takes an iterable of calls, each a tuple or a dict of arguments; "
+                    f"it gave a {type(inputs).__name__}"
+                )
+
+    if hasattr(source, "components"):
+        return SamplingPass(by_pipeline, True)
+    given = ", ".join([*(type(a).__name__ for a in args), *kwargs])
+    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step"):
+        if args or not all(isinstance(value, Tensor) for value in kwargs.values()):
+            raise ConfigError(
+                "calibrate() with a (scheduler, shape) pair takes the model's further inputs by "
+                f"name, tensors with a row for each sample; got {given}"
+            )
+        return SamplingPass(by_scheduler, True)
+    if not isinstance(source, Iterable):
+        raise ConfigError(
+            "calibrate() takes a diffusers pipeline, a (scheduler, shape) pair or an iterable of "
+            f"inputs, got {type(source).__name__}"
+        )
+    if given:
+        raise ConfigError(f"calibrate() with an iterable takes nothing else; got {given}")
+    return SamplingPass(by_inputs, False)
 
 
 def takes_batch_size(pipeline: Any) -> bool:

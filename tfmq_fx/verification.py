@@ -17,6 +17,7 @@ from .modules import Compiled, Converted
 from .nn import QuantLayer
 from .passes.reconstruct_tib import relative_errors
 from .progress import progress_bar
+from .regions import extract
 from .sites import find_sites
 from .tables import FEATURE, QuantTimestepTable
 from .temporal import compute_rows
@@ -169,27 +170,71 @@ def _sites(
     examples: list[list[Tensor]],
     position: int,
 ) -> list[tuple[str, float, float]]:
-    """Each quantized layer on the reference's inputs: its worst SQNR over the examples."""
+    """Each quantized layer on the reference's inputs: its worst SQNR over the examples.
+
+    A layer is what computes, in `model`, the value that the reference's layer computes, from values
+    that both have: scaled, split or rotated inputs and side branches are part of it.
+    """
+    full = Walk(reference, examples)
+    by_name = {node.name: node for node in model.graph.nodes}
+    sites = {site.nodes[0]: site.name for site in find_sites(reference)[0]}
+    whole = {node.name for node in sites}
+    parts = []
+    for target, name in sites.items():
+        found = by_name.get(target.name)
+        inside, given = _computation(found, reference, whole) if found is not None else ([], [])
+        layers = [model.get_submodule(str(n.target)) for n in inside if n.op == "call_module"]
+        if found is not None and any(isinstance(layer, QuantLayer) for layer in layers):
+            needed = [target, *(full.node(node.name) for node in given)]
+            parts.append((name, needed, extract(model, [found], given)))
+    last = {node: i for i, (_, needed, _) in enumerate(parts) for node in needed}
+    full.keep(last)
     result = []
-    sites = [s for s in find_sites(model)[0] if isinstance(s.layer, QuantLayer)]
-    full, quantized = Walk(reference, examples), Walk(model, examples)
-    for site in sites:
-        assert isinstance(site.layer, QuantLayer)
-        node = site.nodes[0]
-        target = full.node(node.name)
-        full.keep([target])
-        full.stop_before(target)
-        quantized.stop_before(node)
-        inputs = [full.arguments(target, i)[0][0] for i in range(len(examples))]
-        scales = [quantized.arguments(node, i)[0][1:] for i in range(len(examples))]
-        full.step()
-        worst = min(
-            (sqnr(full.values[target][i], site.layer(inputs[i], *scales[i])), i)
-            for i in range(len(examples))
-        )
-        full.release()
-        result.append((site.name, worst[0], float(examples[worst[1]][position][0])))
+    for i, (name, needed, layer) in enumerate(parts):
+        full.run_past(needed)
+        sqnrs = []
+        for k in range(len(examples)):
+            expected, *inputs = (full.values[node][k] for node in needed)
+            with torch.no_grad():
+                sqnrs.append((sqnr(expected, layer(*inputs)[0]), k))
+        worst = min(sqnrs)
+        result.append((name, worst[0], float(examples[worst[1]][position][0])))
+        full.release(node for node in needed if last[node] == i)
     return sorted(result, key=lambda item: item[1])
+
+
+def _computation(
+    target: fx.Node, reference: fx.GraphModule, whole: set[str]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes that compute `target` from values the reference has too, and those values.
+
+    whole: names of the reference's layers, whose values count as had whatever computes them.
+    """
+    like = {node.name: node for node in reference.graph.nodes}
+
+    def shared(node: fx.Node) -> bool:
+        other = like.get(node.name)
+        if other is None or node.op == "get_attr":
+            return False
+        if node.op == "placeholder" or node.name in whole:
+            return True
+        inputs = [n.name for n in node.all_input_nodes]
+        same = (node.op, node.target, inputs)
+        return same == (other.op, other.target, [n.name for n in other.all_input_nodes])
+
+    inside, given, todo = [target], dict[fx.Node, None](), list(target.all_input_nodes)
+    seen = set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if shared(node):
+            given[node] = None
+        else:
+            inside.append(node)
+            todo += node.all_input_nodes
+    return inside, list(given)
 
 
 def _examples(model: Converted | Compiled, keys: Tensor, seed: int) -> list[list[Tensor]]:
