@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tests import zoo
-from tests.toys import seeded
+from tests.toys import seeded, tiny_unet2d
 from tfmq_fx.capture import capture
 from tfmq_fx.graph import Rewrite
 from tfmq_fx.sites import Site, find_sites
@@ -119,12 +119,15 @@ def all_sites(gm: fx.GraphModule) -> list[Site]:
 
 @functools.cache
 def captured(name: str) -> fx.GraphModule:
-    """A model in double precision: "digits", the shipped UNet, or one of the zoo."""
+    """A model in double precision: "digits", the shipped UNet, "tiny", another, or of the zoo."""
     if name == "digits":
         from tfmq_fx.digits import load_unet
 
         model: nn.Module = load_unet().double()
         example = {"sample": torch.randn(2, 1, 16, 16).double(), "timestep": torch.tensor([3, 9])}
+    elif name == "tiny":
+        model = tiny_unet2d().double()
+        example = {"sample": torch.randn(2, 3, 16, 16).double(), "timestep": torch.tensor([3, 9])}
     else:
         model = zoo.model(name, dtype=torch.float64)
         example = zoo.inputs(name, model)
