@@ -89,7 +89,8 @@ def choose_x_min(x: Tensor) -> float:
 def likelihood_test(x: Tensor) -> LikelihoodTest:
     """A power law against an exponential law, for the positive ones of values `x` (any shape).
 
-    Both are fitted to the values at or above `choose_x_min`.  Zeros belong to neither law and both
+    Both are fitted to the values at or above `choose_x_min`, on which the outcome depends; it says
+    which law fits better, not which grid loses less.  Zeros belong to neither law and both
     quantizers keep them, so they do not count.  UNDECIDED below 16 values or where all are equal.
     """
     values = x.detach().double().flatten()
