@@ -8,16 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from tfmq_fx.blocks import Unit, unit_nodes, units
-from tfmq_fx.checkpoint import rounded_state, seeded_generator, with_rounded_state
+from tfmq_fx.checkpoint import (
+    Checkpoint,
+    Part,
+    finished,
+    record,
+    rounded_state,
+    seeded_generator,
+    with_rounded_state,
+)
 from tfmq_fx.config import ReconstructionSpec
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, fork, graph_pass
 from tfmq_fx.nn import QuantLayer
+from tfmq_fx.ops import writers
 from tfmq_fx.progress import progress_bar
 from tfmq_fx.regions import extract, region_inputs, region_outputs
 from tfmq_fx.sites import find_sites
@@ -30,7 +41,8 @@ from tfmq_fx.soft import (
     sum_of_squares,
     with_float_inputs,
 )
-from tfmq_fx.walk import Walk
+from tfmq_fx.spill import Spill
+from tfmq_fx.walk import Held, Walk
 
 
 @graph_pass(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
@@ -41,7 +53,9 @@ def reconstruct_blocks(
     chunks: Sequence[Sequence[Tensor]],
     spec: ReconstructionSpec,
     iters: int,
+    weights: Sequence[Tensor] | None = None,
     skip: Collection[str] = (),
+    checkpoint: Checkpoint | None = None,
     progress: bool = False,
 ) -> Rewrite:
     """The graph with the rounding of every block learnt, in execution order.
@@ -52,10 +66,10 @@ def reconstruct_blocks(
     Each block ends with the best of three: the rounding it had, the learnt one, and its weights
     rounded to nearest.  It keeps what it had where none is better or none is finite.
     reference: the captured graph.  chunks: placeholder values.  iters: Adam steps for each block.
-    skip: sites to leave.
+    weights: for each chunk those of its samples' squared errors; None is the same for all.
+    skip: sites to leave.  checkpoint: where finished blocks are found and put.
     """
     seen = gm if spec.quantize_inputs else _with_float_inputs(gm)
-    full, quantized = Walk(reference, chunks), Walk(seen, chunks)
     declined, errors, sites, changed = [], {}, [], 0
     for site in find_sites(seen)[0]:
         if site.name in skip or not isinstance(site.layer, QuantLayer):
@@ -65,27 +79,32 @@ def reconstruct_blocks(
         else:
             reason = f"called {len(site.nodes)} times: no block holds all that it does"
             declined.append(Declined(site.name, reason))
-    parts = [part for unit in units(sites) for part in _alone(unit, _view(seen, unit, full))]
-    # Sites of a unit that is no region of its own may take turns with those of others.
-    order = {node: i for i, node in enumerate(seen.graph.nodes)}
-    parts.sort(key=lambda part: order[part.sites[0].nodes[0]])
-    for part in progress_bar(parts, "block reconstruction", enabled=progress):
-        view = _view(seen, part, full)
-        if view is None:
-            declined.append(Declined(part.path, "its outputs are not in the captured graph"))
-            continue
-        batches = _batches(view, full, quantized)
-        found = _reconstruct(seen, reference, part, view, batches, spec, iters)
-        errors[part.path] = found.errors
-        if found.note:
-            declined.append(Declined(part.path, found.note))
-        for name, state in found.states.items():
-            for graph in {gm, seen}:
-                layer = graph.get_submodule(name)
-                assert isinstance(layer, QuantLayer)
-                graph.set_submodule(name, with_rounded_state(layer, state))
-        changed += bool(found.states)
-    return Rewrite(gm, changed, declined, {"error": errors})
+    with Spill(spec.memory) as spill:
+        full, quantized = (Walk(graph, chunks, spill=spill) for graph in (reference, seen))
+        parts = [part for unit in units(sites) for part in _alone(unit, _view(seen, unit, full))]
+
+        def learnt(unit: Unit, view: _View) -> Part:
+            return _learnt(seen, reference, unit, view, full, quantized, weights, spec, iters)
+
+        # Sites of a unit that is no region of its own may take turns with those of others.
+        order = {node: i for i, node in enumerate(seen.graph.nodes)}
+        parts.sort(key=lambda part: order[part.sites[0].nodes[0]])
+        for unit in progress_bar(parts, "block reconstruction", enabled=progress):
+            view = _view(seen, unit, full)
+            if view is None:
+                declined.append(Declined(unit.path, "its outputs are not in the captured graph"))
+                continue
+            found = finished(checkpoint, unit.path, partial(learnt, unit, view))
+            errors[unit.path] = found.errors
+            if found.note:
+                declined.append(Declined(unit.path, found.note))
+            for name, state in found.states.items():
+                for graph in {gm, seen}:
+                    layer = graph.get_submodule(name)
+                    assert isinstance(layer, QuantLayer)
+                    graph.set_submodule(name, with_rounded_state(layer, state))
+            changed += bool(found.states)
+    return Rewrite(gm, changed, declined, {"error": errors} | record(checkpoint))
 
 
 def _with_float_inputs(gm: fx.GraphModule) -> fx.GraphModule:
@@ -128,51 +147,74 @@ def _view(gm: fx.GraphModule, unit: Unit, full: Walk) -> _View | None:
     return _View(tuple(ordered), tuple(outputs), first)
 
 
-def _batches(view: _View, full: Walk, quantized: Walk) -> list[Batch]:
-    quantized.keep(view.inputs)
-    quantized.stop_before(view.first)
-    wanted = [full.node(node.name) for node in view.outputs]
-    full.keep(wanted)
-    full.run_past(wanted)
-    batches = [
-        Batch(
-            tuple(quantized.values[node][i] for node in view.inputs),
-            tuple(full.values[node][i] for node in wanted),
-        )
-        for i in range(len(quantized.chunks))
-    ]
-    full.release()
-    quantized.release()
-    return batches
+class _Batches(Sequence[Batch]):
+    """What goes into a block and should come out of it, chunk by chunk, wherever a walk keeps it.
 
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What became of a block.
-
-    errors: relative squared error of its outputs as given, rounded to nearest, and learnt.
-    states: `rounded_state` of each layer, empty where they stay.  note: why not the learnt ones.
+    Inputs that the block writes to in place are copies.
     """
 
-    errors: dict[str, float]
-    states: dict[str, dict[str, Tensor]]
-    note: str
+    def __init__(
+        self,
+        block: fx.GraphModule,
+        inputs: Sequence[Held],
+        targets: Sequence[Held],
+        weights: Sequence[Tensor] | None,
+    ) -> None:
+        written = {node for _, bases in writers(block) for node in bases}
+        self._copied = [node in written for node in block.graph.find_nodes(op="placeholder")]
+        self._inputs, self._targets, self._weights = inputs, targets, weights
+
+    def __len__(self) -> int:
+        return len(self._targets[0])
+
+    def __getitem__(self, chunk: Any) -> Any:
+        values = [held[chunk] for held in self._inputs]
+        inputs = [
+            x.clone() if copied else x for x, copied in zip(values, self._copied, strict=True)
+        ]
+        weights = None if self._weights is None else self._weights[chunk]
+        return Batch(tuple(inputs), tuple(held[chunk] for held in self._targets), weights)
 
 
-def _reconstruct(
+def _learnt(
     gm: fx.GraphModule,
     reference: fx.GraphModule,
     unit: Unit,
     view: _View,
+    full: Walk,
+    quantized: Walk,
+    weights: Sequence[Tensor] | None,
+    spec: ReconstructionSpec,
+    iters: int,
+) -> Part:
+    """The block with what it is to give and gets, in front of which the walks stop."""
+    wanted = [full.node(node.name) for node in view.outputs]
+    quantized.keep(view.inputs)
+    quantized.stop_before(view.first)
+    full.keep(wanted)
+    full.run_past(wanted)
+    block = extract(gm, view.outputs, view.inputs)
+    inputs, targets = [quantized.values[n] for n in view.inputs], [full.values[n] for n in wanted]
+    part = _best(block, reference, unit, _Batches(block, inputs, targets, weights), spec, iters)
+    full.release()
+    quantized.release()
+    return part
+
+
+def _best(
+    block: fx.GraphModule,
+    reference: fx.GraphModule,
+    unit: Unit,
     batches: Sequence[Batch],
     spec: ReconstructionSpec,
     iters: int,
-) -> _Found:
-    block = extract(gm, view.outputs, view.inputs)
+) -> Part:
+    """The best rounding of a block, and the relative squared error of its outputs as given, rounded
+    to nearest, and learnt."""
     soft, nearest = dict[str, SoftLayer](), dict[str, QuantLayer]()
     errors = {"before": _error(block, batches)}
     for site in unit.sites:
-        layer, original = gm.get_submodule(site.name), reference.get_submodule(site.name)
+        layer, original = block.get_submodule(site.name), reference.get_submodule(site.name)
         assert isinstance(layer, QuantLayer) and isinstance(original.weight, Tensor)
         assert original.bias is None or isinstance(original.bias, Tensor)
         soft[site.name] = SoftLayer(layer, start_of(layer, original.weight), quantize_input=True)
@@ -199,7 +241,7 @@ def _reconstruct(
         form = "what it had" if kept == "before" else "nearest rounding"
         why = stopped or f"learnt rounding is no better ({errors['after']:.4g})"
         note = f"{why}: kept {form} ({errors[kept]:.4g})"
-    return _Found(errors, {name: rounded_state(layer) for name, layer in layers.items()}, note)
+    return Part({name: rounded_state(layer) for name, layer in layers.items()}, errors, note)
 
 
 def _with(block: fx.GraphModule, layers: Mapping[str, nn.Module]) -> fx.GraphModule:

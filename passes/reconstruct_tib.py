@@ -5,10 +5,20 @@ features = tib_q(t), rounded to nearest    ->    rounded so that all features to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.checkpoint import seeded_generator
+from tfmq_fx.checkpoint import (
+    Checkpoint,
+    Part,
+    finished,
+    record,
+    rounded_state,
+    seeded_generator,
+    with_rounded_state,
+)
 from tfmq_fx.config import ReconstructionSpec
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
@@ -25,6 +35,7 @@ def reconstruct_tib(
     visits: Tensor,
     iters: int,
     spec: ReconstructionSpec,
+    checkpoint: Checkpoint | None = None,
 ) -> Rewrite:
     """The quantized temporal block with weights rounded by AdaRound, all layers jointly.
 
@@ -33,10 +44,35 @@ def reconstruct_tib(
     comes by.  The objective is TFMQ-DM's (section 3.2): the sum over features of their squared
     error, here relative to each feature's size, and only rounding moves, besides biases.
     Where the decided block is worse than the one given, that one stays and the pass says so.
+    checkpoint: where the finished block is found and put.
     """
     sites = [name for name, m in gm.named_modules() if isinstance(m, QuantLayer)]
     if not sites or iters == 0:
         return Rewrite(gm, 0)
+    found = finished(
+        checkpoint,
+        "temporal block",
+        lambda: _learnt(gm, reference, sites, timesteps, visits, iters, spec),
+    )
+    for name, state in found.states.items():
+        layer = gm.get_submodule(name)
+        assert isinstance(layer, QuantLayer)
+        gm.set_submodule(name, with_rounded_state(layer, state))
+    declined = [Declined("temporal block", found.note)] if found.note else []
+    return Rewrite(gm, len(found.states), declined, found.errors | record(checkpoint))
+
+
+def _learnt(
+    gm: fx.GraphModule,
+    reference: fx.GraphModule,
+    sites: Sequence[str],
+    timesteps: Tensor,
+    visits: Tensor,
+    iters: int,
+    spec: ReconstructionSpec,
+) -> Part:
+    """The block's layers learnt, or none; mean relative errors of the features, and the share of
+    weights that had decided."""
     targets = reference(timesteps)
     trained = fx.GraphModule(gm, gm.graph)
     soft = {}
@@ -56,24 +92,21 @@ def reconstruct_tib(
         regularization=spec.regularization,
         generator=seeded_generator(spec.seed, "temporal block"),
     )
-    given = {name: gm.get_submodule(name) for name in sites}
-    for name, layer in soft.items():
-        gm.set_submodule(name, layer.decided())
-    after = feature_errors(gm, targets, timesteps)
+    made = {name: layer.decided() for name, layer in soft.items()}
+    for name, module in made.items():
+        trained.set_submodule(name, module)
+    after = feature_errors(trained, targets, timesteps)
     weights = sum(layer.rounding.alpha.numel() for layer in soft.values())
     decided = sum(s.rounding.decided() * s.rounding.alpha.numel() for s in soft.values()) / weights
-    details = {
+    errors = {
         "error_before": float(before.mean()),
         "error_after": float(after.mean()),
         "decided": decided,
     }
     if stopped or not after.mean() < before.mean():  # NaN is no better
-        for name, module in given.items():
-            gm.set_submodule(name, module)
         why = stopped or f"learnt rounding is no better ({after.mean():.4g})"
-        note = f"{why}: kept what it had ({before.mean():.4g})"
-        return Rewrite(gm, 0, [Declined("temporal block", note)], details)
-    return Rewrite(gm, len(sites), [], details)
+        return Part({}, errors, f"{why}: kept what it had ({before.mean():.4g})")
+    return Part({name: rounded_state(module) for name, module in made.items()}, errors)
 
 
 def feature_errors(gm: fx.GraphModule, targets: tuple[Tensor, ...], timesteps: Tensor) -> Tensor:

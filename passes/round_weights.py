@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from tfmq_fx.affine import QParams, weight_qparams
-from tfmq_fx.checkpoint import rounded_state, seeded_generator, with_rounded_state
+from tfmq_fx.checkpoint import (
+    Checkpoint,
+    Part,
+    finished,
+    record,
+    rounded_state,
+    seeded_generator,
+    with_rounded_state,
+)
 from tfmq_fx.config import LayerConfig, ReconstructionSpec
 from tfmq_fx.dialect import Stage
 from tfmq_fx.errors import CalibrationError
@@ -24,6 +31,7 @@ from tfmq_fx.nn import QuantConv, QuantLayer
 from tfmq_fx.progress import progress_bar
 from tfmq_fx.rounding import refine, round_nearest, round_second_order
 from tfmq_fx.sites import Site, find_sites
+from tfmq_fx.spill import Spill
 from tfmq_fx.walk import Walk
 
 ROWS = 20_000  # rows of each layer's input that its Gram matrix is made of
@@ -39,7 +47,9 @@ def round_weights(
     chunks: Sequence[Sequence[Tensor]],
     plan: dict[str, LayerConfig],
     spec: ReconstructionSpec,
+    weights: Sequence[Tensor] | None = None,
     skip: Collection[str] = (),
+    checkpoint: Checkpoint | None = None,
     progress: bool = False,
 ) -> Rewrite:
     """The graph with second-order rounded weights.
@@ -49,72 +59,82 @@ def round_weights(
     bias takes up the mean).  Each layer ends with the best of: the rounding it had, the aligned
     weight rounded to nearest, to second order, and refined (spec.refine); it keeps what it had
     where second-order rounding fails at 100 times the damping as well.
-    reference: the captured graph.  chunks: placeholder values.
-    skip: sites to leave (the temporal block, which TIAR has done).
+    reference: the captured graph.  chunks: placeholder values.  weights: for each chunk those of
+    its samples; None is the same for all.  skip: sites to leave (the temporal block, which TIAR has
+    done).  checkpoint: where finished layers are found and put.
     """
     sites, _ = find_sites(gm)
-    full, quantized = Walk(reference, chunks), Walk(gm, chunks)
     errors, declined, changed = dict[str, dict[str, float]](), [], 0
-    for site in progress_bar(sites, "second-order rounding", enabled=progress):
-        if site.name in skip or not isinstance(site.layer, QuantLayer):
-            declined.append(Declined(site.name, "rounded elsewhere, or in floating point"))
-            continue
-        node = site.nodes[0]
-        quantized.stop_before(node)
-        full.stop_before(full.node(node.name))
-        original = reference.get_submodule(site.name).weight
-        assert isinstance(original, Tensor)
-        statistics = _statistics(site, original.detach(), full, quantized, spec.seed)
-        found = _rounded(site.layer, statistics, plan[site.name], spec)
-        errors[site.name] = found.errors
-        if found.note:
-            declined.append(Declined(site.name, found.note))
-        if found.state:
-            gm.set_submodule(site.name, with_rounded_state(site.layer, found.state))
-            changed += 1
-    return Rewrite(gm, changed, declined, {"error": errors})
+    with Spill(spec.memory) as spill:
+        full, quantized = (Walk(graph, chunks, spill=spill) for graph in (reference, gm))
+        for site in progress_bar(sites, "second-order rounding", enabled=progress):
+            layer = site.layer
+            if site.name in skip or not isinstance(layer, QuantLayer):
+                declined.append(Declined(site.name, "rounded elsewhere, or in floating point"))
+                continue
+            original = reference.get_submodule(site.name).weight
+            assert isinstance(original, Tensor)
+
+            def rounded(
+                site: Site = site, layer: QuantLayer = layer, original: Tensor = original
+            ) -> Part:
+                statistics = _statistics(
+                    site, layer, original.detach(), full, quantized, weights, spec.seed
+                )
+                return _rounded(site.name, layer, statistics, plan[site.name], spec)
+
+            found = finished(checkpoint, site.name, rounded)
+            errors[site.name] = found.errors
+            if found.note:
+                declined.append(Declined(site.name, found.note))
+            for name, state in found.states.items():
+                gm.set_submodule(name, with_rounded_state(layer, state))
+            changed += bool(found.states)
+    return Rewrite(gm, changed, declined, {"error": errors} | record(checkpoint))
 
 
 def _statistics(
-    site: Site, weight: Tensor, full: Walk, quantized: Walk, seed: int
+    site: Site,
+    layer: QuantLayer,
+    weight: Tensor,
+    full: Walk,
+    quantized: Walk,
+    weights: Sequence[Tensor] | None,
+    seed: int,
 ) -> InputStatistics:
     """Statistics of about ROWS rows, as many from each chunk."""
-    layer, node = site.layer, site.nodes[0]
-    assert isinstance(layer, QuantLayer)
+    node = site.nodes[0]
+    quantized.stop_before(node)
+    full.stop_before(full.node(node.name))
     groups = layer.groups if isinstance(layer, QuantConv) else 1
-    rows = weight.flatten(1)
-    result = InputStatistics.empty(rows.view(groups, -1, rows.shape[1]))
+    result = InputStatistics.empty(weight.reshape(groups, len(weight) // groups, -1))
     generator = seeded_generator(seed, site.name)
     share = -(-ROWS // len(quantized.chunks))
     for i in range(len(quantized.chunks)):
         args, _ = quantized.arguments(node, i)
         seen = layer.quantized_input(*args)
         true = full.arguments(full.node(node.name), i)[0][0]
-        picks = torch.randperm(row_count(layer, seen), generator=generator)[:share]
+        count = row_count(layer, seen)
+        picks = torch.randperm(count, generator=generator)[:share]
         pair = input_rows(layer, seen, picks), input_rows(layer, true, picks)
         if not all(bool(torch.isfinite(part).all()) for part in pair):
             raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")
-        result.add(*pair)
+        importance = None
+        if weights is not None and count % len(weights[i]) == 0:  # rows of a sample stand together
+            importance = weights[i][picks // (count // len(weights[i]))].to(seen.device)
+        result.add(*pair, importance)
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What became of a layer.
-
-    errors: squared output error of each candidate, less what no weights can avoid.
-    state: its `rounded_state`, empty where it stays.  note: why second-order rounding failed.
-    """
-
-    errors: dict[str, float]
-    state: dict[str, Tensor]
-    note: str = ""
-
-
 def _rounded(
-    layer: QuantLayer, statistics: InputStatistics, plan: LayerConfig, spec: ReconstructionSpec
-) -> _Found:
-    """The best of the candidates for one layer and the errors of all; uses `statistics` up."""
+    name: str,
+    layer: QuantLayer,
+    statistics: InputStatistics,
+    plan: LayerConfig,
+    spec: ReconstructionSpec,
+) -> Part:
+    """The best of the candidates for one layer, and the squared output error of each, less what no
+    weights can avoid.  Uses `statistics` up."""
     if layer.bias is not None:
         _center_(statistics)
     error = "?"
@@ -125,23 +145,23 @@ def _rounded(
             error = str(failed).partition("\n")[0]
             continue
         errors = {
-            name: _error(_values(codes, grid) - aligned, statistics.gram)
-            for name, (codes, grid) in candidates.items()
+            form: _error(_values(codes, grid) - aligned, statistics.gram)
+            for form, (codes, grid) in candidates.items()
         }
         if math.isfinite(errors["second-order"]):
             break
         error = "its codes are not finite"
     else:
-        return _Found({}, {}, f"second-order rounding failed ({error}): kept what it had")
-    best = min(errors, key=lambda name: (not math.isfinite(errors[name]), errors[name]))
+        return Part({}, {}, f"second-order rounding failed ({error}): kept what it had")
+    best = min(errors, key=lambda form: (not math.isfinite(errors[form]), errors[form]))
     codes, grid = candidates[best]
     made = with_rounded_state(layer, {})
     made.set_weight(codes.view(layer.weight_shape), grid)
     if layer.bias is not None:
         made.bias = _shifted_bias(made, layer.bias, statistics)
         if not bool(torch.isfinite(made.bias).all()):
-            return _Found(errors, {}, "the bias it needs is not finite: kept what it had")
-    return _Found(errors, rounded_state(made))
+            return Part({}, errors, "the bias it needs is not finite: kept what it had")
+    return Part({name: rounded_state(made)}, errors)
 
 
 def _candidates(

@@ -36,7 +36,7 @@ from .pipelines import find_timestep, named_inputs, sampling_pass, timestep_valu
 from .presets import resolve
 from .products import measure_products
 from .report import pass_record, site_records
-from .rewriting import Chunks, profiled_ranges, rewrite_layers
+from .rewriting import profiled_ranges, rewrite_layers
 from .signature import CallSpec
 from .sites import Site, check_weights, find_sites, plan_sites, weights_left
 from .temporal import choose_temporal
@@ -146,8 +146,8 @@ def convert(
     capture -> exact rewrites of layers -> temporal block measured and chosen -> tables -> quantized
     layers -> second-order rounding -> block reconstruction -> rounds of it on what the quantized
     model visits -> output correction.  Deterministic for a seed on one machine.
-    checkpoint: a directory for finished layers and blocks.  With the same one a later convert of the
-    same recipe, model and calibration takes them from it, and ends with the same bits.
+    checkpoint: a directory for finished layers and blocks, from which a later convert of the same
+    recipe, model and calibration takes them; it ends with the same bits.
     Raises CalibrationError where a layer that needs data saw none, ConfigError where the directory
     holds the checkpoint of another conversion.
     """

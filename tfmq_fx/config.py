@@ -228,7 +228,7 @@ class ReconstructionSpec:
     from a normal distribution about `center` (share of the way from noise 0 to 1) with a deviation
     of half the set (PTQ4DM).
     samples: calibration samples used at most.
-    memory: bytes of activations held in memory at once; what is more waits on disk.
+    memory: bytes of activations held in memory between steps; what is more waits on disk.
     batch_size: samples per step of AdaRound and per forward of a block.
     learning_rate: of AdaRound, here and in TIAR.  regularization: weight of its rounding term
     against an error that starts at 1.
@@ -245,7 +245,7 @@ class ReconstructionSpec:
     sampling: Sampling = "uniform"
     center: float = 0.4
     samples: int = 640
-    memory: int = 4 << 30
+    memory: int = 256 << 20
     batch_size: int = 64
     learning_rate: float = 3e-2
     regularization: float = 30.0

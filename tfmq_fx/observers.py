@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,13 +115,33 @@ class SampleCache:
             return 1
         return max(1, self.capacity // self._row_bytes // max(len(self._rows), 1))
 
+    @property
+    def rows(self) -> dict[float, list[tuple[Tensor, ...]]]:
+        """The samples of each timestep."""
+        return self._rows
+
     def chunks(
-        self, count: int, *, batched: Sequence[bool], batch_size: int, seed: int
+        self,
+        count: int,
+        *,
+        batched: Sequence[bool],
+        batch_size: int,
+        seed: int,
+        center: float | None = None,
     ) -> list[tuple[Tensor, ...]]:
-        """About `count` samples, evenly over timesteps, mixed, in batches of `batch_size`."""
+        """About `count` samples, mixed, in batches of `batch_size`.
+
+        Evenly over timesteps; or, with `center`, over timesteps drawn from a normal distribution
+        about that share of the sorted set, with a deviation of half the set (PTQ4DM), and fewer
+        than `count` where a timestep has fewer samples than it was drawn.
+        """
         random = np.random.default_rng(seed)
-        share = max(1, round(count / max(sum(map(bool, self._rows.values())), 1)))
-        picked = [row for rows in self._rows.values() for row in rows[:share]]
+        if center is None:
+            share = max(1, round(count / max(sum(map(bool, self._rows.values())), 1)))
+            picked = [row for rows in self._rows.values() for row in rows[:share]]
+        else:
+            drawn = self._drawn(count, center, random)
+            picked = [row for step, n in drawn.items() for row in self._rows[step][:n]]
         picked = [picked[i] for i in random.permutation(len(picked))][:count]
         return [
             tuple(
@@ -129,3 +150,27 @@ class SampleCache:
             )
             for part in (picked[i : i + batch_size] for i in range(0, len(picked), batch_size))
         ]
+
+    def weights(self, timesteps: Sequence[Tensor]) -> list[Tensor] | None:
+        """Weights of samples whose timesteps these are, (n,) float32 each, by which every timestep
+        counts as often as it was visited; None where they were all visited alike.
+
+        visits / samples of a timestep, over the mean.
+        """
+        steps = [step for part in timesteps for step in part.tolist()]
+        if len({self.visits[step] for step in steps}) < 2:
+            return None
+        counts = Counter(steps)
+        mean = sum(self.visits[step] for step in counts) / len(steps)
+        return [
+            torch.tensor([self.visits[s] / counts[s] / mean for s in part.tolist()])
+            for part in timesteps
+        ]
+
+    def _drawn(self, count: int, center: float, random: np.random.Generator) -> dict[float, int]:
+        """How often each timestep is drawn, of `count` times."""
+        steps = sorted(step for step, rows in self._rows.items() if rows)
+        places = (np.arange(len(steps)) + 0.5) / len(steps)
+        density = np.exp(-0.5 * ((places - center) / 0.5) ** 2)
+        drawn = random.multinomial(count, density / density.sum())
+        return dict(zip(steps, drawn.tolist(), strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .checkpoint import Checkpoint
 from .config import Config, LayerConfig
 from .dataflow import TemporalBlock
 from .graph import Rewrite, timestep_node
@@ -57,12 +58,13 @@ def choose_temporal(
     ranges: Mapping[str, Ranges],
     timesteps: Tensor,
     visits: Tensor,
+    checkpoint: Checkpoint | None = None,
 ) -> TemporalChoice:
     """The form of every temporal feature under `config.temporal`.
 
     Every candidate that the mode allows is built and measured over the whole set: the quantized
     block after TIAR, rows cached at each bit width, exact rows.  timesteps: (K,); visits: (K,)
-    weights of the mean error.
+    weights of the mean error.  checkpoint: where the reconstructed block is found and put.
     """
     spec = config.temporal
     names = [f.name for f in block.features]
@@ -93,6 +95,7 @@ def choose_temporal(
             timesteps=timesteps,
             visits=visits,
             passes=result.passes,
+            checkpoint=checkpoint,
         )
         with torch.no_grad():
             features = quantized(as_input(quantized, timesteps))
@@ -149,6 +152,7 @@ def quantize_block(
     timesteps: Tensor,
     visits: Tensor,
     passes: list[Rewrite],
+    checkpoint: Checkpoint | None = None,
 ) -> fx.GraphModule:
     """The block as quantized modules: ranges per timestep (FSC), weights after TIAR."""
     nearest = quantize_layers(graph, plan=plan, ranges=ranges, timesteps=timesteps)
@@ -159,6 +163,7 @@ def quantize_block(
         visits=visits,
         iters=config.temporal.tiar_iters,
         spec=config.reconstruction,
+        checkpoint=checkpoint,
     )
     passes.append(learnt)
     return learnt.gm

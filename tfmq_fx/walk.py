@@ -1,32 +1,54 @@
 """Run a graph node by node over many samples, stopping where a pass wants to look or change.
 
-A walk keeps only live values, so that its memory is the graph's widest cut times the samples, not
-the sum of all activations.
+A walk keeps only live values: the graph's widest cut times the samples, not the sum of all
+activations. It goes from stop to stop with one chunk of samples after another, so that no more of
+them need be in memory than one chunk has; the others may wait in files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-Chunks = list[Any]  # one value per chunk of samples
+from .spill import Opened, Spill
+
+
+class Held(Sequence[Any]):
+    """The value of one node for each chunk."""
+
+    def __init__(self, spill: Spill) -> None:
+        self._spill = spill
+        self.packed: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, chunk: Any) -> Any:
+        return self._spill.unpack(self.packed[chunk], Opened())
 
 
 class Walk:
     """Lazy execution of `gm` over chunks of inputs.
 
-    chunks: for each chunk the placeholder values in order.  Modules are looked up when their node
-    runs, so a layer replaced before the walk reaches it is the one that runs.
+    chunks: for each chunk the placeholder values in order.  spill: where values wait; in memory by
+    default.  Modules are looked up when their node runs, so a layer replaced before the walk
+    reaches it is the one that runs.
     """
 
-    def __init__(self, gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]], *, spill: Spill | None = None
+    ) -> None:
         self.gm, self.chunks = gm, chunks
-        self.values: dict[fx.Node, Chunks] = {}
+        self.values: dict[fx.Node, Held] = {}
+        self._spill = Spill() if spill is None else spill
+        tensors = [x for chunk in chunks for x in chunk if isinstance(x, Tensor)]
+        self._pinned = {x.untyped_storage().data_ptr() for x in tensors}
         self._nodes: list[fx.Node] = list(gm.graph.nodes)
         self._by_name = {node.name: node for node in self._nodes}
+        self._inputs = [node for node in self._nodes if node.op == "placeholder"]
         self._position = 0
         self._order = {node: i for i, node in enumerate(self._nodes)}
         self._last_use = _last_uses(self._nodes)
@@ -42,52 +64,89 @@ class Walk:
 
     def stop_before(self, node: fx.Node) -> None:
         """Run every node in front of `node`; its inputs are then in `values`."""
-        while self._nodes[self._position] is not node:
-            self.step()
+        if self._position > self._order[node]:
+            raise ValueError(f"{node.name} has run already")
+        self._advance(self._order[node])
 
     def run_past(self, nodes: Iterable[fx.Node]) -> None:
         """Run until every one of `nodes` has run."""
-        target = max(self._order[node] for node in nodes)
-        while self._position <= target:
-            self.step()
+        self._advance(max(self._order[node] for node in nodes) + 1)
 
     def keep(self, nodes: Iterable[fx.Node]) -> None:
         """Hold the values of `nodes` past their last use, until `release`."""
         self._kept.update(nodes)
 
-    def release(self) -> None:
-        """Drop values that were held by `keep` and are no longer needed."""
-        for node in self._kept:
+    def release(self, nodes: Iterable[fx.Node] | None = None) -> None:
+        """Drop values (all by default) that `keep` held and that are no longer needed."""
+        for node in self._kept.intersection(self._kept if nodes is None else nodes):
+            self._kept.discard(node)
             if self._last_use.get(node, -1) < self._position:
-                self.values.pop(node, None)
-        self._kept.clear()
+                self._drop(node)
 
-    @torch.no_grad()
     def step(self) -> fx.Node:
         """Run the next node on every chunk and drop what is no longer needed."""
         node = self._nodes[self._position]
-        self.values[node] = [self._run(node, i) for i in range(len(self.chunks))]
-        for used in {*node.all_input_nodes, node}:
-            if self._last_use.get(used, -1) <= self._position and used not in self._kept:
-                self.values.pop(used, None)
-        self._position += 1
+        self._advance(self._position + 1)
         return node
 
     def arguments(self, node: fx.Node, chunk: int) -> tuple[Any, dict[str, Any]]:
         """The call arguments of `node` for one chunk."""
+        opened = Opened()
 
         def value(used: fx.Node) -> Any:
-            return self.values[used][chunk]
+            return self._spill.unpack(self.values[used].packed[chunk], opened)
 
         return fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
 
-    def _run(self, node: fx.Node, chunk: int) -> Any:
+    @torch.no_grad()
+    def _advance(self, stop: int) -> None:
+        """Run the nodes in front of position `stop`, chunk by chunk."""
+        if stop <= self._position:
+            return
+        nodes = self._nodes[self._position : stop]
+        needed = [n for n in nodes if n in self._kept or self._last_use[n] >= stop]
+        made = {node: Held(self._spill) for node in needed}
+        for chunk in range(len(self.chunks)):
+            self._run_chunk(nodes, chunk, made)
+        self._position = stop
+        self.values |= made
+        for node in list(self.values):
+            if self._last_use[node] < stop and node not in self._kept:
+                self._drop(node)
+
+    def _run_chunk(
+        self, nodes: Sequence[fx.Node], chunk: int, made: Mapping[fx.Node, Held]
+    ) -> None:
+        opened, values = Opened(), dict[fx.Node, Any]()
+
+        def value(used: fx.Node) -> Any:
+            if used not in values:
+                values[used] = self._spill.unpack(self.values[used].packed[chunk], opened)
+            return values[used]
+
+        for position, node in enumerate(nodes, self._position):
+            values[node] = self._run(node, chunk, value)
+            for used in {*node.all_input_nodes, node}:
+                if self._last_use[used] <= position and used not in made:
+                    values.pop(used, None)
+        for node, held in made.items():
+            held.packed.append(self._spill.pack(values[node], opened, self._pinned))
+        self._spill.close(opened)
+
+    def _drop(self, node: fx.Node) -> None:
+        if held := self.values.pop(node, None):
+            for packed in held.packed:
+                self._spill.drop(packed)
+
+    def _run(self, node: fx.Node, chunk: int, value: Callable[[fx.Node], Any]) -> Any:
         if node.op == "placeholder":
-            index = sum(n.op == "placeholder" for n in self._nodes[: self._position])
-            return self.chunks[chunk][index]
+            return self.chunks[chunk][self._inputs.index(node)]
         if node.op == "get_attr":
-            return attribute(self.gm, str(node.target))
-        args, kwargs = self.arguments(node, chunk)
+            found = attribute(self.gm, str(node.target))
+            if isinstance(found, Tensor):
+                self._pinned.add(found.untyped_storage().data_ptr())
+            return found
+        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
         if node.op == "call_module":
             return self.gm.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
@@ -96,25 +155,6 @@ class Walk:
             assert callable(node.target)
             return node.target(*args, **kwargs)
         return args[0]  # output
-
-    @staticmethod
-    def widest(gm: fx.GraphModule) -> int:
-        """Bytes per sample of the values alive at once, at most, judged by meta["val"]."""
-        first = next(n for n in gm.graph.find_nodes(op="placeholder") if n.meta["val"].dim())
-        batch = _hint(first.meta["val"].shape[0])
-        nodes = list(gm.graph.nodes)
-        last = _last_uses(nodes)
-        alive, most = 0, 0
-        sizes = {node: _bytes(node.meta.get("val")) for node in nodes}
-        ending: dict[int, list[fx.Node]] = {}
-        for node, position in last.items():
-            ending.setdefault(position, []).append(node)
-        for position, node in enumerate(nodes):
-            alive += 0 if node.op == "get_attr" else sizes[node]
-            most = max(most, alive)
-            for done in ending.get(position, ()):
-                alive -= 0 if done.op == "get_attr" else sizes[done]
-        return -(-most // batch)
 
 
 def attribute(gm: fx.GraphModule, target: str) -> Any:
@@ -131,19 +171,3 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
         for used in node.all_input_nodes:
             last[used] = i
     return last
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        count = 1
-        for size in value.shape:
-            count *= _hint(size)
-        return count * value.element_size()
-    if isinstance(value, (tuple, list)):
-        return sum(_bytes(item) for item in value)
-    return 0
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """A size, or what a symbolic one was at capture."""
-    return size if isinstance(size, int) else int(size.node.hint or 1)
