@@ -27,7 +27,7 @@ from tfmq_fx.layers import (
     replace_call,
     sites_named,
 )
-from tfmq_fx.ops import is_view
+from tfmq_fx.ops import is_view, writers
 from tfmq_fx.regions import extract
 from tfmq_fx.sites import Site
 
@@ -85,8 +85,11 @@ def keep_first_token(
 def _without_token(
     gm: fx.GraphModule, x: fx.Node, node: fx.Node, buffer: str
 ) -> tuple[fx.Node, fx.Node]:
-    """In front of `node`: whether the first token of x is the known one, (B, 1, 1), and x with 0
-    in its place where it is."""
+    """Whether the first token of x is the known one, (B, 1, 1), and x with 0 in its place where it
+    is; as early as x is there, or in front of `node` where x is written in place."""
+    behind = x.next
+    while behind.op == "placeholder":
+        behind = behind.next
     token = buffer_before(gm, node, buffer)
     first = call_before(node, operator.getitem, x, _FIRST, name=f"{x.name}_first")
     same = call_before(node, torch.eq, first, token, name=f"{x.name}_same")
@@ -94,8 +97,11 @@ def _without_token(
     masked = call_before(node, torch.masked_fill, first, known, 0.0, name=f"{x.name}_masked")
     others = call_before(node, operator.getitem, x, _REST, name=f"{x.name}_others")
     rest = call_before(node, torch.cat, [masked, others], 1, name=f"{x.name}_rest")
+    written = any(x in bases for _, bases in writers(gm))
     for made in (token, first, same, known, masked, others, rest):
         made.meta["nn_module_stack"] = {"": ("", type(gm))}  # several modules read them
+        if not written:  # a block's inputs are to be there before its first layer runs
+            behind.prepend(made)
     return known, rest
 
 

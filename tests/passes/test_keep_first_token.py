@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from tests import zoo
 from tests.exact import assert_untouched, check_exact, relative, snapshot, values_of
 from tests.passes.test_quantize_layers import W8A8, observe
+from tests.strategies import WIDTH as BUILT
+from tests.strategies import GraphBuilder
 from tests.toys import seeded
 from tfmq_fx.capture import capture
 from tfmq_fx.dialect import Stage, is_timestep_row, stage_of
@@ -198,6 +200,26 @@ def test_a_layer_called_twice_needs_one_token_for_both_calls():
     assert [d.reason for d in done.declined] == ["its first token has 2 values in 48 samples"]
 
 
+def test_a_text_that_is_written_in_place_is_read_when_its_layer_runs():
+    b = GraphBuilder()
+    text = b.placeholder("text", b.x.meta["val"].new_empty((b.batch, TOKENS, BUILT)))
+    one = b.layer("one", nn.Linear(BUILT, 3), text)
+    b.call("mul_", text, 2.0).meta["writes"] = True
+    two = b.layer("two", nn.Linear(BUILT, 3), text)
+    b.graph.output((one, two))
+    gm = fx.GraphModule(b.root, b.graph, "Writes")
+    gm.meta["timestep"] = "t"
+
+    def values():
+        return torch.zeros(2, BUILT), torch.tensor([0, 3]), torch.ones(2, TOKENS, BUILT)
+
+    done = keep_first_token(gm, chunks=[values()], only=["one", "two"])
+    assert done.changed == 2
+    assert sum(n.target is torch.masked_fill for n in done.gm.graph.nodes) == 2
+    for found, expected in zip(done.gm(*values()), gm(*values()), strict=True):
+        assert relative(found, expected) < 1e-6  # float32
+
+
 def test_a_text_of_one_token():
     model = seeded(CrossAttention).double().eval()
     text = torch.randn(2, 1, TEXT).double()
@@ -277,6 +299,9 @@ def test_a_unet_of_diffusers_with_an_outlier_token():
     assert {d.site for d in done.declined} == set(names_of(gm)) - set(cross)
     masks = [n for n in done.gm.graph.nodes if n.target is torch.masked_fill]
     assert len(masks) == 1  # for all layers of the one text
+    first = next(n for n in done.gm.graph.nodes if n.op == "call_module")
+    ready = list(done.gm.graph.nodes)[: list(done.gm.graph.nodes).index(first)]
+    assert masks[0] in ready  # before any block that reads it
     nodes = {n.target: n.name for n in gm.graph.find_nodes(op="call_module")}
     keys = [nodes[name] for name in cross if name.endswith("to_k")]
     plain, kept = quantized(gm, data, cross), quantized(done.gm, data, cross)
