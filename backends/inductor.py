@@ -21,6 +21,7 @@ from tfmq_fx.backends.attention import pad_attention
 from tfmq_fx.backends.torchao import to_torchao
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.kernels import obstacle
 from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
 
 
@@ -126,26 +127,6 @@ class FloatLayer(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         seen = self.layer.quantized_input(x, scale).to(x.dtype)
         return self.layer.apply_op(seen, self.dequantized, self.layer.bias)
-
-
-def obstacle(layer: QuantLayer) -> str | None:
-    """Why no int8 kernel runs the layer, or None where one does."""
-    if layer.codes.device.type != "cpu":
-        return f"no int8 kernel on {layer.codes.device.type} in this version"
-    if layer.weight_groups > 1:
-        return "weights have scales per group"
-    if layer.act_bits is None:
-        return "activations are in floating point"
-    if layer.act_bits > 8:
-        return f"activations have {layer.act_bits} bits"
-    if isinstance(layer, QuantConv):
-        if len(layer.weight_shape) != 4:
-            return "int8 kernels exist for 2-d convolutions only"
-        if layer.padding_mode != "zeros":
-            return f"padding mode {layer.padding_mode!r}"
-    elif not isinstance(layer, QuantLinear):
-        return f"no int8 kernel for {type(layer).__name__}"
-    return None
 
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)

@@ -35,7 +35,7 @@ from .passes.round_weights import round_weights
 from .pipelines import find_timestep, named_inputs, sampling_pass, timestep_values
 from .presets import resolve
 from .products import measure_products
-from .report import pass_record, site_records
+from .report import pass_record, product_records, site_records
 from .rewriting import profiled_ranges, rewrite_layers
 from .signature import CallSpec
 from .sites import Site, check_weights, find_sites, plan_sites, weights_left
@@ -270,6 +270,7 @@ def convert(
         "block": block.summary(),
         "temporal": temporal.details,
         "sites": site_records(gm, plan, ranges),
+        "products": product_records(gm),
         "declined": [[d.site, d.reason] for d in declined],
         "left_weights": left,
         "passes": [pass_record(rewrite) for rewrite in done],

@@ -28,10 +28,10 @@ def units(sites: Sequence[Site]) -> list[Unit]:
     blocks, found by structure instead of by class)."""
     holding: dict[str, list[Site]] = {}
     for site in sites:
-        for path in _ancestors(site.name):
+        for path in _callers(site):
             holding.setdefault(path, []).append(site)
     home = {
-        site.name: next((p for p in _ancestors(site.name) if len(holding[p]) > 1), site.name)
+        site.name: next((p for p in _callers(site) if len(holding[p]) > 1), site.name)
         for site in sites
     }
     whole = {
@@ -53,7 +53,11 @@ def unit_nodes(gm: fx.GraphModule, unit: Unit) -> list[fx.Node]:
     return region(gm, unit.path)
 
 
-def _ancestors(name: str) -> list[str]:
-    """Enclosing module paths, innermost first, the model itself ("") left out."""
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+def _callers(site: Site) -> list[str]:
+    """Enclosing modules whose forward called the site, innermost first, the model itself ("") left
+    out: not the lists that modules lie in, nor the one that holds the parts of a split layer."""
+    parts = site.name.split(".")[:-1]
+    stack = site.nodes[0].meta.get("nn_module_stack") or {}
+    called = {path for path, _ in stack.values()}
+    enclosing = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return [path for path in enclosing if path in called]

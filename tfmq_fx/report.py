@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import fx
 
+from .activation import QuantActivation
 from .config import LayerConfig
 from .errors import ConfigError
 from .graph import Rewrite
+from .kernels import keeps_integer_weights, obstacle
 from .modules import Compiled, Converted
 from .nn import QuantLayer
 from .observers import Ranges
@@ -40,7 +42,9 @@ def site_records(
                 "kind": type(layer).__name__,
                 "weights": layer.weight_shape_numel(),
                 "weight_bits": layer.weight_bits,
+                "weight_groups": layer.weight_groups,
                 "act_bits": layer.act_bits,
+                "reference_only": None if keeps_integer_weights(layer) else obstacle(layer),
                 "ranges": layer.range_kind(),
                 "interpolated": seen.interpolated if seen and layer.per_timestep else 0,
                 "bytes": sum(b.nbytes for b in layer.buffers()),
@@ -50,12 +54,23 @@ def site_records(
                 "kind": type(layer).__name__,
                 "weights": site.weights,
                 "weight_bits": None,
+                "weight_groups": 1,
                 "act_bits": None,
+                "reference_only": None,
                 "ranges": "none",
                 "interpolated": 0,
                 "bytes": sum(p.nbytes for p in layer.parameters()),
             }
     return records
+
+
+def product_records(gm: fx.GraphModule) -> dict[str, dict[str, Any]]:
+    """Every operand of attention's products that is rounded to integers: its bits and its grid."""
+    return {
+        name: {"bits": module.bits, "grid": module.grid}
+        for name, module in gm.named_modules()
+        if isinstance(module, QuantActivation)
+    }
 
 
 class Report:
@@ -122,10 +137,17 @@ class Report:
         lines = ["layers (weight bits / activation bits / ranges / bytes):"]
         for name, s in self.data["sites"].items():
             acts = s["act_bits"] or "float"
+            groups = f", {s['weight_groups']} groups" if s.get("weight_groups", 1) > 1 else ""
+            why = s.get("reference_only")
+            kernel = f"; reference only: {why}" if why else ""
             more = f", {s['interpolated']} ranges interpolated" if s["interpolated"] else ""
             lines.append(
                 f"  {name}: {s['kind']} {s['weight_bits'] or 'float'} / {acts} / {s['ranges']} / "
-                f"{s['bytes']}{more}"
+                f"{s['bytes']}{groups}{more}{kernel}"
+            )
+        for name, p in self.data.get("products", {}).items():
+            lines.append(
+                f"  {name}: product operand, {p['bits']} bits, {p['grid']}; reference only"
             )
         return lines
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .activation import QuantActivation
 from .capture import capture
 from .dataflow import temporal_block
 from .errors import ConfigError
@@ -102,7 +103,9 @@ def verify(
             wide = [torch.cat([v] * batch) if v.dim() else v for v in values]
             for a, b in zip(gm(*wide), model.run(wide), strict=True):
                 relative = max(relative, float((a - b).norm() / a.norm().clamp(min=1e-12)))
-    lossy = any(isinstance(m, (QuantLayer, QuantTimestepTable)) for m in model.gm.modules())
+    lossy = any(
+        isinstance(m, (QuantLayer, QuantActivation, QuantTimestepTable)) for m in model.gm.modules()
+    )
     lossy |= isinstance(model, Compiled)
     quantized = model.gm if isinstance(model, Converted) else None
     return Verification(
