@@ -173,6 +173,7 @@ def _feed(value: Any, update: Callable[[Any], None]) -> None:
     if isinstance(value, Tensor):
         plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
         update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        plain = torch.view_as_real(plain) if plain.is_complex() else plain
         update(plain.flatten().view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         update(f"mapping {len(value)}".encode())
