@@ -150,3 +150,68 @@ def test_samples_are_copies_and_stay_together():
     x.zero_()
     (chunk,) = cache.chunks(3, batched=[True, True, False], batch_size=3, seed=0)
     assert torch.equal(chunk[0], original[chunk[1] - 1]) and torch.equal(chunk[2], fixed)
+
+
+# ---------------------------------------------------------------- which timesteps count how much
+
+
+@pytest.mark.parametrize("center", [0.0, 0.4, 1.0])
+def test_timesteps_follow_a_normal_distribution(center):
+    cache = SampleCache(capacity=10**7, seed=0)
+    steps = [10 * i for i in range(20)]
+    fill(cache, steps, batch=400, width=1)
+    chunks = cache.chunks(2000, batched=[True, True], batch_size=64, seed=0, center=center)
+    drawn = torch.cat([t for _, t in chunks])
+    assert len(drawn) == 2000
+    counts = np.array([int((drawn == step).sum()) for step in steps])
+    places = (np.arange(20) + 0.5) / 20
+    density = np.exp(-0.5 * ((places - center) / 0.5) ** 2)
+    expected = 2000 * density / density.sum()
+    # five deviations of a binomial count
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
+    samples = torch.cat([x[:, 0] for x, _ in chunks])
+    assert len(samples.unique()) == 2000  # each but once
+
+
+def test_normal_draws_depend_on_the_seed_and_take_what_there_is():
+    cache = SampleCache(capacity=10**7, seed=0)
+    fill(cache, range(4), batch=5, width=1)
+
+    def drawn(seed, count=12):
+        chunks = cache.chunks(count, batched=[1, 1], batch_size=99, seed=seed, center=0.5)
+        return chunks[0][1].tolist()
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert sorted(drawn(0, count=1000)) == sorted([0, 1, 2, 3] * 5)
+
+
+def weights_of(cache, count=10**6):
+    chunks = cache.chunks(count, batched=[True, True], batch_size=3, seed=0)
+    steps = [t for _, t in chunks]
+    return torch.cat(steps), cache.weights(steps)
+
+
+def test_equal_visits_need_no_weights():
+    cache = SampleCache(capacity=10**7, seed=0)
+    fill(cache, [3, 4, 5] * 2)
+    assert weights_of(cache)[1] is None
+    assert weights_of(cache, count=4)[1] is None  # though one timestep has two samples
+
+
+def test_weights_make_timesteps_count_as_often_as_they_were_visited():
+    cache = SampleCache(capacity=40 * 12, seed=0)  # of samples of 40 bytes, 12
+    fill(cache, [7] * 9 + [8] + [9] * 2)
+    steps, weights = weights_of(cache)
+    assert [len(w) for w in weights] == [3, 3, 3, 3]
+    total = torch.cat(weights)
+    assert float(total.mean()) == pytest.approx(1)
+    share = [float(total[steps == step].sum() / total.sum()) for step in (7, 8, 9)]
+    assert share == pytest.approx([9 / 12, 1 / 12, 2 / 12])
+    assert int((steps == 7).sum()) == int((steps == 8).sum()) == 4
+
+
+def test_samples_in_proportion_to_visits_weigh_the_same():
+    cache = SampleCache(capacity=10**7, seed=0)
+    fill(cache, [7] * 9 + [8])
+    _, weights = weights_of(cache)
+    assert torch.equal(torch.cat(weights), torch.ones(40))

@@ -5,7 +5,8 @@
 
 The bound: 3 x (float weights + activations of one batch) + the Gram matrices of the widest layer.
 The start is taken when the same has been done to a tiny model, so that code that is loaded on first
-use does not count. Activations of one batch: what is alive at once, at most, in one full-precision call of that batch.
+use does not count. Activations of one batch: what is alive at once, at most, in one full-precision
+call of that batch.
 One JSON line at the end.
 """
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.passes.test_quantize_layers import TIMES, W4A8, quantize, relative_error, toy_batches
-from tests.passes.test_round_weights import Edge
+from tests.passes.test_round_weights import Edge, two_timesteps
 from tests.test_sites import graph_of
 from tests.toys import SharedTwice, ToyUNet, seeded
 from tfmq_fx.blocks import units
@@ -201,3 +201,50 @@ def test_a_layer_called_several_times_is_declined_by_reason():
     _, done = learnt(gm, iters=2, batches=small_batches())
     (declined,) = done.declined
     assert done.changed == 0 and "called 3 times" in declined.reason
+
+
+def test_the_timestep_that_is_visited_more_often_is_learnt_better():
+    gm, x, t = two_timesteps()
+    batches = [(x, t)]
+    errors = []
+    for often in (0, 1):
+        weights = [torch.where(t == often, 1.8, 0.2)]
+        _, done = learnt(gm, iters=300, batches=batches, weights=weights)
+        errors.append(
+            [relative_error(done.gm, gm, [(x[t == step], t[t == step])]) for step in (0, 1)]
+        )
+    first, second = errors
+    assert first[0] < second[0] and second[1] < first[1]
+
+
+def test_neither_equal_weights_nor_what_waits_on_disk_changes_anything(toy):
+    batches = list(toy_batches())
+    ones = [torch.ones(len(t)) for _, t in batches]
+    states = [
+        learnt(toy, layers=W4A8, iters=5, batches=batches, **kwargs)[1].gm.state_dict()
+        for kwargs in ({}, {"weights": ones}, {"spec": ReconstructionSpec(memory=1)})
+    ]
+    for other in states[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in states[0].items())
+
+
+class WritesItsInput(nn.Module):
+    """A block that adds to its input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Module()
+        self.block.first, self.block.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        h = torch.tanh(x) * t[:, None]
+        return h + self.block.second(self.block.first(h.add_(1.0)))
+
+
+@pytest.mark.parametrize("memory", [1, 1 << 30])
+def test_inputs_written_in_place_are_the_same_in_every_step(memory):
+    gm = graph_of(seeded(WritesItsInput).eval(), 4)
+    spec = ReconstructionSpec(memory=memory)
+    given, done = learnt(gm, iters=60, batches=small_batches(), spec=spec)
+    error = relative_error(done.gm, gm, small_batches())
+    assert error < relative_error(given, gm, small_batches())

@@ -282,3 +282,49 @@ def test_inputs_that_never_change_do_not_steer_the_weights():
     # of their mean (a few per cent), not what fits the noise (all of them).
     assert float(error.norm() / norm) < 1e-3
     assert float(change) < 0.1
+
+
+def two_timesteps(samples=200):
+    """A layer, and inputs that lie in other directions at t = 0 than at t = 1."""
+    b = GraphBuilder()
+    gm = b.finish(b.layer("proj", nn.Linear(WIDTH, 3), b.x))
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(2, WIDTH, WIDTH, generator=generator)
+    t = torch.arange(samples) % 2
+    x = torch.randn(samples, WIDTH, generator=generator)
+    x = torch.where(t[:, None] == 0, x @ mix[0], x @ mix[1])
+    return gm, x, t.to(draw_inputs(gm, 1)["t"].dtype)
+
+
+def test_the_timestep_that_is_visited_more_often_is_rounded_better():
+    gm, x, t = two_timesteps()
+    batches = [(x[:120], t[:120]), (x[120:], t[120:])]
+    errors = []
+    for often in (None, 0, 1):
+        weights = None
+        if often is not None:
+            weights = [torch.where(part == often, 1.8, 0.2) for _, part in batches]
+        _, done = rounded(gm, W3, batches, weights=weights)
+        errors.append(
+            [relative_error(done.gm, gm, [(x[t == step], t[t == step])]) for step in (0, 1)]
+        )
+    equal, first, second = errors
+    assert first[0] < second[0] and second[1] < first[1]
+    assert first[0] <= equal[0] and second[1] <= equal[1]
+    assert first[0] < equal[0] or second[1] < equal[1]
+
+
+def test_equal_weights_change_nothing(toy):
+    batches = list(toy_batches())
+    ones = [torch.ones(len(t)) for _, t in batches]
+    plain, same = (rounded(toy, W4A8, batches, weights=w)[1].gm for w in (None, ones))
+    for (name, a), b in zip(plain.state_dict().items(), same.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("memory", [1, 20_000])
+def test_what_waits_on_disk_changes_nothing(toy, memory):
+    spec = ReconstructionSpec(memory=memory)
+    plain, same = (rounded(toy, W4A8, spec=s)[1].gm for s in (None, spec))
+    for (name, a), b in zip(plain.state_dict().items(), same.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
