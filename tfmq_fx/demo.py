@@ -331,7 +331,8 @@ def draw_grid(pictures: dict[str, Tensor], path: Path, columns: int = 16) -> Non
     )
     for line_of_axes, (name, images) in zip(axes, pictures.items(), strict=True):
         for axis, image in zip(line_of_axes, images, strict=False):
-            axis.imshow(image[0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
+            shown = (image.clamp(-1, 1).movedim(0, -1) + 1) / 2
+            axis.imshow(shown[..., 0] if len(image) == 1 else shown, cmap="gray", vmin=0, vmax=1)
             axis.set_axis_off()
         line_of_axes[0].set_title(name, loc="left", fontsize=9)
     figure.tight_layout(pad=0.3)
