@@ -202,9 +202,8 @@ def load_classifier() -> GlyphClassifier:
 def make_scheduler(num_inference_steps: int | None = None) -> DDIMScheduler:
     """A DDIM scheduler with the noise schedule of the digits, for a denoiser of velocities.
 
-    The velocity sqrt(abar) noise - sqrt(1 - abar) image is nearly the image where there is almost
-    only noise. A model of patches that predicts noise there must pass its input through so
-    exactly that a small one finds no common shape for the patches. num_inference_steps and errors
+    The velocity is sqrt(abar) noise - sqrt(1 - abar) image: the image where there is almost only
+    noise, so an error there stays small in the estimated image. num_inference_steps and errors
     as in `digits.make_scheduler`.
     """
     return digits.make_scheduler(num_inference_steps, prediction_type="v_prediction")
