@@ -50,11 +50,13 @@ def test_package_data_is_listed_and_present():
     package = ROOT / "tfmq_fx"
     files = [
         str(path.relative_to(package))
-        for folder in (package, package / "assets", package / "assets" / "digits-unet")
+        for folder in (package, package / "assets", *(package / "assets").glob("*/"))
         for path in folder.iterdir()
         if path.is_file() and path.suffix not in (".py", ".pyc")
     ]
-    assert "py.typed" in files and any(f.startswith("assets/digits-unet/") for f in files)
+    assert "py.typed" in files
+    for name in ("digits-unet", "glyphs-dit"):
+        assert any(f.startswith(f"assets/{name}/") for f in files)
     assert [f for f in files if not any(fnmatch.fnmatch(f, p) for p in patterns)] == []
     for pattern in patterns:
         assert fnmatch.filter(files, pattern), pattern
