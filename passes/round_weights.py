@@ -111,19 +111,35 @@ def _statistics(
     generator = seeded_generator(seed, site.name)
     share = -(-ROWS // len(quantized.chunks))
     for i in range(len(quantized.chunks)):
-        args, _ = quantized.arguments(node, i)
-        seen = layer.quantized_input(*args)
-        true = full.arguments(full.node(node.name), i)[0][0]
-        count = row_count(layer, seen)
-        picks = torch.randperm(count, generator=generator)[:share]
-        pair = input_rows(layer, seen, picks), input_rows(layer, true, picks)
-        if not all(bool(torch.isfinite(part).all()) for part in pair):
-            raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")
-        importance = None
-        if weights is not None and count % len(weights[i]) == 0:  # rows of a sample stand together
-            importance = weights[i][picks // (count // len(weights[i]))].to(seen.device)
-        result.add(*pair, importance)
+        importance = None if weights is None else weights[i]
+        result.add(*_rows(site, layer, full, quantized, i, importance, share, generator))
     return result
+
+
+def _rows(
+    site: Site,
+    layer: QuantLayer,
+    full: Walk,
+    quantized: Walk,
+    chunk: int,
+    weights: Tensor | None,
+    count: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """At most `count` rows of the layer's input in one chunk, as it sees them and in full
+    precision, and the weight of each."""
+    args, _ = quantized.arguments(site.nodes[0], chunk)
+    x = layer.quantized_input(*args)
+    total = row_count(layer, x)
+    picks = torch.randperm(total, generator=generator)[:count]
+    seen = input_rows(layer, x, picks)
+    true = input_rows(layer, full.arguments(full.node(site.nodes[0].name), chunk)[0][0], picks)
+    if not bool(torch.isfinite(seen).all() & torch.isfinite(true).all()):
+        raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")
+    if weights is None or total % len(weights):
+        return seen, true, None
+    # rows of a sample stand together
+    return seen, true, weights[picks // (total // len(weights))].to(x.device)
 
 
 def _rounded(
