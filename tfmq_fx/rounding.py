@@ -68,9 +68,8 @@ def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: 
     Columns go in order of falling diagonal, so that what matters most is rounded first.
     """
     order = torch.argsort(gram.diagonal(), descending=True)
-    inverse = torch.linalg.inv(_damped(gram[order][:, order], damping))
     # Rows of this upper factor hold, for each column, how its error spreads over later columns.
-    spread = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    spread = _inverse_root(_damped(gram[order][:, order], damping)).to(weight.dtype)
     work = weight[:, order].clone()
     codes, target = torch.empty_like(work), torch.empty_like(work)
     scale, zero = (part.to(work.dtype).expand_as(work)[:, order] for part in grid.over(len(order)))
@@ -131,6 +130,15 @@ def _fitted_scale(weight: Tensor, offsets: Tensor, gram: Tensor, scale: Tensor) 
     power = (seen * offsets).sum(1)
     fitted = (seen * weight).sum(1) / power
     return torch.where((power > 0) & (fitted > 0) & torch.isfinite(fitted), fitted, scale)
+
+
+def _inverse_root(system: Tensor) -> Tensor:
+    """The upper triangular U with U^T U the inverse of `system`, positive definite; no more than
+    two further matrices of its size are held at once. Raises LinAlgError where it is not."""
+    factor = torch.linalg.cholesky(system)
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    return torch.linalg.cholesky(inverse, upper=True)
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
