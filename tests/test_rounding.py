@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tfmq_fx.affine import QParams, weight_qparams
 from tfmq_fx.config import WeightSpec
+from tfmq_fx.gram import InputStatistics
 from tfmq_fx.rounding import (
     SoftRounding,
-    aligned_weight,
     annealed_beta,
     refine,
     round_nearest,
@@ -26,6 +26,14 @@ def correlated_gram(width, seed, rows=200):
     x = torch.randn(rows, len(mix), generator=generator, dtype=torch.float64) @ mix
     x += 0.3 * torch.randn(rows, width, generator=generator, dtype=torch.float64)
     return x.T @ x
+
+
+def aligned_weight(weight, cross, gram, damping):
+    """By the statistics of one group: gram of the inputs seen, cross of true and seen ones."""
+    gap = (weight.double() @ (cross - gram).double())[None]
+    means = torch.zeros(1, weight.shape[1], dtype=torch.float64)
+    found = InputStatistics(weight[None], gram.double()[None], gap, means, means)
+    return found.aligned_weight(damping)[0]
 
 
 def output_error(codes, weight, grid, gram):

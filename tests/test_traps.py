@@ -243,7 +243,7 @@ def test_integers_are_what_is_stored(toy, name, bits, tmp_path):
 
 def test_samples_for_reconstruction_stay_within_their_capacity(toy):
     row = 3 * 8 * 8 * 4 + 8
-    prepared = calibrated(toy, recipe("w4a8", memory=10 * row), count=50)
+    prepared = calibrated(toy, recipe("w4a8", cache=10 * row), count=50)
     assert isinstance(prepared.cache, SampleCache) and 0 < len(prepared.cache) <= 10
     chunks = prepared.cache.chunks(999, batched=[True, True], batch_size=64, seed=0)
     assert sum(v.nbytes for chunk in chunks for v in chunk) <= 10 * row

@@ -96,7 +96,7 @@ def prepare(
         captured.call,
         recipe=recipe,
         overrides=overrides or {},
-        cache=SampleCache(capacity=spec.memory, seed=spec.seed),
+        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
         source=model,
         model_config=getattr(model, "config", None),
     )
@@ -418,7 +418,7 @@ def _resampled(prepared: Prepared, gm: torch.fx.GraphModule) -> Prepared:
         prepared.call,
         recipe=prepared.recipe,
         overrides=prepared.overrides,
-        cache=SampleCache(capacity=spec.memory, seed=spec.seed),
+        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
         source=prepared.source,
         model_config=prepared.model_config,
     )

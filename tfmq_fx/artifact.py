@@ -1,4 +1,4 @@
-"""Saving and loading of converted models: the only place that touches the disk.
+"""Saving and loading of converted models.
 
 A saved model is a directory of two files. `tfmq_fx.json` holds the graph, what the caller wants
 kept, and the size and SHA-256 of the other file; `model.safetensors` holds the tensors. Nothing

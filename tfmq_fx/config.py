@@ -228,6 +228,7 @@ class ReconstructionSpec:
     from a normal distribution about `center` (share of the way from noise 0 to 1) with a deviation
     of half the set (PTQ4DM).
     samples: calibration samples used at most.
+    cache: bytes of sample inputs that calibration keeps.
     memory: bytes of activations held in memory between steps; what is more waits on disk.
     batch_size: samples per step of AdaRound and per forward of a block.
     learning_rate: of AdaRound, here and in TIAR.  regularization: weight of its rounding term
@@ -245,7 +246,8 @@ class ReconstructionSpec:
     sampling: Sampling = "uniform"
     center: float = 0.4
     samples: int = 640
-    memory: int = 256 << 20
+    cache: int = 1 << 30
+    memory: int = 64 << 20
     batch_size: int = 64
     learning_rate: float = 3e-2
     regularization: float = 30.0
@@ -255,7 +257,7 @@ class ReconstructionSpec:
     def __post_init__(self) -> None:
         _one_of("ReconstructionSpec.rounding", self.rounding, Rounding)
         _one_of("ReconstructionSpec.sampling", self.sampling, Sampling)
-        for name in ("samples", "memory", "batch_size"):
+        for name in ("samples", "cache", "memory", "batch_size"):
             value = getattr(self, name)
             _require(value > 0, f"ReconstructionSpec.{name} must be positive, got {value}")
         not_negative = (

@@ -114,7 +114,7 @@ class InputStatistics:
                 factor = torch.linalg.cholesky(gram)
             finally:
                 diagonal.copy_(given)
-            changes.append(torch.cholesky_solve(gap.T, factor).T.float())
+            changes.append(torch.cholesky_solve(gap.T, factor).T.to(self.weight))
         return self.weight + torch.stack(changes)
 
 

@@ -45,20 +45,6 @@ def round_nearest(weight: Tensor, grid: QParams) -> Tensor:
     return (torch.round(weight / scale) + zero).clamp(0, levels(grid.bits))
 
 
-def aligned_weight(weight: Tensor, cross: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """The weight that best gives the full-precision output on the quantized model's inputs.
-
-    weight: (out, in).  gram: (in, in) = Xq^T Xq and cross: (in, in) = Xfp^T Xq over the same rows,
-    with Xq the inputs as the layer will see them and Xfp those of the full-precision model.
-    Minimises |Xq What^T - Xfp W^T|^2 + damping mean(diag gram) |What - W|^2, in closed form.
-    """
-    system = _damped(gram, damping)
-    gap = weight.double() @ (cross - gram).double()
-    change = torch.linalg.solve(system, gap.T)
-    aligned: Tensor = weight + change.T.to(weight.dtype)
-    return aligned
-
-
 def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: float) -> Rounded:
     """Codes for `weight` that minimise the layer's output error to second order.
 
@@ -138,7 +124,8 @@ def _inverse_root(system: Tensor) -> Tensor:
     factor = torch.linalg.cholesky(system)
     inverse = torch.cholesky_inverse(factor)
     del factor
-    return torch.linalg.cholesky(inverse, upper=True)
+    root: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return root
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
