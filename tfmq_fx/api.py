@@ -11,22 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact, backends
+from .calibration import (
+    check_sampling,
+    fingerprint,
+    finite_set,
+    observed_ranges,
+    resampled,
+    sample_chunks,
+    sample_weights,
+)
 from .capture import capture
-from .checkpoint import Checkpoint, digest
+from .checkpoint import Checkpoint
 from .config import Config, LayerConfig, RewriteSpec, from_dict, to_dict
 from .correction import measure_errors
 from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
-from .errors import ArtifactError, BackendError, CalibrationError, ConfigError
+from .errors import ArtifactError, BackendError, ConfigError
 from .graph import Rewrite
 from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
-from .observers import RangeObserver, Ranges, SampleCache
+from .observers import SampleCache
 from .ops import check_timesteps
 from .passes.correct_outputs import correct_outputs
 from .passes.decompose_attention import decompose_attention
 from .passes.fold_timesteps import fold_timesteps as fold_pass
 from .passes.merge_duplicates import merge_duplicates
-from .passes.observe_layers import observe_layers, observer_name
+from .passes.observe_layers import observe_layers
 from .passes.quantize_layers import quantize_layers
 from .passes.quantize_products import quantize_products
 from .passes.quantize_tables import quantize_tables
@@ -156,8 +165,9 @@ def convert(
             f"convert() takes what prepare() returned, not a {type(prepared).__name__}"
         )
     recipe, gm, spec = prepared.recipe, prepared.gm, prepared.recipe.reconstruction
-    timesteps, visits = _finite_set(prepared)
-    subject = {} if checkpoint is None else _subject(prepared, timesteps, visits)
+    check_sampling(prepared)
+    timesteps, visits = finite_set(prepared)
+    subject = {} if checkpoint is None else fingerprint(prepared, timesteps, visits)
     kept = None if checkpoint is None else Checkpoint(checkpoint, subject)
 
     def parts(group: str) -> Checkpoint | None:
@@ -175,9 +185,9 @@ def convert(
         gm.requires_grad_(False)
     learnt = quantized and (spec.rounding == "second-order" or spec.iters > 0)
     profiled = _profiled(recipe, plan)
-    ranges = {} if profiled else _ranges(prepared, sites, plan, timesteps)
+    ranges = {} if profiled else observed_ranges(prepared, sites, plan, timesteps)
     sampled = learnt or profiled or recipe.correction != "none"
-    chunks = _chunks(prepared) if sampled else []
+    chunks = sample_chunks(prepared) if sampled else []
     done: list[Rewrite] = []
 
     def apply(rewrite: Rewrite) -> torch.fx.GraphModule:
@@ -220,7 +230,9 @@ def convert(
         quantize_layers(gm, plan=plan, ranges=ranges, timesteps=timesteps, ready=temporal.layers)
     )
     if recipe.attention is not None:
-        measured = measure_products(reference, chunks, spec=recipe.attention, timesteps=timesteps)
+        measured = measure_products(
+            reference, chunks, spec=recipe.attention, timesteps=timesteps, seed=spec.seed
+        )
         gm = apply(
             quantize_products(gm, measured=measured, spec=recipe.attention, timesteps=timesteps)
         )
@@ -234,7 +246,7 @@ def convert(
                 chunks=chunks,
                 plan=plan,
                 spec=spec,
-                weights=_weights(prepared, chunks),
+                weights=sample_weights(prepared, chunks),
                 skip=skip,
                 checkpoint=parts("rounding"),
                 progress=progress,
@@ -242,7 +254,7 @@ def convert(
         )
 
     def reconstruct(given: Prepared, iters: int, group: str) -> torch.fx.GraphModule:
-        chunks = _chunks(given)
+        chunks = sample_chunks(given)
         return apply(
             reconstruct_blocks(
                 gm,
@@ -250,7 +262,7 @@ def convert(
                 chunks=chunks,
                 spec=spec,
                 iters=iters,
-                weights=_weights(given, chunks),
+                weights=sample_weights(given, chunks),
                 skip=skip,
                 checkpoint=parts(group),
                 progress=progress,
@@ -260,7 +272,7 @@ def convert(
     if quantized and spec.iters:
         gm = reconstruct(prepared, spec.iters, "blocks")
     for i in range(spec.rounds if quantized else 0):
-        gm = reconstruct(_resampled(prepared, gm), spec.round_iters, f"round {i}")
+        gm = reconstruct(resampled(prepared, gm), spec.round_iters, f"round {i}")
     gm.meta["timesteps"] = timesteps
     if recipe.correction != "none":
         errors = measure_errors(reference, gm, chunks, timesteps=timesteps)
@@ -380,108 +392,8 @@ def _before_the_sample(gm: torch.fx.GraphModule, sites: list[Site]) -> set[str]:
     return {s.name for s in sites if all(times[node] is not Binding.X for node in s.nodes)}
 
 
-def _finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:
-    """The timesteps (K,), sorted, and how often calibration visited each (1 if it did not run)."""
-    given, seen = prepared.timesteps, prepared.cache.visits
-    if given is None:
-        if not seen:
-            raise CalibrationError(
-                "convert() before any calibration: no timestep is known. Run "
-                "tfmq_fx.calibrate(prepared, ...) or give prepare() the timesteps."
-            )
-        position = prepared.call.names.index(prepared.call.timestep)
-        given = check_timesteps(torch.tensor(list(seen)), prepared.call.inputs[position].dtype)
-        given = given.to(prepared.device)
-    visits = torch.tensor([float(seen.get(step, 0)) for step in given.tolist()])
-    return given, visits if bool(visits.sum() > 0) else torch.ones(len(given))
-
-
 def _profiled(recipe: Config, plan: Mapping[str, LayerConfig]) -> bool:
     """Whether ranges need more than calibration's smallest and largest values of each layer."""
     acts = [layer.activations for layer in plan.values() if layer.activations is not None]
     searched = any(a.ranges != "minmax" or a.timestep_groups is not None for a in acts)
     return searched or recipe.rewrites != RewriteSpec() or recipe.attention is not None
-
-
-def _resampled(prepared: Prepared, gm: torch.fx.GraphModule) -> Prepared:
-    """What `prepared` would be had the model quantized so far, `gm`, been sampled with."""
-    if prepared.sampling is None or not prepared.sampling.repeatable:
-        raise CalibrationError(
-            f"recipe {prepared.recipe.name!r} samples again with the quantized model "
-            f"({prepared.recipe.reconstruction.rounds} rounds), which inputs given as an iterable "
-            "cannot do. Calibrate with a pipeline or a (scheduler, shape) pair."
-        )
-    spec = prepared.recipe.reconstruction
-    result = Prepared(
-        prepared.gm,
-        gm,
-        prepared.call,
-        recipe=prepared.recipe,
-        overrides=prepared.overrides,
-        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
-        source=prepared.source,
-        model_config=prepared.model_config,
-    )
-    prepared.sampling.run(result)
-    return result
-
-
-def _ranges(
-    prepared: Prepared, sites: list[Site], plan: Mapping[str, LayerConfig], timesteps: Tensor
-) -> dict[str, Ranges]:
-    """The input range of every site whose activations are quantized, over the finite set."""
-    wanted = [s.name for s in sites if plan[s.name].activations is not None]
-    observers = {name: prepared.observed.get_submodule(observer_name(name)) for name in wanted}
-    empty = [n for n, o in observers.items() if isinstance(o, RangeObserver) and not o.seen]
-    if empty:
-        raise CalibrationError(
-            f"convert() before any calibration: {len(empty)} of {len(wanted)} layers saw no data "
-            f"({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}). "
-            "Run tfmq_fx.calibrate(prepared, ...) first."
-        )
-    return {
-        name: observer.ranges(timesteps)
-        for name, observer in observers.items()
-        if isinstance(observer, RangeObserver)
-    }
-
-
-def _chunks(prepared: Prepared) -> list[tuple[Tensor, ...]]:
-    """Calibration samples for rounding."""
-    spec = prepared.recipe.reconstruction
-    if not len(prepared.cache):
-        raise CalibrationError(
-            "convert() before any calibration: rounding weights needs sample inputs. Run "
-            "tfmq_fx.calibrate(prepared, ...) first, or use rounding='nearest' and iters=0."
-        )
-    return prepared.cache.chunks(
-        spec.samples,
-        batched=prepared.batched(),
-        batch_size=spec.batch_size,
-        seed=spec.seed,
-        center=spec.center if spec.sampling == "normal" else None,
-    )
-
-
-def _weights(prepared: Prepared, chunks: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
-    """The weights of the samples of each chunk, by how often calibration visited their timestep;
-    None where all are the same or the timesteps were chosen."""
-    if prepared.recipe.reconstruction.sampling == "normal":
-        return None
-    position = prepared.call.names.index(prepared.call.timestep)
-    return prepared.cache.weights([chunk[position] for chunk in chunks])
-
-
-def _subject(prepared: Prepared, timesteps: Tensor, visits: Tensor) -> dict[str, Any]:
-    """All that decides what conversion finds, but for how much memory it takes."""
-    recipe = to_dict(prepared.recipe)
-    del recipe["reconstruction"]["memory"]
-    observers = prepared.observed.named_modules()
-    seen = {name: m.seen for name, m in observers if isinstance(m, RangeObserver)}
-    cache = prepared.cache
-    return {
-        "recipe": recipe,
-        "overrides": {name: to_dict(layer) for name, layer in prepared.overrides.items()},
-        "model": digest([list(prepared.gm.named_parameters()), list(prepared.gm.named_buffers())]),
-        "calibration": digest([timesteps, visits, cache.visits, cache.rows, seen]),
-    }

@@ -1,0 +1,124 @@
+"""What calibration saw of a model, as conversion needs it: timesteps, ranges, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import digest
+from .config import LayerConfig, to_dict
+from .errors import CalibrationError
+from .modules import Prepared
+from .observers import RangeObserver, Ranges, SampleCache
+from .ops import check_timesteps
+from .passes.observe_layers import observer_name
+from .sites import Site
+
+
+def finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """The timesteps (K,), sorted, and how often calibration visited each (1 if it did not run)."""
+    given, seen = prepared.timesteps, prepared.cache.visits
+    if given is None:
+        if not seen:
+            raise CalibrationError(
+                "convert() before any calibration: no timestep is known. Run "
+                "tfmq_fx.calibrate(prepared, ...) or give prepare() the timesteps."
+            )
+        position = prepared.call.names.index(prepared.call.timestep)
+        given = check_timesteps(torch.tensor(list(seen)), prepared.call.inputs[position].dtype)
+        given = given.to(prepared.device)
+    visits = torch.tensor([float(seen.get(step, 0)) for step in given.tolist()])
+    return given, visits if bool(visits.sum() > 0) else torch.ones(len(given))
+
+
+def check_sampling(prepared: Prepared) -> None:
+    """Raise CalibrationError where the recipe samples again and calibration cannot be repeated."""
+    rounds = prepared.recipe.reconstruction.rounds
+    if rounds and (prepared.sampling is None or not prepared.sampling.repeatable):
+        raise CalibrationError(
+            f"recipe {prepared.recipe.name!r} samples again with the quantized model "
+            f"({rounds} rounds), which inputs given as an iterable cannot do. "
+            "Calibrate with a pipeline or a (scheduler, shape) pair."
+        )
+
+
+def resampled(prepared: Prepared, gm: torch.fx.GraphModule) -> Prepared:
+    """What `prepared` would be had the model quantized so far, `gm`, been sampled with."""
+    assert prepared.sampling is not None
+    spec = prepared.recipe.reconstruction
+    result = Prepared(
+        prepared.gm,
+        gm,
+        prepared.call,
+        recipe=prepared.recipe,
+        overrides=prepared.overrides,
+        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
+        source=prepared.source,
+        model_config=prepared.model_config,
+    )
+    prepared.sampling.run(result)
+    return result
+
+
+def observed_ranges(
+    prepared: Prepared, sites: list[Site], plan: Mapping[str, LayerConfig], timesteps: Tensor
+) -> dict[str, Ranges]:
+    """The input range of every site whose activations are quantized, over the finite set."""
+    wanted = [s.name for s in sites if plan[s.name].activations is not None]
+    observers = {name: prepared.observed.get_submodule(observer_name(name)) for name in wanted}
+    empty = [n for n, o in observers.items() if isinstance(o, RangeObserver) and not o.seen]
+    if empty:
+        raise CalibrationError(
+            f"convert() before any calibration: {len(empty)} of {len(wanted)} layers saw no data "
+            f"({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}). "
+            "Run tfmq_fx.calibrate(prepared, ...) first."
+        )
+    return {
+        name: observer.ranges(timesteps)
+        for name, observer in observers.items()
+        if isinstance(observer, RangeObserver)
+    }
+
+
+def sample_chunks(prepared: Prepared) -> list[tuple[Tensor, ...]]:
+    """Calibration samples for rounding."""
+    spec = prepared.recipe.reconstruction
+    if not len(prepared.cache):
+        raise CalibrationError(
+            "convert() before any calibration: rounding weights needs sample inputs. Run "
+            "tfmq_fx.calibrate(prepared, ...) first, or use rounding='nearest' and iters=0."
+        )
+    return prepared.cache.chunks(
+        spec.samples,
+        batched=prepared.batched(),
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+        center=spec.center if spec.sampling == "normal" else None,
+    )
+
+
+def sample_weights(prepared: Prepared, chunks: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
+    """The weights of the samples of each chunk, by how often calibration visited their timestep;
+    None where all are the same or the timesteps were chosen."""
+    if prepared.recipe.reconstruction.sampling == "normal":
+        return None
+    position = prepared.call.names.index(prepared.call.timestep)
+    return prepared.cache.weights([chunk[position] for chunk in chunks])
+
+
+def fingerprint(prepared: Prepared, timesteps: Tensor, visits: Tensor) -> dict[str, Any]:
+    """All that decides what conversion finds, but for how much memory it takes."""
+    recipe = to_dict(prepared.recipe)
+    del recipe["reconstruction"]["memory"]
+    observers = prepared.observed.named_modules()
+    seen = {name: m.seen for name, m in observers if isinstance(m, RangeObserver)}
+    cache = prepared.cache
+    return {
+        "recipe": recipe,
+        "overrides": {name: to_dict(layer) for name, layer in prepared.overrides.items()},
+        "model": digest([list(prepared.gm.named_parameters()), list(prepared.gm.named_buffers())]),
+        "calibration": digest([timesteps, visits, cache.visits, cache.rows, seen]),
+    }
