@@ -21,7 +21,7 @@ from tfmq_fx.backends.attention import pad_attention
 from tfmq_fx.backends.torchao import to_torchao
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
-from tfmq_fx.kernels import obstacle
+from tfmq_fx.kernels import keeps_integer_weights, obstacle
 from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
 
 
@@ -142,7 +142,8 @@ def lower(gm: fx.GraphModule) -> Rewrite:
         if reason is None:
             lowered = LoweredLayer(layer)
             changed += 1
-        elif isinstance(layer, QuantLinear) and layer.act_bits is None and layer.weight_groups == 1:
+        elif keeps_integer_weights(layer):
+            assert isinstance(layer, QuantLinear)
             lowered = to_torchao(layer)
             weight_only.append(name)
         else:

@@ -54,6 +54,10 @@ def quantize_layers(
             declined.append(Declined(site.name, reason))
         if made is None:
             made = _quantized(site, layer_plan, per_timestep)
+        size = layer_plan.weights.group_size
+        if size and made.weight_shape[1] % size:
+            reason = f"one scale a channel: {size} does not divide {made.weight_shape[1]} inputs"
+            declined.append(Declined(site.name, reason))
         if layer_plan.activations is not None:
             seen = ranges[site.name]
             low, high = seen.low, seen.high
@@ -67,7 +71,7 @@ def quantize_layers(
         gm.set_submodule(site.name, made)
         changed += 1
     if wanting:
-        _pass_scales(gm, wanting, torch.stack(scales, 1), timesteps)
+        _pass_scales(gm, wanting, torch.stack(scales, 1).to(timesteps.device), timesteps)
     return Rewrite(gm, changed, declined)
 
 

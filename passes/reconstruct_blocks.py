@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tfmq_fx.activation import QuantActivation
 from tfmq_fx.blocks import Unit, unit_nodes, units
 from tfmq_fx.checkpoint import (
     Checkpoint,
@@ -108,12 +109,23 @@ def reconstruct_blocks(
 
 
 def _with_float_inputs(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with every quantized layer reading its input as it comes."""
+    """The graph with every quantized layer and product reading its input as it comes."""
     made = fork(gm)
     for name, layer in list(made.named_modules()):
         if isinstance(layer, QuantLayer):
             made.set_submodule(name, with_float_inputs(layer))
+        elif isinstance(layer, QuantActivation):
+            made.set_submodule(name, _AsItComes())
     return made
+
+
+class _AsItComes(nn.Module):
+    """In the place of a QuantActivation: gives its input back."""
+
+    stage = Stage.QUANTIZED
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return x
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,16 +96,18 @@ def _learnt(
     for name, module in made.items():
         trained.set_submodule(name, module)
     after = feature_errors(trained, targets, timesteps)
+    share = visits.to(before) / visits.sum()
+    earlier, later = (float((errors @ share).mean()) for errors in (before, after))
     weights = sum(layer.rounding.alpha.numel() for layer in soft.values())
     decided = sum(s.rounding.decided() * s.rounding.alpha.numel() for s in soft.values()) / weights
     errors = {
-        "error_before": float(before.mean()),
-        "error_after": float(after.mean()),
+        "error_before": earlier,
+        "error_after": later,
         "decided": decided,
     }
-    if stopped or not after.mean() < before.mean():  # NaN is no better
-        why = stopped or f"learnt rounding is no better ({after.mean():.4g})"
-        return Part({}, errors, f"{why}: kept what it had ({before.mean():.4g})")
+    if stopped or not later < earlier:  # NaN is no better
+        why = stopped or f"learnt rounding is no better ({later:.4g})"
+        return Part({}, errors, f"{why}: kept what it had ({earlier:.4g})")
     return Part({name: rounded_state(module) for name, module in made.items()}, errors)
 
 

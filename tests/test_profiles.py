@@ -29,7 +29,8 @@ def test_what_is_recorded_is_what_the_values_were(shape, dim):
         rows = at[step].movedim(dim, -1).flatten(0, -2)
         assert profile.low[i] == rows.min() and profile.high[i] == rows.max()
         assert torch.equal(profile.peaks[i], rows.abs().amax(0))
-        assert {tuple(r) for r in profile.rows[i].tolist()} <= {tuple(r) for r in rows.tolist()}
+        kept = zip(profile.values[i].tolist(), profile.channels[i].tolist(), strict=True)
+        assert all(value in rows[:, channel] for value, channel in kept)
     every = torch.cat(list(at.values())).movedim(dim, -1).flatten(0, -2)
     torch.testing.assert_close(profile.power, every.square().mean(0))
 
@@ -47,8 +48,19 @@ def test_an_input_without_a_batch_counts_for_every_timestep():
 
 def test_rows_are_bounded_and_drawn_from_all_calls():
     calls = [(torch.full((1, 64, 16, 16), float(i)), [3]) for i in range(8)]
-    (rows,) = observed(calls).rows
-    assert rows.numel() <= 4096 and len(rows[:, 0].unique()) > 3
+    (values,) = observed(calls).values
+    assert len(values) == 4096
+    counts = torch.bincount(values.long(), minlength=8)
+    assert counts.min() > 400 and counts.max() < 630  # 512 each, six standard deviations
+
+
+def test_few_positions_of_a_wide_layer_with_an_outlier_are_not_clipped_away():
+    x = torch.randn(2, 77, 2048)
+    x[:, 0] *= 40  # a first token that dwarfs the others, as text encoders make
+    profile = observed([(x, [1, 1])], -1)
+    spec = ActivationSpec(bits=8, ranges="mse")
+    found = input_ranges(profile, spec, torch.tensor([1]), torch.ones(2048))
+    assert found.high[0] > 0.5 * profile.high[0]
 
 
 def test_values_that_are_no_numbers_are_named():
@@ -71,7 +83,8 @@ def test_the_searched_range_loses_no_more_than_the_whole_one(seed, bits):
         codes = ((rows / scale).round() + zero).clamp(0, levels(bits))
         return float((((codes - zero) * scale - rows).square() * importance).sum())
 
-    found = clipped_range(rows, low, high, bits=bits, importance=importance)
+    weights = importance.expand_as(rows).flatten()
+    found = clipped_range(rows.flatten(), low, high, bits=bits, weights=weights)
     assert low <= found[0] <= 0 <= found[1] <= high
     assert loss(*found) <= loss(low, high) * (1 + 1e-5)  # float32 sums of 1,200 values
     if bits == 4:
@@ -82,8 +95,9 @@ def test_channels_of_no_importance_do_not_widen_the_range():
     rows = torch.randn(500, 2)
     rows[:, 1] *= 3
     low, high = rows.min(), rows.max()
-    aware = clipped_range(rows, low, high, bits=4, importance=torch.tensor([1.0, 0.0]))
-    blind = clipped_range(rows, low, high, bits=4, importance=torch.ones(2))
+    weights = torch.tensor([1.0, 0.0]).expand_as(rows).flatten()
+    aware = clipped_range(rows.flatten(), low, high, bits=4, weights=weights)
+    blind = clipped_range(rows.flatten(), low, high, bits=4, weights=torch.ones(1000))
     assert aware[1] < 0.7 * blind[1]
 
 
@@ -111,6 +125,13 @@ def test_ranges_of_groups_static_ones_and_timesteps_not_visited():
     found = input_ranges(profile, ActivationSpec(), torch.tensor([5, 10]), torch.ones(2))
     assert found.high.tolist() == [5, 10] and found.interpolated == 1
     assert high(ActivationSpec(timestep_groups=2), torch.arange(0, 40, 5))[-1] == 30
+
+
+def test_a_group_covers_what_was_seen_of_it_when_a_timestep_of_it_was_not():
+    calls = [(torch.full((1, 2), 10.0 if t < 5 else 1.0), [t]) for t in range(10) if t != 4]
+    spec = ActivationSpec(timestep_groups=2)
+    found = input_ranges(observed(calls, -1), spec, torch.arange(10), torch.ones(2))
+    assert found.high.tolist() == [10] * 5 + [1] * 5 and found.interpolated == 1
 
 
 def test_groups_are_neighbours_of_about_equal_size():

@@ -113,7 +113,7 @@ def test_every_recipe_converts_saves_and_tells_what_it_did(name, toy, tmp_path):
     converted = quantized(toy, short(resolve(name)))
     assert error_of(toy, converted) > 15
     told = report(converted)
-    assert told.weight_coverage > 0.97  # a low-rank branch is not integers
+    assert told.weight_coverage == 1
     assert told.activation_coverage == 1
     tfmq_fx.save(converted, tmp_path / "model")
     again = tfmq_fx.load(tmp_path / "model")
@@ -156,6 +156,9 @@ def test_rewrites_compose_with_quantization(name, toy):
     assert {"conv_in", "up2_conv1", "up2_skip"} <= names  # a rewritten layer keeps its name
     branches = [m for m in converted.gm.modules() if isinstance(m, LowRank)]
     assert bool(branches) == bool(config.rewrites.low_rank)
+    integers = sum(m.weight_shape_numel() for m in converted.gm.modules() if hasattr(m, "codes"))
+    beside = sum(p.numel() for branch in branches for p in branch.parameters())
+    assert report(converted).weight_coverage == integers / (integers + beside)
 
 
 def test_a_low_rank_branch_takes_what_few_bits_lose(toy):

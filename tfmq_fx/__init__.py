@@ -34,5 +34,4 @@ from .report import report as report
 from .schedulers import correct_scheduler as correct_scheduler
 from .verification import Verification as Verification
 from .verification import verify as verify
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__

@@ -22,12 +22,12 @@ from .calibration import (
 )
 from .capture import capture
 from .checkpoint import Checkpoint
-from .config import Config, LayerConfig, RewriteSpec, from_dict, to_dict
+from .config import Config, LayerConfig, ReconstructionSpec, RewriteSpec, from_dict, to_dict
 from .correction import measure_errors
 from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, BackendError, ConfigError
-from .graph import Rewrite
+from .graph import Rewrite, timestep_node
 from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
 from .observers import SampleCache
 from .ops import check_timesteps
@@ -44,8 +44,8 @@ from .passes.round_weights import round_weights
 from .pipelines import find_timestep, named_inputs, sampling_pass, timestep_values
 from .presets import resolve
 from .products import measure_products
-from .report import pass_record, product_records, site_records
-from .rewriting import profiled_ranges, rewrite_layers
+from .report import branch_weights, pass_record, product_records, site_records
+from .rewriting import profiled_ranges, rewrite_layers, unchanged_sites
 from .signature import CallSpec
 from .sites import Site, check_weights, find_sites, plan_sites, weights_left
 from .temporal import choose_temporal
@@ -88,7 +88,8 @@ def prepare(
     check_weights(sites)
     plan_sites(sites, recipe, overrides=overrides)  # refuse a pattern that matches nothing now
     if values is not None:
-        gm.meta["timesteps"] = check_timesteps(values, dtype or values.dtype)
+        keys = check_timesteps(values, dtype or values.dtype)
+        gm.meta["timesteps"] = keys.to(timestep_node(gm).meta["val"].device)
     gm.meta["capture"] = {
         "route": captured.route,
         "seconds": captured.seconds,
@@ -184,17 +185,17 @@ def convert(
         # GroupNorm whose weight wants a gradient and whose input wants none.
         gm.requires_grad_(False)
     learnt = quantized and (spec.rounding == "second-order" or spec.iters > 0)
-    profiled = _profiled(recipe, plan)
-    ranges = {} if profiled else observed_ranges(prepared, sites, plan, timesteps)
-    sampled = learnt or profiled or recipe.correction != "none"
-    chunks = sample_chunks(prepared) if sampled else []
+    rewriting = recipe.rewrites != RewriteSpec()
+    ranges = observed_ranges(prepared, sites, plan, timesteps)
+    sampled = learnt or rewriting or recipe.attention or recipe.correction != "none"
+    chunks = sample_chunks(prepared) if sampled or _profiled(plan, spec) else []
     done: list[Rewrite] = []
 
     def apply(rewrite: Rewrite) -> torch.fx.GraphModule:
         done.append(rewrite)
         return rewrite.gm
 
-    if recipe.rewrites != RewriteSpec():
+    if rewriting:
         rewritten = rewrite_layers(
             gm,
             recipe.rewrites,
@@ -209,9 +210,17 @@ def convert(
     if recipe.attention is not None:
         gm = apply(decompose_attention(gm))
     reference = gm
+    same = unchanged_sites(prepared.gm, gm)
+    specs = {name: layer.activations for name, layer in plan.items() if layer.activations}
+    profiled = [name for name in specs if name not in same or name in _profiled(plan, spec)]
     if profiled:
-        ranges = profiled_ranges(
-            gm, plan, timesteps=timesteps, chunks=chunks, seed=spec.seed, progress=progress
+        ranges |= profiled_ranges(
+            gm,
+            {name: specs[name] for name in profiled},
+            timesteps=timesteps,
+            chunks=chunks,
+            seed=spec.seed,
+            progress=progress,
         )
     temporal = choose_temporal(
         block,
@@ -274,7 +283,7 @@ def convert(
     for i in range(spec.rounds if quantized else 0):
         gm = reconstruct(resampled(prepared, gm), spec.round_iters, f"round {i}")
     gm.meta["timesteps"] = timesteps
-    if recipe.correction != "none":
+    if recipe.correction != "none" and (quantized or recipe.attention is not None):
         errors = measure_errors(reference, gm, chunks, timesteps=timesteps)
         gm = apply(correct_outputs(gm, errors=errors, kind=recipe.correction, timesteps=timesteps))
     record = {
@@ -284,7 +293,7 @@ def convert(
         "sites": site_records(gm, plan, ranges),
         "products": product_records(gm),
         "declined": [[d.site, d.reason] for d in declined],
-        "left_weights": left,
+        "left_weights": left + branch_weights(gm),
         "passes": [pass_record(rewrite) for rewrite in done],
         "float_bytes": prepared.nbytes(),
         "removed": removed_layers(reference, gm),
@@ -392,8 +401,11 @@ def _before_the_sample(gm: torch.fx.GraphModule, sites: list[Site]) -> set[str]:
     return {s.name for s in sites if all(times[node] is not Binding.X for node in s.nodes)}
 
 
-def _profiled(recipe: Config, plan: Mapping[str, LayerConfig]) -> bool:
-    """Whether ranges need more than calibration's smallest and largest values of each layer."""
-    acts = [layer.activations for layer in plan.values() if layer.activations is not None]
-    searched = any(a.ranges != "minmax" or a.timestep_groups is not None for a in acts)
-    return searched or recipe.rewrites != RewriteSpec() or recipe.attention is not None
+def _profiled(plan: Mapping[str, LayerConfig], spec: ReconstructionSpec) -> set[str]:
+    """The sites whose ranges need more than the smallest and largest value of all calibration."""
+    return {
+        name
+        for name, layer in plan.items()
+        if (acts := layer.activations) is not None
+        and (acts.ranges != "minmax" or acts.timestep_groups or spec.sampling != "uniform")
+    }

@@ -16,6 +16,7 @@ from .observers import RangeObserver, Ranges, SampleCache
 from .ops import check_timesteps
 from .passes.observe_layers import observer_name
 from .sites import Site
+from .version import __version__
 
 
 def finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:
@@ -110,13 +111,14 @@ def sample_weights(prepared: Prepared, chunks: Sequence[Sequence[Tensor]]) -> li
 
 
 def fingerprint(prepared: Prepared, timesteps: Tensor, visits: Tensor) -> dict[str, Any]:
-    """All that decides what conversion finds, but for how much memory it takes."""
+    """All that decides what conversion finds, but for the machine and how much memory it takes."""
     recipe = to_dict(prepared.recipe)
     del recipe["reconstruction"]["memory"]
     observers = prepared.observed.named_modules()
     seen = {name: m.seen for name, m in observers if isinstance(m, RangeObserver)}
     cache = prepared.cache
     return {
+        "versions": {"tfmq_fx": __version__, "torch": torch.__version__},
         "recipe": recipe,
         "overrides": {name: to_dict(layer) for name, layer in prepared.overrides.items()},
         "model": digest([list(prepared.gm.named_parameters()), list(prepared.gm.named_buffers())]),

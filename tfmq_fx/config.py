@@ -220,8 +220,8 @@ class ReconstructionSpec:
     layer's inputs (GPTQ), in execution order.
     refine: sweeps of coordinate descent over second-order codes and their scales.
     iters: Adam steps of AdaRound for each block (BRECQ units); 0 leaves it out.
-    quantize_inputs: whether AdaRound sees quantized activations, or full-precision ones as in the
-    released code of BRECQ and TFMQ-DM.
+    quantize_inputs: whether AdaRound of blocks sees quantized activations, or full-precision ones
+    as in the released code of BRECQ and TFMQ-DM.
     rounds: rounds of resampling with the quantized model and learning again on what it visits
     (progressively aligned reconstruction, PAR, of TCAQ-DM).  round_iters: Adam steps of each.
     sampling: how many samples each timestep contributes: "uniform", or "normal": timesteps drawn

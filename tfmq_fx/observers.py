@@ -138,7 +138,7 @@ class SampleCache:
         random = np.random.default_rng(seed)
         if center is None:
             share = max(1, round(count / max(sum(map(bool, self._rows.values())), 1)))
-            picked = [row for rows in self._rows.values() for row in rows[:share]]
+            picked = [row for step in sorted(self._rows) for row in self._rows[step][:share]]
         else:
             drawn = self._drawn(count, center, random)
             picked = [row for step, n in drawn.items() for row in self._rows[step][:n]]

@@ -170,6 +170,7 @@ def sampling_pass(
             num_inference_steps=steps,
             seed=seed,
             batch_size=batch_size,
+            device=getattr(denoiser, "device", "cpu"),
             progress=progress,
             conditions=kwargs,
         )

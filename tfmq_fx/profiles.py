@@ -24,8 +24,8 @@ class Profile:
     """The input of one layer over calibration.
 
     steps: (T,) float64, the timesteps visited, sorted.  low, high: (T,) float32.  peaks: (T, C)
-    largest magnitude of each channel.  power: (C,) mean square.  rows: for each timestep a sample
-    (n, C) of positions.
+    largest magnitude of each channel.  power: (C,) mean square.  values, channels: for each
+    timestep a sample (n,) of single values, and the channel of each.
     """
 
     steps: Tensor
@@ -33,7 +33,8 @@ class Profile:
     high: Tensor
     peaks: Tensor
     power: Tensor
-    rows: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    channels: tuple[Tensor, ...]
 
 
 class ProfileObserver(nn.Module):
@@ -45,7 +46,8 @@ class ProfileObserver(nn.Module):
         super().__init__()
         self.site, self.channel_dim = site, channel_dim
         self._generator = torch.Generator().manual_seed(seed)
-        self._steps: dict[float, list[Tensor]] = {}  # low, high, peaks, rows
+        # low, high, peaks; and of the values kept: the value, its channel, its rank in the draw
+        self._steps: dict[float, list[Tensor]] = {}
         self._squares: Tensor | None = None
         self._count = 0
 
@@ -72,32 +74,40 @@ class ProfileObserver(nn.Module):
         squares = rows.square().sum(0).double()
         self._squares = squares if self._squares is None else self._squares + squares
         self._count += len(rows)
-        peaks, picked = rows.abs().amax(0), self._pick(rows)
+        peaks, drawn = rows.abs().amax(0), self._draw(rows)
         if step in self._steps:
-            old = self._steps[step]
-            low, high = torch.minimum(low, old[0]), torch.maximum(high, old[1])
-            peaks, picked = torch.maximum(peaks, old[2]), self._pick(torch.cat([old[3], picked]))
-        self._steps[step] = [low, high, peaks, picked]
+            old_low, old_high, old_peaks, *old = self._steps[step]
+            low, high = torch.minimum(low, old_low), torch.maximum(high, old_high)
+            peaks = torch.maximum(peaks, old_peaks)
+            drawn = [torch.cat(pair) for pair in zip(old, drawn, strict=True)]
+            best = drawn[2].argsort()[:_VALUES]
+            drawn = [part[best] for part in drawn]
+        self._steps[step] = [low, high, peaks, *drawn]
 
-    def _pick(self, rows: Tensor) -> Tensor:
-        most = max(1, _VALUES // rows.shape[1])
-        if len(rows) <= most:
-            return rows.clone()
-        return rows[torch.randperm(len(rows), generator=self._generator)[:most].to(rows.device)]
+    def _draw(self, rows: Tensor) -> list[Tensor]:
+        """Values of rows (n, C), their channels, and ranks: of all values ever offered, those of
+        the lowest ranks are a fair sample."""
+        total, count = rows.numel(), min(rows.numel(), _VALUES)
+        picks = torch.randint(total, (count,), generator=self._generator)
+        ranks = torch.rand(count, generator=self._generator) * (count / total)
+        picks, ranks = picks.to(rows.device), ranks.to(rows.device)
+        return [rows.flatten()[picks], picks % rows.shape[1], ranks]
 
     def profile(self) -> Profile:
         """What was recorded. Raises CalibrationError where nothing was."""
         if self._squares is None:
             raise CalibrationError(f"the input of {self.site} was never computed in calibration")
         steps = sorted(self._steps)
-        low, high, peaks, rows = zip(*(self._steps[s] for s in steps), strict=True)
+        recorded = (self._steps[s] for s in steps)
+        low, high, peaks, values, channels, _ = zip(*recorded, strict=True)
         return Profile(
             torch.tensor(steps, dtype=torch.float64),
             torch.stack(low),
             torch.stack(high),
             torch.stack(peaks),
             (self._squares / self._count).float(),
-            tuple(rows),
+            tuple(values),
+            tuple(channels),
         )
 
 
@@ -120,8 +130,8 @@ def input_ranges(
         nearest = np.abs(seen[:, None] - wanted[None]).argmin(1)
         held = [np.flatnonzero(groups[nearest] == g) for g in range(groups.max() + 1)]
         members = [m.tolist() for m in held if len(m)]
-        centers = np.array([seen[m].mean() for m in members])
-        wanted = np.array([wanted[groups == g].mean() for g in groups])
+        centers = np.array([g for g, m in enumerate(held) if len(m)], dtype=float)
+        wanted = groups.astype(float)
     ends = torch.stack([_range(profile, part, spec, importance) for part in members]).numpy()
     low, high = (np.interp(wanted, centers, ends[:, i]) for i in range(2))
     return Ranges(torch.tensor(low).float(), torch.tensor(high).float(), missing)
@@ -140,25 +150,28 @@ def _range(
     low, high = profile.low[members].amin(), profile.high[members].amax()
     if spec.ranges == "minmax" or spec.bits > 8:
         return torch.stack([low, high]).cpu()
-    rows = torch.cat([profile.rows[i] for i in members])
-    return torch.stack(clipped_range(rows, low, high, bits=spec.bits, importance=importance)).cpu()
+    values = torch.cat([profile.values[i] for i in members])
+    channels = torch.cat([profile.channels[i] for i in members])
+    weights = importance.to(values)[channels]
+    # The extremes are values too, though the sample may have missed them.
+    values = torch.cat([values, low[None], high[None]])
+    weights = torch.cat([weights, weights.mean().expand(2)])
+    return torch.stack(clipped_range(values, low, high, bits=spec.bits, weights=weights)).cpu()
 
 
 def clipped_range(
-    rows: Tensor, low: Tensor, high: Tensor, *, bits: int, importance: Tensor
+    values: Tensor, low: Tensor, high: Tensor, *, bits: int, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The range within [low, high] whose grid of `bits` bits loses least on `rows` (n, C).
+    """The range within [low, high] whose grid of `bits` bits loses least on `values` (n,).
 
-    low, high: 0-d, widened to contain 0.  importance: (C,).  The upper end is searched first, then
-    the lower, then the upper again, over shares of the given range.
+    low, high: 0-d, widened to contain 0.  weights: (n,), of each squared error.  The upper end is
+    searched first, then the lower, then the upper again, over shares of the given ones.
     """
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    values = rows.flatten()
-    weights = importance.to(rows).expand_as(rows).flatten()
-    shares = _SHARES.to(rows)
+    lowest, highest = low.clamp(max=0), high.clamp(min=0)
+    low, high, shares = lowest, highest, _SHARES.to(values)
     for side in ("high", "low", "high"):
-        lows = low * shares if side == "low" else low.expand_as(shares)
-        highs = high * shares if side == "high" else high.expand_as(shares)
+        lows = lowest * shares if side == "low" else low.expand_as(shares)
+        highs = highest * shares if side == "high" else high.expand_as(shares)
         scale = ((highs - lows) / levels(bits)).clamp(min=1e-30)[:, None]
         zero = (-lows[:, None] / scale).round()
         codes = ((values / scale).round() + zero).clamp(0, levels(bits))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .channel_scaling import smoothing_factors, tcr_factors
-from .config import LayerConfig, RewriteSpec
-from .graph import Rewrite
+from .config import ActivationSpec, LayerConfig, RewriteSpec
+from .graph import Declined, Rewrite
 from .observers import Ranges
 from .passes.keep_first_token import keep_first_token
 from .passes.observe_layers import observe_layers, observer_name
@@ -35,8 +35,9 @@ class Rewritten:
     plan: dict[str, LayerConfig]
     passes: list[Rewrite] = field(default_factory=list)
 
-    def apply(self, rewrite: Rewrite) -> None:
-        """Go on with what a pass returned."""
+    def apply(self, rewrite: Rewrite, left: Iterable[str] = ()) -> None:
+        """Go on with what a pass returned.  left: sites with inputs too fine for it to matter."""
+        rewrite.declined += [Declined(name, "its input has more than 8 bits") for name in left]
         self.gm = rewrite.gm
         self.passes.append(rewrite)
 
@@ -58,15 +59,15 @@ def rewrite_layers(
     """
     result = Rewritten(gm, dict(plan))
 
-    def quantized(most: int = 16) -> list[str]:
-        """Sites to rewrite whose inputs have at most `most` bits (any if they stay in float)."""
-        return [
-            name
-            for name, layer in result.plan.items()
-            if name not in fixed
-            and layer.weights is not None
-            and (layer.activations.bits if layer.activations else 0) <= most
-        ]
+    def quantized() -> list[str]:
+        """Sites to rewrite."""
+        named = result.plan.items()
+        return [name for name, layer in named if layer.weights is not None and name not in fixed]
+
+    def by_width() -> tuple[list[str], list[str]]:
+        """Sites to rewrite whose inputs have up to 8 bits, and those that have more."""
+        fine = [n for n in quantized() if (a := result.plan[n].activations) and a.bits > 8]
+        return [name for name in quantized() if name not in fine], fine
 
     if spec.split_concat:
         result.apply(split_concat(result.gm, only=quantized()))
@@ -76,13 +77,14 @@ def rewrite_layers(
     if spec.first_token:
         result.apply(keep_first_token(result.gm, chunks=chunks, only=quantized()))
     if spec.tcr is not None or spec.smooth is not None:
-        seen = profiles(result.gm, chunks, only=quantized(8), seed=seed, progress=progress)
-        factors = _factors(result.gm, spec, seen)
-        result.apply(scale_channels(result.gm, factors=factors))
+        coarse, fine = by_width()
+        seen = profiles(result.gm, chunks, only=coarse, seed=seed, progress=progress)
+        result.apply(scale_channels(result.gm, factors=_factors(result.gm, spec, seen)), fine)
     if spec.rotate is not None:
-        result.apply(rotate_inputs(result.gm, group=spec.rotate, only=quantized(8)))
+        coarse, fine = by_width()
+        result.apply(rotate_inputs(result.gm, group=spec.rotate, only=coarse), fine)
     if spec.low_rank:
-        seen = profiles(result.gm, chunks, only=quantized(8), seed=seed, progress=progress)
+        seen = profiles(result.gm, chunks, only=quantized(), seed=seed, progress=progress)
         importance = {name: profile.power.sqrt() for name, profile in seen.items()}
         result.apply(
             split_low_rank(
@@ -118,18 +120,32 @@ def profiles(
     return {name: o.profile() for name, o in made.items() if isinstance(o, ProfileObserver)}
 
 
+def unchanged_sites(before: fx.GraphModule, after: fx.GraphModule) -> set[str]:
+    """The sites that rewrites left as they were, the value they read included."""
+    old = {site.name: site for site in find_sites(before)[0]}
+    return {
+        site.name
+        for site in find_sites(after)[0]
+        if site.name in old
+        and site.layer is old[site.name].layer
+        and _read(site) == _read(old[site.name])
+    }
+
+
+def _read(site: Site) -> list[str]:
+    return [used.name for node in site.nodes for used in node.all_input_nodes]
+
+
 def profiled_ranges(
     gm: fx.GraphModule,
-    plan: Mapping[str, LayerConfig],
+    specs: Mapping[str, ActivationSpec],
     *,
     timesteps: Tensor,
     chunks: Chunks,
     seed: int,
     progress: bool = False,
 ) -> dict[str, Ranges]:
-    """The input range of every site whose activations are quantized, over `timesteps` (K,), each
-    by the estimator that its plan names."""
-    specs = {name: layer.activations for name, layer in plan.items() if layer.activations}
+    """The input range of each site of `specs` over `timesteps` (K,), by the estimator it names."""
     sites = {site.name: site for site in find_sites(gm)[0]}
     seen = profiles(gm, chunks, only=specs, seed=seed, progress=progress)
     return {

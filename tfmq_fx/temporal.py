@@ -71,7 +71,7 @@ def choose_temporal(
     if not names:
         return TemporalChoice({})
     rows = compute_rows(block.graph, timesteps)
-    share = visits.float() / visits.sum()
+    share = (visits.float() / visits.sum()).to(timesteps.device)
     result = TemporalChoice({})
     options: dict[str, dict[str, Candidate]] = {name: {} for name in names}
     if spec.mode in ("select", "table"):

@@ -16,6 +16,7 @@ from .errors import ConfigError
 from .metrics import sqnr
 from .modules import Compiled, Converted
 from .nn import QuantLayer
+from .passes.correct_outputs import CORRECTION
 from .passes.reconstruct_tib import relative_errors
 from .progress import progress_bar
 from .regions import extract
@@ -107,6 +108,7 @@ def verify(
         isinstance(m, (QuantLayer, QuantActivation, QuantTimestepTable)) for m in model.gm.modules()
     )
     lossy |= isinstance(model, Compiled)
+    lossy |= any(name.startswith(CORRECTION) for name, _ in model.gm.named_buffers())
     quantized = model.gm if isinstance(model, Converted) else None
     return Verification(
         exact=not lossy,
