@@ -2,6 +2,7 @@
 
     python -m tests.bench.bench_quality recipes     the papers' recipes and ours, 3 seeds
     python -m tests.bench.bench_quality ablation    what each pass adds
+    python -m tests.bench.bench_quality attention   attention's own products
     python -m tests.bench.bench_quality pictures    samples at few bits, side by side
     python -m tests.bench.bench_quality table       the cells there are, as Markdown
 
@@ -21,14 +22,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 import tfmq_fx
 from tfmq_fx import demo, digits, glyphs, metrics
-from tfmq_fx.config import ActivationSpec, Config, RewriteSpec, TemporalSpec, to_dict
+from tfmq_fx.config import (
+    ActivationSpec,
+    AttentionSpec,
+    Config,
+    RewriteSpec,
+    Softmax,
+    TemporalSpec,
+    to_dict,
+)
 from tfmq_fx.presets import PRESETS, resolve
 
 STEPS = demo.STEPS
@@ -202,6 +211,19 @@ def ablation() -> Iterator[Config]:
         yield row("best", resolve(f"best-{bits}"))
 
 
+def attention() -> Iterator[Config]:
+    """Attention's products alone, layers in float: widths and grids of the probabilities."""
+    for bits, probabilities in ((8, 8), (8, 4), (4, 4)):
+        for kind in get_args(Softmax):
+            spec = AttentionSpec(
+                activations=ActivationSpec(bits=bits),
+                probabilities_bits=probabilities,
+                probabilities=kind,
+            )
+            name = f"products {bits} / {probabilities} {kind}"
+            yield Config(name=name, attention=spec, temporal=TemporalSpec(mode="table"))
+
+
 def plain(bits: str) -> Config:
     """Second-order rounding, ranges per timestep, exact tables, 16 bits for the first input."""
     weights, acts = (int(part) for part in bits[1:].split("a"))
@@ -265,6 +287,13 @@ def rounding(config: Config, kind: str) -> Config:
 def rewritten(config: Config, **changes: Any) -> Config:
     """Exact rewrites in front."""
     return dataclasses.replace(config, rewrites=RewriteSpec(**changes))
+
+
+KINDS: dict[str, Callable[[], Iterator[Config]]] = {
+    "recipes": recipes,
+    "ablation": ablation,
+    "attention": attention,
+}
 
 
 def cell_path(out: Path, subject: str, config: Config, seed: int) -> Path:
@@ -360,7 +389,7 @@ def pictures(out: Path, subject: str) -> None:
 def main() -> None:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("recipes", "ablation", "pictures", "table"))
+    parser.add_argument("what", choices=(*KINDS, "pictures", "table"))
     parser.add_argument("--subject", choices=SUBJECTS, nargs="+", default=list(SUBJECTS))
     parser.add_argument("--out", type=Path, default=Path("bench-quality"))
     parser.add_argument("--only", default="", help="recipes whose name contains this")
@@ -375,7 +404,7 @@ def main() -> None:
         if args.what == "pictures":
             pictures(args.out, subject)
             continue
-        made = recipes() if args.what == "recipes" else ablation()
+        made = KINDS[args.what]()
         configs = [capped(c, args.iters) for c in made if args.only in c.name]
         run(args.out, subject, configs, tuple(args.seeds))
 
