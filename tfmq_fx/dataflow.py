@@ -15,14 +15,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
+from .cuts import minimum_cut
 from .errors import ConfigError
 from .graph import Declined, module_path, timestep_node
 from .ops import has_weights, is_heavy, is_random, op_name, value_inputs, writers
-from .regions import extract, extract_nodes, reads_tensor
+from .regions import extract, extract_nodes
 
 RANDOM, WRITTEN = "<random>", "<written in place>"  # stand for inputs in BindingTimes.deps
 
@@ -184,38 +184,10 @@ def _cut(
     gm: fx.GraphModule, times: BindingTimes, upto: Binding = Binding.T
 ) -> tuple[tuple[fx.Node, ...], list[Declined]]:
     early = {n for n in gm.graph.nodes if n.op != "output" and times[n].join(upto) is upto}
-    obstacles = _obstacles(gm, early)
-    declined, network = [], nx.DiGraph()
-    stuck: dict[
-        fx.Node, bool
-    ] = {}  # from a heavy operation on: is there a way to it without a cut?
-    for node in gm.graph.nodes:
-        if node not in early or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
-            continue  # sizes are computed again, not stored
-        heavy = times[node] is not Binding.CONSTANT and is_heavy(gm, node)
-        sources = [used for used in node.all_input_nodes if used in stuck]
-        if not heavy and not sources:
-            continue
-        obstacle = obstacles.get(node)
-        stuck[node] = obstacle is not None and (heavy or any(stuck[used] for used in sources))
-        # Edges run from readers to what they read: of several minimum cuts networkx then gives the
-        # one next to the heavy operations, whose values are named after the module that makes them.
-        network.add_edge(
-            (node, "out"), (node, "in"), **({} if obstacle else {"capacity": _row_bytes(node)})
-        )
-        network.add_edges_from(((node, "in"), (used, "out")) for used in sources)
-        if heavy:
-            network.add_edge((node, "in"), "heavy")
-        if any(user not in early and reads_tensor(user) for user in node.users):
-            if stuck[node]:
-                declined.append(Declined(node.name, f"cannot be stored: {obstacle}"))
-            else:
-                network.add_edge("rest", (node, "out"))
-    if "heavy" not in network or "rest" not in network:
-        return (), declined
-    _, (_, kept) = nx.minimum_cut(network, "rest", "heavy")
-    cut = tuple(node for node in stuck if (node, "in") in kept and (node, "out") not in kept)
-    return cut, declined
+    heavy = {n for n in early if times[n] is not Binding.CONSTANT and is_heavy(gm, n)}
+    return minimum_cut(
+        gm.graph, early, heavy=heavy, obstacles=_obstacles(gm, early), cost=_row_bytes
+    )
 
 
 def _obstacles(gm: fx.GraphModule, early: Collection[fx.Node]) -> dict[fx.Node, str]:

@@ -25,7 +25,7 @@ def extract(
         env[node] = graph.placeholder(str(node.target) if node.op == "placeholder" else node.name)
         env[node].meta = dict(node.meta)
     for node in extract_nodes(gm, outputs, inputs):
-        source = _size_source(node, inputs)
+        source = size_source(node, inputs)
         if source is None:
             env[node] = graph.node_copy(node, env.__getitem__)
         else:
@@ -54,13 +54,13 @@ def extract_nodes(
             names = ", ".join(n.name for n in outputs)
             raise GraphError(f"{names}: cannot be computed without input {node.target!r}")
         needed.add(node)
-        if _size_source(node, inputs) is None:
+        if size_source(node, inputs) is None:
             todo += node.all_input_nodes
         todo += [writer for writer, bases in writes if node in bases]
     return {node: None for node in gm.graph.nodes if node in needed}
 
 
-def _size_source(node: fx.Node, inputs: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
+def size_source(node: fx.Node, inputs: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
     """An input, and its dimension, of the size that `node` holds; None if it holds none of them."""
     value = node.meta.get("val")
     if not isinstance(value, torch.SymInt):
@@ -90,7 +90,7 @@ def region_inputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
     inside = set(nodes)
     used = dict.fromkeys(used for node in nodes for used in node.all_input_nodes)
     found = [node for node in used if node not in inside and node.op != "get_attr"]
-    return [node for node in found if _size_source(node, found) is None]
+    return [node for node in found if size_source(node, found) is None]
 
 
 def region_outputs(nodes: Collection[fx.Node]) -> list[fx.Node]:

@@ -1,0 +1,110 @@
+"""Split a graph into what a request fixes, computed before its steps, and the step itself.
+
+step(x, t, c):  h = linear(silu(embed(t) + label(c)));  y = f(x, h)
+    ->    prologue(t, c): h;    step(x, t, h): y = f(x, h)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.dialect import check, stage_of
+from tfmq_fx.graph import Declined, timestep_node
+from tfmq_fx.regions import extract
+from tfmq_fx.request import find_request, left_nodes, stored_bytes, tensors_of
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The values of one set of conditions, as a graph (t (B,), *conditions) -> tuple of values.
+
+    conditions: placeholders.  stepped: whether the values depend on the timestep.  names: of the
+    step's inputs that hold them.  batched: which have the batch as dimension 0.  step_bytes: of one
+    sample's values (for each step, where stepped).  free: whether the graph takes any batch size.
+    """
+
+    conditions: tuple[str, ...]
+    stepped: bool
+    names: tuple[str, ...]
+    batched: tuple[bool, ...]
+    step_bytes: int
+    free: bool
+    graph: fx.GraphModule
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A graph in two; all parts share its modules and parameters.
+
+    step: what is computed at every step; its inputs are `kept`, those of the whole graph that it
+    still reads, and then the values of the parts, part by part.  freed: parameters and buffers that
+    no step reads, by name.  declined: what stays in the step, and why.
+    """
+
+    step: fx.GraphModule
+    kept: tuple[str, ...]
+    parts: tuple[Part, ...]
+    freed: dict[str, Tensor]
+    declined: tuple[Declined, ...]
+
+
+def split_prologue(gm: fx.GraphModule, conditions: Sequence[str], *, steps: int) -> Split:
+    """`gm` as prologue and step; the timestep stays an input of the step.
+
+    conditions: placeholders that are fixed for a request.  steps: timesteps of a request, about; it
+    decides what is worth storing.  At the batch size of a request the parts compute what `gm`
+    computes, operation by operation.  Raises ConfigError for a condition that is no input.
+    """
+    found = find_request(gm, conditions, steps=steps)
+    t = timestep_node(gm)
+    inputs = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
+    batch = t.meta["val"].shape[0]
+
+    def begins_with_batch(value: Tensor) -> bool:
+        first = value.shape[0] if value.dim() else 0
+        if isinstance(batch, int) or isinstance(first, int):
+            return isinstance(batch, int) and first == batch
+        return bool(first.node.expr == batch.node.expr)
+
+    parts, cut = [], list[fx.Node]()
+    for group in found.groups:
+        values = list(group.values)
+        part = extract(gm, values, [t, *(inputs[name] for name in group.conditions)])
+        parts.append(
+            Part(
+                group.conditions,
+                group.stepped,
+                tuple(node.name for node in values),
+                tuple(begins_with_batch(node.meta["val"]) for node in values),
+                sum(map(stored_bytes, values)),
+                isinstance(batch, torch.SymInt),
+                part,
+            )
+        )
+        cut += values
+    (output,) = gm.graph.find_nodes(op="output")
+    step = extract(gm, list(output.args[0]), [*inputs.values(), *cut])
+    kept = []
+    for node in list(step.graph.find_nodes(op="placeholder")):
+        if node.target not in inputs:
+            continue
+        if node.users or node.target == t.target:
+            kept.append(str(node.target))
+        else:
+            step.graph.erase_node(node)
+    step.recompile()
+    step.meta |= {key: value for key, value in gm.meta.items() if key not in step.meta}
+    check(step, stage_of(gm))
+    needed = tensors_of(gm, left_nodes(gm, cut))
+    names = {id(tensor): name for name, tensor in (*gm.named_parameters(), *gm.named_buffers())}
+    used = {
+        key: tensor
+        for part in parts
+        for key, tensor in tensors_of(part.graph, part.graph.graph.nodes).items()
+    }
+    freed = {names[key]: value for key, value in used.items() if key not in needed}
+    return Split(step, tuple(kept), tuple(parts), freed, found.declined)
