@@ -31,7 +31,6 @@ from .ops import is_heavy
 from .passes.merge_duplicates import merge_duplicates
 from .pipelines import find_timestep, named_inputs
 from .regions import extract_nodes
-from .signature import CallSpec
 from .skeletons import skeleton
 from .summary import summary
 
@@ -101,7 +100,7 @@ def analyze(
     inputs = named_inputs(model, example_inputs)
     captured = capture(model, inputs, timestep=find_timestep(inputs, timestep))
     gm, call = merge_duplicates(captured.gm).gm, captured.call
-    times = binding_times(gm, _conditions(call, conditions))
+    times = binding_times(gm, call.named_conditions(conditions))
     shapes = _shapes(captured, inputs)
     flops = node_flops(gm, shapes)
     owners = _owners(gm, times)
@@ -152,25 +151,6 @@ def analyze(
 
 
 # ---------------------------------------------------------------------------- inputs
-
-
-def _conditions(call: CallSpec, names: Sequence[str] | None) -> list[str]:
-    """Placeholders of the inputs that are fixed for a request, named or all that may be."""
-    if names is None:
-        return list(call.conditions)
-    others = [spec for spec in call.inputs if spec.name != call.timestep]
-    found: dict[str, None] = {}
-    for name in [names] if isinstance(names, str) else names:
-        named = [
-            spec.name
-            for spec in others
-            if name in (spec.name, spec.path) or spec.path.startswith(f"{name}.")
-        ]
-        if not named:
-            paths = ", ".join(spec.path for spec in others) or "none"
-            raise ConfigError(f"no input {name!r} for a condition; choose from {paths}")
-        found |= dict.fromkeys(named)
-    return list(found)
 
 
 def _shapes(captured: Captured, inputs: Mapping[str, Any]) -> list[tuple[int, ...]]:

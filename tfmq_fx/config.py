@@ -18,6 +18,10 @@ Sampling = Literal["uniform", "normal"]
 Softmax = Literal["uniform", "log2", "adaptive"]
 Correction = Literal["none", "bias", "noise"]
 TemporalMode = Literal["select", "table", "cache", "tib"]
+Precision = Literal["exact", "float16", "int8"]
+PrologueMode = Literal["exact", "batched"]
+Offload = Literal["none", "cpu", "disk"]
+OnMiss = Literal["compute", "error"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -322,6 +326,48 @@ class Config:
             self.layers.weights is not None or self.rewrites == RewriteSpec(),
             f"Config {self.name!r}: rewrites are of quantized layers, but layers.weights is None",
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrologueSpec:
+    """How values that a request fixes are computed before its steps, and kept.
+
+    conditions: inputs that are fixed for a request, by name, dotted path or placeholder; None is
+    all but the sample, the timestep and what another network adds at every step.
+    steps: timesteps of a request, about; decides which values are worth storing.
+    mode: "exact" computes one step at a time at the batch size of the request, which gives the bits
+    that the step would; "batched" all steps in one call, which rounds differently (about 1e-6).
+    precision: how values that depend on the timestep are kept: in the compute dtype, as float16, or
+    as 8-bit integers with a scale for each row. Values of the conditions alone stay exact.
+    capacity: conditions kept at once; the least recently used goes first.
+    offload: what becomes of weights that no step reads once the values are there: "cpu" moves them
+    off the accelerator, "disk" maps them from a temporary file that memory need not hold.
+    on_miss: a timestep outside the schedule is computed, or is an error.
+    """
+
+    conditions: tuple[str, ...] | None = None
+    steps: int = 50
+    mode: PrologueMode = "exact"
+    precision: Precision = "exact"
+    capacity: int = 4
+    offload: Offload = "none"
+    on_miss: OnMiss = "compute"
+
+    def __post_init__(self) -> None:
+        if self.conditions is not None:
+            _require(
+                not isinstance(self.conditions, str),
+                f"PrologueSpec.conditions must be a sequence of names, got {self.conditions!r}",
+            )
+            object.__setattr__(self, "conditions", tuple(self.conditions))
+        _require(self.steps >= 1, f"PrologueSpec.steps must be at least 1, got {self.steps}")
+        _require(
+            self.capacity >= 1, f"PrologueSpec.capacity must be at least 1, got {self.capacity}"
+        )
+        _one_of("PrologueSpec.mode", self.mode, PrologueMode)
+        _one_of("PrologueSpec.precision", self.precision, Precision)
+        _one_of("PrologueSpec.offload", self.offload, Offload)
+        _one_of("PrologueSpec.on_miss", self.on_miss, OnMiss)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def find_request(gm: fx.GraphModule, conditions: Collection[str], *, steps: int)
     heavy = {
         n
         for n in early
-        if times[n] is not Binding.CONSTANT and (is_heavy(gm, n) or _looks_up(gm, n))
+        if times[n] is not Binding.CONSTANT and (is_heavy(gm, n) or looks_up(gm, n))
     }
     declined: list[Declined] = []
 
@@ -131,10 +131,16 @@ def _computation(gm: fx.GraphModule, nodes: list[fx.Node]) -> set[fx.Node]:
     return set(extract_nodes(gm, nodes, list(gm.graph.find_nodes(op="placeholder"))))
 
 
-def _looks_up(gm: fx.GraphModule, node: fx.Node) -> bool:
+def looks_up(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node reads a table by timestep."""
     if node.op == "call_module":
         return isinstance(gm.get_submodule(str(node.target)), QuantTimestepTable)
     return is_timestep_row(node)
+
+
+def has_lookups(gm: fx.GraphModule) -> bool:
+    """Whether a graph reads any table by timestep."""
+    return any(looks_up(gm, node) for node in gm.graph.nodes)
 
 
 def _outweighing(

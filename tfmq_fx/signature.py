@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, ConfigError, InputError
 from .structure import (
     Branch,
     Const,
@@ -98,6 +98,25 @@ class CallSpec:
     def names(self) -> tuple[str, ...]:
         """Placeholder names, in order."""
         return tuple(spec.name for spec in self.inputs)
+
+    def named_conditions(self, names: Sequence[str] | None) -> list[str]:
+        """Placeholders of the inputs that are fixed for a request: those named (by input, dotted
+        path or placeholder), or all that may be. Raises ConfigError for a name that is no input."""
+        if names is None:
+            return list(self.conditions)
+        others = [spec for spec in self.inputs if spec.name != self.timestep]
+        found: dict[str, None] = {}
+        for name in [names] if isinstance(names, str) else names:
+            named = [
+                spec.name
+                for spec in others
+                if name in (spec.name, spec.path) or spec.path.startswith(f"{name}.")
+            ]
+            if not named:
+                paths = ", ".join(spec.path for spec in others) or "none"
+                raise ConfigError(f"no input {name!r} for a condition; choose from {paths}")
+            found |= dict.fromkeys(named)
+        return list(found)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
         """Placeholder values in order for a call of the original, and whether a dict is wanted."""

@@ -1,0 +1,105 @@
+"""Weights that are needed once a request: held off the accelerator, or on disk, between."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import Offload
+from .errors import ConfigError
+
+
+class Offloaded:
+    """Moves tensors away and back, in place: every module that holds them sees it.
+
+    tensors: by name, on one device.  kind: "cpu": away is the CPU. "disk": away is a temporary file
+    that is mapped into memory, so that values can be read at any time and pages need not stay.
+    Raises ConfigError where the tensors lie on the CPU ("cpu") or elsewhere ("disk").
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], kind: Offload) -> None:
+        self.tensors, self.kind = dict(tensors), kind
+        self.is_away = False
+        devices = {tensor.device for tensor in self.tensors.values()}
+        self._device = next(iter(devices), torch.device("cpu"))
+        if kind == "cpu" and self._device.type == "cpu" and devices:
+            raise ConfigError(
+                "offload='cpu': the model is on the CPU already. Use offload='disk' to free its "
+                "memory, or move the model first."
+            )
+        if kind == "disk" and self._device.type != "cpu":
+            raise ConfigError(
+                f"offload='disk' is for models on the CPU, this one is on {self._device}. Use "
+                "offload='cpu'."
+            )
+        self._folder: Path | None = None
+        self._written = set[str]()
+
+    def nbytes(self) -> int:
+        """Bytes that leave."""
+        return sum({t.data_ptr(): t.nbytes for t in self.tensors.values()}.values())
+
+    def away(self) -> bool:
+        """Move the tensors away; returns whether anything moved."""
+        if self.kind == "none" or self.is_away:
+            return False
+        for i, (name, tensor) in enumerate(self.tensors.items()):
+            tensor.data = tensor.data.cpu() if self.kind == "cpu" else self._mapped(i, name, tensor)
+        self.is_away = True
+        return True
+
+    def back(self) -> None:
+        """Move the tensors back to their device."""
+        if not self.is_away:
+            return
+        self.is_away = False
+        if self.kind == "cpu":
+            for tensor in self.tensors.values():
+                tensor.data = tensor.data.to(self._device)
+
+    def restore(self) -> None:
+        """Have the tensors as they were before anything moved: on their device, in memory."""
+        self.back()
+        if self.kind == "disk" and self._written:
+            for tensor in self.tensors.values():
+                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+            self._written.clear()
+
+    def _mapped(self, i: int, name: str, tensor: Tensor) -> Tensor:
+        """The tensor's contents as pages of a file, which is written where they are not in it."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="tfmq-fx-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / f"{i}.bin"
+        size = tensor.numel() * tensor.element_size()
+        if not size:
+            return tensor.data
+        if name in self._written:  # pages read since are dropped, unless somebody wrote to them
+            pages = _pages(path, tensor)
+            if torch.equal(_bytes(pages), _bytes(tensor.data)):
+                return pages
+        _bytes(tensor.data).numpy().tofile(path)
+        self._written.add(name)
+        return _pages(path, tensor)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The contents in the order of memory where there are no gaps, else in that of indices."""
+    if torch._prims_common.is_non_overlapping_and_dense(tensor):
+        tensor = tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _pages(path: Path, like: Tensor) -> Tensor:
+    """The file's contents as a tensor like `like`, in pages that are read when they are used."""
+    size = like.numel() * like.element_size()
+    flat = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).view(like.dtype)
+    if torch._prims_common.is_non_overlapping_and_dense(like):
+        return flat.as_strided(like.shape, like.stride())
+    return flat.view(like.shape)
