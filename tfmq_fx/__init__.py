@@ -9,10 +9,14 @@ from .api import fold_timesteps as fold_timesteps
 from .api import load as load
 from .api import prepare as prepare
 from .api import save as save
+from .binding import bind_request as bind_request
+from .bound import Bound as Bound
+from .comparison import compare as compare
 from .config import ActivationSpec as ActivationSpec
 from .config import AttentionSpec as AttentionSpec
 from .config import Config as Config
 from .config import LayerConfig as LayerConfig
+from .config import PrologueSpec as PrologueSpec
 from .config import ReconstructionSpec as ReconstructionSpec
 from .config import RewriteSpec as RewriteSpec
 from .config import TemporalSpec as TemporalSpec
@@ -28,6 +32,7 @@ from .errors import TfmqError as TfmqError
 from .modules import Compiled as Compiled
 from .modules import Converted as Converted
 from .modules import Prepared as Prepared
+from .pairs import Comparison as Comparison
 from .presets import PRESETS as PRESETS
 from .report import Report as Report
 from .report import report as report
