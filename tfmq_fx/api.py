@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact, backends
+from .bound import Bound
 from .calibration import (
     check_sampling,
     fingerprint,
@@ -22,20 +23,25 @@ from .calibration import (
 )
 from .capture import capture
 from .checkpoint import Checkpoint
-from .config import Config, LayerConfig, ReconstructionSpec, RewriteSpec, from_dict, to_dict
+from .config import (
+    Config,
+    LayerConfig,
+    PrologueSpec,
+    ReconstructionSpec,
+    RewriteSpec,
+    from_dict,
+    to_dict,
+)
 from .correction import measure_errors
 from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, BackendError, ConfigError
-from .graph import Rewrite, timestep_node
+from .graph import Rewrite
 from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
-from .observers import SampleCache
 from .ops import check_timesteps
 from .passes.correct_outputs import correct_outputs
 from .passes.decompose_attention import decompose_attention
 from .passes.fold_timesteps import fold_timesteps as fold_pass
-from .passes.merge_duplicates import merge_duplicates
-from .passes.observe_layers import observe_layers
 from .passes.quantize_layers import quantize_layers
 from .passes.quantize_products import quantize_products
 from .passes.quantize_tables import quantize_tables
@@ -44,10 +50,11 @@ from .passes.round_weights import round_weights
 from .pipelines import find_timestep, named_inputs, sampling_pass, timestep_values
 from .presets import resolve
 from .products import measure_products
+from .recall import observed, remember
 from .report import branch_weights, pass_record, product_records, site_records
 from .rewriting import profiled_ranges, rewrite_layers, unchanged_sites
 from .signature import CallSpec
-from .sites import Site, check_weights, find_sites, plan_sites, weights_left
+from .sites import Site, find_sites, plan_sites, weights_left
 from .temporal import choose_temporal
 
 
@@ -81,34 +88,20 @@ def prepare(
     if values is not None and values.is_floating_point():
         inputs[name] = torch.as_tensor(inputs[name]).float()
     captured = capture(model, inputs, timestep=name, dynamic=dynamic)
-    merged = merge_duplicates(captured.gm)
-    gm = merged.gm
     dtype = inputs[name].dtype if isinstance(inputs[name], Tensor) else None
-    sites, _ = find_sites(gm)
-    check_weights(sites)
-    plan_sites(sites, recipe, overrides=overrides)  # refuse a pattern that matches nothing now
-    if values is not None:
-        keys = check_timesteps(values, dtype or values.dtype)
-        gm.meta["timesteps"] = keys.to(timestep_node(gm).meta["val"].device)
-    gm.meta["capture"] = {
-        "route": captured.route,
-        "seconds": captured.seconds,
-        "nodes": len(gm.graph.nodes),
-        "guards": [f"{g.text} is {g.holds} ({g.source})" for g in captured.call.guards],
-        "notes": list(captured.notes),
-        "merged": merged.details["merged"],
-    }
-    observed = observe_layers(gm).gm
-    spec = recipe.reconstruction
-    return Prepared(
-        gm,
-        observed,
+    return observed(
+        captured.gm,
         captured.call,
         recipe=recipe,
         overrides=overrides or {},
-        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
         source=model,
-        model_config=getattr(model, "config", None),
+        timesteps=None if values is None else check_timesteps(values, dtype or values.dtype),
+        facts={
+            "route": captured.route,
+            "seconds": captured.seconds,
+            "guards": [f"{g.text} is {g.holds} ({g.source})" for g in captured.call.guards],
+            "notes": list(captured.notes),
+        },
     )
 
 
@@ -298,8 +291,17 @@ def convert(
         "float_bytes": prepared.nbytes(),
         "removed": removed_layers(reference, gm),
     }
+    origin, watch = remember(
+        prepared, timesteps, calibrated=bool(ranges or chunks), sampled=bool(chunks)
+    )
     return Converted(
-        gm, prepared.call, recipe=recipe, record=record, model_config=prepared.model_config
+        gm,
+        prepared.call,
+        recipe=recipe,
+        record=record,
+        model_config=prepared.model_config,
+        origin=origin,
+        watch=watch,
     )
 
 
@@ -339,7 +341,7 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
             backends.backend(name)
         except BackendError as error:
             name, note, options = "eager", str(error), {}
-    runner, lowering = backends.backend(name).compile_graph(model.gm, **options)
+    runner, lowering = backends.backend(name).compile_graph(model.runnable, **options)
     compiled = Compiled(model, runner, name, lowering)
     if note:
         compiled.declined.insert(0, ["the whole model", note])
@@ -362,7 +364,11 @@ def save(model: Converted, path: str | Path) -> None:
         gm=model.gm,
         call=model.call.to_dict(),
         config=to_dict(model.recipe),
-        extra={"record": model.record, "model_config": _plain(model.model_config)},
+        extra={
+            "record": model.record,
+            "model_config": _plain(model.model_config),
+            "prologue": to_dict(model.spec) if isinstance(model, Bound) else None,
+        },
     )
 
 
@@ -372,14 +378,15 @@ def load(path: str | Path) -> Converted:
     Raises ArtifactError for a directory that is missing, foreign, truncated or of a newer format.
     """
     loaded = artifact.load(path)
-    config = loaded.extra["model_config"]
-    return Converted(
+    config, prologue = loaded.extra["model_config"], loaded.extra.get("prologue")
+    model = Converted(
         loaded.gm,
         CallSpec.from_dict(loaded.call),
         recipe=from_dict(loaded.config),
         record=loaded.extra["record"],
         model_config=None if config is None else ModelConfig(config),
     )
+    return model if prologue is None else Bound(model, from_dict(prologue, PrologueSpec))
 
 
 def _plain(config: Any) -> dict[str, Any] | None:

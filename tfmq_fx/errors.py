@@ -21,6 +21,10 @@ class InputError(TfmqError, ValueError):
     """A call with inputs that the captured graph was not made for (shape, dtype, timestep)."""
 
 
+class StaleError(TfmqError, RuntimeError):
+    """The model that a converted one was made from holds other weights by now."""
+
+
 class CalibrationError(TfmqError, RuntimeError):
     """Calibration data is missing or unusable (no data, NaN, Inf)."""
 

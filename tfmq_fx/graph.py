@@ -55,7 +55,7 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def graph_pass(
-    *, takes: Stage | tuple[Stage, ...], gives: Stage
+    *, takes: Stage | tuple[Stage, ...], gives: Stage | None
 ) -> Callable[
     [Callable[Concatenate[fx.GraphModule, P], Rewrite]],
     Callable[Concatenate[fx.GraphModule, P], Rewrite],
@@ -63,7 +63,7 @@ def graph_pass(
     """Make a function GraphModule -> Rewrite a pass.
 
     The input is checked, forked and never changed, the body runs without grad, dead code goes, and
-    the output is marked and checked as `gives`."""
+    the output is marked and checked as `gives`, or where that is None as the stage it had."""
     accepted = takes if isinstance(takes, tuple) else (takes,)
 
     def decorate(
@@ -83,10 +83,10 @@ def graph_pass(
             prune(result.gm.graph)
             result.gm.delete_all_unused_submodules()
             result.gm.recompile()
-            result.gm.meta["stage"] = gives
+            result.gm.meta["stage"] = gives or found
             result.name = body.__name__
             result.seconds = time.perf_counter() - start
-            check(result.gm, gives)
+            check(result.gm, gives or found)
             return result
 
         return run

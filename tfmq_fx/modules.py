@@ -18,11 +18,13 @@ from .graph_json import from_json, to_json
 from .module_json import install_modules, module_json
 from .observers import SampleCache
 from .ops import find_unknown
+from .origin import Origin
 from .passes.correct_outputs import CORRECTION
 from .passes.quantize_layers import SCALES
 from .passes.quantize_products import SCALES as PRODUCT_SCALES
 from .pipelines import SamplingPass
 from .signature import CallSpec
+from .watch import SourceWatch
 
 # buffers of the graph that keep their dtype in any model
 _EXACT = (KEYS, SCALES, PRODUCT_SCALES, CORRECTION)
@@ -78,6 +80,7 @@ class GraphModel(nn.Module):
     """
 
     gm: fx.GraphModule
+    watch: SourceWatch | None = None  # of the model that the graph was made from
 
     def __init__(self, gm: fx.GraphModule, call: CallSpec, model_config: Any = None) -> None:
         super().__init__()
@@ -96,9 +99,12 @@ class GraphModel(nn.Module):
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, in its own type. Raises InputError for a call not captured."""
+        """The model's output, in its own type. Raises InputError for a call not captured, and
+        StaleError where the model that this one was made from has other weights since."""
         inputs, return_dict = self.call.bind(args, kwargs)
         if not torch.compiler.is_compiling():
+            if self.watch is not None:
+                self.watch.check()
             self.check_timesteps(inputs)
         return self.call.rebuild(self.run(inputs), return_dict)
 
@@ -106,9 +112,18 @@ class GraphModel(nn.Module):
         """The graph's flat outputs."""
         return self.gm(*inputs)
 
+    def forget_source(self) -> None:
+        """Go on with the weights as they are, whatever becomes of those that they were made from.
+
+        Memory shared with the source is copied.  Raises StaleError where it has changed already.
+        """
+        if self.watch is not None:
+            self.watch.release(self.gm)
+            self.watch = None
+
     def check_timesteps(self, inputs: list[Tensor]) -> None:
         """Raise InputError naming any timestep that the graph has no rows for."""
-        keys = self.timesteps
+        keys = self.lookup_keys
         if keys is None:
             return
         t = inputs[self.call.names.index(self.call.timestep)]
@@ -124,6 +139,11 @@ class GraphModel(nn.Module):
         """The finite set (K,) the graph has rows for, sorted; None before there is one."""
         keys = self.gm.meta.get("timesteps")
         return keys if isinstance(keys, Tensor) else None
+
+    @property
+    def lookup_keys(self) -> Tensor | None:
+        """The timesteps (K,) that a call may bring; None where any will do."""
+        return self.timesteps
 
     @property
     def config(self) -> Any:
@@ -207,6 +227,7 @@ class Prepared(GraphModel):
     """A captured model that records ranges and sample inputs at each call, and answers as before.
 
     observed: the graph with observers, which runs.  gm: the captured graph, which `convert` takes.
+    unmerged: the graph as it was captured, each repetition in its place; left out, `gm`.
     """
 
     def __init__(
@@ -220,18 +241,24 @@ class Prepared(GraphModel):
         cache: SampleCache,
         source: nn.Module,
         model_config: Any = None,
+        unmerged: fx.GraphModule | None = None,
     ) -> None:
         super().__init__(captured, call, model_config)
         self.observed = observed
         self.recipe, self.overrides, self.cache = recipe, dict(overrides), cache
         self.sampling: SamplingPass | None = None  # the last calibration, to be run again
-        # A tuple keeps the user's module out of this one's submodules and state_dict.
-        self._source = (source,)
+        # A tuple keeps modules out of this one's submodules and state_dict.
+        self._source, self._unmerged = (source,), (unmerged or captured,)
 
     @property
     def source(self) -> nn.Module:
         """The user's own model, untouched."""
         return self._source[0]
+
+    @property
+    def unmerged(self) -> fx.GraphModule:
+        """The graph as it was captured."""
+        return self._unmerged[0]
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
@@ -253,6 +280,8 @@ class Converted(GraphModel):
     buffers, the graph open to inspection as `.gm`.
 
     recipe: the configuration it was made by.  record: JSON-ready facts for `report`.
+    origin: all else that it was made from, for `refresh`, or None.  watch: whether the source still
+    has its weights; copies watch it too, what is pickled or saved does not.
     """
 
     def __init__(
@@ -263,9 +292,11 @@ class Converted(GraphModel):
         recipe: Config,
         record: dict[str, Any],
         model_config: Any = None,
+        origin: Origin | None = None,
+        watch: SourceWatch | None = None,
     ) -> None:
         super().__init__(gm, call, model_config)
-        self.recipe, self.record = recipe, record
+        self.recipe, self.record, self.origin, self.watch = recipe, record, origin, watch
         install_removed(gm, record.get("removed", {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
@@ -277,12 +308,25 @@ class Converted(GraphModel):
             recipe=self.recipe,
             record=copy.deepcopy(self.record, memo),
             model_config=copy.deepcopy(self.model_config, memo),
+            origin=self.origin,
+            watch=self.watch,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As it is saved: torch's own pickle of a graph traces it again and loses its metadata.
-        settings = (self.call, self.recipe, self.record, self.model_config)
+        origin = None if self.origin is None else self.origin.portable()
+        settings = (self.call, self.recipe, self.record, self.model_config, origin)
         return _unpickled, (to_json(self.gm), self.gm.state_dict(), *settings)
+
+    @property
+    def runnable(self) -> fx.GraphModule:
+        """The graph that a backend compiles."""
+        return self.gm
+
+    @property
+    def feed(self) -> Callable[[list[Tensor]], list[Tensor]] | None:
+        """Makes what `runnable` takes from the placeholder values of a call; None: they are it."""
+        return None
 
     def extra_repr(self) -> str:
         return f"stage={stage_of(self.gm).value}, recipe={self.recipe.name}"
@@ -295,10 +339,13 @@ def _unpickled(
     recipe: Config,
     record: dict[str, Any],
     model_config: Any,
+    origin: Origin | None,
 ) -> Converted:
     gm = from_json(graph)
     gm.load_state_dict(tensors, strict=True, assign=True)
-    return Converted(gm, call, recipe=recipe, record=record, model_config=model_config)
+    return Converted(
+        gm, call, recipe=recipe, record=record, model_config=model_config, origin=origin
+    )
 
 
 class Compiled(GraphModel):
@@ -317,12 +364,17 @@ class Compiled(GraphModel):
         self.runner, self.backend = runner, backend
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
-        self.recipe, self.record = converted.recipe, converted.record
+        self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch
+        self._feed, self._lookup_keys = converted.feed, converted.lookup_keys
         install_removed(self.gm, self.record.get("removed", {}))
+
+    @property
+    def lookup_keys(self) -> Tensor | None:
+        return self._lookup_keys
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
-        return self.runner(*inputs)
+        return self.runner(*(inputs if self._feed is None else self._feed(inputs)))
 
     def extra_repr(self) -> str:
         return f"backend={self.backend}, {self.lowered} integer layers"

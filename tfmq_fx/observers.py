@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -79,6 +80,16 @@ class SampleCache:
         self._rank: dict[float, float] = {}  # timesteps of low rank stay where room is short
         self._row_bytes = 0
 
+    @classmethod
+    def holding(
+        cls, rows: Mapping[float, Sequence[tuple[Tensor, ...]]], visits: Mapping[float, int]
+    ) -> Self:
+        """A full cache with these samples of each timestep, visited that often."""
+        made = cls(capacity=0, seed=0)
+        made._rows = {step: list(samples) for step, samples in rows.items()}
+        made.visits = dict(visits)
+        return made
+
     def __len__(self) -> int:
         return sum(map(len, self._rows.values()))
 
@@ -136,12 +147,8 @@ class SampleCache:
         than `count` where a timestep has fewer samples than it was drawn.
         """
         random = np.random.default_rng(seed)
-        if center is None:
-            share = max(1, round(count / max(sum(map(bool, self._rows.values())), 1)))
-            picked = [row for step in sorted(self._rows) for row in self._rows[step][:share]]
-        else:
-            drawn = self._drawn(count, center, random)
-            picked = [row for step, n in drawn.items() for row in self._rows[step][:n]]
+        shares = self._shares(count, center, random)
+        picked = [row for step in sorted(shares) for row in self._rows[step][: shares[step]]]
         picked = [picked[i] for i in random.permutation(len(picked))][:count]
         return [
             tuple(
@@ -150,6 +157,14 @@ class SampleCache:
             )
             for part in (picked[i : i + batch_size] for i in range(0, len(picked), batch_size))
         ]
+
+    def needed(
+        self, count: int, *, seed: int, center: float | None = None
+    ) -> dict[float, list[tuple[Tensor, ...]]]:
+        """The samples that `chunks` may draw, and one at least of each timestep that has any: a
+        cache with these alone gives the same chunks."""
+        shares = self._shares(count, center, np.random.default_rng(seed))
+        return {step: self._rows[step][: max(1, n)] for step, n in shares.items()}
 
     def weights(self, timesteps: Sequence[Tensor]) -> list[Tensor] | None:
         """Weights of samples whose timesteps these are, (n,) float32 each, by which every timestep
@@ -166,6 +181,15 @@ class SampleCache:
             torch.tensor([self.visits[s] / counts[s] / mean for s in part.tolist()])
             for part in timesteps
         ]
+
+    def _shares(
+        self, count: int, center: float | None, random: np.random.Generator
+    ) -> dict[float, int]:
+        """How many of the samples of each timestep that has any are to be taken."""
+        if center is not None:
+            return self._drawn(count, center, random)
+        steps = [step for step, rows in self._rows.items() if rows]
+        return dict.fromkeys(steps, max(1, round(count / max(len(steps), 1))))
 
     def _drawn(self, count: int, center: float, random: np.random.Generator) -> dict[float, int]:
         """How often each timestep is drawn, of `count` times."""

@@ -1,0 +1,219 @@
+"""What a converted model remembers of how it was made: enough to make it again of other weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx, nn
+
+from .config import LayerConfig, from_dict, to_dict
+from .errors import ArtifactError, ConfigError
+from .fingerprints import Fingerprint
+from .graph_json import from_json, to_json
+from .module_json import tensors_of
+from .pipelines import SamplingPass
+from .plain_json import keys
+from .signature import CallSpec
+from .sources import UnfusedAdapter, check_same_model, fill, tensor_at, ties
+
+Rows = Mapping[float, list[tuple[Tensor, ...]]]
+Seen = Mapping[str, Mapping[float, tuple[float, float]]]
+_FIELDS = (
+    "graph obstacle call overrides timesteps visits fingerprints parameters ties merged calibrated"
+)
+_CONSTANT, _SCALES, _RANGE, _SAMPLE = "constant/", "scales/", "range/", "sample/"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a conversion read of its calibration.
+
+    seen: site -> timestep -> lowest and highest input.  rows: the samples of each timestep, on the
+    CPU.  sampling: the calibration itself, where the recipe runs it again; it cannot be saved.
+    """
+
+    seen: Seen
+    rows: Rows
+    sampling: SamplingPass | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The captured model without its weights, and all else that a conversion depends on.
+
+    graph: the captured graph as JSON, or "" where `obstacle` says why it cannot be written.
+    timesteps: (K,) keys of the conversion, on the CPU.  visits: how often calibration saw each.
+    fingerprints: of each tensor of the graph that is the source's.  parameters: names of all of the
+    source's.  ties: those that were one.  constants: tensors made while the model was captured.
+    merged: layers that capture found equal to others.  calibrated: whether the conversion read its
+    calibration; that may be gone all the same, with a save that left it out.
+    scales: buffers of the graph over `timesteps`, where the model is over other ones by now.
+    """
+
+    graph: str
+    obstacle: str
+    call: CallSpec
+    overrides: Mapping[str, LayerConfig]
+    timesteps: Tensor
+    visits: Mapping[float, int]
+    fingerprints: Mapping[str, Fingerprint]
+    parameters: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
+    merged: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    calibrated: bool
+    calibration: Calibration | None
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def captured(self, source: nn.Module) -> fx.GraphModule:
+        """The captured graph on the weights of `source`, whose memory it shares.
+
+        Raises ConfigError, naming what differs, where `source` is another model or has adapters
+        that are not fused into its weights.
+        """
+        if not isinstance(source, nn.Module):
+            raise ConfigError(f"the source must be a torch.nn.Module, got {type(source).__name__}")
+        if self.obstacle:
+            raise ConfigError(
+                f"the graph of this model cannot be kept ({self.obstacle}): prepare and convert "
+                "the source anew"
+            )
+        gm = from_json(json.loads(self.graph))
+        fill(gm, source, self.constants)
+        check_same_model(gm, source, known=self.parameters, tied=self.ties)
+        return gm
+
+    def changed(self, source: nn.Module) -> list[str]:
+        """Names of the tensors of `source` that are not what the model was made from, or gone."""
+        names = []
+        for name, fingerprint in self.fingerprints.items():
+            try:
+                value = tensor_at(source, name)
+            except UnfusedAdapter:
+                value = None
+            if value is None or not fingerprint.matches(value):
+                names.append(name)
+        return names
+
+    def portable(self) -> Origin:
+        """Without what only lives in this process."""
+        if self.calibration is None:
+            return self
+        kept = dataclasses.replace(self.calibration, sampling=None)
+        return dataclasses.replace(self, calibration=kept)
+
+    def to_parts(self, *, calibration: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-ready data and tensors for `from_parts`; calibration only where asked for."""
+        data = {
+            "graph": self.graph,
+            "obstacle": self.obstacle,
+            "call": self.call.to_dict(),
+            "overrides": {name: to_dict(layer) for name, layer in self.overrides.items()},
+            "timesteps": self.timesteps.tolist(),
+            "visits": [[step, count] for step, count in self.visits.items()],
+            "fingerprints": {name: f.to_dict() for name, f in self.fingerprints.items()},
+            "parameters": list(self.parameters),
+            "ties": [list(names) for names in self.ties],
+            "merged": dict(self.merged),
+            "calibrated": self.calibrated,
+        }
+        tensors = {_CONSTANT + name: value for name, value in self.constants.items()}
+        tensors |= {_SCALES + name: value for name, value in self.scales.items()}
+        if calibration and self.calibration is not None:
+            for site, seen in self.calibration.seen.items():
+                rows = [[step, low, high] for step, (low, high) in seen.items()]
+                tensors[_RANGE + site] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+            samples = [(step, row) for step, rows in self.calibration.rows.items() for row in rows]
+            data["samples"] = [[step, len(row)] for step, row in samples]
+            for i, (_, row) in enumerate(samples):
+                tensors |= {f"{_SAMPLE}{i}/{j}": value for j, value in enumerate(row)}
+        return data, tensors
+
+    @classmethod
+    def from_parts(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """What `to_parts` gave. Raises ArtifactError where it is damaged."""
+        keys(data, "origin", _FIELDS, "samples")
+        try:
+            return cls(
+                graph=str(data["graph"]),
+                obstacle=str(data["obstacle"]),
+                call=CallSpec.from_dict(data["call"]),
+                overrides={n: from_dict(v, LayerConfig) for n, v in data["overrides"].items()},
+                timesteps=_timesteps(data["timesteps"]),
+                visits={step: int(count) for step, count in data["visits"]},
+                fingerprints={
+                    n: Fingerprint.from_dict(v, n) for n, v in data["fingerprints"].items()
+                },
+                parameters=tuple(data["parameters"]),
+                ties=tuple(tuple(names) for names in data["ties"]),
+                merged=dict(data["merged"]),
+                constants=_under(tensors, _CONSTANT),
+                calibrated=bool(data["calibrated"]),
+                calibration=_calibration(data["samples"], tensors) if "samples" in data else None,
+                scales=_under(tensors, _SCALES),
+            )
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, ArtifactError):
+                raise
+            raise ArtifactError(
+                f"what the model was made from is damaged: {type(error).__name__}: {error}"
+            ) from error
+
+
+def describe(captured: fx.GraphModule, source: nn.Module) -> dict[str, Any]:
+    """What an `Origin` says of a captured graph and of the model that it is the graph of.
+
+    Every weight is read once, for its fingerprint, and none is kept.
+    """
+    tensors = tensors_of(captured)
+    try:
+        graph, obstacle = json.dumps(to_json(captured), separators=(",", ":")), ""
+    except ArtifactError as error:
+        graph, obstacle = "", str(error)
+    constants = [name for name in tensors if _is_made(source, name)]
+    return {
+        "graph": graph,
+        "obstacle": obstacle,
+        "fingerprints": {
+            name: Fingerprint.of(value)
+            for name, value in tensors.items()
+            if name not in constants and not value.is_meta
+        },
+        "parameters": tuple(dict(source.named_parameters(remove_duplicate=False))),
+        "ties": ties(source, set(tensors)),
+        "constants": {name: tensors[name].detach().cpu().clone() for name in constants},
+    }
+
+
+def _is_made(source: nn.Module, name: str) -> bool:
+    """Whether a tensor of the graph is none of the model's, but was made while it was captured."""
+    try:
+        return tensor_at(source, name) is None
+    except UnfusedAdapter:
+        return False
+
+
+def _timesteps(values: list[Any]) -> Tensor:
+    floating = any(isinstance(value, float) for value in values)
+    return torch.tensor(values, dtype=torch.float64 if floating else torch.int64)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _calibration(samples: list[Any], tensors: Mapping[str, Tensor]) -> Calibration:
+    seen = {
+        site: {step: (low, high) for step, low, high in rows.tolist()}
+        for site, rows in _under(tensors, _RANGE).items()
+    }
+    rows: dict[float, list[tuple[Tensor, ...]]] = {}
+    for i, (step, count) in enumerate(samples):
+        row = tuple(tensors[f"{_SAMPLE}{i}/{j}"] for j in range(count))
+        rows.setdefault(step, []).append(row)
+    return Calibration(seen, rows)

@@ -1,0 +1,143 @@
+"""From a captured graph to a model that `convert` takes, the first time and, recalled, later on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .config import Config, LayerConfig
+from .errors import CalibrationError
+from .graph import timestep_node
+from .module_json import tensors_of
+from .modules import Prepared
+from .observers import RangeObserver, SampleCache
+from .origin import Calibration, Origin, Rows, describe
+from .passes.merge_duplicates import merge_duplicates
+from .passes.observe_layers import observe_layers
+from .signature import CallSpec
+from .sites import check_weights, find_sites, plan_sites
+from .watch import SourceWatch
+
+
+def observed(
+    captured: fx.GraphModule,
+    call: CallSpec,
+    *,
+    recipe: Config,
+    overrides: Mapping[str, LayerConfig],
+    source: nn.Module,
+    timesteps: Tensor | None,
+    facts: Mapping[str, Any],
+) -> Prepared:
+    """A captured graph without its repetitions, with observers, that has seen nothing yet.
+
+    timesteps: the finite set (K,) if it is known, sorted keys.  facts: what to report of capturing.
+    Raises ConfigError for weights that hold NaN and overrides that match nothing.
+    """
+    merged = merge_duplicates(captured)
+    gm = merged.gm
+    sites, _ = find_sites(gm)
+    check_weights(sites)
+    plan_sites(sites, recipe, overrides=overrides)  # refuse a pattern that matches nothing now
+    if timesteps is not None:
+        gm.meta["timesteps"] = timesteps.to(timestep_node(gm).meta["val"].device)
+    gm.meta["capture"] = {
+        **facts,
+        "nodes": len(gm.graph.nodes),
+        "merged": merged.details["merged"],
+    }
+    spec = recipe.reconstruction
+    return Prepared(
+        gm,
+        observe_layers(gm).gm,
+        call,
+        recipe=recipe,
+        overrides=overrides,
+        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
+        source=source,
+        model_config=getattr(source, "config", None),
+        unmerged=captured,
+    )
+
+
+def remember(
+    prepared: Prepared, timesteps: Tensor, *, calibrated: bool, sampled: bool
+) -> tuple[Origin, SourceWatch]:
+    """What a conversion of `prepared` over `timesteps` (K,) was made from, and a watch over that.
+
+    calibrated: whether it read calibration at all.  sampled: whether it read the samples, too.
+    """
+    spec, cache = prepared.recipe.reconstruction, prepared.cache
+    calibration = None
+    if calibrated:
+        observers = prepared.observed.modules()
+        center = spec.center if spec.sampling == "normal" else None
+        rows = cache.needed(spec.samples, seed=spec.seed, center=center) if sampled else {}
+        calibration = Calibration(
+            seen={o.site: dict(o.seen) for o in observers if isinstance(o, RangeObserver)},
+            rows=_moved(rows, "cpu"),
+            sampling=prepared.sampling if spec.rounds else None,
+        )
+    origin = Origin(
+        call=prepared.call,
+        overrides=prepared.overrides,
+        timesteps=timesteps.cpu(),
+        visits=dict(cache.visits),
+        merged=prepared.gm.meta.get("capture", {}).get("merged", {}),
+        calibrated=calibrated,
+        calibration=calibration,
+        **describe(prepared.unmerged, prepared.source),
+    )
+    held = tensors_of(prepared.unmerged)
+    return origin, SourceWatch(prepared.source, origin.fingerprints, held)
+
+
+def recall(origin: Origin, recipe: Config, source: nn.Module, facts: Mapping[str, Any]) -> Prepared:
+    """The calibrated model that `remember` was given, on the weights of `source`.
+
+    facts: what was reported of capturing.  Raises ConfigError where `source` is another model,
+    CalibrationError where the conversion reads calibration that was not kept.
+    """
+    captured = origin.captured(source)
+    calibration = origin.calibration
+    if origin.calibrated and calibration is None:
+        raise CalibrationError(
+            f"recipe {recipe.name!r} reads calibration, which this model was saved without: its "
+            "quantized weights cannot be made anew. Save with save(model, path, calibration=True) "
+            "before loading, or prepare, calibrate and convert the source."
+        )
+    if recipe.reconstruction.rounds and (calibration is None or calibration.sampling is None):
+        raise CalibrationError(
+            f"recipe {recipe.name!r} samples again with the quantized model, by the pipeline or "
+            "scheduler that it was calibrated with, which no save holds: prepare, calibrate and "
+            "convert the source."
+        )
+    prepared = observed(
+        captured,
+        origin.call,
+        recipe=recipe,
+        overrides=origin.overrides,
+        source=source,
+        timesteps=origin.timesteps,
+        facts=facts,
+    )
+    rows: Rows = {}
+    if calibration is not None:
+        rows, prepared.sampling = _moved(calibration.rows, prepared.device), calibration.sampling
+        for observer in prepared.observed.modules():
+            if isinstance(observer, RangeObserver):
+                # a layer that was one with another when ranges were observed read the same value
+                names = (observer.site, origin.merged.get(observer.site, ""))
+                seen = [calibration.seen[name] for name in names if name in calibration.seen]
+                observer.seen = dict(seen[0]) if seen else {}
+    prepared.cache = SampleCache.holding(rows, origin.visits)
+    return prepared
+
+
+def _moved(rows: Rows, device: Any) -> Rows:
+    return {
+        step: [tuple(value.to(device) for value in row) for row in samples]
+        for step, samples in rows.items()
+    }
