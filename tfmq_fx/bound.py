@@ -31,6 +31,8 @@ class Bound(Converted):
             recipe=model.recipe,
             record=model.record,
             model_config=model.model_config,
+            origin=model.origin,
+            watch=model.watch,
         )
         self.spec = spec
         self.conditions = model.call.named_conditions(spec.conditions)
@@ -92,6 +94,8 @@ class Bound(Converted):
             recipe=self.recipe,
             record=self.record,
             model_config=self.model_config,
+            origin=self.origin,
+            watch=self.watch,
         )
 
     def _split(self) -> None:
