@@ -366,7 +366,9 @@ def test_where_to_save_is_looked_at_before_the_work(
     file = tmp_path / "file"
     file.write_text("mine")
     source = (diffusers.DDIMScheduler(), SHAPE)
-    refused("out must be a directory; .*file is a file", never, never, source=source, out=file)
+    refused(
+        "out must be a directory that can be made: .*file", never, never, source=source, out=file
+    )
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError):
         quick(never, never, source=source, out=tmp_path / "out")

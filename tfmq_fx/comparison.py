@@ -72,8 +72,10 @@ def compare(
             raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
     if out is not None:  # before the long work
         pillow("Image")
-        if Path(out).exists() and not Path(out).is_dir():
-            raise ConfigError(f"out must be a directory; {out} is a file")
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out must be a directory that can be made: {error}") from error
     wanted = wanted_images(
         kwargs, samples=samples, seed=seed, steps=num_inference_steps, shared=shared
     )
