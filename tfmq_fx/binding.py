@@ -12,6 +12,7 @@ from .bound import Bound
 from .config import PrologueSpec
 from .errors import ConfigError
 from .modules import Compiled, Converted, Prepared
+from .recall import remember
 from .report import site_records
 from .sites import find_sites, weights_left
 
@@ -36,8 +37,8 @@ def bind_request(
     any denoiser, captured here from example_inputs (as for `prepare`) and left in floating point.
     timesteps: the schedule, as for `Bound.set_timesteps`; left out, timesteps are met as they come.
     options: of a PrologueSpec, in place of `spec`.
-    Exact in mode "exact" with precision "exact": outputs equal the model's bit for bit, at any batch
-    size, where all samples are at one timestep, and are equal up to float reassociation elsewhere.
+    Exact in mode "exact" with precision "exact": outputs equal the model's bit for bit, at any
+    batch size, where all samples are at one timestep, and up to float reassociation elsewhere.
     Raises ConfigError for options or inputs that cannot be used.
     """
     if spec is not None and options:
@@ -53,16 +54,17 @@ def bind_request(
     if isinstance(model, Bound):
         model = model.unbound()
     elif not isinstance(model, Converted):
-        model = _captured_only(prepare(model, example_inputs, timestep=timestep, config="fp"))
+        model = captured_only(prepare(model, example_inputs, timestep=timestep, config="fp"))
     bound = Bound(model, spec)
     if timesteps is not None:
         bound.set_timesteps(timesteps)
     return bound
 
 
-def _captured_only(prepared: Prepared) -> Converted:
+def captured_only(prepared: Prepared) -> Converted:
     """The captured model as a converted one in which nothing is changed."""
     gm = prepared.gm
+    origin, watch = remember(prepared, None, calibrated=False, sampled=False)
     sites, declined = find_sites(gm)
     record = {
         "capture": gm.meta.pop("capture", {}),
@@ -77,5 +79,11 @@ def _captured_only(prepared: Prepared) -> Converted:
         "removed": {},
     }
     return Converted(
-        gm, prepared.call, recipe=prepared.recipe, record=record, model_config=prepared.model_config
+        gm,
+        prepared.call,
+        recipe=prepared.recipe,
+        record=record,
+        model_config=prepared.model_config,
+        origin=origin,
+        watch=watch,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -52,6 +54,8 @@ class Offloaded:
         for i, (name, tensor) in enumerate(self.tensors.items()):
             tensor.data = tensor.data.cpu() if self.kind == "cpu" else self._mapped(i, name, tensor)
         self.is_away = True
+        if self.kind == "disk":
+            _give_back()
         return True
 
     def back(self) -> None:
@@ -80,10 +84,11 @@ class Offloaded:
         size = tensor.numel() * tensor.element_size()
         if not size:
             return tensor.data
-        if name in self._written:  # pages read since are dropped, unless somebody wrote to them
-            pages = _pages(path, tensor)
-            if torch.equal(_bytes(pages), _bytes(tensor.data)):
-                return pages
+        same = name in self._written and torch.equal(
+            _bytes(_pages(path, tensor)), _bytes(tensor.data)
+        )
+        if same:  # pages that were read since are dropped
+            return _pages(path, tensor)
         _bytes(tensor.data).numpy().tofile(path)
         self._written.add(name)
         return _pages(path, tensor)
@@ -91,7 +96,7 @@ class Offloaded:
 
 def _bytes(tensor: Tensor) -> Tensor:
     """The contents in the order of memory where there are no gaps, else in that of indices."""
-    if torch._prims_common.is_non_overlapping_and_dense(tensor):
+    if _is_dense(tensor):
         tensor = tensor.as_strided((tensor.numel(),), (1,))
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
@@ -100,6 +105,18 @@ def _pages(path: Path, like: Tensor) -> Tensor:
     """The file's contents as a tensor like `like`, in pages that are read when they are used."""
     size = like.numel() * like.element_size()
     flat = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).view(like.dtype)
-    if torch._prims_common.is_non_overlapping_and_dense(like):
+    if _is_dense(like):
         return flat.as_strided(like.shape, like.stride())
     return flat.view(like.shape)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether elements fill a stretch of memory, in whatever order: then likeness keeps strides."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _give_back() -> None:
+    """Have the C library return freed memory to the system, where it can be asked to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

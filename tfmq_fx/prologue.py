@@ -19,6 +19,7 @@ from .config import PrologueSpec
 from .errors import InputError
 from .graph import timestep_node
 from .offload import Offloaded
+from .passes.change_timesteps import change_timesteps
 from .passes.split_prologue import Part, Split
 from .request import has_lookups, tensors_of
 from .rows import Rows
@@ -317,8 +318,6 @@ class Prologue:
                 f"{self._timestep}: {new[0]} is not among the {len(known)} timesteps this model "
                 "was made for. Set a schedule with set_timesteps(), or use on_miss='compute'."
             )
-        from .passes.change_timesteps import change_timesteps
-
         changed = change_timesteps(
             kept.part.graph, timesteps=torch.cat([known, known.new_tensor(new)])
         )

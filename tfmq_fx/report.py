@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from .activation import QuantActivation
+from .bound import Bound
 from .config import LayerConfig
 from .errors import ConfigError
 from .graph import Rewrite
@@ -102,7 +103,16 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(
-            [*self._head(), "", *self._temporal(), "", *self._sites(), "", *self._passes()]
+            [
+                *self._head(),
+                "",
+                *self._temporal(),
+                *self._prologue(),
+                "",
+                *self._sites(),
+                "",
+                *self._passes(),
+            ]
         )
 
     def _head(self) -> list[str]:
@@ -139,6 +149,30 @@ class Report:
             )
             lines.append(f"  {name}: {feature['chosen']} (error {feature['error']:.2g}; {others})")
         return lines
+
+    def _prologue(self) -> list[str]:
+        found = self.data.get("prologue")
+        if found is None:
+            return []
+        lines = [
+            "",
+            f"prologue: {found['freed_bytes'] / 1024:.1f} KiB of weights that no step reads "
+            f"(offload: {found['offload']})",
+        ]
+        for part in found["parts"]:
+            what = ", ".join(part["conditions"]) or "the timestep alone"
+            when = "a step" if part["stepped"] else "a request"
+            lines.append(
+                f"  {what}: {len(part['values'])} values, {part['bytes'] / 1024:.1f} KiB for "
+                f"{when} and sample; {part['kept']} kept ({part['kept_bytes'] / 1024:.1f} KiB)"
+            )
+            if part["error"]:
+                lines.append(f"    relative error of kept rows, at most {part['error']:.2g}")
+            if part["interpolated"]:
+                lines.append(f"    {part['interpolated']} ranges interpolated for new timesteps")
+        return lines + [
+            f"  computed at every step: {site}: {why}" for site, why in found["declined"]
+        ]
 
     def _sites(self) -> list[str]:
         lines = ["layers (weight bits / activation bits / ranges / bytes):"]
@@ -177,6 +211,7 @@ def report(model: Converted | Compiled) -> Report:
             "recipe": model.recipe.name,
             "bytes": model.nbytes(),
             "timesteps": span,
+            "prologue": model.prologue.summary() if isinstance(model, Bound) else None,
             **model.record,
         }
     )
