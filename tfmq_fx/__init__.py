@@ -28,12 +28,15 @@ from .errors import CaptureError as CaptureError
 from .errors import ConfigError as ConfigError
 from .errors import GraphError as GraphError
 from .errors import InputError as InputError
+from .errors import StaleError as StaleError
 from .errors import TfmqError as TfmqError
 from .modules import Compiled as Compiled
 from .modules import Converted as Converted
 from .modules import Prepared as Prepared
 from .pairs import Comparison as Comparison
 from .presets import PRESETS as PRESETS
+from .refresh import check_source as check_source
+from .refresh import refresh as refresh
 from .report import Report as Report
 from .report import report as report
 from .schedulers import correct_scheduler as correct_scheduler

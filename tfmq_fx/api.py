@@ -39,6 +39,7 @@ from .errors import ArtifactError, BackendError, ConfigError
 from .graph import Rewrite
 from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
 from .ops import check_timesteps
+from .origin import Origin
 from .passes.correct_outputs import correct_outputs
 from .passes.decompose_attention import decompose_attention
 from .passes.fold_timesteps import fold_timesteps as fold_pass
@@ -327,13 +328,16 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
     backend: "inductor" (torch.compile, integer kernels on CPU), "eager", or "auto": inductor where
     this machine can compile, else eager, with the reason in `.declined`.  options: of the backend
     (torch.compile's mode, dynamic, ...).  Compiling happens at the first call.
-    Raises BackendError where the backend is unknown or cannot run here.
+    Raises BackendError where the backend is unknown or cannot run here, StaleError where the model
+    that this one was made from has other weights since.
     """
     if not isinstance(model, Converted):
         raise ConfigError(
             f"compile() takes what convert(), fold_timesteps() or load() returned, not a "
             f"{type(model).__name__}"
         )
+    if model.watch is not None:
+        model.watch.check_contents()
     name, note = backend, None
     if backend == "auto":
         name = "inductor"
@@ -348,17 +352,22 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
     return compiled
 
 
-def save(model: Converted, path: str | Path) -> None:
+def save(model: Converted, path: str | Path, *, calibration: bool = False) -> None:
     """Write `model` to the directory `path`: the graph as JSON, tensors as safetensors, no pickle.
 
+    calibration: whether to keep the ranges and samples of calibration as well, by which `refresh`
+    quantizes other weights; without it a loaded model is refreshed where nothing was measured.
     Written beside it and renamed, so that an interrupted save leaves what was there.
-    Raises ArtifactError where `path` is somebody else's or cannot be written.
+    Raises ArtifactError where `path` is somebody else's or cannot be written, StaleError where the
+    model that this one was made from has other weights since.
     """
     if not isinstance(model, Converted):
         raise ArtifactError(
             f"save() takes what convert() or fold_timesteps() returned, not a "
             f"{type(model).__name__}; compile after loading"
         )
+    if model.watch is not None:
+        model.watch.check_contents()
     artifact.save(
         path,
         gm=model.gm,
@@ -369,6 +378,7 @@ def save(model: Converted, path: str | Path) -> None:
             "model_config": _plain(model.model_config),
             "prologue": to_dict(model.spec) if isinstance(model, Bound) else None,
         },
+        origin=model.origin and model.origin.to_parts(calibration=calibration),
     )
 
 
@@ -385,6 +395,7 @@ def load(path: str | Path) -> Converted:
         recipe=from_dict(loaded.config),
         record=loaded.extra["record"],
         model_config=None if config is None else ModelConfig(config),
+        origin=None if loaded.origin is None else Origin.from_parts(*loaded.origin),
     )
     return model if prologue is None else Bound(model, from_dict(prologue, PrologueSpec))
 

@@ -1,8 +1,9 @@
 """Saving and loading of converted models.
 
-A saved model is a directory of two files. `tfmq_fx.json` holds the graph, what the caller wants
-kept, and the size and SHA-256 of the other file; `model.safetensors` holds the tensors. Nothing
-in either can run code when it is read (see `allowlist`).
+A saved model is a directory. `tfmq_fx.json` holds the graph, what the caller wants kept, and the
+size and SHA-256 of each other file; `model.safetensors` holds the tensors. `origin.json` and
+`origin.safetensors`, which running the model does not take, hold what it was made from. Nothing in
+them can run code when it is read (see `allowlist`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx, nn
 
+from .directories import make_parents, present, recover, sibling, swap, sync
 from .errors import ArtifactError
 from .graph_json import from_json, to_json
 from .module_json import owner_of, tensors_of
 from .plain_json import keys
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: without origin
 GRAPH_FILE = "tfmq_fx.json"
 TENSORS_FILE = "model.safetensors"
+ORIGIN_FILE = "origin.json"
+ORIGIN_TENSORS = "origin.safetensors"
+_FILES = {GRAPH_FILE, TENSORS_FILE, ORIGIN_FILE, ORIGIN_TENSORS}
 _KEYS = "format format_version torch tensors graph call config extra"
 _DTYPES = {
     torch.bool,
@@ -53,12 +56,16 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a saved model holds: its graph with tensors on the CPU, and what was saved beside it."""
+    """What a saved model holds: its graph with tensors on the CPU, and what was saved beside it.
+
+    origin: JSON data and tensors of what it was made from, where they were saved.
+    """
 
     gm: fx.GraphModule
     call: dict[str, Any]
     config: dict[str, Any]
     extra: dict[str, Any]
+    origin: tuple[dict[str, Any], dict[str, Tensor]] | None = None
 
 
 def save(
@@ -68,12 +75,14 @@ def save(
     call: dict[str, Any],
     config: dict[str, Any],
     extra: dict[str, Any],
+    origin: tuple[dict[str, Any], dict[str, Tensor]] | None = None,
 ) -> None:
     """Write a model into `directory`, which is made, or replaced if it is an earlier save.
 
-    call, config, extra: JSON-ready; tuples come back as lists. The new files are complete on disk
-    before an earlier save goes. Raises ArtifactError where the graph or a value cannot be saved,
-    where `directory` holds anything else, and where it cannot be written.
+    call, config, extra: JSON-ready; tuples come back as lists. origin: likewise, and real tensors.
+    The new files are complete on disk before an earlier save goes. Raises ArtifactError where the
+    graph or a value cannot be saved, where `directory` holds anything else, and where it cannot be
+    written.
     """
     target = Path(directory).resolve()
     graph = to_json(gm)
@@ -87,19 +96,25 @@ def save(
     for name, value in (("call", call), ("config", config), ("extra", extra)):
         document[name] = _plain(value, name)
     with _writing(target):
-        _recover(target)
+        recover(target, GRAPH_FILE)
         _check_replaceable(target)
-        _make_parents(target.parent)
-    with _sibling(target, "new") as new, _writing(target):
+        make_parents(target.parent)
+    with sibling(target, "new") as new, _writing(target):
         os.mkdir(new)
-        safetensors.torch.save_file(tensors, new / TENSORS_FILE)
-        os.chmod(new / TENSORS_FILE, os.stat(new).st_mode & 0o666)  # safetensors writes 0600
-        document["tensors"] = _fingerprint(new / TENSORS_FILE)
-        (new / GRAPH_FILE).write_text(json.dumps(document, separators=(",", ":"), allow_nan=False))
-        for path in (new / TENSORS_FILE, new / GRAPH_FILE, new):
-            _sync(path)
-        _swap(new, target)
-        _sync(target.parent)
+        document["tensors"] = _write_tensors(new / TENSORS_FILE, tensors)
+        if origin is not None:
+            data, beside = origin
+            document["origin"] = {
+                ORIGIN_FILE: _write_json(new / ORIGIN_FILE, _plain(data, "origin")),
+                ORIGIN_TENSORS: _write_tensors(
+                    new / ORIGIN_TENSORS, _to_store(beside, {name: {} for name in beside})
+                ),
+            }
+        _write_json(new / GRAPH_FILE, document)
+        for path in (*new.iterdir(), new):
+            sync(path)
+        swap(new, target)
+        sync(target.parent)
 
 
 def load(directory: str | Path) -> Loaded:
@@ -108,34 +123,32 @@ def load(directory: str | Path) -> Loaded:
     Raises ArtifactError, saying which, if the directory or a file is missing, is not one of ours,
     comes from a newer version, is truncated or altered, or names something a graph may not hold.
     """
-    place = _present(Path(directory).resolve())
+    place = present(Path(directory).resolve(), GRAPH_FILE)
     if not place.is_dir():
         raise ArtifactError(f"{place}: there is no such directory")
     document = _read_document(place)
     weights = place / TENSORS_FILE
-    expected = keys(document["tensors"], f"{place / GRAPH_FILE}: tensors", "bytes sha256")
-    try:
-        found = _fingerprint(weights, expected["bytes"])
-        tensors = _read_tensors(weights) if found == expected else {}
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{weights} is missing") from error
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{weights} cannot be read: {error}") from error
-    if found != expected:
-        what = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
-        raise ArtifactError(
-            f"{weights} is truncated or was altered: its {what} is {found[what]}, "
-            f"but {GRAPH_FILE} says {expected[what]}"
-        )
+    with _checked(weights, document["tensors"]):
+        tensors = _read_tensors(weights)
     gm = from_json(document["graph"])
     _fill(gm, tensors, document["graph"]["tensors"], weights)
     call, config, extra = (_restored(document[name]) for name in ("call", "config", "extra"))
-    return Loaded(gm, call, config, extra)
+    origin = None
+    if (files := document.get("origin")) is not None:
+        keys(files, f"{place / GRAPH_FILE}: origin", f"{ORIGIN_FILE} {ORIGIN_TENSORS}")
+        with _checked(place / ORIGIN_FILE, files[ORIGIN_FILE]):
+            data = _restored(json.loads((place / ORIGIN_FILE).read_text()))
+        with _checked(place / ORIGIN_TENSORS, files[ORIGIN_TENSORS]):
+            origin = (data, _read_tensors(place / ORIGIN_TENSORS))
+    return Loaded(gm, call, config, extra, origin)
 
 
 def saved_bytes(directory: str | Path) -> int:
-    """Bytes on disk of the model saved in `directory`. Raises ArtifactError if there is none."""
-    place = _present(Path(directory).resolve())
+    """Bytes on disk of the model saved in `directory`, less those that only `refresh` reads.
+
+    Raises ArtifactError if there is none.
+    """
+    place = present(Path(directory).resolve(), GRAPH_FILE)
     try:
         return sum((place / name).stat().st_size for name in (GRAPH_FILE, TENSORS_FILE))
     except OSError as error:
@@ -191,7 +204,7 @@ def _read_document(place: Path) -> dict[str, Any]:
             f"{path} has format_version {version}, and this tfmq_fx reads up to {FORMAT_VERSION}; "
             "install a newer tfmq_fx"
         )
-    return keys(document, str(path), _KEYS)
+    return keys(document, str(path), _KEYS, "origin" if version > 1 else "")
 
 
 def _is_ours(document: Any) -> bool:
@@ -203,6 +216,19 @@ def _is_ours(document: Any) -> bool:
 
 
 # ---------------------------------------------------------------- tensors
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """The file's fingerprint."""
+    path.write_text(json.dumps(document, separators=(",", ":"), allow_nan=False))
+    return _fingerprint(path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The file's fingerprint."""
+    safetensors.torch.save_file(tensors, path)
+    os.chmod(path, os.stat(path.parent).st_mode & 0o666)  # safetensors writes 0600
+    return _fingerprint(path)
 
 
 def _to_store(tensors: dict[str, Tensor], table: dict[str, Any]) -> dict[str, Tensor]:
@@ -287,52 +313,30 @@ def _fingerprint(path: Path, size: int | None = None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _checked(path: Path, expected: Any) -> Iterator[None]:
+    """Read a file inside that is what was written. Raises ArtifactError, saying what is wrong."""
+    expected = keys(expected, f"{path.parent / GRAPH_FILE}: {path.name}", "bytes sha256")
+    try:
+        found = _fingerprint(path, expected["bytes"])
+        if found != expected:
+            what = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
+            raise ArtifactError(
+                f"{path} is truncated or was altered: its {what} is {found[what]}, "
+                f"but {GRAPH_FILE} says {expected[what]}"
+            )
+        yield
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is missing") from error
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
 def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot save to {target}: {error}") from error
-
-
-@contextlib.contextmanager
-def _sibling(target: Path, purpose: str) -> Iterator[Path]:
-    """A path beside `target` that is gone afterwards, whatever happens."""
-    path = target.parent / f".{target.name}.{purpose}-{secrets.token_hex(4)}"
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _backup(target: Path) -> Path:
-    return target.parent / f".{target.name}.previous"
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; a directory cannot be renamed over a full one."""
-    backup = _backup(target)
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(new, target)
-        return
-    shutil.rmtree(backup, ignore_errors=True)
-    os.replace(target, backup)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        os.rename(backup, target)
-        raise
-    shutil.rmtree(backup, ignore_errors=True)
-
-
-def _present(target: Path) -> Path:
-    """Where the save of `target` lies: beside it, if a process died between the two renames."""
-    backup = _backup(target)
-    return backup if not target.exists() and (backup / GRAPH_FILE).exists() else target
-
-
-def _recover(target: Path) -> None:
-    if _present(target) != target:
-        os.rename(_backup(target), target)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -349,25 +353,8 @@ def _check_replaceable(target: Path) -> None:
         ours = False
     if not ours:
         raise ArtifactError(f"{target} is not empty and not a model saved by tfmq_fx; left alone")
-    if foreign := sorted(found - {GRAPH_FILE, TENSORS_FILE}):
+    if foreign := sorted(found - _FILES):
         raise ArtifactError(
             f"{target} holds files that saving it again would delete: {foreign}; "
             "move them or save elsewhere"
         )
-
-
-def _make_parents(parent: Path) -> None:
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"cannot make the directory {parent}: {error}") from error
-    if not os.access(parent, os.W_OK):
-        raise ArtifactError(f"the directory {parent} is not writable")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,9 +23,7 @@ from .sources import UnfusedAdapter, check_same_model, fill, tensor_at, ties
 
 Rows = Mapping[float, list[tuple[Tensor, ...]]]
 Seen = Mapping[str, Mapping[float, tuple[float, float]]]
-_FIELDS = (
-    "graph obstacle call overrides timesteps visits fingerprints parameters ties merged calibrated"
-)
+_FIELDS = "graph obstacle call overrides timesteps visits fingerprints parameters ties merged calibrated complex"
 _CONSTANT, _SCALES, _RANGE, _SAMPLE = "constant/", "scales/", "range/", "sample/"
 
 
@@ -47,7 +45,7 @@ class Origin:
     """The captured model without its weights, and all else that a conversion depends on.
 
     graph: the captured graph as JSON, or "" where `obstacle` says why it cannot be written.
-    timesteps: (K,) keys of the conversion, on the CPU.  visits: how often calibration saw each.
+    timesteps: (K,) keys of the conversion, on the CPU, if it had any.  visits: how often calibration saw each.
     fingerprints: of each tensor of the graph that is the source's.  parameters: names of all of the
     source's.  ties: those that were one.  constants: tensors made while the model was captured.
     merged: layers that capture found equal to others.  calibrated: whether the conversion read its
@@ -59,7 +57,7 @@ class Origin:
     obstacle: str
     call: CallSpec
     overrides: Mapping[str, LayerConfig]
-    timesteps: Tensor
+    timesteps: Tensor | None
     visits: Mapping[float, int]
     fingerprints: Mapping[str, Fingerprint]
     parameters: tuple[str, ...]
@@ -83,7 +81,11 @@ class Origin:
                 f"the graph of this model cannot be kept ({self.obstacle}): prepare and convert "
                 "the source anew"
             )
-        gm = from_json(json.loads(self.graph))
+        try:
+            graph = json.loads(self.graph)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"the captured graph is damaged: {error}") from error
+        gm = from_json(graph)
         fill(gm, source, self.constants)
         check_same_model(gm, source, known=self.parameters, tied=self.ties)
         return gm
@@ -114,7 +116,7 @@ class Origin:
             "obstacle": self.obstacle,
             "call": self.call.to_dict(),
             "overrides": {name: to_dict(layer) for name, layer in self.overrides.items()},
-            "timesteps": self.timesteps.tolist(),
+            "timesteps": None if self.timesteps is None else self.timesteps.tolist(),
             "visits": [[step, count] for step, count in self.visits.items()],
             "fingerprints": {name: f.to_dict() for name, f in self.fingerprints.items()},
             "parameters": list(self.parameters),
@@ -132,6 +134,9 @@ class Origin:
             data["samples"] = [[step, len(row)] for step, row in samples]
             for i, (_, row) in enumerate(samples):
                 tensors |= {f"{_SAMPLE}{i}/{j}": value for j, value in enumerate(row)}
+        data["complex"] = [name for name, value in tensors.items() if value.is_complex()]
+        for name in data["complex"]:
+            tensors[name] = torch.view_as_real(tensors[name].resolve_conj())
         return data, tensors
 
     @classmethod
@@ -139,6 +144,8 @@ class Origin:
         """What `to_parts` gave. Raises ArtifactError where it is damaged."""
         keys(data, "origin", _FIELDS, "samples")
         try:
+            pairs = {name: torch.view_as_complex(tensors[name]) for name in data["complex"]}
+            tensors = {**tensors, **pairs}
             return cls(
                 graph=str(data["graph"]),
                 obstacle=str(data["obstacle"]),
@@ -198,7 +205,9 @@ def _is_made(source: nn.Module, name: str) -> bool:
         return False
 
 
-def _timesteps(values: list[Any]) -> Tensor:
+def _timesteps(values: list[Any] | None) -> Tensor | None:
+    if values is None:
+        return None
     floating = any(isinstance(value, float) for value in values)
     return torch.tensor(values, dtype=torch.float64 if floating else torch.int64)
 

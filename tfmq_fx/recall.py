@@ -63,9 +63,10 @@ def observed(
 
 
 def remember(
-    prepared: Prepared, timesteps: Tensor, *, calibrated: bool, sampled: bool
+    prepared: Prepared, timesteps: Tensor | None, *, calibrated: bool, sampled: bool
 ) -> tuple[Origin, SourceWatch]:
     """What a conversion of `prepared` over `timesteps` (K,) was made from, and a watch over that.
+    timesteps: None where there is no table.
 
     calibrated: whether it read calibration at all.  sampled: whether it read the samples, too.
     """
@@ -83,7 +84,7 @@ def remember(
     origin = Origin(
         call=prepared.call,
         overrides=prepared.overrides,
-        timesteps=timesteps.cpu(),
+        timesteps=None if timesteps is None else timesteps.cpu(),
         visits=dict(cache.visits),
         merged=prepared.gm.meta.get("capture", {}).get("merged", {}),
         calibrated=calibrated,

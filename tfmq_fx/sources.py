@@ -6,7 +6,7 @@ the adapter is fused into it, that is the weight of the layer; where it is not, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,7 +66,7 @@ def parameters_beside(source: nn.Module, known: Collection[str]) -> list[str]:
     return [name for name in names if name not in known and not name.startswith(prefixes)]
 
 
-def ties(source: nn.Module, used: Collection[str]) -> tuple[tuple[str, ...], ...]:
+def ties(source: nn.Module, used: Set[str]) -> tuple[tuple[str, ...], ...]:
     """Groups of names for one parameter of which a graph uses one and the model others as well."""
     groups: dict[int, list[str]] = {}
     for name, value in source.named_parameters(remove_duplicate=False):

@@ -52,6 +52,10 @@ class SourceWatch:
     def __deepcopy__(self, memo: dict[int, Any]) -> SourceWatch:
         return self  # there is one source, and what was seen of it is true for all
 
+    def watches(self, source: nn.Module) -> bool:
+        """Whether `source` is what is watched, or nothing is left to watch."""
+        return self._source() in (source, None)
+
     def check(self) -> None:
         """Raise StaleError where the source holds other weights; one that is gone holds none."""
         source = self._source()

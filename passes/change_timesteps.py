@@ -1,0 +1,184 @@
+"""Another finite set of timesteps: new rows in every look-up.
+
+row = timestep_row(table, keys, t)    ->    row = timestep_row(table', keys', t)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.activation import QuantActivation
+from tfmq_fx.affine import levels
+from tfmq_fx.dialect import Stage, is_timestep_row
+from tfmq_fx.errors import ConfigError
+from tfmq_fx.graph import Rewrite, graph_pass, timestep_node
+from tfmq_fx.ops import check_timesteps, timestep_index
+from tfmq_fx.tables import FEATURE, TABLE, QuantTimestepTable
+
+
+@graph_pass(takes=(Stage.FOLDED, Stage.QUANTIZED), gives=None)
+def change_timesteps(
+    gm: fx.GraphModule,
+    *,
+    timesteps: Tensor,
+    rows: Mapping[str, Tensor] | None = None,
+    calibrated: tuple[Tensor, Mapping[str, Tensor]] | None = None,
+) -> Rewrite:
+    """The graph for `timesteps` (K,), finite, unique, in any order.
+
+    Scales and corrections are measured, so between the timesteps that have some they are
+    interpolated in t, and beyond the ends they stay as at the ends; where a timestep was in the set
+    before its row stays bit for bit.  A site's zero point serves all timesteps: with it, a scale
+    between two covers every range between theirs.  Features are computed, so their rows are never
+    interpolated.
+    rows: each feature at each timestep, (K, ...), by name; integer tables round them anew.  Left
+    out, rows are selected, and all timesteps must be in the set already.
+    calibrated: timesteps and, by buffer, rows to interpolate from in place of the graph's own.
+    details: how many timesteps were kept and interpolated, and the features.
+    Raises ConfigError for timesteps or rows that cannot be used.
+    """
+    old = gm.meta["timesteps"]
+    new = check_timesteps(timesteps, timestep_node(gm).meta["val"].dtype).to(old.device)
+    tables = [node for node in gm.graph.nodes if is_timestep_row(node)]
+    caches = [node for node in gm.graph.nodes if _cache(gm, node) is not None]
+    features = [name for node in (*tables, *caches) for name, _ in _features(node)]
+    kept = int((timestep_index(old, new) >= 0).sum())
+    details: dict[str, Any] = {"timesteps": len(new), "kept": kept, "interpolated": 0}
+    details["features"] = features
+    if rows is None and calibrated is None and torch.equal(old, new):
+        return Rewrite(gm, 0, [], details)
+    _check_rows(features, rows, new, missing=len(new) - kept)
+    known, measured = calibrated or (old, {})
+    for node in tables:
+        name = _buffer(node, 0)
+        table = getattr(gm, name)
+        if not name.startswith(TABLE):
+            own = measured.get(name, table).to(table.device)
+            log2 = dict(_choices(gm, node))
+            made, filled = _interpolate(own, known.to(old.device), new, log2)
+            details["interpolated"] = max(details["interpolated"], filled)
+        elif rows is None:
+            made = table[timestep_index(old, new)]
+        else:
+            made = table.new_zeros((len(new), table.shape[1]))
+            for feature, columns in _features(node):
+                made[:, columns] = rows[feature].flatten(1).to(table)
+        setattr(gm, name, made)  # buffers of a fork are its own
+    for name in {_buffer(node, 1) for node in tables}:
+        setattr(gm, name, new.clone())
+    for node in caches:
+        gm.set_submodule(str(node.target), _cached(gm, node, old, new, rows))
+    gm.meta["timesteps"] = new
+    return Rewrite(gm, len(tables) + len(caches), [], details)
+
+
+def _check_rows(
+    features: list[str], rows: Mapping[str, Tensor] | None, new: Tensor, missing: int
+) -> None:
+    if rows is None:
+        if features and missing:
+            raise ConfigError(
+                f"{missing} of {len(new)} timesteps are new to the table of {', '.join(features)}, "
+                "whose rows are computed, never interpolated. Call tfmq_fx.refresh(model, source, "
+                "timesteps=...) with the model that this one was made from."
+            )
+        return
+    if different := sorted(set(rows) ^ set(features)):
+        raise ConfigError(
+            f"rows must be given for the features {', '.join(features) or '(none)'}; "
+            f"{', '.join(different)} differs"
+        )
+    for name, values in rows.items():
+        if len(values) != len(new):
+            raise ConfigError(f"{name}: {len(values)} rows given for {len(new)} timesteps")
+
+
+def _interpolate(
+    table: Tensor, old: Tensor, new: Tensor, log2: Mapping[int, tuple[int, int]]
+) -> tuple[Tensor, int]:
+    """Rows of `table` (K, F) at `new`, and how many of them were not there.
+
+    log2: column of a scale -> column that is 1 where its grid is logarithmic, and the largest code.
+    There the grid follows the nearer timestep, and what is interpolated is the highest value.
+    """
+    index = timestep_index(old, new)
+    above = torch.searchsorted(old, new).clamp(max=len(old) - 1)
+    below = (above - 1).clamp(min=0)
+    span = (old[above] - old[below]).double()
+    share = torch.where(span > 0, (new - old[below]).double() / span, 0.0).clamp(0, 1)[:, None]
+    values = table.double()
+    for scale, (flag, top) in log2.items():
+        values[:, scale] *= torch.where(table[:, flag] != 0, 1, top)
+    made = values[below] * (1 - share) + values[above] * share
+    for scale, (flag, top) in log2.items():
+        nearer = torch.where(share[:, 0] <= 0.5, below, above)
+        made[:, flag] = values[nearer, flag]
+        made[:, scale] /= torch.where(made[:, flag] != 0, 1, top)
+    hit = index >= 0
+    made = torch.where(hit[:, None], table[index.clamp(min=0)], made.to(table.dtype))
+    return made, int((~hit).sum())
+
+
+def _cached(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    old: Tensor,
+    new: Tensor,
+    rows: Mapping[str, Tensor] | None,
+) -> QuantTimestepTable:
+    """The cached table that `node` calls, over the new timesteps."""
+    table = _cache(gm, node)
+    assert table is not None
+    if rows is not None:
+        names = {columns.start: feature for feature, columns in _features(node)}
+        features, start = [], 0
+        for width in table.widths:
+            none = torch.zeros(len(new), width, device=table.scale.device)  # nothing reads it
+            feature = rows[names[start]].flatten(1) if start in names else none
+            features.append(feature.to(none.device))
+            start += width
+        made = QuantTimestepTable.from_rows(new, features, bits=table.bits)
+        made.dtype = table.dtype
+        return made
+    made = QuantTimestepTable.from_spec({**table.spec(), "rows": len(new)}).to(table.scale.device)
+    index = timestep_index(old, new)
+    made.keys = new.clone()
+    made.codes, made.scale, made.zero = table.codes[index], table.scale[index], table.zero[index]
+    return made
+
+
+def _cache(gm: fx.GraphModule, node: fx.Node) -> QuantTimestepTable | None:
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, QuantTimestepTable) else None
+
+
+def _features(row: fx.Node) -> Iterator[tuple[str, slice]]:
+    """The features that are read from a row, and their columns."""
+    for user in row.users:
+        if FEATURE in user.meta:
+            columns: Any = user.args[1]
+            yield user.meta[FEATURE], columns[1]
+
+
+def _choices(gm: fx.GraphModule, row: fx.Node) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Columns of scales whose grid the timestep chooses, with that of the choice."""
+    columns = {user: user.args[1] for user in row.users if user.target is operator.getitem}
+    for user, column in columns.items():
+        for call in user.users:
+            module = gm.get_submodule(str(call.target)) if call.op == "call_module" else None
+            if isinstance(module, QuantActivation) and len(call.args) > 2 and call.args[1] is user:
+                choice: Any = columns[call.args[2]]  # type: ignore[index]
+                scale: Any = column
+                yield scale[1], (choice[1], levels(module.bits))
+
+
+def _buffer(row: fx.Node, argument: int) -> str:
+    """The buffer that a look-up reads its rows or its keys from."""
+    read = row.args[argument]
+    assert isinstance(read, fx.Node)
+    return str(read.target)

@@ -1,0 +1,177 @@
+"""A converted model made anew: of other weights, or for other timesteps, without calibration."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .api import convert
+from .binding import captured_only
+from .bound import Bound
+from .dataflow import temporal_block
+from .dialect import is_timestep_row
+from .errors import ConfigError
+from .graph import timestep_node
+from .module_json import tensors_of
+from .modules import Compiled, Converted
+from .ops import check_timesteps
+from .origin import Origin
+from .passes.change_timesteps import change_timesteps
+from .passes.merge_duplicates import merge_duplicates
+from .pipelines import timestep_values
+from .recall import recall
+from .report import pass_record
+from .tables import FEATURE, TABLE
+from .temporal import compute_rows
+from .watch import SourceWatch
+
+
+def refresh(
+    model: Converted,
+    source: nn.Module | None = None,
+    *,
+    timesteps: Any = None,
+    progress: bool = True,
+) -> Converted:
+    """`model` made anew of the weights of `source`, or for other timesteps; `model` stays as it is.
+
+    The conversion runs again on what calibration saw the first time: nothing is captured or
+    calibrated.  With the weights that it had, the same bits come out.
+    source: the model that this one was made from, with other weights: trained on, loaded, or with a
+    LoRA fused into it.  Parameters are found by name.  Left out, weights stay.
+    timesteps: the new set, as for `prepare`: an int, a 1-d tensor or sequence, or a scheduler; left
+    out, the set stays.  Tables are computed from `source`.  Scales and corrections were measured by
+    calibration: they are interpolated between its timesteps, always from those, and `report` tells
+    how many.  Without a source, all timesteps must have rows already, or nothing be tabled.
+
+    Raises ConfigError where `source` is another model, CalibrationError where a loaded model was
+    saved without the calibration that its weights need.
+    """
+    origin = _origin(model, "refresh()")
+    values = timestep_values(timesteps)
+    if source is None and values is None:
+        raise ConfigError(
+            "refresh() needs the source whose weights are new, timesteps that are, or both"
+        )
+    if values is not None and hasattr(timesteps, "timesteps"):
+        values = values.unique()  # some schedulers visit a timestep twice
+    made: Converted = model.unbound() if isinstance(model, Bound) else model
+    if values is None and not _is_calibrated(made, origin):
+        values = made.timesteps
+    if source is None:
+        if model.watch is not None:
+            model.watch.check_contents()
+    elif timesteps is None or not _is_made_from(made, origin, source):
+        made = _reconverted(made, origin, source, progress)
+    if values is not None and origin.timesteps is not None:
+        made = _retimed(made, values, source)
+    if not isinstance(model, Bound):
+        return made
+    bound = Bound(made, model.spec)
+    if timesteps is not None:
+        bound.set_timesteps(timesteps)
+    return bound
+
+
+def check_source(model: Converted | Compiled, source: nn.Module) -> list[str]:
+    """Names of the tensors of `source` that are not what `model` was made from, or that it lacks.
+
+    All elements count; in another dtype than before, some.  Layers that an adapter wraps and is not
+    fused into count as changed.  Raises ConfigError where the model does not remember what it was made from.
+    """
+    return _origin(model, "check_source()").changed(source)
+
+
+def _origin(model: Any, caller: str) -> Origin:
+    if isinstance(model, Compiled):
+        raise ConfigError(
+            f"{caller} takes the converted model that was compiled; compile what comes out"
+        )
+    if not isinstance(model, Converted):
+        raise ConfigError(
+            f"{caller} takes what convert(), fold_timesteps() or load() returned, not a "
+            f"{type(model).__name__}"
+        )
+    if model.origin is None:
+        raise ConfigError(
+            "this model does not remember what it was made from: it was saved by a version of "
+            "tfmq_fx that did not keep it. Prepare and convert the source anew."
+        )
+    return model.origin
+
+
+def _is_calibrated(made: Converted, origin: Origin) -> bool:
+    """Whether the model is over the timesteps of its conversion."""
+    keys = made.timesteps
+    if keys is None or origin.timesteps is None:
+        return True
+    return torch.equal(keys.cpu(), origin.timesteps)
+
+
+def _is_made_from(made: Converted, origin: Origin, source: nn.Module) -> bool:
+    """Whether the model holds the weights of `source`, and shares memory with no other."""
+    watched = made.watch is None or made.watch.watches(source)
+    return watched and not origin.changed(source)
+
+
+def _reconverted(made: Converted, origin: Origin, source: nn.Module, progress: bool) -> Converted:
+    """The conversion of `source` that gave `made`, over the timesteps that it was made for."""
+    prepared = recall(origin, made.recipe, source, made.record["capture"])
+    if origin.timesteps is None:
+        new = captured_only(prepared)
+    else:
+        new = convert(prepared, progress=progress)
+    if (new.device, new.dtype) != (made.device, made.dtype):
+        new.to(device=made.device, dtype=made.dtype)
+    return new
+
+
+def _retimed(made: Converted, values: Tensor, source: nn.Module | None) -> Converted:
+    """`made` for other timesteps, on the same memory."""
+    origin, watch, rows = made.origin, made.watch, None
+    assert origin is not None and origin.timesteps is not None
+    if source is not None:
+        captured = origin.captured(source)
+        rows = _rows(captured, values, {n.meta.get(FEATURE) for n in made.gm.graph.nodes})
+        watch = watch or SourceWatch(source, origin.fingerprints, tensors_of(captured))
+    scales = origin.scales or _scales(made.gm)
+    memo: dict[int, Any] = {id(b): b for b in made.gm.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in made.gm.parameters()}
+    gm = copy.deepcopy(made.gm, memo)
+    gm.meta = dict(made.gm.meta)
+    done = change_timesteps(gm, timesteps=values, rows=rows, calibrated=(origin.timesteps, scales))
+    record = copy.deepcopy(made.record)
+    record["passes"].append(pass_record(done))
+    record["interpolated"] = done.details["interpolated"]
+    new = Converted(
+        done.gm,
+        made.call,
+        recipe=made.recipe,
+        record=record,
+        model_config=made.model_config,
+        origin=origin,
+        watch=watch,
+    )
+    new.origin = dataclasses.replace(origin, scales={} if _is_calibrated(new, origin) else scales)
+    return new
+
+
+def _rows(captured: fx.GraphModule, values: Tensor, features: Container[str]) -> dict[str, Tensor]:
+    """Each of `features` at each timestep, sorted, as folding computes them."""
+    gm = merge_duplicates(captured).gm
+    block = temporal_block(gm)
+    keys = check_timesteps(values, timestep_node(gm).meta["val"].dtype)
+    rows = compute_rows(block.graph, keys)
+    named = zip(block.features, rows, strict=True)
+    return {feature.name: row for feature, row in named if feature.name in features}
+
+
+def _scales(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """The rows that were measured and not computed, by buffer, on the CPU."""
+    read = [str(node.args[0].target) for node in gm.graph.nodes if is_timestep_row(node)]
+    return {name: getattr(gm, name).cpu() for name in read if not name.startswith(TABLE)}
