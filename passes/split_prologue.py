@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from tfmq_fx.config import Precision
 from tfmq_fx.dialect import check, stage_of
 from tfmq_fx.graph import Declined, timestep_node
 from tfmq_fx.regions import extract
@@ -52,14 +53,20 @@ class Split:
     declined: tuple[Declined, ...]
 
 
-def split_prologue(gm: fx.GraphModule, conditions: Sequence[str], *, steps: int) -> Split:
+def split_prologue(
+    gm: fx.GraphModule,
+    conditions: Sequence[str],
+    *,
+    steps: int,
+    precision: Precision = "exact",
+) -> Split:
     """`gm` as prologue and step; the timestep stays an input of the step.
 
-    conditions: placeholders that are fixed for a request.  steps: timesteps of a request, about; it
-    decides what is worth storing.  At the batch size of a request the parts compute what `gm`
-    computes, operation by operation.  Raises ConfigError for a condition that is no input.
+    conditions: placeholders that are fixed for a request.  steps: timesteps of a request, about.
+    precision: in which their rows are kept; both decide what is worth storing.  At the batch size of
+    a request the parts compute what `gm` computes, operation by operation.  Raises ConfigError for a condition that is no input.
     """
-    found = find_request(gm, conditions, steps=steps)
+    found = find_request(gm, conditions, steps=steps, precision=precision)
     t = timestep_node(gm)
     inputs = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
     batch = t.meta["val"].shape[0]
@@ -74,13 +81,14 @@ def split_prologue(gm: fx.GraphModule, conditions: Sequence[str], *, steps: int)
     for group in found.groups:
         values = list(group.values)
         part = extract(gm, values, [t, *(inputs[name] for name in group.conditions)])
+        part.meta |= {key: gm.meta[key] for key in ("timesteps",) if key in gm.meta}
         parts.append(
             Part(
                 group.conditions,
                 group.stepped,
                 tuple(node.name for node in values),
                 tuple(begins_with_batch(node.meta["val"]) for node in values),
-                sum(map(stored_bytes, values)),
+                sum(stored_bytes(v, precision if group.stepped else "exact") for v in values),
                 isinstance(batch, torch.SymInt),
                 part,
             )

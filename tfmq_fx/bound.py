@@ -16,6 +16,8 @@ from .passes.split_prologue import split_prologue
 from .prologue import Prologue
 from .request import has_lookups
 
+_STEPS = 50  # of a request, where nothing tells
+
 
 class Bound(Converted):
     """A converted model in two: a prologue, run when conditions or timesteps are new, and a step.
@@ -99,7 +101,9 @@ class Bound(Converted):
         )
 
     def _split(self) -> None:
-        split = split_prologue(self.gm, self.conditions, steps=self.spec.steps)
+        known = self.timesteps
+        steps = self.spec.steps or (_STEPS if known is None else len(known))
+        split = split_prologue(self.gm, self.conditions, steps=steps, precision=self.spec.precision)
         # in a tuple it is no submodule: its tensors are the graph's
         self._steps = (split.step,)
         self.prologue = Prologue(

@@ -334,7 +334,8 @@ class PrologueSpec:
 
     conditions: inputs that are fixed for a request, by name, dotted path or placeholder; None is
     all but the sample, the timestep and what another network adds at every step.
-    steps: timesteps of a request, about; decides which values are worth storing.
+    steps: timesteps of a request, about; decides which values are worth storing. None is as many as
+    the model was made for, or 50.
     mode: "exact" computes one step at a time at the batch size of the request, which gives the bits
     that the step would; "batched" all steps in one call, which rounds differently (about 1e-6).
     precision: how values that depend on the timestep are kept: in the compute dtype, as float16, or
@@ -346,7 +347,7 @@ class PrologueSpec:
     """
 
     conditions: tuple[str, ...] | None = None
-    steps: int = 50
+    steps: int | None = None
     mode: PrologueMode = "exact"
     precision: Precision = "exact"
     capacity: int = 4
@@ -360,7 +361,10 @@ class PrologueSpec:
                 f"PrologueSpec.conditions must be a sequence of names, got {self.conditions!r}",
             )
             object.__setattr__(self, "conditions", tuple(self.conditions))
-        _require(self.steps >= 1, f"PrologueSpec.steps must be at least 1, got {self.steps}")
+        _require(
+            self.steps is None or self.steps >= 1,
+            f"PrologueSpec.steps must be at least 1, got {self.steps}",
+        )
         _require(
             self.capacity >= 1, f"PrologueSpec.capacity must be at least 1, got {self.capacity}"
         )

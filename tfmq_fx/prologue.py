@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .conditions import Snapshot
 from .config import PrologueSpec
-from .errors import InputError
+from .errors import ConfigError, InputError
 from .graph import timestep_node
 from .offload import Offloaded
 from .passes.change_timesteps import change_timesteps
@@ -49,10 +49,10 @@ class Entry:
         self.index: dict[float, int] = {}
         self.rows = [Rows(self._precision, batched=batched) for batched in self._part.batched]
 
-    def store(self, values: Sequence[Tensor]) -> None:
-        """Append values (n, *shape)."""
-        for rows, value in zip(self.rows, values, strict=True):
-            rows.extend(value.detach())
+    def store(self, values: Sequence[Sequence[Tensor]]) -> None:
+        """Append each value (*shape) at n more steps."""
+        for rows, steps in zip(self.rows, values, strict=True):
+            rows.extend(steps)
 
     def nbytes(self) -> int:
         """Bytes of the values and of the conditions kept to know them again."""
@@ -90,8 +90,10 @@ class Kept:
         del self.entries[self.spec.capacity :]
         return self.entries[0]
 
-    def compute(self, steps: Sequence[float], given: Sequence[Tensor], t: Tensor) -> list[Tensor]:
-        """Each value at each of `steps`, (n, *shape); t: (B,), for its dtype, device and size."""
+    def compute(
+        self, steps: Sequence[float], given: Sequence[Tensor], t: Tensor
+    ) -> list[tuple[Tensor, ...]]:
+        """Each value at each of `steps`; t: (B,), for its dtype, device and size."""
         self.computed += len(steps)
         size = len(t)
         if self.batched and len(steps) > 1:
@@ -99,11 +101,11 @@ class Kept:
             if whole is not None:
                 return whole
         values = [self.graph(t.new_full((size,), step), *given) for step in steps]
-        return [torch.stack(parts) for parts in zip(*values, strict=True)]
+        return list(zip(*values, strict=True))
 
     def _whole(
         self, steps: Sequence[float], given: Sequence[Tensor], t: Tensor, size: int
-    ) -> list[Tensor] | None:
+    ) -> list[tuple[Tensor, ...]] | None:
         """The same in one call, None where samples turn out to depend on each other."""
         n = len(steps)
         times = t.new_tensor(steps).repeat_interleave(size)
@@ -223,7 +225,7 @@ class Prologue:
         if not kept.part.stepped:
             if not len(entry.rows[0]):
                 self.offloaded.back()
-                entry.store([value[None] for value in kept.graph(t, *given)])
+                entry.store([[value] for value in kept.graph(t, *given)])
                 kept.computed += 1
             return [rows.row(0) for rows in entry.rows]
         if steps is None:
@@ -318,9 +320,11 @@ class Prologue:
                 f"{self._timestep}: {new[0]} is not among the {len(known)} timesteps this model "
                 "was made for. Set a schedule with set_timesteps(), or use on_miss='compute'."
             )
-        changed = change_timesteps(
-            kept.part.graph, timesteps=torch.cat([known, known.new_tensor(new)])
-        )
+        every = torch.cat([known, known.new_tensor(new)])
+        try:
+            changed = change_timesteps(kept.part.graph, timesteps=every)
+        except ConfigError as error:  # rows whose weights are gone
+            raise InputError(f"{self._timestep}: {new[0]}: {error}") from error
         kept.graph = changed.gm
         kept.interpolated = int(changed.details["interpolated"])
 

@@ -15,6 +15,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, fx, nn
 
+from .config import Precision
 from .cuts import minimum_cut
 from .dataflow import Binding, BindingTimes, binding_times
 from .dialect import is_timestep_row
@@ -22,6 +23,9 @@ from .graph import Declined, timestep_node
 from .ops import is_heavy
 from .regions import extract_nodes, size_source
 from .tables import QuantTimestepTable
+
+
+_VALUE = 1024  # bytes that one more input of the step counts for: one row, not dozens of slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,17 @@ class Request:
     declined: tuple[Declined, ...]
 
 
-def find_request(gm: fx.GraphModule, conditions: Collection[str], *, steps: int) -> Request:
+def find_request(
+    gm: fx.GraphModule,
+    conditions: Collection[str],
+    *,
+    steps: int,
+    precision: Precision = "exact",
+) -> Request:
     """What to compute before the steps of a request in which `conditions`, placeholders, are fixed.
 
-    steps: how many timesteps a request has, about.  Look-ups by timestep are among the values where
+    steps: how many timesteps a request has, about.  precision: in which their rows are kept;
+    both decide whether rows outweigh weights.  Look-ups by timestep are among the values where
     they can be, so that nothing that is left depends on which timesteps there are.
     Raises ConfigError for a condition that is no input.
     """
@@ -68,11 +79,16 @@ def find_request(gm: fx.GraphModule, conditions: Collection[str], *, steps: int)
     declined: list[Declined] = []
 
     def cost(node: fx.Node) -> int:
-        return stored_bytes(node) * (1 if times[node] is Binding.C else steps)
+        if times[node] is Binding.C:
+            return stored_bytes(node)
+        return stored_bytes(node, precision) * steps
+
+    def cut_cost(node: fx.Node) -> int:
+        return cost(node) + _VALUE
 
     while True:
         cut, blocked = minimum_cut(
-            gm.graph, early, heavy=heavy, obstacles=_obstacles(gm, early, times), cost=cost
+            gm.graph, early, heavy=heavy, obstacles=_obstacles(gm, early, times), cost=cut_cost
         )
         inside = {node: _computation(gm, [node]) for node in cut}
         refused = _outweighing(gm, cut, inside, cost)
@@ -98,13 +114,16 @@ def find_request(gm: fx.GraphModule, conditions: Collection[str], *, steps: int)
     )
 
 
-def stored_bytes(node: fx.Node) -> int:
+def stored_bytes(node: fx.Node, precision: Precision = "exact") -> int:
     """Bytes of a value for one sample; sizes that are free count as captured."""
     value: Tensor = node.meta["val"]
     sizes = [n if isinstance(n, int) else int(n.node.hint or 1) for n in value.shape]
     if value.dim() and not isinstance(value.shape[0], int):
         sizes[0] = 1
-    return max(1, torch.Size(sizes).numel() * value.element_size())
+    width = value.element_size()
+    if value.is_floating_point() and precision != "exact":
+        width = min(width, {"float16": 2, "int8": 1}[precision])
+    return max(1, torch.Size(sizes).numel() * width)
 
 
 def tensors_of(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> dict[int, Tensor]:
@@ -152,7 +171,7 @@ def _outweighing(
     """The values of `cut` that take more bytes than the weights that leave for them, with reasons.
 
     A value answers for the tensors that only it needs, and for its share of those that it shares
-    with other values.
+    with other values.  Rows of tables weigh what the tables do: they are not refused.
     """
     kept = tensors_of(gm, left_nodes(gm, cut))
     used = {
@@ -162,6 +181,8 @@ def _outweighing(
     count = Counter(key for found in used.values() for key in found)
     refused = {}
     for node, found in used.items():
+        if not any(is_heavy(gm, n) or n.op == "call_module" for n in inside[node]):
+            continue
         weights = sum(n / count[key] for key, n in found.items())
         if cost(node) > weights:
             refused[node] = (
