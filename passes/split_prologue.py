@@ -63,8 +63,9 @@ def split_prologue(
     """`gm` as prologue and step; the timestep stays an input of the step.
 
     conditions: placeholders that are fixed for a request.  steps: timesteps of a request, about.
-    precision: in which their rows are kept; both decide what is worth storing.  At the batch size of
-    a request the parts compute what `gm` computes, operation by operation.  Raises ConfigError for a condition that is no input.
+    precision: in which their rows are kept; both decide what is worth storing.
+    At the batch size of a request the parts compute what `gm` computes, operation by operation.
+    Raises ConfigError for a condition that is no input.
     """
     found = find_request(gm, conditions, steps=steps, precision=precision)
     t = timestep_node(gm)

@@ -24,7 +24,6 @@ from .ops import is_heavy
 from .regions import extract_nodes, size_source
 from .tables import QuantTimestepTable
 
-
 _VALUE = 1024  # bytes that one more input of the step counts for: one row, not dozens of slices
 
 
