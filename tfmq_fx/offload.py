@@ -89,7 +89,9 @@ class Offloaded:
         )
         if same:  # pages that were read since are dropped
             return _pages(path, tensor)
-        _bytes(tensor.data).numpy().tofile(path)
+        contents = _bytes(tensor.data)
+        path.unlink(missing_ok=True)  # pages of an earlier file stay mapped, and it must not shrink
+        contents.numpy().tofile(path)
         self._written.add(name)
         return _pages(path, tensor)
 
