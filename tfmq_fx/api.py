@@ -368,6 +368,7 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
         )
     if model.watch is not None:
         model.watch.check_contents()
+    origin = model.origin
     artifact.save(
         path,
         gm=model.gm,
@@ -378,7 +379,7 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
             "model_config": _plain(model.model_config),
             "prologue": to_dict(model.spec) if isinstance(model, Bound) else None,
         },
-        origin=model.origin and model.origin.to_parts(calibration=calibration),
+        origin=None if origin is None else origin.to_parts(calibration=calibration),
     )
 
 

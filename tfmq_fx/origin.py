@@ -23,7 +23,10 @@ from .sources import UnfusedAdapter, check_same_model, fill, tensor_at, ties
 
 Rows = Mapping[float, list[tuple[Tensor, ...]]]
 Seen = Mapping[str, Mapping[float, tuple[float, float]]]
-_FIELDS = "graph obstacle call overrides timesteps visits fingerprints parameters ties merged calibrated complex"
+_FIELDS = """
+    graph obstacle call overrides timesteps visits fingerprints parameters ties merged calibrated
+    complex
+"""
 _CONSTANT, _SCALES, _RANGE, _SAMPLE = "constant/", "scales/", "range/", "sample/"
 
 
@@ -45,7 +48,8 @@ class Origin:
     """The captured model without its weights, and all else that a conversion depends on.
 
     graph: the captured graph as JSON, or "" where `obstacle` says why it cannot be written.
-    timesteps: (K,) keys of the conversion, on the CPU, if it had any.  visits: how often calibration saw each.
+    timesteps: (K,) keys of the conversion if it had any, on the CPU.  visits: of each, by
+    calibration.
     fingerprints: of each tensor of the graph that is the source's.  parameters: names of all of the
     source's.  ties: those that were one.  constants: tensors made while the model was captured.
     merged: layers that capture found equal to others.  calibrated: whether the conversion read its
@@ -111,7 +115,7 @@ class Origin:
 
     def to_parts(self, *, calibration: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-ready data and tensors for `from_parts`; calibration only where asked for."""
-        data = {
+        data: dict[str, Any] = {
             "graph": self.graph,
             "obstacle": self.obstacle,
             "call": self.call.to_dict(),

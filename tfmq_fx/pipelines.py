@@ -104,16 +104,29 @@ def with_denoiser(pipeline: Any, source: nn.Module, denoiser: nn.Module) -> Any:
 
     Raises ConfigError where `source` is none of its components.
     """
+    return _without(pipeline, source)(denoiser)
+
+
+def _without(pipeline: Any, source: nn.Module) -> Callable[[nn.Module], Any]:
+    """Makes pipelines like `pipeline` of other denoisers, and holds neither of the two."""
     components = dict(pipeline.components)
+    kind, settings = type(pipeline), _settings(pipeline)
     for name, component in components.items():
         if component is source:
-            own = {"scheduler": copy.deepcopy(components["scheduler"]), name: denoiser}
-            return type(pipeline)(**_settings(pipeline), **{**components, **own})
-    raise ConfigError(
-        f"the prepared model is not a component of this {type(pipeline).__name__} "
-        f"(components: {', '.join(components)}). Calibrate with the pipeline it came from, or pass "
-        "a (scheduler, shape) pair."
-    )
+            break
+    else:
+        raise ConfigError(
+            f"the prepared model is not a component of this {kind.__name__} "
+            f"(components: {', '.join(components)}). Calibrate with the pipeline it came from, or "
+            "pass a (scheduler, shape) pair."
+        )
+    del components[name]
+
+    def made(denoiser: nn.Module) -> Any:
+        own = {"scheduler": copy.deepcopy(components["scheduler"]), name: denoiser}
+        return kind(**settings, **{**components, **own})
+
+    return made
 
 
 def _settings(pipeline: Any) -> dict[str, Any]:
@@ -150,17 +163,6 @@ def sampling_pass(
     """How `source` samples: a diffusers pipeline that holds `original`, a (scheduler, shape) pair,
     or an iterable of inputs; the arguments are those of `tfmq_fx.calibrate`. Raises ConfigError."""
 
-    def by_pipeline(denoiser: nn.Module) -> None:
-        pipe = with_denoiser(source, original, denoiser)
-        pipe.set_progress_bar_config(disable=not progress)
-        generator = torch.Generator().manual_seed(seed)
-        own = {**kwargs, "num_inference_steps": steps, "generator": generator}
-        if args or not takes_batch_size(pipe):  # prompts, labels or embeddings say how many
-            pipe(*args, **own)
-            return
-        for start in range(0, samples, batch_size):
-            pipe(batch_size=min(batch_size, samples - start), **own)
-
     def by_scheduler(denoiser: nn.Module) -> None:
         scheduler, shape = source
         sample(
@@ -188,6 +190,19 @@ def sampling_pass(
                 )
 
     if hasattr(source, "components"):
+        make = _without(source, original)  # a pass that is kept keeps neither alive
+
+        def by_pipeline(denoiser: nn.Module) -> None:
+            pipe = make(denoiser)
+            pipe.set_progress_bar_config(disable=not progress)
+            generator = torch.Generator().manual_seed(seed)
+            own = {**kwargs, "num_inference_steps": steps, "generator": generator}
+            if args or not takes_batch_size(pipe):  # prompts, labels or embeddings say how many
+                pipe(*args, **own)
+                return
+            for start in range(0, samples, batch_size):
+                pipe(batch_size=min(batch_size, samples - start), **own)
+
         return SamplingPass(by_pipeline, True)
     given = ", ".join([*(type(a).__name__ for a in args), *kwargs])
     if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step"):

@@ -99,16 +99,10 @@ def recall(origin: Origin, recipe: Config, source: nn.Module, facts: Mapping[str
     """The calibrated model that `remember` was given, on the weights of `source`.
 
     facts: what was reported of capturing.  Raises ConfigError where `source` is another model,
-    CalibrationError where the conversion reads calibration that was not kept.
+    CalibrationError where the recipe calibrates again and cannot.
     """
     captured = origin.captured(source)
     calibration = origin.calibration
-    if origin.calibrated and calibration is None:
-        raise CalibrationError(
-            f"recipe {recipe.name!r} reads calibration, which this model was saved without: its "
-            "quantized weights cannot be made anew. Save with save(model, path, calibration=True) "
-            "before loading, or prepare, calibrate and convert the source."
-        )
     if recipe.reconstruction.rounds and (calibration is None or calibration.sampling is None):
         raise CalibrationError(
             f"recipe {recipe.name!r} samples again with the quantized model, by the pipeline or "

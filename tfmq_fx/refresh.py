@@ -15,10 +15,11 @@ from .binding import captured_only
 from .bound import Bound
 from .dataflow import temporal_block
 from .dialect import is_timestep_row
-from .errors import ConfigError
+from .errors import CalibrationError, ConfigError
 from .graph import timestep_node
 from .module_json import tensors_of
 from .modules import Compiled, Converted
+from .nn import QuantLayer
 from .ops import check_timesteps
 from .origin import Origin
 from .passes.change_timesteps import change_timesteps
@@ -26,6 +27,7 @@ from .passes.merge_duplicates import merge_duplicates
 from .pipelines import timestep_values
 from .recall import recall
 from .report import pass_record
+from .sources import shown
 from .tables import FEATURE, TABLE
 from .temporal import compute_rows
 from .watch import SourceWatch
@@ -82,7 +84,7 @@ def check_source(model: Converted | Compiled, source: nn.Module) -> list[str]:
     """Names of the tensors of `source` that are not what `model` was made from, or that it lacks.
 
     All elements count; in another dtype than before, some.  Layers that an adapter wraps and is not
-    fused into count as changed.  Raises ConfigError where the model does not remember what it was made from.
+    fused into count as changed.  Raises ConfigError where the model does not remember its origin.
     """
     return _origin(model, "check_source()").changed(source)
 
@@ -121,6 +123,13 @@ def _is_made_from(made: Converted, origin: Origin, source: nn.Module) -> bool:
 
 def _reconverted(made: Converted, origin: Origin, source: nn.Module, progress: bool) -> Converted:
     """The conversion of `source` that gave `made`, over the timesteps that it was made for."""
+    if origin.calibrated and origin.calibration is None:
+        layers = [n for n, m in made.gm.named_modules() if isinstance(m, QuantLayer)]
+        raise CalibrationError(
+            f"recipe {made.recipe.name!r} reads calibration, which this model was saved without: "
+            f"quantized weights cannot be made anew ({shown(layers)}). Save with save(model, path, "
+            "calibration=True) before loading, or prepare, calibrate and convert the source."
+        )
     prepared = recall(origin, made.recipe, source, made.record["capture"])
     if origin.timesteps is None:
         new = captured_only(prepared)

@@ -126,7 +126,7 @@ class Report:
             f"captured by {capture.get('route', '?')} in {capture.get('seconds', 0):.1f} s, "
             f"{capture.get('nodes', 0)} nodes; guards: {guards}",
             *(f"  {note}" for note in capture.get("notes", [])),
-            f"timesteps: {d['timesteps']}",
+            f"timesteps: {d['timesteps']}{_interpolated(d)}",
             f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
             f"{100 * self.activation_coverage:.1f} % of layer inputs are integers",
         ]
@@ -198,6 +198,12 @@ class Report:
             lines.append(f"  {p['name']}: {p['changed']} changed, {p['seconds']:.1f} s")
             lines += [f"    left {site}: {why}" for site, why in p["declined"]]
         return lines
+
+
+def _interpolated(data: Mapping[str, Any]) -> str:
+    """How many timesteps have scales that calibration did not measure."""
+    count = data.get("interpolated", 0)
+    return f" ({count} between those of calibration: scales interpolated)" if count else ""
 
 
 def report(model: Converted | Compiled) -> Report:
