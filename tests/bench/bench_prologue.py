@@ -2,6 +2,7 @@
 
     python -m tests.bench.bench_prologue                     DiT, SD3.5 and FLUX at reduced width
     python -m tests.bench.bench_prologue --model dit --config w8a8
+    python -m tests.bench.bench_prologue --full               what leaves models of full size (fp16)
 
 Random weights. A request is --steps steps with conditions it has not seen before, so that computing
 the prologue is part of its time. Requests of all variants are interleaved; medians with the range
@@ -27,6 +28,11 @@ from torch import Tensor, nn
 import tfmq_fx
 from tests.bench.bench_cpu import interleaved, nearest
 from tests.bench.bench_memory import resident
+from tfmq_fx.capture import capture
+from tfmq_fx.passes.merge_duplicates import merge_duplicates
+from tfmq_fx.passes.split_prologue import split_prologue
+from tfmq_fx.pipelines import find_timestep, named_inputs
+from tfmq_fx.skeletons import skeleton
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REDUCED: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -241,6 +247,26 @@ def quantized(
     return tfmq_fx.convert(prepared, progress=False)
 
 
+FULL = ("dit-xl-2", "pixart-alpha-1024", "sd35-medium", "flux-dev", "sdxl", "adm", "hunyuan-dit")
+
+
+def full(name: str, steps: int) -> str:
+    """One row of what a prologue takes from a model of full size; no weights are made."""
+    model = skeleton(CONFIGS / f"{name}.json").half()
+    inputs = named_inputs(model, None)
+    captured = capture(model, inputs, timestep=find_timestep(inputs, None))
+    gm = merge_duplicates(captured.gm).gm
+    split = split_prologue(gm, captured.call.conditions, steps=steps)
+    every = sum(p.nbytes for p in model.parameters())
+    freed = sum(t.nbytes for t in split.freed.values())
+    step = sum(part.step_bytes for part in split.parts if part.stepped)
+    once = sum(part.step_bytes for part in split.parts if not part.stepped)
+    return (
+        f"| {name} | {every / 2e6:.0f}M | {100 * freed / every:.1f} % | {freed / 2**20:.0f} MiB "
+        f"| {step / 1024:.1f} | {once / 1024:.0f} | {len(split.declined)} |"
+    )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -250,8 +276,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.full:
+        print("| | parameters | leave | | KiB a step | KiB a request | declined |")
+        print("|---|---|---|---|---|---|---|")
+        for name in FULL:
+            print(full(name, 50), flush=True)
+        return
     rows = [row for name in args.model for row in measure(name, args)]
     print("| | seconds per request (middle half) | x no prologue |")
     print("|---|---|---|")
