@@ -6,6 +6,7 @@ on them alone are computed when either first appears, and read from then on.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Iterable, Sequence
@@ -115,7 +116,7 @@ class Kept:
             torch.cat([x] * n) if x.dim() and str(node.meta["val"].shape[0]) == batch else x
             for node, x in zip(inputs[1:], given, strict=True)
         ]
-        values = [v.unflatten(0, (n, size)) for v in self.graph(times, *wide)]
+        values = [v.unflatten(0, (n, size)).unbind() for v in self.graph(times, *wide)]
         if self.mixes is None:
             last = self.graph(t.new_full((size,), steps[-1]), *given)
             self.mixes = _differ([v[-1] for v in values], last)
@@ -292,10 +293,11 @@ class Prologue:
         values = kept.compute(wanted, given, entry.like)
         if kept.shared:
             one = [
-                value[:, :1] if batched else value
-                for value, batched in zip(values, kept.part.batched, strict=True)
+                tuple(row[:1] for row in rows) if batched else rows
+                for rows, batched in zip(values, kept.part.batched, strict=True)
             ]
-            if all(torch.equal(a.expand_as(b), b) for a, b in zip(one, values, strict=True)):
+            pairs = zip(itertools.chain(*one), itertools.chain(*values), strict=True)
+            if all(torch.equal(a.expand_as(b), b) for a, b in pairs):
                 values = one
             else:  # rows of one batch differ after all, as kernels round
                 kept.shared = False
