@@ -100,6 +100,12 @@ class Bound(Converted):
             watch=self.watch,
         )
 
+    def forget_source(self) -> None:
+        if self.watch is not None:
+            self.prologue.restore()
+            super().forget_source()
+            self._split()  # the parts hold what the graph held
+
     def _split(self) -> None:
         known = self.timesteps
         steps = self.spec.steps or (_STEPS if known is None else len(known))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .plain_json import dtype_name, dtype_named, keys
 
@@ -40,7 +40,7 @@ class Fingerprint:
         In the same dtype every element counts; in another one the few elements of the sample, cast
         to it.  A tensor on the meta device holds nothing that could differ.
         """
-        if tuple(value.shape) != self.shape:
+        if tuple(value.shape) != self.shape or not (value.is_meta or is_readable(value)):
             return False
         if value.is_meta:
             return True
@@ -67,6 +67,12 @@ class Fingerprint:
         if dtype.is_complex:
             sample = torch.view_as_complex(sample.view(-1, 2))
         return cls(tuple(data["shape"]), dtype, sample, int(data["checksum"]))
+
+
+def is_readable(value: Tensor) -> bool:
+    """Whether the elements of a tensor are what its memory holds: not so for packed ones."""
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
+    return plain and not value.is_meta and not value.is_quantized
 
 
 def bits(value: Tensor) -> Tensor:

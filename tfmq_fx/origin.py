@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from .config import LayerConfig, from_dict, to_dict
 from .errors import ArtifactError, ConfigError
-from .fingerprints import Fingerprint
+from .fingerprints import Fingerprint, is_readable
 from .graph_json import from_json, to_json
 from .module_json import tensors_of
 from .pipelines import SamplingPass
@@ -193,7 +193,7 @@ def describe(captured: fx.GraphModule, source: nn.Module) -> dict[str, Any]:
         "fingerprints": {
             name: Fingerprint.of(value)
             for name, value in tensors.items()
-            if name not in constants and not value.is_meta
+            if name not in constants and is_readable(value)
         },
         "parameters": tuple(dict(source.named_parameters(remove_duplicate=False))),
         "ties": ties(source, set(tensors)),

@@ -111,10 +111,8 @@ def _without(pipeline: Any, source: nn.Module) -> Callable[[nn.Module], Any]:
     """Makes pipelines like `pipeline` of other denoisers, and holds neither of the two."""
     components = dict(pipeline.components)
     kind, settings = type(pipeline), _settings(pipeline)
-    for name, component in components.items():
-        if component is source:
-            break
-    else:
+    name = next((name for name, component in components.items() if component is source), None)
+    if name is None:
         raise ConfigError(
             f"the prepared model is not a component of this {kind.__name__} "
             f"(components: {', '.join(components)}). Calibrate with the pipeline it came from, or "

@@ -134,8 +134,9 @@ class _Snapshot:
 
     def __init__(self, source: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
         self._links: list[tuple[int, str]] = []  # the position of a module's parent, and its name
-        self._leaves: list[tuple[int, str, str]] = []
+        self._leaves: tuple[list[tuple[int, str]], ...] = ([], [])  # parameters, buffers
         positions = {"": 0}
+        names: tuple[list[str], list[str]] = ([], [])
 
         def position(path: str) -> int:
             if path not in positions:
@@ -146,12 +147,12 @@ class _Snapshot:
 
         for name in tensors:
             path, _, leaf = str(place_of(source, name)).rpartition(".")
-            owner = source.get_submodule(path)
-            kind = "_parameters" if leaf in owner._parameters else "_buffers"
-            self._leaves.append((position(path), kind, leaf))
+            kind = 0 if leaf in source.get_submodule(path)._parameters else 1
+            self._leaves[kind].append((position(path), leaf))
+            names[kind].append(name)
+        self._names = {name: i for i, name in enumerate(names[0] + names[1])}
         values = self._read(source)
-        self._names = {name: i for i, name in enumerate(tensors)}
-        self._pointers, self._versions = [*map(_data_ptr, values)], _versions(values)
+        self._pointers, self._versions = [*map(_data_ptr, values)], [*map(_version, values)]
         self._runs = [_run(value) for value in values]
         self._parts = [bytes(run) for run in self._runs]
         self._content = b"".join(self._parts)
@@ -161,30 +162,34 @@ class _Snapshot:
         try:
             values = self._read(source)
             pointers = [*map(_data_ptr, values)]
-        except (AttributeError, KeyError, TypeError):  # a part of the model was replaced
+        except (AttributeError, KeyError, RuntimeError, TypeError):  # a part was replaced
             return False
+        try:
+            versions = [value._version for value in values]
+        except RuntimeError:  # tensors of inference mode count none
+            versions = [*map(_version, values)]
         return (
             pointers == self._pointers
-            and _versions(values) == self._versions
+            and versions == self._versions
             and b"".join(self._runs) == self._content
         )
 
     def holds(self, name: str, value: Tensor) -> bool:
         """Whether one tensor lies where it lay and reads as it read."""
         i = self._names[name]
-        place = (value.data_ptr(), *_versions([value]))
-        still = place == (self._pointers[i], self._versions[i])
+        still = (value.data_ptr(), _version(value)) == (self._pointers[i], self._versions[i])
         return still and bytes(self._runs[i]) == self._parts[i]
 
     def _read(self, source: nn.Module) -> list[Tensor]:
         modules: list[Any] = [source]
         for parent, name in self._links:
             modules.append(modules[parent]._modules[name])
-        return [modules[at].__dict__[kind][leaf] for at, kind, leaf in self._leaves]
+        values = [modules[at]._parameters[leaf] for at, leaf in self._leaves[0]]
+        return values + [modules[at]._buffers[leaf] for at, leaf in self._leaves[1]]
 
 
-def _versions(values: list[Tensor]) -> list[int]:
-    return [0 if value.is_inference() else value._version for value in values]
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
 
 
 def _run(value: Tensor) -> Any:
