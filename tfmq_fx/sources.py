@@ -204,6 +204,6 @@ def _check_fused(module: nn.Module, path: str) -> None:
     disabled = bool(getattr(module, "disable_adapters", False))
     if fused == disabled:  # neither, or an adapter that the next call takes out again
         raise UnfusedAdapter(
-            f"{path} is a {type(module).__name__} whose adapter is not fused into its weight. Fuse "
-            "it first (pipeline.fuse_lora(), or merge_and_unload() of a peft model), or unload it."
+            f"{path} has an adapter that is not fused into its weight. Fuse it first "
+            "(pipeline.fuse_lora(), or merge_and_unload() of a peft model), or unload it"
         )

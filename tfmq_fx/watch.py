@@ -106,10 +106,15 @@ class SourceWatch:
         """Compare what moved since `last`, or everything; note where all of it is now."""
         found, changed = self._compare(source, last)
         if changed:
+            note = ""
+            try:
+                tensor_at(source, changed[0])
+            except UnfusedAdapter as error:
+                note = f" ({error})"
             raise StaleError(
                 f"the {self._kind} that this model was made from has other weights since: "
-                f"{shown(changed)}. Make the model anew with tfmq_fx.refresh(model, source), or "
-                "call model.forget_source() to go on with the weights of before."
+                f"{shown(changed)}{note}. Make the model anew with tfmq_fx.refresh(model, source), "
+                "or call model.forget_source() to go on with the weights of before."
             )
         self._seen[:] = [_Snapshot(source, found)]
 
