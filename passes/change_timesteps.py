@@ -42,10 +42,10 @@ def change_timesteps(
     details: how many timesteps were kept and interpolated, and the features.
     Raises ConfigError for timesteps or rows that cannot be used.
     """
-    old = gm.meta["timesteps"]
-    new = check_timesteps(timesteps, timestep_node(gm).meta["val"].dtype).to(old.device)
     tables = [node for node in gm.graph.nodes if is_timestep_row(node)]
     caches = [node for node in gm.graph.nodes if _cache(gm, node) is not None]
+    old = _keys(gm, tables)
+    new = check_timesteps(timesteps, timestep_node(gm).meta["val"].dtype).to(old.device)
     features = [name for node in (*tables, *caches) for name, _ in _features(node)]
     kept = int((timestep_index(old, new) >= 0).sum())
     details: dict[str, Any] = {"timesteps": len(new), "kept": kept, "interpolated": 0}
@@ -75,6 +75,16 @@ def change_timesteps(
         gm.set_submodule(str(node.target), _cached(gm, node, old, new, rows))
     gm.meta["timesteps"] = new
     return Rewrite(gm, len(tables) + len(caches), [], details)
+
+
+def _keys(gm: fx.GraphModule, tables: list[fx.Node]) -> Tensor:
+    """The timesteps that the graph is over, sorted."""
+    known = gm.meta.get("timesteps")
+    if known is None and tables:
+        known = getattr(gm, _buffer(tables[0], 1))
+    if not isinstance(known, Tensor):
+        raise ConfigError("the graph is over no finite set of timesteps; fold it first")
+    return known
 
 
 def _check_rows(
