@@ -15,6 +15,7 @@ from .modules import Converted
 from .passes.split_prologue import split_prologue
 from .prologue import Prologue
 from .request import has_lookups
+from .schedule import Schedule
 
 _STEPS = 50  # of a request, where nothing tells
 
@@ -26,7 +27,9 @@ class Bound(Converted):
     from it and share its modules.  Values are computed without gradients.
     """
 
-    def __init__(self, model: Converted, spec: PrologueSpec) -> None:
+    def __init__(
+        self, model: Converted, spec: PrologueSpec, schedule: Schedule | None = None
+    ) -> None:
         super().__init__(
             model.gm,
             model.call,
@@ -38,7 +41,8 @@ class Bound(Converted):
         )
         self.spec = spec
         self.conditions = model.call.named_conditions(spec.conditions)
-        self._split()
+        self._split(schedule)
+        self.register_load_state_dict_post_hook(_loaded)
 
     @property
     def step(self) -> fx.GraphModule:
@@ -104,30 +108,41 @@ class Bound(Converted):
         if self.watch is not None:
             self.prologue.restore()
             super().forget_source()
-            self._split()  # the parts hold what the graph held
+            self._split(self.prologue.schedule)  # the parts hold what the graph held
 
-    def _split(self) -> None:
+    def _split(self, schedule: Schedule | None) -> None:
         known = self.timesteps
         steps = self.spec.steps or (_STEPS if known is None else len(known))
         split = split_prologue(self.gm, self.conditions, steps=steps, precision=self.spec.precision)
         # in a tuple it is no submodule: its tensors are the graph's
         self._steps = (split.step,)
         self.prologue = Prologue(
-            split, self.spec, names=self.call.names, timestep=self.call.timestep
+            split,
+            self.spec,
+            names=self.call.names,
+            timestep=self.call.timestep,
+            schedule=schedule,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.prologue.restore()
         super()._apply(fn, recurse)
-        self._split()
+        self._split(self.prologue.schedule)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
-        return Bound(copy.deepcopy(self.unbound(), memo), self.spec)
+        schedule = copy.deepcopy(self.prologue.schedule, memo)
+        return Bound(copy.deepcopy(self.unbound(), memo), self.spec, schedule)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Bound, (self.unbound(), self.spec)
+        return Bound, (self.unbound(), self.spec, self.prologue.schedule)
 
     def extra_repr(self) -> str:
         values = sum(len(kept.part.names) for kept in self.prologue.parts)
         return f"{super().extra_repr()}, prologue of {values} values"
+
+
+def _loaded(model: Bound, _: Any) -> None:
+    """After load_state_dict: tensors may have been assigned, which the parts do not see."""
+    model.prologue.restore()
+    model._split(model.prologue.schedule)

@@ -30,13 +30,13 @@ class Snapshot:
             seen() is tensor
             and state is not None
             and _state(tensor) == state
-            and (tensor.device.type != "cpu" or _equal(tensor, held))
+            and (tensor.device.type != "cpu" or same_bits(tensor, held))
             for tensor, (seen, state), held in zip(tensors, self._seen, self.contents, strict=True)
         )
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these hold the same bits; they are then the objects last seen."""
-        if not all(_equal(a, b) for a, b in zip(tensors, self.contents, strict=True)):
+        if not all(same_bits(a, b) for a, b in zip(tensors, self.contents, strict=True)):
             return False
         self._remember(tensors)
         return True
@@ -54,7 +54,7 @@ def _state(tensor: Tensor) -> tuple[int, int] | None:
     return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are of one kind and hold the same bits (NaN equals itself)."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .conditions import same_bits
 from .config import Offload
 from .errors import ConfigError
 
@@ -84,11 +85,8 @@ class Offloaded:
         size = tensor.numel() * tensor.element_size()
         if not size:
             return tensor.data
-        same = name in self._written and torch.equal(
-            _bytes(_pages(path, tensor)), _bytes(tensor.data)
-        )
-        if same:  # pages that were read since are dropped
-            return _pages(path, tensor)
+        if name in self._written and same_bits(_pages(path, tensor), tensor.data):
+            return _pages(path, tensor)  # pages that were read since are dropped
         contents = _bytes(tensor.data)
         path.unlink(missing_ok=True)  # pages of an earlier file stay mapped, and it must not shrink
         contents.numpy().tofile(path)

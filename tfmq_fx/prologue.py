@@ -15,115 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditions import Snapshot
 from .config import PrologueSpec
 from .errors import ConfigError, InputError
 from .graph import timestep_node
+from .kept import Entry, Kept
 from .offload import Offloaded
 from .passes.change_timesteps import change_timesteps
-from .passes.split_prologue import Part, Split
+from .passes.split_prologue import Split
 from .request import has_lookups, tensors_of
-from .rows import Rows
 from .schedule import Schedule
 
 _MOST_ROWS = 4096  # rows kept for one condition where timesteps never repeat
-_MIXES = 0.1  # relative difference, far above rounding, that shows samples depend on each other
 _RESTLESS = 3  # conditions in a row that served one step each: then rows are made one by one
-
-
-class Entry:
-    """The values of one set of conditions: rows by timestep, or one value for all steps.
-
-    key: what else the values depend on.  like: a timestep tensor (B,) as the model received it.
-    """
-
-    def __init__(
-        self, part: Part, given: Sequence[Tensor], *, key: Any, like: Tensor, spec: PrologueSpec
-    ) -> None:
-        self.conditions, self.key, self.like = Snapshot(given), key, like.detach()
-        self.used = set[float]()
-        self._part, self._precision = part, spec.precision if part.stepped else "exact"
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop the values."""
-        self.index: dict[float, int] = {}
-        self.rows = [Rows(self._precision, batched=batched) for batched in self._part.batched]
-
-    def store(self, values: Sequence[Sequence[Tensor]]) -> None:
-        """Append each value (*shape) at n more steps."""
-        for rows, steps in zip(self.rows, values, strict=True):
-            rows.extend(steps)
-
-    def nbytes(self) -> int:
-        """Bytes of the values and of the conditions kept to know them again."""
-        return sum(rows.nbytes() for rows in self.rows) + self.conditions.nbytes()
-
-
-class Kept:
-    """The entries of one part, the most recently used first."""
-
-    def __init__(self, part: Part, spec: PrologueSpec) -> None:
-        self.part, self.spec = part, spec
-        self.graph = part.graph  # knows more timesteps as they come
-        self.entries: list[Entry] = []
-        self.mixes: bool | None = None  # whether samples depend on each other; None: not known
-        self.batched = spec.mode == "batched" and part.stepped and part.free and all(part.batched)
-        # where values depend on the timestep only, all samples have the same: one is kept
-        self.shared = part.stepped and not part.conditions
-        self.restless = 0
-        self.interpolated = 0
-        self.computed = 0  # values computed so far, for reports and tests
-
-    def find(self, given: Sequence[Tensor], t: Tensor) -> Entry:
-        """The entry of these conditions at this batch size, made where there is none."""
-        device = t.device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (t.device, t.dtype, len(t), cast)
-        for same in (Snapshot.is_seen, Snapshot.matches):
-            for i, entry in enumerate(self.entries):
-                if entry.key == key and same(entry.conditions, given):
-                    self.entries.insert(0, self.entries.pop(i))
-                    return entry
-        if self.entries and self.part.stepped:
-            self.restless = self.restless + 1 if len(self.entries[0].used) < 2 else 0
-        self.entries.insert(0, Entry(self.part, given, key=key, like=t, spec=self.spec))
-        del self.entries[self.spec.capacity :]
-        return self.entries[0]
-
-    def compute(
-        self, steps: Sequence[float], given: Sequence[Tensor], t: Tensor
-    ) -> list[tuple[Tensor, ...]]:
-        """Each value at each of `steps`; t: (B,), for its dtype, device and size."""
-        self.computed += len(steps)
-        size = len(t)
-        if self.batched and len(steps) > 1:
-            whole = self._whole(steps, given, t, size)
-            if whole is not None:
-                return whole
-        values = [self.graph(t.new_full((size,), step), *given) for step in steps]
-        return list(zip(*values, strict=True))
-
-    def _whole(
-        self, steps: Sequence[float], given: Sequence[Tensor], t: Tensor, size: int
-    ) -> list[tuple[Tensor, ...]] | None:
-        """The same in one call, None where samples turn out to depend on each other."""
-        n = len(steps)
-        times = t.new_tensor(steps).repeat_interleave(size)
-        inputs = self.graph.graph.find_nodes(op="placeholder")
-        batch = str(timestep_node(self.graph).meta["val"].shape[0])
-        wide = [
-            torch.cat([x] * n) if x.dim() and str(node.meta["val"].shape[0]) == batch else x
-            for node, x in zip(inputs[1:], given, strict=True)
-        ]
-        values = [v.unflatten(0, (n, size)).unbind() for v in self.graph(times, *wide)]
-        if self.mixes is None:
-            last = self.graph(t.new_full((size,), steps[-1]), *given)
-            self.mixes = _differ([v[-1] for v in values], last)
-        if self.mixes:
-            self.batched = False
-            return None
-        return values
 
 
 class Prologue:
@@ -133,13 +36,19 @@ class Prologue:
     """
 
     def __init__(
-        self, split: Split, spec: PrologueSpec, *, names: Sequence[str], timestep: str
+        self,
+        split: Split,
+        spec: PrologueSpec,
+        *,
+        names: Sequence[str],
+        timestep: str,
+        schedule: Schedule | None = None,
     ) -> None:
         self.spec, self.kept, self.declined = spec, split.kept, split.declined
         self._names, self._timestep = tuple(names), timestep
         self.parts = [Kept(part, spec) for part in split.parts]
         self._dtype = timestep_node(split.step).meta["val"].dtype
-        self.schedule = Schedule(None, self._dtype)
+        self.schedule = Schedule(None, self._dtype) if schedule is None else schedule
         self.offloaded = Offloaded(split.freed, spec.offload)
         used = [tensors_of(p.graph, p.graph.graph.nodes) for p in split.parts]
         self._weights = list({key: t for found in used for key, t in found.items()}.values())
@@ -155,8 +64,7 @@ class Prologue:
         t = given[self._timestep]
         found = [given[name] for name in self.kept]
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._stamped() != self._stamp:
-                self.forget()
+            self._check_weights()
             steps = self._steps(t)
             for kept in self.parts:
                 found += self._values(kept, steps, t, [given[n] for n in kept.part.conditions])
@@ -172,12 +80,14 @@ class Prologue:
         """
         schedule = Schedule(timesteps, self._dtype)
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._check_weights()
             self.schedule = schedule
             for kept in self.parts:
                 for entry in kept.entries if kept.part.stepped else ():
                     entry.clear()
                     entry.used.clear()
-                    self._fill(kept, entry, schedule.values(), entry.conditions.contents)
+                    with entry.autocast():
+                        self._fill(kept, entry, schedule.values(), entry.conditions.contents)
             self._settle()
 
     def forget(self) -> None:
@@ -231,12 +141,12 @@ class Prologue:
             return [rows.row(0) for rows in entry.rows]
         if steps is None:
             self._fill(kept, entry, self.schedule.values(), given)
-            if not self._mixes(kept, entry, t, given):
-                return _picked(entry, _places(entry, t))
+            if not self._mixes(kept, list(entry.index), t, given):
+                return entry.picked(entry.places(t))
             steps = t.tolist()
         missing = list(dict.fromkeys(s for s in steps if s not in entry.index))
         if missing:
-            self._fill(kept, entry, self._wanted(kept, entry, missing), given)
+            self._fill(kept, entry, [*steps, *self._wanted(kept, entry, missing)], given)
         entry.used.update(steps)
         if len(set(steps)) == 1:
             return [
@@ -246,22 +156,18 @@ class Prologue:
                 for rows, batched in zip(entry.rows, kept.part.batched, strict=True)
                 for value in [rows.row(entry.index[steps[0]])]
             ]
-        if not self._mixes(kept, entry, t, given):
-            return _picked(entry, torch.tensor([entry.index[s] for s in steps], device=t.device))
+        if not self._mixes(kept, steps, t, given):
+            return entry.picked(torch.tensor([entry.index[s] for s in steps], device=t.device))
         self.offloaded.back()
         return list(kept.graph(t, *given))
 
-    def _mixes(self, kept: Kept, entry: Entry, t: Tensor, given: Sequence[Tensor]) -> bool:
-        """Whether samples' values depend on each other, or not on one sample each: then rows of a
-        batch at one timestep say nothing of a batch at several. Measured once."""
-        if kept.mixes is None and len(entry.index) > 1 and len(t) > 1:
-            steps = list(entry.index)
-            index = torch.arange(len(t), device=t.device) % len(steps)
-            mixed = t.new_tensor([steps[i] for i in index.tolist()])
+    def _mixes(
+        self, kept: Kept, steps: Sequence[float], t: Tensor, given: Sequence[Tensor]
+    ) -> bool:
+        """Whether a batch at several timesteps must be computed; yes as long as it is not known."""
+        if kept.mixes is None and len(t) > 1 and len(set(steps)) > 1:
             self.offloaded.back()
-            kept.mixes = not all(kept.part.batched) or _differ(
-                _picked(entry, index), kept.graph(mixed, *given)
-            )
+            kept.mixing(min(steps), max(steps), given, t)
         return kept.mixes is not False
 
     def _wanted(self, kept: Kept, entry: Entry, missing: list[float]) -> list[float]:
@@ -283,11 +189,13 @@ class Prologue:
         self, kept: Kept, entry: Entry, steps: Iterable[float], given: Sequence[Tensor]
     ) -> None:
         """Compute what is lacking of `steps`."""
-        wanted = [step for step in steps if step not in entry.index]
+        every = list(dict.fromkeys(steps))
+        wanted = [step for step in every if step not in entry.index]
         if not wanted:
             return
         if len(entry.index) + len(wanted) > _MOST_ROWS:
             entry.clear()
+            wanted = every
         self._know(kept, wanted)
         self.offloaded.back()
         values = kept.compute(wanted, given, entry.like)
@@ -339,6 +247,11 @@ class Prologue:
             raise InputError(f"{self._timestep}: NaN is no timestep")
         return steps
 
+    def _check_weights(self) -> None:
+        """Forget values that were computed with other weights."""
+        if self._stamped() != self._stamp:
+            self.forget()
+
     def _settle(self) -> None:
         """Move weights away again, and take their state as the one that values belong to."""
         if self.offloaded.away():
@@ -348,26 +261,5 @@ class Prologue:
         return [(0 if w.is_inference() else w._version, w.data_ptr()) for w in self._weights]
 
 
-def _picked(entry: Entry, index: Tensor) -> list[Tensor]:
-    return [rows.picked(index) for rows in entry.rows]
-
-
-def _places(entry: Entry, t: Tensor) -> Tensor:
-    """The row of each timestep (B,), -1 where there is none, without waiting for the device."""
-    known = torch.tensor(list(entry.index), dtype=torch.float64, device=t.device)
-    hit = t.double()[:, None] == known
-    return torch.where(hit.any(1), hit.int().argmax(1), -1)
-
-
 def _is_remote(t: Tensor) -> bool:
     return t.device.type != "cpu"
-
-
-def _differ(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether any value is off by more than rounding: a value that mixes samples is off by its own
-    magnitude."""
-    for a, b in zip(found, expected, strict=True):
-        error, norm = ((a - b).double().norm(), b.double().norm())
-        if not bool(error <= _MIXES * norm):
-            return True
-    return False
