@@ -215,3 +215,25 @@ def test_samples_in_proportion_to_visits_weigh_the_same():
     fill(cache, [7] * 9 + [8])
     _, weights = weights_of(cache)
     assert torch.equal(torch.cat(weights), torch.ones(40))
+
+
+@pytest.mark.parametrize("center", [None, 0.4])
+@pytest.mark.parametrize("count", [1, 5, 12, 100])
+def test_the_samples_that_are_needed_give_the_same_chunks(center, count):
+    cache = SampleCache(capacity=1 << 20, seed=0)
+    fill(cache, [0, 0, 0, 7, 7, 30])
+    options = {"batched": [True, True], "batch_size": 4, "seed": 3, "center": center}
+    kept = SampleCache.holding(cache.needed(count, seed=3, center=center), cache.visits)
+    assert len(kept) <= len(cache) and kept.rows.keys() == cache.rows.keys()
+    for found, expected in zip(
+        kept.chunks(count, **options), cache.chunks(count, **options), strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    steps = [torch.tensor([0, 7, 30])]
+    assert torch.equal(kept.weights(steps)[0], cache.weights(steps)[0])
+
+
+def test_no_more_samples_are_needed_than_are_drawn():
+    cache = SampleCache(capacity=1 << 20, seed=0)
+    fill(cache, [0, 0, 0, 7, 7, 7])
+    assert {step: len(rows) for step, rows in cache.needed(6, seed=0).items()} == {0: 3, 7: 3}
