@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from tfmq_fx.config import Precision
 from tfmq_fx.dialect import check, stage_of
 from tfmq_fx.graph import Declined, timestep_node
+from tfmq_fx.ops import is_heavy, is_view
 from tfmq_fx.regions import extract
 from tfmq_fx.request import find_request, left_nodes, stored_bytes, tensors_of
 
@@ -24,14 +25,16 @@ class Part:
     """The values of one set of conditions, as a graph (t (B,), *conditions) -> tuple of values.
 
     conditions: placeholders.  stepped: whether the values depend on the timestep.  names: of the
-    step's inputs that hold them.  batched: which have the batch as dimension 0.  step_bytes: of one
-    sample's values (for each step, where stepped).  free: whether the graph takes any batch size.
+    step's inputs that hold them.  batched: which have the batch as dimension 0.  returned: which
+    may share memory with an output.  step_bytes: of one sample's values (for each step, where
+    stepped).  free: whether the graph takes any batch size.
     """
 
     conditions: tuple[str, ...]
     stepped: bool
     names: tuple[str, ...]
     batched: tuple[bool, ...]
+    returned: tuple[bool, ...]
     step_bytes: int
     free: bool
     graph: fx.GraphModule
@@ -78,6 +81,7 @@ def split_prologue(
             return isinstance(batch, int) and first == batch
         return bool(first.node.expr == batch.node.expr)
 
+    shown = _shared_with_outputs(gm)
     parts, cut = [], list[fx.Node]()
     for group in found.groups:
         values = list(group.values)
@@ -89,6 +93,7 @@ def split_prologue(
                 group.stepped,
                 tuple(node.name for node in values),
                 tuple(begins_with_batch(node.meta["val"]) for node in values),
+                tuple(node in shown for node in values),
                 sum(stored_bytes(v, precision if group.stepped else "exact") for v in values),
                 isinstance(batch, torch.SymInt),
                 part,
@@ -96,7 +101,7 @@ def split_prologue(
         )
         cut += values
     (output,) = gm.graph.find_nodes(op="output")
-    step = extract(gm, list(output.args[0]), [*inputs.values(), *cut])
+    step = extract(gm, list(output.args[0]), [*inputs.values(), *cut], until=output)
     kept = []
     for node in list(step.graph.find_nodes(op="placeholder")):
         if node.target not in inputs:
@@ -117,3 +122,16 @@ def split_prologue(
     }
     freed = {names[key]: value for key, value in used.items() if key not in needed}
     return Split(step, tuple(kept), tuple(parts), freed, found.declined)
+
+
+def _shared_with_outputs(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that outputs may be views of."""
+    (output,) = gm.graph.find_nodes(op="output")
+    todo, found = list(output.all_input_nodes), set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            plain = node.op == "call_module" and not is_heavy(gm, node)  # Identity, Flatten, ...
+            todo += node.all_input_nodes if plain or is_view(node) else ()
+    return found

@@ -42,7 +42,6 @@ class Bound(Converted):
         self.spec = spec
         self.conditions = model.call.named_conditions(spec.conditions)
         self._split(schedule)
-        self.register_load_state_dict_post_hook(_loaded)
 
     @property
     def step(self) -> fx.GraphModule:
@@ -117,6 +116,7 @@ class Bound(Converted):
         # in a tuple it is no submodule: its tensors are the graph's
         self._steps = (split.step,)
         self.prologue = Prologue(
+            self.gm,
             split,
             self.spec,
             names=self.call.names,
@@ -140,9 +140,3 @@ class Bound(Converted):
     def extra_repr(self) -> str:
         values = sum(len(kept.part.names) for kept in self.prologue.parts)
         return f"{super().extra_repr()}, prologue of {values} values"
-
-
-def _loaded(model: Bound, _: Any) -> None:
-    """After load_state_dict: tensors may have been assigned, which the parts do not see."""
-    model.prologue.restore()
-    model._split(model.prologue.schedule)

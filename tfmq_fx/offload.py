@@ -68,6 +68,10 @@ class Offloaded:
             for tensor in self.tensors.values():
                 tensor.data = tensor.data.to(self._device)
 
+    def retarget(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with other tensors of the same names, none of which is away."""
+        self.tensors = dict(tensors)
+
     def restore(self) -> None:
         """Have the tensors as they were before anything moved: on their device, in memory."""
         self.back()

@@ -10,10 +10,11 @@ import itertools
 import math
 import threading
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .config import PrologueSpec
 from .errors import ConfigError, InputError
@@ -24,6 +25,7 @@ from .passes.change_timesteps import change_timesteps
 from .passes.split_prologue import Split
 from .request import has_lookups, tensors_of
 from .schedule import Schedule
+from .watch import Sighting
 
 _MOST_ROWS = 4096  # rows kept for one condition where timesteps never repeat
 _RESTLESS = 3  # conditions in a row that served one step each: then rows are made one by one
@@ -37,6 +39,7 @@ class Prologue:
 
     def __init__(
         self,
+        gm: fx.GraphModule,
         split: Split,
         spec: PrologueSpec,
         *,
@@ -50,10 +53,10 @@ class Prologue:
         self._dtype = timestep_node(split.step).meta["val"].dtype
         self.schedule = Schedule(None, self._dtype) if schedule is None else schedule
         self.offloaded = Offloaded(split.freed, spec.offload)
-        used = [tensors_of(p.graph, p.graph.graph.nodes) for p in split.parts]
-        self._weights = list({key: t for found in used for key, t in found.items()}.values())
+        self._gm, self._graphs = gm, [split.step, *(part.graph for part in split.parts)]
+        self._weights = _weights(gm, split)
         self._lock = threading.RLock()
-        self._stamp = self._stamped()
+        self._sighting = self._look()
 
     def step_inputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """What the step takes, from what the whole graph takes.
@@ -67,7 +70,10 @@ class Prologue:
             self._check_weights()
             steps = self._steps(t)
             for kept in self.parts:
-                found += self._values(kept, steps, t, [given[n] for n in kept.part.conditions])
+                values = self._values(kept, steps, t, [given[n] for n in kept.part.conditions])
+                # what the caller gets to hold must not be what is kept
+                pairs = zip(values, kept.part.returned, strict=True)
+                found += [value.clone() if returned else value for value, returned in pairs]
             self._settle()
         return found
 
@@ -95,7 +101,7 @@ class Prologue:
         with self._lock:
             for kept in self.parts:
                 kept.entries.clear()
-            self._stamp = self._stamped()
+            self._sighting = self._look()
 
     def restore(self) -> None:
         """Have all weights on the model's device and in memory, and drop all values."""
@@ -247,18 +253,45 @@ class Prologue:
             raise InputError(f"{self._timestep}: NaN is no timestep")
         return steps
 
+    def _look(self) -> Sighting:
+        """The state of the weights, as the whole graph has them."""
+        return Sighting(self._gm, {name: attrgetter(name)(self._gm) for name in self._weights})
+
     def _check_weights(self) -> None:
-        """Forget values that were computed with other weights."""
-        if self._stamped() != self._stamp:
-            self.forget()
+        """Where weights were changed or replaced, have all parts see it and forget values."""
+        if self._sighting.stands(self._gm):
+            return
+        self.offloaded.back()
+        for graph in self._graphs:
+            _relink(graph, self._gm)
+        self.offloaded.retarget({n: attrgetter(n)(self._gm) for n in self.offloaded.tensors})
+        for kept in self.parts:
+            kept.graph = kept.part.graph
+        self.forget()
 
     def _settle(self) -> None:
         """Move weights away again, and take their state as the one that values belong to."""
         if self.offloaded.away():
-            self._stamp = self._stamped()
+            self._sighting = self._look()
 
-    def _stamped(self) -> list[tuple[int, int]]:
-        return [(0 if w.is_inference() else w._version, w.data_ptr()) for w in self._weights]
+
+def _weights(gm: fx.GraphModule, split: Split) -> list[str]:
+    """The names of tensors that the parts compute with, or that each graph holds on its own."""
+    held = tensors_of(split.step, split.step.graph.find_nodes(op="get_attr"))
+    for part in split.parts:
+        held |= tensors_of(part.graph, part.graph.graph.nodes)
+    every = itertools.chain(
+        gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False)
+    )
+    return [name for name, tensor in every if id(tensor) in held]
+
+
+def _relink(graph: fx.GraphModule, gm: fx.GraphModule) -> None:
+    """Have `graph` use the modules and tensors that `gm` has by now."""
+    for node in graph.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            path, _, leaf = str(node.target).rpartition(".")
+            setattr(graph.get_submodule(path), leaf, attrgetter(str(node.target))(gm))
 
 
 def _is_remote(t: Tensor) -> bool:

@@ -12,19 +12,23 @@ from .ops import op_name, writers
 
 
 def extract(
-    gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]
+    gm: fx.GraphModule,
+    outputs: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    *,
+    until: fx.Node | None = None,
 ) -> fx.GraphModule:
     """The graph module inputs -> tuple of outputs, sharing the modules and parameters of `gm`.
 
     Sizes are read from those inputs that carry the same symbol, wherever `gm` reads them.  Writes
-    in place to values inside the region come along.  Raises GraphError if `outputs` need another
-    input.
+    in place to values inside the region come along, those behind `until` (left out, behind the last
+    of `outputs`) excepted.  Raises GraphError if `outputs` need another input.
     """
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs:
         env[node] = graph.placeholder(str(node.target) if node.op == "placeholder" else node.name)
         env[node].meta = dict(node.meta)
-    for node in extract_nodes(gm, outputs, inputs):
+    for node in extract_nodes(gm, outputs, inputs, until=until):
         source = size_source(node, inputs)
         if source is None:
             env[node] = graph.node_copy(node, env.__getitem__)
@@ -39,11 +43,15 @@ def extract(
 
 
 def extract_nodes(
-    gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]
+    gm: fx.GraphModule,
+    outputs: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    *,
+    until: fx.Node | None = None,
 ) -> dict[fx.Node, None]:
     """The nodes, in graph order, that compute `outputs` from `inputs`, which are not among them."""
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    last = max((position[node] for node in outputs), default=-1)
+    last = max((position[node] for node in ([until] if until else outputs)), default=-1)
     writes = [(node, bases) for node, bases in writers(gm) if position[node] < last]
     needed, todo, given = set[fx.Node](), list(outputs), set(inputs)
     while todo:

@@ -36,7 +36,7 @@ class SourceWatch:
         held: Mapping[str, Tensor],
     ) -> None:
         self._kind = type(source).__name__
-        seen = self._seen = list[_Snapshot]()  # the last one that was fine
+        seen = self._seen = list[Sighting]()  # the last one that was fine
         self._source = weakref.ref(source, lambda _: seen.clear())
         plain = {
             f"{path}.{leaf}".removeprefix(".")
@@ -47,7 +47,7 @@ class SourceWatch:
         self._fingerprints = {n: f for n, f in fingerprints.items() if n not in plain}
         found = {name: _at(source, name) for name in self._fingerprints}
         if all(_in_same_memory(value, held[name]) for name, value in found.items()):
-            seen.append(_Snapshot(source, found))
+            seen.append(Sighting(source, found))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SourceWatch:
         return self  # there is one source, and what was seen of it is true for all
@@ -102,7 +102,7 @@ class SourceWatch:
             elif (buffer := owner._buffers[leaf]) is not None:
                 owner._buffers[leaf] = buffer.clone()  # the source's own is the same object
 
-    def _look(self, source: nn.Module, last: _Snapshot | None) -> None:
+    def _look(self, source: nn.Module, last: Sighting | None) -> None:
         """Compare what moved since `last`, or everything; note where all of it is now."""
         found, changed = self._compare(source, last)
         if changed:
@@ -116,10 +116,10 @@ class SourceWatch:
                 f"{shown(changed)}{note}. Make the model anew with tfmq_fx.refresh(model, source), "
                 "or call model.forget_source() to go on with the weights of before."
             )
-        self._seen[:] = [_Snapshot(source, found)]
+        self._seen[:] = [Sighting(source, found)]
 
     def _compare(
-        self, source: nn.Module, last: _Snapshot | None
+        self, source: nn.Module, last: Sighting | None
     ) -> tuple[dict[str, Tensor | None], list[str]]:
         """The source's tensors by name, and the names of those that changed."""
         found = {name: _at(source, name) for name in self._fingerprints}
@@ -134,7 +134,7 @@ class SourceWatch:
         return found, changed
 
 
-class _Snapshot:
+class Sighting:
     """Where the tensors of a model lie, and a few elements of each."""
 
     def __init__(self, source: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
