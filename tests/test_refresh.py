@@ -279,6 +279,17 @@ def test_two_sources_make_two_models(source):
         made(X, 1)
 
 
+def test_new_timesteps_by_an_equal_source_leave_the_first_one(source):
+    model = fold_timesteps(source, 5, (X, torch.tensor([1, 1])))
+    other = copy.deepcopy(source)
+    made = refresh(model, other, timesteps=7)
+    by_data(source, "enter.weight")  # whose memory the first model shares
+    assert exact(made, other, range(7))
+    by_data(other, "enter.weight")
+    with pytest.raises(StaleError):
+        made(X, 1)
+
+
 def test_a_model_that_was_moved_comes_back_where_it_was(source):
     model = fold_timesteps(source, 5, (X, torch.tensor([1, 1]))).half()
     made = refresh(model, source)

@@ -254,6 +254,30 @@ def test_memory_is_copied_only_where_it_is_shared(source, folded):
     assert folded.nbytes() == before
 
 
+def test_buffers_are_copied_as_well():
+    class Shifted(Denoiser):
+        """With a buffer of its own and one of a part."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("shift", torch.ones(4))
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x, t):
+            return self.norm(super().forward(x, t)) + self.shift
+
+    source = seeded(Shifted).eval()
+    folded = fold_timesteps(source, 3, (X, T))
+    x, t = X[:1], T[:1]
+    expected = folded(x, t)
+    assert torch.equal(expected, source(x, t))
+    folded.forget_source()
+    source.shift += 1
+    source.norm.running_mean += 1
+    assert torch.equal(folded(x, t), expected)
+    assert not torch.equal(source(x, t), expected)
+
+
 def test_a_change_of_shared_memory_cannot_be_forgotten(source, folded):
     by_data(source, "leave.weight")
     with pytest.raises(StaleError, match=r"too late .* leave\.weight .* shares their memory"):

@@ -93,7 +93,7 @@ def _sample(value: Tensor) -> Tensor:
 
 def _checksum(value: Tensor) -> int:
     """The sum of a tensor's bytes, eight at a time, whatever its layout; it wraps around."""
-    words = bits(value).contiguous().flatten().view(torch.uint8)
+    words = bits(value).flatten().view(torch.uint8)
     whole = len(words) // 8 * 8
     if words.storage_offset() % 8:
         words = words.clone()
