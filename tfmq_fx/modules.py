@@ -248,7 +248,8 @@ class Prepared(GraphModel):
         self.recipe, self.overrides, self.cache = recipe, dict(overrides), cache
         self.sampling: SamplingPass | None = None  # the last calibration, to be run again
         # A tuple keeps modules out of this one's submodules and state_dict.
-        self._source, self._unmerged = (source,), (unmerged or captured,)
+        self._source = (source,)
+        self._unmerged = (captured if unmerged is None else unmerged,)
 
     @property
     def source(self) -> nn.Module:

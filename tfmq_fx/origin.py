@@ -91,7 +91,7 @@ class Origin:
             raise ArtifactError(f"the captured graph is damaged: {error}") from error
         gm = from_json(graph)
         fill(gm, source, self.constants)
-        check_same_model(gm, source, known=self.parameters, tied=self.ties)
+        check_same_model(graph["modules"], source, known=self.parameters, tied=self.ties)
         return gm
 
     def changed(self, source: nn.Module) -> list[str]:
@@ -176,18 +176,22 @@ class Origin:
             ) from error
 
 
-def describe(captured: fx.GraphModule, source: nn.Module) -> dict[str, Any]:
-    """What an `Origin` says of a captured graph and of the model that it is the graph of.
+def describe(
+    captured: fx.GraphModule, source: nn.Module
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What an `Origin` says of a captured graph and of the model that it is the graph of, and the
+    tensors of the graph.
 
     Every weight is read once, for its fingerprint, and none is kept.
     """
-    tensors = tensors_of(captured)
+    graph, obstacle, tensors = "", "", dict[str, Tensor]()
     try:
-        graph, obstacle = json.dumps(to_json(captured), separators=(",", ":")), ""
+        tensors = tensors_of(captured)
+        graph = json.dumps(to_json(captured), separators=(",", ":"))
     except ArtifactError as error:
-        graph, obstacle = "", str(error)
+        obstacle = str(error)
     constants = [name for name in tensors if _is_made(source, name)]
-    return {
+    found = {
         "graph": graph,
         "obstacle": obstacle,
         "fingerprints": {
@@ -199,6 +203,7 @@ def describe(captured: fx.GraphModule, source: nn.Module) -> dict[str, Any]:
         "ties": ties(source, set(tensors)),
         "constants": {name: tensors[name].detach().cpu().clone() for name in constants},
     }
+    return found, tensors
 
 
 def _is_made(source: nn.Module, name: str) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from .config import Config, LayerConfig
 from .errors import CalibrationError
 from .graph import timestep_node
-from .module_json import tensors_of
 from .modules import Prepared
 from .observers import RangeObserver, SampleCache
 from .origin import Calibration, Origin, Rows, describe
@@ -81,6 +80,7 @@ def remember(
             rows=_moved(rows, "cpu"),
             sampling=prepared.sampling if spec.rounds else None,
         )
+    described, held = describe(prepared.unmerged, prepared.source)
     origin = Origin(
         call=prepared.call,
         overrides=prepared.overrides,
@@ -89,9 +89,8 @@ def remember(
         merged=prepared.gm.meta.get("capture", {}).get("merged", {}),
         calibrated=calibrated,
         calibration=calibration,
-        **describe(prepared.unmerged, prepared.source),
+        **described,
     )
-    held = tensors_of(prepared.unmerged)
     return origin, SourceWatch(prepared.source, origin.fingerprints, held)
 
 

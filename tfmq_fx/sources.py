@@ -7,6 +7,7 @@ the adapter is fused into it, that is the weight of the layer; where it is not, 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -77,30 +78,26 @@ def ties(source: nn.Module, used: Set[str]) -> tuple[tuple[str, ...], ...]:
 
 
 def check_same_model(
-    gm: fx.GraphModule,
+    layers: Mapping[str, Any],
     source: nn.Module,
     *,
     known: Collection[str],
     tied: Iterable[Sequence[str]],
 ) -> None:
-    """Raise ConfigError unless `source` could be the model that `gm` is the graph of.
+    """Raise ConfigError unless `source` could be the model that was captured.
 
-    known: names of the parameters of that model.  tied: names that were one parameter.  Compared
-    are parameters, and the classes and settings of the layers that the graph calls; not the code.
+    layers: how to build those that its graph calls, by path (`module_json.modules_json`).  known:
+    names of its parameters.  tied: names that were one parameter.  Compared are parameters, and the
+    classes and settings of the layers; not the code.
     """
     kind = type(source).__name__
     if more := parameters_beside(source, known):
         raise ConfigError(f"this {kind} is another model: it has {shown(more)} besides")
-    for node in gm.graph.find_nodes(op="call_module"):
-        path = str(node.target)
-        wanted = module_json(gm.get_submodule(path), path)
+    for path, wanted in layers.items():
         found = _layer(source, path)
-        theirs = None if found is None else module_json(found, path)
-        if wanted and theirs and _settings(wanted) != _settings(theirs):
-            raise ConfigError(
-                f"this {kind} is another model: {path} is {found}, where it was "
-                f"{gm.get_submodule(path)}"
-            )
+        theirs = None if found is None or "same_as" in wanted else module_json(found, path)
+        if theirs and (different := _difference(wanted, theirs)):
+            raise ConfigError(f"this {kind} is another model: {path} is {found}, where {different}")
     for names in tied:
         first, *others = (tensor_at(source, name) for name in names)
         if any(other is not first for other in others):
@@ -174,12 +171,16 @@ def _layer(source: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def _settings(entry: Mapping[str, object]) -> dict[str, object]:
-    """How to build a layer, less whether it works in place, which capturing may change."""
-    arguments = entry.get("arguments")
-    if not isinstance(arguments, dict):
-        return dict(entry)
-    return {**entry, "arguments": {k: v for k, v in arguments.items() if k != "inplace"}}
+def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What a layer was that it is no more; "" where it is the same.
+
+    Whether it works in place does not count, as capturing may change that.
+    """
+    if wanted["class"] != found["class"]:
+        return f"it was a {wanted['class'].rpartition('.')[2]}"
+    old, new = wanted.get("arguments", {}), found.get("arguments", {})
+    names = [name for name in old if name != "inplace" and old[name] != new.get(name)]
+    return ", ".join(f"{name} was {old[name]}" for name in names)
 
 
 def _own(module: nn.Module, leaf: str) -> Tensor | None:
