@@ -18,8 +18,9 @@ class Schedule:
 
     source: an int N (0 to N - 1), a 1-d tensor or sequence, a scheduler, or None for no set.
     dtype: in which the model receives its timestep.  Given values are those that the model
-    receives.  Pipelines pass a scheduler's on as they are, or as shares of 1000, cast before or
-    after the division, or pass its sigmas: the form that holds a timestep once met is the one used.
+    receives.  Pipelines pass a scheduler's on as they are, or as shares of 1000, from either end,
+    cast before or after the division, or pass its sigmas: the form that holds a timestep once met
+    is the one used.  A scheduler that has no timesteps yet is no set until it has.
     Raises ConfigError for values that cannot be used.
     """
 
@@ -34,7 +35,7 @@ class Schedule:
             assert given is not None
             self._values = self._keys(given)
         elif self._scheduler is not None:
-            if not any(True for _ in self._forms()):
+            if source.timesteps is not None and not any(True for _ in self._forms()):
                 raise ConfigError(
                     f"the scheduler's timesteps cannot be received as {dtype}: "
                     f"{self._scheduler.timesteps}"
@@ -68,11 +69,14 @@ class Schedule:
     def _forms(self) -> Iterator[tuple[int, list[float]]]:
         """The forms in which the model may receive the scheduler's timesteps, by number."""
         assert self._scheduler is not None
+        if self._scheduler.timesteps is None:
+            return
         raw = torch.as_tensor(self._scheduler.timesteps)
         made: tuple[Callable[[], Tensor], ...] = (
             lambda: raw,
-            lambda: raw / 1000,
             lambda: raw.to(self._dtype) / 1000,
+            lambda: raw / 1000,
+            lambda: (1000 - raw) / 1000,
             lambda: torch.as_tensor(self._scheduler.sigmas)[: len(raw)],  # type: ignore[union-attr]
         )
         for form, make in enumerate(made):
@@ -82,5 +86,9 @@ class Schedule:
                 continue  # not a form that this dtype can hold, or no sigmas
 
     def _keys(self, values: Tensor) -> list[float]:
-        # some schedulers visit a timestep twice
-        return check_timesteps(values.unique(), self._dtype).flip(0).tolist()
+        # Some schedulers visit a timestep twice, and of neighbours a short dtype makes one.
+        if values.dim() == 1:
+            received = values.to(self._dtype) if self._dtype.is_floating_point else values
+            distinct = dict(zip(received.tolist(), values.tolist(), strict=True))
+            values = torch.tensor([*distinct.values()], dtype=values.dtype)
+        return check_timesteps(values, self._dtype).flip(0).tolist()
