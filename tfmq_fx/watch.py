@@ -138,7 +138,8 @@ class Sighting:
     """Where the tensors of a model lie, and a few elements of each."""
 
     def __init__(self, source: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
-        self._links: list[tuple[int, str]] = []  # the position of a module's parent, and its name
+        links: list[tuple[int, str]] = []  # the position of a module's parent, and its name
+        self._links = links  # the function below must not hold this object, which holds memory
         self._leaves: tuple[list[tuple[int, str]], ...] = ([], [])  # parameters, buffers
         positions = {"": 0}
         names: tuple[list[str], list[str]] = ([], [])
@@ -146,7 +147,7 @@ class Sighting:
         def position(path: str) -> int:
             if path not in positions:
                 parent, _, name = path.rpartition(".")
-                self._links.append((position(parent), name))
+                links.append((position(parent), name))
                 positions[path] = len(positions)
             return positions[path]
 
