@@ -525,6 +525,9 @@ def test_a_bound_model_stays_bound():
         made = refresh(model, source)
         assert type(made) is type(model) and made.spec == model.spec
         assert torch.equal(made(x, 2, y), source(x, torch.tensor([2]), y))
+        if model.unbound().timesteps is None:
+            with pytest.raises(ConfigError, match="has no tables: it takes any timesteps"):
+                refresh(model.unbound(), source, timesteps=[2])
         timed = refresh(made, source, timesteps=[2, 8])
         assert torch.equal(timed(x, 8, y), source(x, torch.tensor([8]), y))
         source.load_state_dict(keep)

@@ -52,7 +52,8 @@ def refresh(
     how many.  Without a source, all timesteps must have rows already, or nothing be tabled.
 
     Raises ConfigError where `source` is another model, CalibrationError where a loaded model was
-    saved without the calibration that its weights need.
+    saved without the calibration that its weights need, StaleError where weights are to stay that
+    have changed in the source.
     """
     origin = _origin(model, "refresh()")
     values = timestep_values(timesteps)
@@ -60,6 +61,8 @@ def refresh(
         raise ConfigError(
             "refresh() needs the source whose weights are new, timesteps that are, or both"
         )
+    if origin.timesteps is None and values is not None and not isinstance(model, Bound):
+        raise ConfigError("this model has no tables: it takes any timesteps as it is")
     if values is not None and hasattr(timesteps, "timesteps"):
         values = values.unique()  # some schedulers visit a timestep twice
     made: Converted = model.unbound() if isinstance(model, Bound) else model
