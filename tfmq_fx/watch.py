@@ -24,9 +24,10 @@ class SourceWatch:
     own, which are trusted to be the source's where they lie in the same memory.
 
     A check reads where each tensor lies, how often it was written to and, on the CPU, 8 elements of
-    it (which alone tell of `p.data += delta`): 0.3 us a tensor, 2 where no cache holds any of it.  Where anything moved, tensors are
-    compared with their fingerprints, all elements of them; another device or dtype is no change.
-    Memory of tensors that moved away is released by the check that notices, or with the source.
+    it (which alone tell of `p.data += delta`): 0.3 us a tensor, 2 where no cache holds any of it.
+    Where anything moved, tensors are compared with their fingerprints, all elements of them; a move
+    to another device or dtype is no change.  Memory of tensors that moved away is released by the
+    check that notices, or with the source.
     """
 
     def __init__(
