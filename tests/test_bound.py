@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from tests import zoo
 from tests.denoisers import Spec, build, denoisers, inputs
-from tests.test_end_to_end import calls, fast
+from tests.test_end_to_end import (
+    FLOW_EULER,
+    answer,
+    calls,
+    converted,
+    fast,
+    pipeline,
+    schedule,
+)
 from tests.toys import ToyDiT, seeded, sinusoidal
 from tfmq_fx import (
     Bound,
@@ -38,6 +46,8 @@ from tfmq_fx import (
 )
 from tfmq_fx import compile as compile_model
 from tfmq_fx import prologue as prologue_module
+from tfmq_fx.backends.inductor import unavailable
+from tfmq_fx.metrics import sqnr
 from tfmq_fx.structure import outline
 
 Inputs = dict[str, Any]
@@ -142,12 +152,12 @@ def variants(name: str, model: nn.Module, batch: int) -> Iterator[Inputs]:
         yield from list(calls(name, model, batch, seed))[:2]
 
 
-SLOW = {"sd15", "sdxl", "svd"}
+FAST = {"dit-xl-2", "flux-dev"}
 ZOO = ["dit-xl-2", "flux-dev", "sd35-medium", "hunyuan-dit", "wan-1.3b", "sd15", "sdxl", "svd"]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ZOO]
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
 )
 def test_published_architectures_at_any_batch_size(name: str) -> None:
     model = zoo.model(name)
@@ -199,16 +209,24 @@ def test_tables_folded_before(tmp_path: Path) -> None:
             check(found, draw(1, t=step), model)
             check(found, draw(3, t=step), folded)
         check(found, draw(2, t=[999, 0]), folded)
+        found.set_timesteps([0, 999])
         with pytest.raises(InputError, match="t: 7"):  # its weights are gone
             found(**draw(1, t=7))
+        with pytest.raises(InputError, match="t: 7"):
+            found.set_timesteps([999, 7])
+        assert found.prologue.schedule.values() == [999, 0]
         check(found, draw(1, t=0), model)
+        check(found, draw(1, t=500), model)
 
 
 def test_saved_and_loaded_without_the_original(tmp_path: Path) -> None:
     found = bound(STEPS)
     check(found, draw())
     save(found, tmp_path / "bound")
-    check(load(tmp_path / "bound"), draw())
+    made = load(tmp_path / "bound")
+    assert isinstance(made, Bound) and made.spec == found.spec
+    for seed in (0, 1):
+        check(made, draw(seed=seed))
     check(bind_request(load(tmp_path / "bound"), STEPS), draw())
 
 
@@ -784,3 +802,105 @@ def test_report_and_repr() -> None:
     assert sum(p["kept_bytes"] for p in summary["parts"]) == found.prologue.nbytes() > 0
     assert "prologue of 4 values" in repr(found)
     found.print_readable()
+
+
+# ---------------------------------------------------------------- compiled, in a pipeline
+
+
+@pytest.fixture
+def dynamo() -> Iterator[Any]:
+    import torch._dynamo.testing
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_one_graph_for_prompts_and_steps(quantized: bool, dynamo: Any) -> None:
+    counter = dynamo.testing.CompileCounterWithBackend("eager")
+    if quantized:
+        done = convert(quantizable()[1], progress=False)
+        found, every = bind_request(done), [list(labelled(2)), list(labelled(2))[::-1]]
+        every[1] = [values | {"y": values["y"] + 1} for values in every[1]]
+    else:
+        done, found = captured()[1], bound(STEPS)
+        every = [[draw(2, seed, step) for step in STEPS] for seed in (0, 1)]
+        every[1].append(draw(2, 1, [999, 0]))
+    compiled = torch.compile(found.step, fullgraph=True, backend=counter)
+    for prompt, loop in enumerate(every):
+        for i, values in enumerate(loop):
+            inputs, _ = found.call.bind((), values)
+            with dynamo.config.patch(error_on_recompile=(prompt, i) > (0, 0)):
+                assert torch.equal(compiled(*found.prologue.step_inputs(inputs))[0], done(**values))
+    assert counter.frame_count == 1 and not dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.parametrize("name", ["dit-xl-2", "flux-dev", "sd35-medium"])
+@pytest.mark.parametrize("recipe", ["fp", "w8a8"])
+def test_compiled_loops(name: str, recipe: str, dynamo: Any) -> None:
+    """Six steps of two prompts in one graph; as near to eager as without a prologue."""
+    source: Any = bind_request(zoo.model(name), example_inputs=zoo.inputs(name, zoo.model(name)))
+    source = source.unbound() if recipe == "fp" else converted(name, recipe)
+    found = bind_request(source)
+    plain, ours = compile_model(source, "inductor"), compile_model(found, "inductor")
+    model = zoo.model(name)
+    first = list(calls(name, model, 2, 40))
+    for i, values in enumerate([*first, *first, *calls(name, model, 2, 41)]):
+        with dynamo.config.patch(error_on_recompile=i > 0):
+            expected, wanted, got = (answer(each(**values)) for each in (source, plain, ours))
+        # the same kernels on the same values, but fused in other ways
+        assert sqnr(expected, got) >= min(sqnr(expected, wanted) - 3, 100)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not dynamo.utils.counters["graph_break"]
+
+
+def test_somebody_who_compiles_the_whole_gets_the_whole(dynamo: Any) -> None:
+    """Nothing is kept then: what is traced once would be stale for ever."""
+    counter = dynamo.testing.CompileCounterWithBackend("eager")
+    found = bound(STEPS)
+    compiled = torch.compile(found, fullgraph=True, backend=counter)
+    for seed in (0, 1):
+        for step in STEPS[:2]:
+            check(compiled, draw(2, seed, step))
+    assert counter.frame_count == 1 and computed(found) == {T: 0, TC: 0, C: 0}
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("dit-xl-2", "EulerDiscreteScheduler"),
+        pytest.param("flux-dev", FLOW_EULER, marks=pytest.mark.slow),
+        pytest.param("sdxl", "DDIMScheduler", marks=pytest.mark.slow),
+        pytest.param("sd15", "DDIMScheduler", marks=pytest.mark.slow),
+    ],
+)
+def test_images_of_a_pipeline_are_the_same(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "dit-xl-2":  # its pipeline takes 1000 to mean no class
+        monkeypatch.setitem(zoo.ENTRIES[name].reduced, "num_embeds_ada_norm", 1000)
+    model = zoo.model(name)
+    pipe, options = pipeline(name, model, schedule(kind))
+    pipe.set_progress_bar_config(disable=True)
+    part = "transformer" if hasattr(pipe, "transformer") else "unet"
+    example = zoo.inputs(name, model)
+    if kind == "EulerDiscreteScheduler":
+        example["timestep"] = example["timestep"].float()
+    found = bind_request(model, pipe.scheduler, example, on_miss="error")
+
+    def images(denoiser: nn.Module, steps: int) -> Tensor:
+        setattr(pipe, part, denoiser)
+        generator = torch.Generator().manual_seed(1)
+        made = pipe(**options | {"num_inference_steps": steps}, generator=generator)[0]
+        return torch.as_tensor(made)
+
+    met = set[float]()
+    for steps in (3, 5):
+        assert torch.equal(images(found, steps), images(model, steps))
+        met |= {*pipe.scheduler.timesteps.tolist()}
+        for kept in found.prologue.parts:  # each value once, in spite of two images
+            assert kept.computed == (len(met) if kept.part.stepped else 1)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.test_bound import check, conditional, draw
-from tfmq_fx import ConfigError, bind_request, load, save
-from tfmq_fx.offload import Offloaded
+from tfmq_fx import Bound, ConfigError, PrologueSpec, bind_request, load, save
+from tfmq_fx.offload import Offloaded, check_offload
 
 
 @pytest.fixture(autouse=True)
@@ -152,15 +152,29 @@ def test_files_go_with_the_model(folder: Path) -> None:
 
 
 def test_what_cannot_be_moved() -> None:
+    cpu, other = torch.device("cpu"), torch.device("meta")
     with pytest.raises(ConfigError, match=r"on the CPU already\. Use offload='disk'"):
-        Offloaded({"a": draw_tensor(3)}, "cpu")
+        check_offload("cpu", cpu)
     with pytest.raises(ConfigError, match=r"this one is on meta\. Use offload='cpu'"):
-        Offloaded({"a": torch.empty(3, device="meta")}, "disk")
-    for kind in ("none", "disk"):
-        empty = Offloaded({}, kind)  # type: ignore[arg-type]
-        assert empty.nbytes() == 0 and empty.away() == (kind == "disk")
+        check_offload("disk", other)
+    for kind, device in (("none", cpu), ("none", other), ("disk", cpu), ("cpu", other)):
+        check_offload(kind, device)
     still = Offloaded({"a": draw_tensor(3)}, "none")
     assert not still.away() and not still.is_away
+    assert Offloaded({}, "disk").nbytes() == 0
+
+
+@torch.no_grad()
+def test_a_model_that_has_moved_since_is_not_offloaded() -> None:
+    """One made for another device runs where it is loaded."""
+    source = bind_request(conditional(), example_inputs=draw()).unbound()
+    with pytest.raises(ConfigError, match="on the CPU already"):
+        bind_request(source, offload="cpu")
+    found = Bound(source, PrologueSpec(offload="cpu"))
+    check(found, draw(), conditional())
+    summary = found.prologue.summary()
+    assert summary["offload"] == "none" and not found.prologue.offloaded.is_away
+    assert found.spec.offload == "cpu"
 
 
 def test_tensors_in_one_memory_count_once() -> None:

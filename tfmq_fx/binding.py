@@ -12,6 +12,7 @@ from .bound import Bound
 from .config import PrologueSpec
 from .errors import ConfigError
 from .modules import Compiled, Converted, Prepared
+from .offload import check_offload
 from .recall import remember
 from .report import site_records
 from .sites import find_sites, weights_left
@@ -55,6 +56,7 @@ def bind_request(
         model = model.unbound()
     elif not isinstance(model, Converted):
         model = captured_only(prepare(model, example_inputs, timestep=timestep, config="fp"))
+    check_offload(spec.offload, model.device)
     bound = Bound(model, spec)
     if timesteps is not None:
         bound.set_timesteps(timesteps)

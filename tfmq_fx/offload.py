@@ -18,29 +18,34 @@ from .config import Offload
 from .errors import ConfigError
 
 
+def check_offload(kind: Offload, device: torch.device) -> None:
+    """Raise ConfigError where weights on `device` cannot be offloaded so."""
+    if _fits(kind, device):
+        return
+    if kind == "cpu":
+        raise ConfigError(
+            "offload='cpu': the model is on the CPU already. Use offload='disk' to free its "
+            "memory, or move the model first."
+        )
+    raise ConfigError(
+        f"offload='disk' is for models on the CPU, this one is on {device}. Use offload='cpu'."
+    )
+
+
 class Offloaded:
     """Moves tensors away and back, in place: every module that holds them sees it.
 
     tensors: by name, on one device.  kind: "cpu": away is the CPU. "disk": away is a temporary file
     that is mapped into memory, so that values can be read at any time and pages need not stay.
-    Raises ConfigError where the tensors lie on the CPU ("cpu") or elsewhere ("disk").
+    "cpu" is for tensors elsewhere and "disk" for those on the CPU: else the kind becomes "none".
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], kind: Offload) -> None:
-        self.tensors, self.kind = dict(tensors), kind
+        self.tensors = dict(tensors)
         self.is_away = False
         devices = {tensor.device for tensor in self.tensors.values()}
         self._device = next(iter(devices), torch.device("cpu"))
-        if kind == "cpu" and self._device.type == "cpu" and devices:
-            raise ConfigError(
-                "offload='cpu': the model is on the CPU already. Use offload='disk' to free its "
-                "memory, or move the model first."
-            )
-        if kind == "disk" and self._device.type != "cpu":
-            raise ConfigError(
-                f"offload='disk' is for models on the CPU, this one is on {self._device}. Use "
-                "offload='cpu'."
-            )
+        self.kind: Offload = kind if _fits(kind, self._device) else "none"
         self._folder: Path | None = None
         self._written = set[str]()
 
@@ -96,6 +101,10 @@ class Offloaded:
         contents.numpy().tofile(path)
         self._written.add(name)
         return _pages(path, tensor)
+
+
+def _fits(kind: Offload, device: torch.device) -> bool:
+    return kind == "none" or (kind == "disk") == (device.type == "cpu")
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -83,17 +83,22 @@ class Prologue:
         timesteps: an int N (0 to N - 1), a tensor (K,) or sequence of values as the model receives
         them, a scheduler, which is followed when it is set anew, or None for whatever comes.
         Rows of other timesteps are dropped; those of the conditions kept are computed at once.
+        Raises InputError, and stays with the schedule of before, where rows cannot be computed.
         """
         schedule = Schedule(timesteps, self._dtype)
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._check_weights()
-            self.schedule = schedule
-            for kept in self.parts:
-                for entry in kept.entries if kept.part.stepped else ():
-                    entry.clear()
-                    entry.used.clear()
-                    with entry.autocast():
-                        self._fill(kept, entry, schedule.values(), entry.conditions.contents)
+            self.schedule, before = schedule, self.schedule
+            try:
+                for kept in self.parts:
+                    for entry in kept.entries if kept.part.stepped else ():
+                        entry.clear()
+                        entry.used.clear()
+                        with entry.autocast():
+                            self._fill(kept, entry, schedule.values(), entry.conditions.contents)
+            except InputError:
+                self.schedule = before
+                raise
             self._settle()
 
     def forget(self) -> None:
@@ -131,7 +136,7 @@ class Prologue:
             ],
             "freed": list(self.offloaded.tensors),
             "freed_bytes": self.offloaded.nbytes(),
-            "offload": self.spec.offload,
+            "offload": self.offloaded.kind,
             "declined": [[d.site, d.reason] for d in self.declined],
         }
 
