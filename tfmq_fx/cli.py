@@ -12,7 +12,8 @@ from .errors import TfmqError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 1 for an error of the library, 2 for a model
+    that is not ok."""
     parser = argparse.ArgumentParser(prog="tfmq-fx", description="Quantize diffusion denoisers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -45,6 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help="files to write: .svg or .dot for a picture, .json, .txt",
     )
+    check = commands.add_parser(
+        "verify", help="compare a saved model with the one it was made from, and name culprits"
+    )
+    check.add_argument(
+        "reference",
+        help='directory written by diffusers\' save_pretrained, or "digits" or "glyphs", shipped',
+    )
+    check.add_argument("model", type=Path, help="directory written by tfmq_fx.save")
+    check.add_argument(
+        "--threshold", metavar="DB", type=float, help="output SQNR that a lossy model must reach"
+    )
+    check.add_argument("--json", metavar="FILE", type=Path, help="write everything found as JSON")
+    check.add_argument("--seed", type=int, default=0, help="of the inputs drawn")
+    check.add_argument("--quiet", action="store_true", help="no progress bars")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "demo":
@@ -63,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(found)
             for path in chosen.out:
                 found.save(path, depth=chosen.depth)
+        elif chosen.command == "verify":
+            return _verify(chosen)
         else:
             from .api import load
             from .report import report
@@ -74,6 +91,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {note}", file=sys.stderr)
         return 1
     return 0
+
+
+def _verify(chosen: argparse.Namespace) -> int:
+    """Compare, print and write; the exit status: 2 where the model is not ok."""
+    from .api import load
+    from .references import load_reference
+    from .verification import verify
+
+    model = load(chosen.model)
+    found = verify(
+        load_reference(chosen.reference, model.dtype),
+        model,
+        threshold=chosen.threshold,
+        seed=chosen.seed,
+        progress=not chosen.quiet,
+    )
+    print(found)
+    if chosen.json is not None:
+        found.save(chosen.json)
+    return 0 if found.ok else 2
 
 
 if __name__ == "__main__":

@@ -2,74 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .activation import QuantActivation
+from .bound import Bound
 from .capture import capture
-from .dataflow import temporal_block
+from .culprits import Culprit, Measure, find_culprits
+from .drawn_inputs import Draw, Example, batches, draw_examples, join, rows_of
 from .errors import ConfigError
-from .metrics import sqnr
+from .feature_errors import FeatureError, feature_errors
+from .feature_errors import temporal_errors as temporal_errors
 from .modules import Compiled, Converted
 from .nn import QuantLayer
+from .noise import decibels, energies, pooled
+from .ops import check_timesteps
 from .passes.correct_outputs import CORRECTION
-from .passes.reconstruct_tib import relative_errors
+from .passes.merge_duplicates import merge_duplicates
 from .progress import progress_bar
-from .regions import extract
-from .sites import find_sites
-from .tables import FEATURE, QuantTimestepTable
-from .temporal import compute_rows
-from .walk import Walk
+from .replay import arguments
+from .site_errors import site_errors
+from .tables import QuantTimestepTable
+from .verdict import EXACT_ELSEWHERE as EXACT_ELSEWHERE
+from .verdict import Verification as Verification
 
-EXACT_ELSEWHERE = 1e-5  # relative difference that float reassociation leaves at batch sizes above 1
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What `verify` found. `str()` is for reading.
-
-    exact: whether the model claims to be exact (nothing in it is quantized).  equal: whether every
-    output at batch 1 was equal bit for bit.  difference: the largest absolute difference at batch 1
-    and relative difference at a larger batch.  steps: output SQNR in dB at each timestep.
-    features: (name, mean, worst) relative error of each temporal feature over the set, and the
-    timestep of the worst.  sites: (name, worst SQNR in dB over steps, timestep), worst first, each
-    on the reference's own inputs.
-    """
-
-    exact: bool
-    equal: bool
-    difference: tuple[float, float]
-    steps: dict[float, float]
-    features: list[tuple[str, float, float, float]]
-    sites: list[tuple[str, float, float]]
-
-    @property
-    def ok(self) -> bool:
-        """An exact model is equal at batch 1 and within 1e-5 elsewhere; a lossy one is finite."""
-        if self.exact:
-            return self.equal and self.difference[1] <= EXACT_ELSEWHERE
-        return all(value > float("-inf") for value in self.steps.values())  # NaN compares false
-
-    def __str__(self) -> str:
-        kind = "exact" if self.exact else "lossy"
-        lines = [
-            f"{kind} model, {'ok' if self.ok else 'NOT OK'}: batch 1 "
-            f"{'equal bit for bit' if self.equal else f'differs by {self.difference[0]:.3g}'}, "
-            f"larger batch within {self.difference[1]:.3g} relative"
-        ]
-        worst = sorted(self.steps.items(), key=lambda item: item[1])[:5]
-        steps = ", ".join(f"t={t:g} {v:.1f} dB" for t, v in worst)
-        lines.append(f"output SQNR, worst steps: {steps}")
-        for name, mean, most, t in sorted(self.features, key=lambda f: -f[2])[:5]:
-            if most > 0:
-                lines.append(f"feature {name}: error {mean:.3g}, worst {most:.3g} at t={t:g}")
-        for name, value, t in self.sites[:10]:
-            lines.append(f"layer {name}: {value:.1f} dB at t={t:g}")
-        return "\n".join(lines)
+_CHANGED = 10  # names of parameters told
+_SITES, _FIXES = 64, 16  # examples that layers and fixes are measured on
+_BATCH = 8  # examples at once, there
 
 
 def verify(
@@ -78,195 +41,220 @@ def verify(
     inputs: Iterable[Sequence[Any]] | None = None,
     *,
     batch: int = 3,
+    conditions: int = 3,
+    fixes: bool = True,
+    threshold: float | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Verification:
     """Compare `model` with the model it was made from, over its whole set of timesteps.
 
-    inputs: (sample, timestep, ...) tuples to compare on, placeholder by placeholder; left out, one
-    standard normal sample for each timestep.  batch: the larger batch that is tried besides 1.
+    inputs: (sample, timestep, ...) tuples to compare on, placeholder by placeholder; left out, they
+    are drawn (see `drawn_inputs.Draw`), one for each timestep.  batch: the larger batch that is
+    tried besides 1.  conditions: how many values are drawn of the inputs besides sample and
+    timestep; an exact model is compared at every timestep with each, a lossy one takes them in
+    turn.  fixes: whether to measure what would fix the culprits.  threshold: the output SQNR in dB,
+    pooled over all examples, that a lossy model must reach.
+    Neither model is changed.  Raises ConfigError for a reference that is called otherwise.
     """
-    keys = model.timesteps
-    if keys is None:
-        raise ConfigError("this model has no finite set of timesteps to verify over")
-    examples = [list(given) for given in inputs] if inputs else _examples(model, keys, seed)
-    gm = _captured(reference, model, examples[0])
-    equal, most, relative = True, 0.0, 0.0
-    steps: dict[float, float] = {}
-    position = model.call.names.index(model.call.timestep)
-    with torch.no_grad():
-        for values in progress_bar(examples, "verify", enabled=progress):
-            expected, found = gm(*values), model.run(values)
-            for a, b in zip(expected, found, strict=True):
-                equal &= torch.equal(a, b)
-                most = max(most, float((a - b).abs().max()))
-            steps[float(values[position][0])] = sqnr(expected[0], found[0])
-            wide = [torch.cat([v] * batch) if v.dim() else v for v in values]
-            for a, b in zip(gm(*wide), model.run(wide), strict=True):
-                relative = max(relative, float((a - b).norm() / a.norm().clamp(min=1e-12)))
-    lossy = any(
-        isinstance(m, (QuantLayer, QuantActivation, QuantTimestepTable)) for m in model.gm.modules()
-    )
-    lossy |= isinstance(model, Compiled)
-    lossy |= any(name.startswith(CORRECTION) for name, _ in model.gm.named_buffers())
-    quantized = model.gm if isinstance(model, Converted) else None
+    keys = _timesteps(model)
+    if conditions < 1 or batch < 1:
+        raise ConfigError(f"batch and conditions must be at least 1, got {batch}, {conditions}")
+    call, lossy = model.call, _is_lossy(model)
+    draw = Draw(model.gm, call, keys, seed=seed)
+    full = _captured(reference, model, draw.example(0, draw.conditions()))
+    examples = [list(given) for given in inputs] if inputs is not None else []
+    drawn: list[str] = []  # conditions that no data was asked for
+    if not examples:
+        draw.rows = {str(n.target): r for n in _inputs(full) if (r := rows_of(full, n))}
+        examples = draw_examples(draw, conditions=conditions, every=not lossy)
+        floating = {spec.name for spec in call.inputs if spec.dtype.is_floating_point}
+        drawn = [name for name in call.conditions if name in floating]
+    outputs = _compared(full, model, examples, batch, progress)
+    features, culprits, sites = [], list[Culprit](), list[tuple[str, float, float]]()
+    full = merge_duplicates(full).gm  # as conversion did: values are found by name
+    gm = graph_of(model)
+    if isinstance(model, Converted):
+        position = call.names.index(call.timestep)
+        features = feature_errors(full, gm, keys)
+        few = batches(call, _spread_out(examples, _SITES), _BATCH)
+        steps = torch.cat([values[position] for values in few])
+        found = site_errors(full, gm, few, keys, drawn=drawn)
+        sites = [(e.part.name, float(e.found[e.worst]), float(steps[e.worst])) for e in found]
+        sites.sort(key=lambda site: (not math.isnan(site[1]), site[1]))
+        culprits = find_culprits(
+            gm,
+            found,
+            features,
+            steps=steps,
+            timesteps=keys,
+            measure_at=_measures(full, model, examples) if fixes else None,
+            progress=progress,
+        )
     return Verification(
         exact=not lossy,
-        equal=equal,
-        difference=(most, relative),
-        steps=steps,
-        features=_features(gm, quantized, keys) if quantized is not None else [],
-        sites=_sites(gm, quantized, examples, position) if quantized is not None else [],
+        features=[_told(feature, keys) for feature in features],
+        sites=sites,
+        culprits=culprits,
+        changed=_changed(full, gm),
+        threshold=threshold,
+        **outputs,
     )
 
 
-def temporal_errors(
-    reference: fx.GraphModule, model: fx.GraphModule, timesteps: Tensor
-) -> tuple[list[str], Tensor]:
-    """Names of the temporal features and their relative error in `model`: (features, K).
-
-    reference: the captured graph.  model: folded or quantized from it.
-    """
-    block = temporal_block(reference)
-    if not block.features:
-        return [], torch.zeros(0, len(timesteps))
-    rows = compute_rows(block.graph, timesteps)
-    by_feature = {n.meta[FEATURE]: n for n in model.graph.nodes if FEATURE in n.meta}
-    by_name = {n.name: n for n in model.graph.nodes}
-    nodes = [by_feature.get(f.name) or by_name[f.node.name] for f in block.features]
-    found: list[list[Tensor]] = [[] for _ in nodes]
-    like = {n.name: n.meta["val"] for n in reference.graph.find_nodes(op="placeholder")}
-    for t in timesteps:
-        walk = Walk(model, [_zeros(like, reference.meta["timestep"], t)])
-        walk.keep(nodes)
-        walk.run_past(nodes)
-        for values, node in zip(found, nodes, strict=True):
-            values.append(walk.values[node][0])
-    names = [f.name for f in block.features]
-    gathered = tuple(torch.cat(v).view_as(row) for v, row in zip(found, rows, strict=True))
-    return names, relative_errors(gathered, rows)
+def graph_of(model: Converted | Compiled) -> fx.GraphModule:
+    """The graph of `model` as one, in which verification finds layers and features; weights that
+    are away are there again."""
+    if isinstance(model, Bound) and model.prologue.offloaded.is_away:
+        model.prologue.restore()
+    return model.gm
 
 
-def _zeros(like: dict[str, Tensor], timestep: str, t: Tensor) -> list[Tensor]:
-    """Placeholder values at batch 1: zeros, and the timestep."""
-    made = []
-    for name, value in like.items():
-        if name == timestep:
-            made.append(t.to(value.dtype).reshape(1))
-        else:
-            sizes = [n if isinstance(n, int) else 1 for n in value.shape]
-            made.append(torch.zeros(sizes, dtype=value.dtype, device=t.device))
-    return made
+def _timesteps(model: Converted | Compiled) -> Tensor:
+    """The set to verify over, (K,): the one of the model's tables, or of its schedule."""
+    keys = model.timesteps
+    if keys is None and isinstance(model, Bound) and model.prologue.schedule:
+        (spec,) = (spec for spec in model.call.inputs if spec.name == model.call.timestep)
+        keys = check_timesteps(model.prologue.schedule.values(), spec.dtype).to(model.device)
+    if keys is None:
+        raise ConfigError("this model has no finite set of timesteps to verify over")
+    return keys
 
 
-def _features(
-    reference: fx.GraphModule, model: fx.GraphModule, timesteps: Tensor
-) -> list[tuple[str, float, float, float]]:
-    names, errors = temporal_errors(reference, model, timesteps)
-    return [
-        (name, float(row.mean()), float(row.max()), float(timesteps[int(row.argmax())]))
-        for name, row in zip(names, errors, strict=True)
-    ]
+def _is_lossy(model: Converted | Compiled) -> bool:
+    """Whether a model does not claim to be exact."""
+    rounded = (QuantLayer, QuantActivation, QuantTimestepTable)
+    return (
+        isinstance(model, Compiled)
+        or (isinstance(model, Bound) and model.spec.precision != "exact")
+        or any(isinstance(m, rounded) for m in model.gm.modules())
+        or any(name.startswith(CORRECTION) for name, _ in model.gm.named_buffers())
+    )
 
 
-def _sites(
-    reference: fx.GraphModule,
-    model: fx.GraphModule,
-    examples: list[list[Tensor]],
-    position: int,
-) -> list[tuple[str, float, float]]:
-    """Each quantized layer on the reference's inputs: its worst SQNR over the examples.
-
-    A layer is what computes, in `model`, the value that the reference's layer computes, from values
-    that both have: scaled, split or rotated inputs and side branches are part of it.
-    """
-    full = Walk(reference, examples)
-    by_name = {node.name: node for node in model.graph.nodes}
-    sites = {site.nodes[0]: site.name for site in find_sites(reference)[0]}
-    whole = {node.name for node in sites}
-    parts = []
-    for target, name in sites.items():
-        found = by_name.get(target.name)
-        inside, given = _computation(found, reference, whole) if found is not None else ([], [])
-        layers = [model.get_submodule(str(n.target)) for n in inside if n.op == "call_module"]
-        if found is not None and any(isinstance(layer, QuantLayer) for layer in layers):
-            needed = [target, *(full.node(node.name) for node in given)]
-            parts.append((name, needed, extract(model, [found], given)))
-    last = {node: i for i, (_, needed, _) in enumerate(parts) for node in needed}
-    full.keep(last)
-    result = []
-    for i, (name, needed, layer) in enumerate(parts):
-        full.run_past(needed)
-        sqnrs = []
-        for k in range(len(examples)):
-            expected, *inputs = (full.values[node][k] for node in needed)
-            with torch.no_grad():
-                sqnrs.append((sqnr(expected, layer(*inputs)[0]), k))
-        worst = min(sqnrs)
-        result.append((name, worst[0], float(examples[worst[1]][position][0])))
-        full.release(node for node in needed if last[node] == i)
-    return sorted(result, key=lambda item: item[1])
-
-
-def _computation(
-    target: fx.Node, reference: fx.GraphModule, whole: set[str]
-) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes that compute `target` from values the reference has too, and those values.
-
-    whole: names of the reference's layers, whose values count as had whatever computes them.
-    """
-    like = {node.name: node for node in reference.graph.nodes}
-
-    def shared(node: fx.Node) -> bool:
-        other = like.get(node.name)
-        if other is None or node.op == "get_attr":
-            return False
-        if node.op == "placeholder" or node.name in whole:
-            return True
-        inputs = [n.name for n in node.all_input_nodes]
-        same = (node.op, node.target, inputs)
-        return same == (other.op, other.target, [n.name for n in other.all_input_nodes])
-
-    inside, given, todo = [target], dict[fx.Node, None](), list(target.all_input_nodes)
-    seen = set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if shared(node):
-            given[node] = None
-        else:
-            inside.append(node)
-            todo += node.all_input_nodes
-    return inside, list(given)
-
-
-def _examples(model: Converted | Compiled, keys: Tensor, seed: int) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for t in keys:
-        values = []
-        for spec in model.call.inputs:
-            sizes = [n if isinstance(n, int) else 1 for n in spec.shape]
-            if spec.name == model.call.timestep:
-                values.append(t.to(spec.dtype).reshape(1))
-            elif spec.dtype.is_floating_point:
-                drawn = torch.randn(sizes, generator=generator)
-                values.append(drawn.to(device=model.device, dtype=spec.dtype))
-            else:
-                values.append(torch.zeros(sizes, dtype=spec.dtype, device=model.device))
-        made.append(values)
-    return made
+def _inputs(gm: fx.GraphModule) -> Iterable[fx.Node]:
+    return gm.graph.find_nodes(op="placeholder")
 
 
 def _captured(
-    reference: nn.Module, model: Converted | Compiled, values: list[Tensor]
+    reference: nn.Module, model: Converted | Compiled, example: Example
 ) -> fx.GraphModule:
-    """The reference as a graph with the same inputs."""
-    named = dict(zip(model.call.names, values, strict=True))
+    """The reference as a graph with the same inputs and free sizes."""
+    call = model.call
+    values = join(call, [example, example])  # of one sample torch would make a constant
+    assert values is not None
+    (timestep,) = (spec for spec in call.inputs if spec.name == call.timestep)
+    samples = len(values[call.names.index(call.timestep)])
+    free = {
+        spec.path: {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in call.inputs
+    }
     try:
-        found = capture(reference, named, timestep=model.call.timestep)
+        named = arguments(call, values, samples)
+        return capture(reference, named, timestep=timestep.path, dynamic=free).gm
     except TypeError as error:
         raise ConfigError(f"the reference takes other inputs than the model: {error}") from error
-    return found.gm
+
+
+@torch.no_grad()
+def _compared(
+    reference: fx.GraphModule,
+    model: Converted | Compiled,
+    examples: Sequence[Example],
+    batch: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """How the outputs differ: the fields of Verification that tell."""
+    position = model.call.names.index(model.call.timestep)
+    equal, most, relative = True, 0.0, 0.0
+    energy: dict[float, Tensor] = {}
+    for values in progress_bar(examples, "outputs", enabled=progress):
+        expected, found = reference(*values), model.run(values)
+        steps = values[position].tolist()
+        _check_alike(expected, found, steps)
+        for a, b in zip(expected, found, strict=True):
+            equal &= torch.equal(a, b)
+            most = max(most, float((a - b).abs().max()))
+        for t, each in zip(steps, energies(expected[0], found[0], len(steps)).T, strict=True):
+            energy[float(t)] = energy.get(float(t), 0) + each
+    for start in range(0, len(examples), batch):
+        part = list(examples[start : start + batch])
+        part += part[:1] * (batch - len(part))
+        wide = join(model.call, part) or join(model.call, part[:1] * batch)
+        assert wide is not None
+        for a, b in zip(reference(*wide), model.run(wide), strict=True):
+            relative = max(relative, float((a - b).norm() / a.norm().clamp(min=1e-12)))
+    return {
+        "equal": equal,
+        "difference": (most, relative),
+        "steps": {t: float(decibels(energy[t])) for t in sorted(energy)},
+        "pooled": pooled(torch.stack(list(energy.values()), 1)),
+    }
+
+
+def _check_alike(
+    expected: Sequence[Tensor], found: Sequence[Tensor], steps: Sequence[float]
+) -> None:
+    shapes = [[tuple(value.shape) for value in values] for values in (expected, found)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"the reference gives outputs of shapes {shapes[0]}, the model of {shapes[1]}: "
+            "it was not made from this reference"
+        )
+    if not all(bool(torch.isfinite(value).all()) for value in expected):
+        raise ConfigError(
+            f"the reference itself gives NaN or Inf at t={steps[0]:g}: there is nothing to compare "
+            "with. Give inputs= that it is used on, or check its weights."
+        )
+
+
+def _measures(
+    reference: fx.GraphModule, model: Converted, examples: Sequence[Example]
+) -> Callable[[Sequence[float]], Measure]:
+    """How graphs in the model's place are measured by their first output."""
+    call = model.call
+    position = call.names.index(call.timestep)
+
+    def at(timesteps: Sequence[float]) -> Measure:
+        chosen = _spread_out(examples, _FIXES)
+        there = {float(t) for values in chosen for t in values[position]}
+        for t in dict.fromkeys(timesteps):
+            if t not in there:
+                chosen.append(next(v for v in examples if t in v[position].tolist()))
+        few = batches(call, chosen, _BATCH)
+        with torch.no_grad():
+            expected = [reference(*values)[0] for values in few]
+
+        @torch.no_grad()
+        def measure(gm: fx.GraphModule) -> float:
+            pairs = zip(few, expected, strict=True)
+            return pooled(torch.cat([energies(e, gm(*v)[0], 1) for v, e in pairs], 1))
+
+        return measure
+
+    return at
+
+
+def _spread_out(examples: Sequence[Example], most: int) -> list[Example]:
+    """At most that many examples, evenly spread, the first and the last among them."""
+    if len(examples) <= most:
+        return list(examples)
+    places = torch.linspace(0, len(examples) - 1, most).round().long().tolist()
+    return [examples[place] for place in places]
+
+
+def _told(feature: FeatureError, timesteps: Tensor) -> tuple[str, float, float, float]:
+    errors = feature.errors
+    worst = int(errors.nan_to_num(nan=math.inf).argmax())
+    return feature.name, float(errors.mean()), float(errors[worst]), float(timesteps[worst])
+
+
+def _changed(reference: fx.GraphModule, model: fx.GraphModule) -> list[str]:
+    """Parameters in floating point of both that differ, the first ten."""
+    mine = dict(model.named_parameters())
+    names = [
+        name
+        for name, value in reference.named_parameters()
+        if name in mine and value.is_floating_point() and not torch.equal(value, mine[name])
+    ]
+    return names[:_CHANGED]

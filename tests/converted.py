@@ -1,0 +1,59 @@
+"""A small model and what it is converted to, made once for the tests that verify it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from tests.test_api import TIMES, calibrated, data, fast
+from tests.test_recipes import short
+from tests.toys import ToyUNet, seeded
+from tfmq_fx import convert
+from tfmq_fx.capture import capture
+from tfmq_fx.drawn_inputs import Draw, Example, batches, draw_examples
+from tfmq_fx.modules import Converted
+from tfmq_fx.presets import resolve
+from tfmq_fx.site_parts import find_parts
+
+KEYS = torch.tensor(TIMES)
+
+
+@functools.cache
+def toy() -> Any:
+    return seeded(ToyUNet).eval()
+
+
+@functools.cache
+def captured() -> Any:
+    """The toy as a graph."""
+    return capture(toy(), dict(zip(("x", "t"), data(8)[0], strict=True)), timestep="t").gm
+
+
+@functools.cache
+def lossy(config: str = "w8a8", mode: str = "table") -> Converted:
+    """The toy converted; not to be changed."""
+    recipe = fast(config, mode=mode) if config in ("w8a8", "w4a8") else short(resolve(config))
+    return convert(calibrated(toy(), 8, recipe), progress=False)
+
+
+def examples(model: Converted, count: int = 8) -> list[Example]:
+    """What `verify` compares the toy on, several draws of it, in batches."""
+    made: list[Example] = []
+    for seed in range(count):
+        draw = Draw(model.gm, model.call, KEYS, seed=seed)
+        made += draw_examples(draw, conditions=1, every=False)
+    return batches(model.call, made, 8)
+
+
+def spoil(model: Converted, site: str, what: str, factor: float) -> None:
+    """Multiply the weight scale or the input scale of a layer of `model`."""
+    for part in find_parts(captured(), model.gm):
+        for leaf in part.leaves if part.name == site else ():
+            if what == "weight":
+                leaf.layer.weight_scale.mul_(factor)
+            elif leaf.column is None:
+                leaf.layer.act_scale.mul_(factor)
+            else:
+                model.gm.get_buffer(leaf.column[0])[:, leaf.column[1]] *= factor

@@ -1,0 +1,134 @@
+"""What a comparison of a model with its reference found, as text and as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .culprits import Culprit
+from .errors import ConfigError
+
+EXACT_ELSEWHERE = 1e-5  # relative difference that float reassociation leaves at batch sizes above 1
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` found. `str()` is for reading, `to_dict()` for programs.
+
+    exact: whether the model claims to be exact (nothing in it is quantized).  equal: whether every
+    output at batch 1 was equal bit for bit.  difference: the largest absolute difference at batch 1
+    and relative difference at a larger batch.  steps: output SQNR in dB at each timestep.
+    features: (name, mean, worst) relative error of each temporal feature over the set, and the
+    timestep of the worst.  sites: (name, worst SQNR in dB over steps, timestep), worst first, each
+    on the reference's own inputs.  pooled: output SQNR in dB over all examples together.
+    culprits: at most ten layers and features, what is broken first, and what would fix each.
+    changed: parameters in floating point that are not the reference's, at most ten.
+    threshold: the pooled SQNR in dB that was asked for.
+    """
+
+    exact: bool
+    equal: bool
+    difference: tuple[float, float]
+    steps: dict[float, float]
+    features: list[tuple[str, float, float, float]]
+    sites: list[tuple[str, float, float]]
+    pooled: float = math.inf
+    culprits: list[Culprit] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    threshold: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """An exact model is equal at batch 1 and within 1e-5 elsewhere.  A lossy one is finite, and
+        reaches the threshold; without one, nothing in it is broken, or was another's to begin with.
+        """
+        if self.exact:
+            return self.equal and self.difference[1] <= EXACT_ELSEWHERE
+        if not all(value > -math.inf for value in self.steps.values()):  # NaN compares false
+            return False
+        if self.threshold is not None:
+            return self.pooled >= self.threshold
+        return not self.changed and not any(culprit.broken for culprit in self.culprits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready data; numbers that are not finite are "inf", "-inf", "nan"."""
+        data = {
+            "ok": self.ok,
+            "exact": self.exact,
+            "equal": self.equal,
+            "difference": {"batch_1": self.difference[0], "larger": self.difference[1]},
+            "pooled": self.pooled,
+            "threshold": self.threshold,
+            "steps": [{"timestep": t, "sqnr": value} for t, value in self.steps.items()],
+            "features": [
+                {"name": name, "mean": mean, "worst": worst, "timestep": t}
+                for name, mean, worst, t in self.features
+            ],
+            "sites": [{"name": name, "sqnr": v, "timestep": t} for name, v, t in self.sites],
+            "culprits": [
+                dataclasses.asdict(each)
+                | {"fixes": [{"what": what, "gain": gain} for what, gain in each.fixes]}
+                | {"fix": None if each.fix is None else each.fix[0]}
+                for each in self.culprits
+            ],
+            "changed": list(self.changed),
+        }
+        plain: dict[str, Any] = _plain(data)
+        return plain
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON. The file appears complete; raises ConfigError where it
+        cannot be written."""
+        path = Path(path)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        try:
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+                made = Path(folder) / path.name
+                made.write_text(text, encoding="utf-8")
+                os.replace(made, path)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error}") from error
+
+    def __str__(self) -> str:
+        kind = "exact" if self.exact else "lossy"
+        asked = "" if self.threshold is None else f", asked for {self.threshold:g}"
+        count = f"{len(self.steps)} timestep{'' if len(self.steps) == 1 else 's'}"
+        lines = [
+            f"{kind} model, {'ok' if self.ok else 'NOT OK'}: batch 1 "
+            f"{'equal bit for bit' if self.equal else f'differs by {self.difference[0]:.3g}'}, "
+            f"larger batch within {self.difference[1]:.3g} relative, {count}"
+        ]
+        if self.pooled != math.inf:
+            worst = sorted(self.steps.items(), key=lambda item: item[1])[:5]
+            steps = ", ".join(f"t={t:g} {v:.1f}" for t, v in worst)
+            lines.append(f"output SQNR {self.pooled:.1f} dB{asked}; worst steps: {steps}")
+        if self.changed:
+            lines.append(f"parameters that are not the reference's: {', '.join(self.changed)}")
+        if self.culprits:
+            width = max(len(each.name) for each in self.culprits)
+            lines.append(f"{'culprits':{width + 8}}       SQNR dB  at t  what would fix it")
+        for each in self.culprits:
+            kind = "layer" if each.kind == "site" else "feature"
+            state = "BROKEN" if each.broken else ""
+            lines.append(
+                f"{kind:7} {each.name:{width}} {state:6} {each.sqnr:7.1f} {each.timestep:5g}  "
+                f"{each}"
+            )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready data, numbers that are not finite by name."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value
