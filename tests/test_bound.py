@@ -335,6 +335,29 @@ def test_a_long_condition_written_in_place(how: str) -> None:
         check(found, values, model)
 
 
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda c: c.mT.contiguous().mT,
+        lambda c: c.repeat_interleave(2, 1)[:, ::2],
+        lambda c: c[:1].expand_as(c),
+        lambda c: torch.cat([c, c])[1:3],
+    ],
+    ids=["transposed", "gaps", "expanded", "offset"],
+)
+def test_the_layout_of_a_condition_counts(lay: Callable[[Tensor], Tensor]) -> None:
+    """Equal values in another layout are rounded otherwise, by the original too."""
+    found = bound()
+    values = draw(1 if lay(draw()["text"]).shape[0] == 1 else 2)
+    for _ in range(2):
+        check(found, values)
+        other = values | {"text": lay(values["text"])}
+        check(found, other)
+        found.set_timesteps(STEPS)
+        check(found, other | {"t": values["t"] * 0})
+        check(found, values | {"text": other["text"].contiguous()})
+
+
 def test_prompts_in_turn_and_halves_of_guidance() -> None:
     found = bound(STEPS)
     prompt, empty = draw(2, 1), draw(2, 2)
@@ -539,6 +562,16 @@ def test_to_another_dtype_and_back() -> None:
     found.to(torch.float32)
     check(found, values, model.float())
     assert found.prologue.schedule.values() == STEPS
+
+
+def test_quantized_models_to_another_dtype_and_back() -> None:
+    done = copy.deepcopy(convert(quantizable()[1], progress=False))  # shares weights else
+    found = bind_request(copy.deepcopy(done))
+    for dtype in (torch.bfloat16, torch.float32):
+        found.to(dtype)
+        done.to(dtype)
+        for values in labelled(2):
+            check(found, values | {"x": values["x"].to(dtype)}, done)
 
 
 def test_a_new_tensor_where_one_was_freed() -> None:

@@ -18,22 +18,29 @@ from .rows import Rows
 class Entry:
     """The values of one set of conditions: rows by timestep, or one value for all steps.
 
-    key: what else the values depend on: device and dtype of the timestep, batch size, and the dtype
-    of autocast or None.  like: a timestep tensor (B,) as the model received it.
+    key: what else the values depend on: device and dtype of the timestep, batch size, the layout of
+    the conditions (kernels round by it), and the dtype of autocast or None.
+    like: a timestep tensor (B,) as the model received it.
     """
 
     def __init__(
         self, part: Part, given: Sequence[Tensor], *, key: Any, like: Tensor, spec: PrologueSpec
     ) -> None:
         self.conditions, self.key, self.like = Snapshot(given), key, like.detach()
-        self.used = set[float]()
         self._part, self._precision = part, spec.precision if part.stepped else "exact"
         self.clear()
 
     def clear(self) -> None:
         """Drop the values."""
         self.index: dict[float, int] = {}
+        self.used = set[float]()
         self.rows = [Rows(self._precision, batched=batched) for batched in self._part.batched]
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether the contents of the conditions were kept in the layout that they had."""
+        *_, layout, _ = self.key
+        return bool(layout == _layout(self.conditions.contents))
 
     def store(self, values: Sequence[Sequence[Tensor]]) -> None:
         """Append each value (*shape) at n more steps."""
@@ -83,7 +90,7 @@ class Kept:
         """The entry of these conditions at this batch size, made where there is none."""
         device = t.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (t.device, t.dtype, len(t), cast)
+        key = (t.device, t.dtype, len(t), _layout(given), cast)
         for same in (Snapshot.is_seen, Snapshot.matches):
             for i, entry in enumerate(self.entries):
                 if entry.key == key and same(entry.conditions, given):
@@ -141,3 +148,7 @@ class Kept:
             torch.cat([x] * n) if x.dim() and str(node.meta["val"].shape[0]) == batch else x
             for node, x in zip(inputs[1:], given, strict=True)
         ]
+
+
+def _layout(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tensor.stride() for tensor in tensors)

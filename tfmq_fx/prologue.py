@@ -27,7 +27,7 @@ from .request import has_lookups, tensors_of
 from .schedule import Schedule
 from .watch import Sighting
 
-_MOST_ROWS = 4096  # rows kept for one condition where timesteps never repeat
+_MOST_ROWS = 1024  # rows kept for one condition where timesteps never repeat
 _RESTLESS = 3  # conditions in a row that served one step each: then rows are made one by one
 
 
@@ -93,9 +93,10 @@ class Prologue:
                 for kept in self.parts:
                     for entry in kept.entries if kept.part.stepped else ():
                         entry.clear()
-                        entry.used.clear()
-                        with entry.autocast():
-                            self._fill(kept, entry, schedule.values(), entry.conditions.contents)
+                        if entry.is_reproducible:  # else at the next call
+                            given = entry.conditions.contents
+                            with entry.autocast():
+                                self._fill(kept, entry, schedule.values(), given)
             except InputError:
                 self.schedule = before
                 raise
