@@ -7,10 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.test_api import TIMES, data
 from tests.toys import ToyUNet, seeded, tiny_unet2d
-from tfmq_fx import __version__, demo, fold_timesteps, load, report, save
+from tfmq_fx import (
+    Verification,
+    __version__,
+    demo,
+    fold_timesteps,
+    load,
+    report,
+    save,
+    verification,
+)
 from tfmq_fx.cli import main
 from tfmq_fx.errors import ConfigError
 
@@ -86,6 +96,70 @@ def test_analyze_tells_what_is_wrong(tmp_path, capsys):
     assert "a.png: the name must end in one of .json" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A reference, the model made from it, and another reference."""
+    path = tmp_path_factory.mktemp("compared")
+    reference = tiny_unet2d()
+    reference.save_pretrained(path / "reference")
+    save(fold_timesteps(reference, [0, 500]), path / "model")
+    with torch.no_grad():
+        reference.conv_out.weight[0].mul_(1.01)
+    reference.save_pretrained(path / "other")
+    return path
+
+
+def test_verify_prints_and_writes_and_its_status_tells(compared, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    arguments = ["verify", str(compared / "reference"), str(compared / "model"), "--quiet"]
+    assert main([*arguments, "--json", str(out)]) == 0
+    text, err = capsys.readouterr()
+    assert err == "" and text.startswith("exact model, ok: batch 1 equal bit for bit")
+    found = json.loads(out.read_text())
+    assert found["ok"] and found["pooled"] == "inf" and len(found["steps"]) == 2
+    arguments[1] = str(compared / "other")
+    assert main([*arguments, "--json", str(out)]) == 2
+    text, err = capsys.readouterr()
+    assert "NOT OK" in text and "not the reference's: conv_out.weight" in text
+    assert json.loads(out.read_text())["changed"] == ["conv_out.weight"]
+
+
+def test_verify_tells_what_is_wrong(compared, tmp_path, capsys):
+    reference, model = str(compared / "reference"), str(compared / "model")
+    for arguments, message in (
+        ([str(tmp_path), model], "nor a directory with the config.json"),
+        ([reference, str(tmp_path)], "is not a model saved by tfmq_fx"),
+        (["glyphs", model], "forward has no 'sample'"),
+        ([reference, model, "--json", str(tmp_path / "no" / "a.json")], "cannot be written"),
+    ):
+        assert main(["verify", *arguments, "--quiet"]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("tfmq-fx: ") and message in err
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], {"threshold": None, "seed": 0, "progress": True}),
+        (
+            ["--threshold", "30.5", "--seed", "7", "--quiet"],
+            {"threshold": 30.5, "seed": 7, "progress": False},
+        ),
+    ],
+)
+def test_verify_gets_its_arguments(monkeypatch, compared, capsys, arguments, expected):
+    seen = []
+
+    def verify(reference, model, **options):
+        seen.append((type(reference).__name__, type(model).__name__, options))
+        return Verification(False, False, (0.0, 0.0), {0.0: 30.0}, [], [], 30.0, threshold=30.5)
+
+    monkeypatch.setattr(verification, "verify", verify)
+    assert main(["verify", "digits", str(compared / "model"), *arguments]) == 2
+    assert seen == [("UNet2DModel", "Converted", expected)]
+    assert "output SQNR 30.0 dB, asked for 30.5" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
@@ -111,6 +185,8 @@ def test_demo_gets_its_arguments(monkeypatch, arguments, expected):
         (["report"], "the following arguments are required: model"),
         (["analyze"], "the following arguments are required: model"),
         (["demo", "--samples", "many"], "invalid int value: 'many'"),
+        (["verify", "digits"], "the following arguments are required: model"),
+        (["verify", "a", "b", "--threshold", "high"], "invalid float value: 'high'"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, text, capsys):

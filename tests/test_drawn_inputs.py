@@ -29,9 +29,8 @@ class Looks(nn.Module):
         return self.linear(x + h + t[:, None].float())
 
 
-@pytest.fixture(scope="module")
-def looks():
-    example = {
+def looks_example():
+    return {
         "x": torch.randn(2, 4),
         "t": torch.tensor([1, 2]),
         "y": torch.zeros(2, 1, dtype=torch.int32),
@@ -40,7 +39,11 @@ def looks():
         "flag": torch.tensor([True]),
         "scale": torch.ones(4),
     }
-    return capture(seeded(Looks).eval(), example, timestep="t")
+
+
+@pytest.fixture(scope="module")
+def looks():
+    return capture(seeded(Looks).eval(), looks_example(), timestep="t")
 
 
 @pytest.fixture(scope="module")

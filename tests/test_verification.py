@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from tests import zoo
 from tests.converted import lossy as converted
 from tests.converted import spoil
 from tests.test_api import TIMES, data
+from tests.test_drawn_inputs import Looks, looks_example
 from tests.toys import NestedOutput, ToyDiT, ToyUNet, seeded, tiny_unet2d
 from tfmq_fx import ConfigError, compile, convert, fold_timesteps, prepare, verify
 from tfmq_fx.binding import bind_request
 from tfmq_fx.culprits import AGAIN
 from tfmq_fx.modules import Converted
+from tfmq_fx.presets import resolve
 from tfmq_fx.verification import EXACT_ELSEWHERE, graph_of
 
 
@@ -111,7 +112,7 @@ def test_a_whole_row_of_another_timestep_is_caught(toy, lossy):
     assert all("the row of t=250" in each.note for each in found.culprits[:6]) and not found.ok
 
 
-@pytest.mark.parametrize("name", ["down2.conv1", "attention.qkv", "conv_out"])
+@pytest.mark.parametrize("name", ["down2.conv1", "conv_out"])
 def test_a_scale_off_by_two_is_caught_and_its_layer_named_first(toy, lossy, lossy_check, name):
     faulty = copy.deepcopy(lossy)
     faulty.gm.get_submodule(name).weight_scale.mul_(2)
@@ -130,10 +131,9 @@ def test_a_scale_off_by_two_is_caught_and_its_layer_named_first(toy, lossy, loss
     assert {n: v for n, v, _ in found.sites if n != name} == others
 
 
-@pytest.mark.parametrize("config, factor", [("w8a8", 2.0), ("best-w4a6", 0.5)])
-def test_an_input_scale_off_by_two_is_named_first(toy, config, factor):
-    faulty = copy.deepcopy(converted(config))
-    spoil(faulty, "down2.conv1", "input", factor)
+def test_an_input_scale_off_by_two_is_named_first(toy, lossy):
+    faulty = copy.deepcopy(lossy)
+    spoil(faulty, "down2.conv1", "input", 2.0)
     first = verify(toy, faulty, fixes=False).culprits[0]
     assert first.name == "down2.conv1" and (first.suspect or first.broken)
     assert "its input range is " in first.note
@@ -191,7 +191,7 @@ def test_outputs_that_are_not_finite_are_not_ok(toy, lossy):
     assert not dataclasses.replace(found, threshold=-1000.0).ok
 
 
-def test_parameters_that_are_not_the_references_are_named(toy, folded, lossy):
+def test_parameters_that_are_not_the_references_are_named(toy, lossy):
     other = copy.deepcopy(toy)
     with torch.no_grad():
         other.norm_out.weight.mul_(1.001)
@@ -199,8 +199,6 @@ def test_parameters_that_are_not_the_references_are_named(toy, folded, lossy):
     found = verify(other, lossy, fixes=False)
     assert found.changed == ["mid1.norm1.bias", "norm_out.weight"] and not found.ok
     assert "not the reference's: mid1.norm1.bias, norm_out.weight" in str(found)
-    found = verify(seeded(ToyUNet, seed=1).eval(), folded, fixes=False)
-    assert len(found.changed) == 10 and not found.ok
 
 
 # ---------------------------------------------------------------------------- conditions
@@ -232,21 +230,15 @@ def test_an_exact_model_sees_every_condition_at_every_timestep(dit, folded_dit, 
 
 def test_a_lossy_model_takes_conditions_in_turn(dit, monkeypatch):
     example = torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([3, 4])
-    prepared = prepare(dit, example, timesteps=4, config="w8a16")
-    model = convert(_calibrated(prepared), progress=False)
+    recipe = resolve("w8a16")
+    nearest = dataclasses.replace(recipe.reconstruction, rounding="nearest")
+    recipe = dataclasses.replace(recipe, reconstruction=nearest)
+    model = convert(prepare(dit, example, timesteps=4, config=recipe), progress=False)
     seen, found = calls(model, monkeypatch, dit, conditions=3, seed=1, fixes=False)
     single = [(t[0], y[0]) for t, y in seen if len(t) == 1]
     assert not found.exact and found.ok and [t for t, _ in single] == [0, 1, 2, 3]
     labels = [y for _, y in single]
     assert len(set(labels[:3])) == 3 and labels[3] == labels[0]
-
-
-def _calibrated(prepared):
-    generator = torch.Generator().manual_seed(0)
-    for t in range(4):
-        x, y = torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)
-        prepared(x, torch.full((4,), t), y)
-    return prepared
 
 
 def test_an_error_that_only_some_conditions_meet_is_found(dit, folded_dit):
@@ -262,12 +254,12 @@ def test_an_error_that_only_some_conditions_meet_is_found(dit, folded_dit):
 
 
 def test_inputs_without_a_batch_are_drawn_too():
-    reference = zoo.model("flux-dev")
-    model = fold_timesteps(reference, [0.25, 0.5], zoo.inputs("flux-dev", reference))
-    sizes = {spec.path: spec.shape[0] for spec in model.call.inputs}
-    assert sizes["guidance"] == "batch" and isinstance(sizes["img_ids"], int)
-    found = verify(reference, model, conditions=2)
-    assert found.ok and found.equal and list(found.steps) == [0.25, 0.5]
+    reference = seeded(Looks).eval()
+    model = fold_timesteps(reference, 3, looks_example())
+    assert [spec.shape[0] for spec in model.call.inputs if spec.name in ("flag", "scale")] == [1, 4]
+    found = verify(reference, model, conditions=3)
+    # such conditions cannot be joined: a larger batch has one of them
+    assert found.ok and found.difference[1] <= EXACT_ELSEWHERE
 
 
 def test_inputs_in_dicts_and_lists_are_drawn_too():
@@ -284,12 +276,8 @@ def test_inputs_in_dicts_and_lists_are_drawn_too():
 
 def test_bound_models_are_verified_as_they_run(dit, folded_dit):
     example = torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([3, 4])
-    for model in (
-        bind_request(folded_dit),
-        bind_request(dit, torch.arange(4), example, offload="disk"),
-    ):
-        found = verify(dit, model)
-        assert found.ok and found.exact and list(found.steps) == [0, 1, 2, 3]
+    found = verify(dit, bind_request(dit, torch.arange(4), example, offload="disk"))
+    assert found.ok and found.exact and list(found.steps) == [0, 1, 2, 3]
     found = verify(dit, bind_request(dit, torch.arange(4), example, precision="int8"))
     assert found.ok and not found.exact and 30 < found.pooled < 80
     with pytest.raises(ConfigError, match="no finite set of timesteps"):
