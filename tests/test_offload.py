@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import tempfile
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.test_bound import check, conditional, draw
+from tests.test_bound import captured, check, conditional, draw
 from tfmq_fx import Bound, ConfigError, PrologueSpec, bind_request, load, save
 from tfmq_fx.offload import Offloaded, check_offload
 
@@ -167,11 +168,11 @@ def test_what_cannot_be_moved() -> None:
 @torch.no_grad()
 def test_a_model_that_has_moved_since_is_not_offloaded() -> None:
     """One made for another device runs where it is loaded."""
-    source = bind_request(conditional(), example_inputs=draw()).unbound()
+    model, source = captured()
     with pytest.raises(ConfigError, match="on the CPU already"):
         bind_request(source, offload="cpu")
     found = Bound(source, PrologueSpec(offload="cpu"))
-    check(found, draw(), conditional())
+    check(found, draw(), model)
     summary = found.prologue.summary()
     assert summary["offload"] == "none" and not found.prologue.offloaded.is_away
     assert found.spec.offload == "cpu"
@@ -217,7 +218,7 @@ def test_a_bound_model_goes_on(folder: Path) -> None:
 
 @torch.no_grad()
 def test_a_step_never_touches_what_is_away() -> None:
-    found = bind_request(conditional(), [9, 5], example_inputs=draw(), offload="disk")
+    found = bind_request(copy.deepcopy(captured()[1]), [9, 5], offload="disk")
     found(**draw(t=9))
     for tensor in found.prologue.offloaded.tensors.values():
         tensor.data = torch.full_like(tensor, float("nan"))

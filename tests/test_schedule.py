@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_bound import Conditional, check, draw
-from tests.toys import seeded
-from tfmq_fx import Bound, ConfigError, InputError, bind_request
+from tests.test_bound import check, conditional, draw
+from tfmq_fx import Bound, ConfigError, Converted, InputError, bind_request
 from tfmq_fx.schedule import Schedule
 
+# of diffusers itself
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 
 
@@ -78,7 +80,6 @@ def test_values_that_cannot_be_used(source: Any, dtype: Any, message: str) -> No
 # ---------------------------------------------------------------- schedulers
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
 @pytest.mark.parametrize(
     "make",
     [
@@ -171,10 +172,16 @@ def counted(found: Bound) -> int:
     return sum(p.computed for p in found.prologue.parts if p.part.conditions == ("y",))
 
 
-def bound(dtype: torch.dtype = torch.int64, **options: Any) -> tuple[torch.nn.Module, Bound]:
-    model = seeded(Conditional).eval()
+@functools.cache
+def captured(dtype: torch.dtype) -> tuple[torch.nn.Module, Converted]:
+    model = conditional()
     example = draw() | {"t": torch.tensor([5, 5]).to(dtype)}
-    return model, bind_request(model, example_inputs=example, **options)
+    return model, bind_request(model, example_inputs=example).unbound()
+
+
+def bound(dtype: torch.dtype = torch.int64, **options: Any) -> tuple[torch.nn.Module, Bound]:
+    model, source = captured(dtype)
+    return model, bind_request(source, **options)
 
 
 def sample(found: Bound, model: torch.nn.Module, steps: Tensor, seed: int = 0) -> None:
@@ -216,7 +223,6 @@ def test_shares_of_1000_in_bfloat16_are_computed_at_once() -> None:
     assert counted(found) == 24 + 6
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_karras_timesteps_are_floats() -> None:
     model, found = bound(torch.float32)
     scheduler = karras()

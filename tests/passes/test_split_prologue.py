@@ -40,7 +40,7 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     gm=captured_graphs(),
     conditions=st.sampled_from((("c",), (), ("c", "unused"), ("c", "x"))),
