@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import zoo
@@ -36,12 +37,14 @@ from tfmq_fx import (
     Converted,
     InputError,
     PrologueSpec,
+    StaleError,
     bind_request,
     calibrate,
     convert,
     fold_timesteps,
     load,
     prepare,
+    refresh,
     save,
 )
 from tfmq_fx import compile as compile_model
@@ -282,7 +285,7 @@ def test_all_at_once_is_equal_up_to_rounding() -> None:
 WRITES: dict[str, Callable[[Tensor], object]] = {
     "copy_": lambda c: c.copy_(torch.ones_like(c)),
     "item": lambda c: c.__setitem__((0, 0, 0), 5.0),
-    "view": lambda c: c[1].zero_(),
+    "view": lambda c: c[-1].mul_(0.5),
     "data": lambda c: c.data.mul_(2),
     "new data": lambda c: setattr(c, "data", c * 3),
     "numpy": lambda c: np.multiply(c.numpy(), 2, out=c.numpy()),
@@ -356,6 +359,75 @@ def test_the_layout_of_a_condition_counts(lay: Callable[[Tensor], Tensor]) -> No
         found.set_timesteps(STEPS)
         check(found, other | {"t": values["t"] * 0})
         check(found, values | {"text": other["text"].contiguous()})
+
+
+def weights_changed(model: nn.Module, how: str) -> None:
+    """Other weights for each kind of value."""
+    for path in ("time.2", "merge", "v"):
+        layer = model.get_submodule(path)
+        if how == "copy_":
+            layer.weight.copy_(layer.weight * 0.9)
+        elif how == "data":
+            layer.weight.data += 0.1
+        elif how == "new":
+            layer.weight = nn.Parameter(layer.weight * 1.1)
+        elif how == "layer":
+            layer.bias.data = layer.bias + 1
+    if how == "new":
+        model.scale = nn.Parameter(model.get_parameter("scale") * 0.9)
+
+
+ACTIONS = ("new", "old", "clone", "write", "label", "schedule", "weights", "copy", "autocast")
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow], print_blob=False)
+@given(
+    data=st.data(),
+    capacity=st.integers(1, 3),
+    offload=st.sampled_from(("none", "disk")),
+    start=st.sampled_from((None, tuple(STEPS), 3)),
+)
+def test_any_sequence_of_events(
+    data: st.DataObject, capacity: int, offload: Any, start: Any
+) -> None:
+    """Prompts come, go and change, with everything else, and each answer is the model's."""
+    model, source = (copy.deepcopy(each) for each in captured())
+    found = bind_request(source, start, capacity=capacity, offload=offload)
+    prompts, cast = [draw()], False
+    values = prompts[0]
+    for _ in range(data.draw(st.integers(4, 12))):
+        action = data.draw(st.sampled_from(ACTIONS))
+        if action == "new":
+            values = draw(data.draw(st.integers(1, 3)), data.draw(st.integers(0, 3)))
+            prompts.append(values)
+        elif action == "old":
+            values = data.draw(st.sampled_from(prompts))
+        elif action == "clone":
+            values = {key: value.clone() for key, value in values.items()}
+        elif action == "write":
+            WRITES[data.draw(st.sampled_from([*WRITES]))](values["text"])
+        elif action == "label":
+            values["y"][-1] = data.draw(st.integers(0, 9))
+        elif action == "schedule":
+            found.set_timesteps(data.draw(st.sampled_from((None, 2, STEPS, [7, 500]))))
+        elif action == "weights":
+            how = data.draw(st.sampled_from(("copy_", "data", "new", "layer")))
+            weights_changed(model, how)
+            weights_changed(found.gm, how)
+        elif action == "copy":
+            found = copy.deepcopy(found)
+        else:
+            cast = not cast
+        steps = st.sampled_from((0, 1, 7, 500))
+        same = data.draw(st.booleans())
+        t = (
+            [data.draw(steps)] * len(values["t"])
+            if same
+            else [data.draw(steps) for _ in values["t"]]
+        )
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            check(found, values | {"t": torch.tensor(t)}, model)
+        assert all(len(p.entries) <= capacity for p in found.prologue.parts)
 
 
 def test_prompts_in_turn_and_halves_of_guidance() -> None:
@@ -437,20 +509,6 @@ def test_threads_with_prompts_of_their_own() -> None:
     assert not wrong
 
 
-def weights_changed(model: nn.Module, how: str) -> None:
-    """Other weights for each kind of value."""
-    for path in ("time.2", "merge", "v"):
-        layer = model.get_submodule(path)
-        if how == "copy_":
-            layer.weight.copy_(layer.weight * 2)
-        elif how == "data":
-            layer.weight.data += 0.1
-        elif how == "new":
-            layer.weight = nn.Parameter(layer.weight * 2)
-        elif how == "layer":
-            layer.bias.data = layer.bias + 1
-
-
 @pytest.mark.parametrize("offload", ["none", "disk"])
 @pytest.mark.parametrize("how", ["copy_", "data", "new", "layer", "load", "assign"])
 def test_weights_changed_in_the_bound_model(how: str, offload: Any) -> None:
@@ -468,6 +526,29 @@ def test_weights_changed_in_the_bound_model(how: str, offload: Any) -> None:
         check(found, draw(t=step), model)
     assert not torch.equal(found(**draw()), before)
     assert found.prologue.schedule.values() == STEPS
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_weights_changed_in_the_source(offload: Any) -> None:
+    """As a LoRA is fused: refused by name, and right again after refresh()."""
+    model = conditional()
+    found = bind_request(model, STEPS, draw(), offload=offload)
+    check(found, draw(), model)
+    before = found(**draw())
+    model.get_submodule("k").weight.data += 0.1
+    with pytest.raises(StaleError, match=r"other weights since: k\.weight"):
+        found(**draw())
+    again = refresh(found, model, progress=False)
+    assert isinstance(again, Bound) and again.spec == found.spec
+    assert again.prologue.schedule.values() == STEPS
+    for seed in (0, 1):
+        check(again, draw(seed=seed), model)
+    assert not torch.equal(again(**draw()), before)
+    model.get_submodule("k").weight.data -= 0.1
+    model.get_submodule("k").weight.copy_(captured()[0].get_submodule("k").weight)
+    check(found, draw(), model)  # taken out again
+    with pytest.raises(StaleError):
+        again(**draw())
 
 
 def test_weights_changed_before_the_schedule_is_set() -> None:

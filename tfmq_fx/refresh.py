@@ -77,7 +77,7 @@ def refresh(
         made = _retimed(made, values, source)
     if not isinstance(model, Bound):
         return made
-    bound = Bound(made, model.spec)
+    bound = Bound(made, model.spec, model.prologue.schedule)
     if timesteps is not None:
         bound.set_timesteps(timesteps)
     return bound
