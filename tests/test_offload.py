@@ -217,6 +217,22 @@ def test_a_bound_model_goes_on(folder: Path) -> None:
 
 
 @torch.no_grad()
+def test_steps_as_they_come_do_not_move_weights_to_and_fro() -> None:
+    found = bind_request(copy.deepcopy(captured()[1]), offload="disk")
+    moves = []
+    away = found.prologue.offloaded.away
+    found.prologue.offloaded.away = lambda: moves.append(1) or away()  # type: ignore[method-assign]
+    for step in (9, 5, 3):
+        check(found, draw(t=step))
+    assert not moves and not found.prologue.offloaded.is_away
+    check(found, draw(t=3))  # nothing new: they may go
+    assert len(moves) == 1 and found.prologue.offloaded.is_away
+    for step in (9, 5, 3):  # of another prompt, all at once
+        check(found, draw(seed=1, t=step))
+    assert found.prologue.offloaded.is_away
+
+
+@torch.no_grad()
 def test_a_step_never_touches_what_is_away() -> None:
     found = bind_request(copy.deepcopy(captured()[1]), [9, 5], offload="disk")
     found(**draw(t=9))

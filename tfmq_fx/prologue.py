@@ -68,13 +68,15 @@ class Prologue:
         found = [given[name] for name in self.kept]
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._check_weights()
-            steps = self._steps(t)
+            steps, before = self._steps(t), self._computed()
             for kept in self.parts:
                 values = self._values(kept, steps, t, [given[n] for n in kept.part.conditions])
                 # what the caller gets to hold must not be what is kept
                 pairs = zip(values, kept.part.returned, strict=True)
                 found += [value.clone() if returned else value for value, returned in pairs]
-            self._settle()
+            # Without a schedule, steps that are new ask for the weights one after the other.
+            if self.schedule or self._computed() == before:
+                self._settle()
         return found
 
     def set_timesteps(self, timesteps: Any) -> None:
@@ -274,6 +276,9 @@ class Prologue:
         for kept in self.parts:
             kept.graph = kept.part.graph
         self.forget()
+
+    def _computed(self) -> int:
+        return sum(kept.computed for kept in self.parts)
 
     def _settle(self) -> None:
         """Move weights away again, and take their state as the one that values belong to."""
