@@ -79,7 +79,7 @@ def test_plain_data_is_json_with_names_for_what_is_not_finite():
         "ok": False,
         "exact": False,
         "equal": False,
-        "difference": {"batch_1": 0.25, "larger": 0.5},
+        "difference": {"absolute": 0.25, "relative": 0.5},
         "pooled": 24.5,
         "threshold": 30.0,
         "steps": [
@@ -120,8 +120,7 @@ def test_plain_data_is_json_with_names_for_what_is_not_finite():
 
 def test_the_text_is_a_table_with_the_worst_first():
     assert str(everything()).splitlines() == [
-        "lossy model, NOT OK: batch 1 differs by 0.25, larger batch within 0.5 relative, "
-        "3 timesteps",
+        "lossy model, NOT OK: outputs within 0.25, 0.5 relative, 3 timesteps",
         "output SQNR 24.5 dB, asked for 30; worst steps: t=250 -inf, t=999 12.0, t=0 30.0",
         "parameters that are not the reference's: norm.weight",
         "culprits              SQNR dB  at t  what would fix it",

@@ -29,12 +29,14 @@ from .nn import QuantLayer
 from .noise import decibels, energies, pooled
 from .ops import timestep_index
 from .site_parts import Leaf, SitePart, find_parts
+from .spill import Spill
 from .walk import Walk
 
 FAR = 10.0  # dB, ten times the noise power
 CLIPPED = 10.0  # dB of the input's own rounding; static ranges for all timesteps explain 4
 OFF = math.sqrt(2)  # a ratio between right and off by two; weights of 2 bits have 0.86
 _FEW = 3  # layers that a median needs
+_MEMORY = 1 << 30  # bytes of the reference's values that wait in memory, more in files
 _SEARCH = 8  # candidates of clipped weight ranges: 80 would gain a few tenths of a dB
 _REBUILT = 1e-3  # relative error of a layer rebuilt in floating point that reassociation may leave
 
@@ -113,21 +115,22 @@ def site_errors(
     position = placeholders.index(reference.meta["timestep"])
     steps = [timestep_index(timesteps, values[position]).tolist() for values in examples]
     tables = dict(model.named_buffers())
-    full = Walk(reference, examples)
-    last = {node: part.name for part in parts for node in (part.target, *part.given)}
-    full.keep(last)
     result, doubtful = list[SiteError](), dict[str, _Trial]()
-    for part in parts:
-        needed = (part.target, *part.given)
-        full.run_past(needed)
-        values = [[full.values[node][i] for node in needed] for i in range(len(examples))]
-        early = times[part.target] is not Binding.X
-        trusted = not (early and times.deps[part.target] & set(drawn))
-        trial = _Trial(part, values, steps)
-        result.append(_judged(trial, tables, trusted))
-        if result[-1].excess > FAR:
-            doubtful[part.name] = trial
-        full.release(node for node in needed if last[node] == part.name)
+    last = {node: part.name for part in parts for node in (part.target, *part.given)}
+    with Spill(_MEMORY) as spill:
+        full = Walk(reference, examples, spill=spill)
+        full.keep(last)
+        for part in parts:
+            needed = (part.target, *part.given)
+            full.run_past(needed)
+            values = [[full.values[node][i] for node in needed] for i in range(len(examples))]
+            early = times[part.target] is not Binding.X
+            trusted = not (early and times.deps[part.target] & set(drawn))
+            trial = _Trial(part, values, steps)
+            result.append(_judged(trial, tables, trusted))
+            if result[-1].excess > FAR:
+                doubtful[part.name] = trial
+            full.release(node for node in needed if last[node] == part.name)
     result = _seen_in_place(result, doubtful, model, examples)
     ranged = [e for e in result if e.input_ratio != 1.0]  # the others read floats, or no data
     ratios = [each.input_ratio for each in ranged if each.input_ratio > 0]

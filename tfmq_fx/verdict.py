@@ -22,11 +22,12 @@ class Verification:
     """What `verify` found. `str()` is for reading, `to_dict()` for programs.
 
     exact: whether the model claims to be exact (nothing in it is quantized).  equal: whether every
-    output at batch 1 was equal bit for bit.  difference: the largest absolute difference at batch 1
-    and relative difference at a larger batch.  steps: output SQNR in dB at each timestep.
+    output was equal bit for bit, at batch 1 where it claims to be.  difference: the largest
+    absolute difference there, and relative difference at a larger batch.
+    steps: output SQNR in dB at each timestep.  pooled: that of all examples together.
     features: (name, mean, worst) relative error of each temporal feature over the set, and the
-    timestep of the worst.  sites: (name, worst SQNR in dB over steps, timestep), worst first, each
-    on the reference's own inputs.  pooled: output SQNR in dB over all examples together.
+    timestep of the worst.  sites: (name, worst SQNR in dB over steps, timestep), worst first, of
+    each layer (and product of attention) on the reference's own inputs.
     culprits: at most ten layers and features, what is broken first, and what would fix each.
     changed: parameters in floating point that are not the reference's, at most ten.
     threshold: the pooled SQNR in dB that was asked for.
@@ -62,7 +63,7 @@ class Verification:
             "ok": self.ok,
             "exact": self.exact,
             "equal": self.equal,
-            "difference": {"batch_1": self.difference[0], "larger": self.difference[1]},
+            "difference": {"absolute": self.difference[0], "relative": self.difference[1]},
             "pooled": self.pooled,
             "threshold": self.threshold,
             "steps": [{"timestep": t, "sqnr": value} for t, value in self.steps.items()],
@@ -99,11 +100,12 @@ class Verification:
         kind = "exact" if self.exact else "lossy"
         asked = "" if self.threshold is None else f", asked for {self.threshold:g}"
         count = f"{len(self.steps)} timestep{'' if len(self.steps) == 1 else 's'}"
-        lines = [
-            f"{kind} model, {'ok' if self.ok else 'NOT OK'}: batch 1 "
-            f"{'equal bit for bit' if self.equal else f'differs by {self.difference[0]:.3g}'}, "
-            f"larger batch within {self.difference[1]:.3g} relative, {count}"
-        ]
+        most, relative = (f"{value:.3g}" for value in self.difference)
+        alone = "equal bit for bit" if self.equal else f"differs by {most}"
+        outputs = f"batch 1 {alone}, larger batch within {relative} relative"
+        if not self.exact:
+            outputs = f"outputs within {most}, {relative} relative"
+        lines = [f"{kind} model, {'ok' if self.ok else 'NOT OK'}: {outputs}, {count}"]
         if self.pooled != math.inf:
             worst = sorted(self.steps.items(), key=lambda item: item[1])[:5]
             steps = ", ".join(f"t={t:g} {v:.1f}" for t, v in worst)
