@@ -33,6 +33,7 @@ class Entry:
     def clear(self) -> None:
         """Drop the values."""
         self.index: dict[float, int] = {}
+        self._known: Tensor | None = None  # the same on the device
         self.used = set[float]()
         self.rows = [Rows(self._precision, batched=batched) for batched in self._part.batched]
 
@@ -53,8 +54,9 @@ class Entry:
 
     def places(self, t: Tensor) -> Tensor:
         """The row of each timestep (B,), -1 where there is none, without waiting for the device."""
-        known = torch.tensor(list(self.index), dtype=torch.float64, device=t.device)
-        hit = t.double()[:, None] == known
+        if self._known is None or len(self._known) != len(self.index):
+            self._known = torch.tensor(list(self.index), dtype=torch.float64, device=t.device)
+        hit = t.double()[:, None] == self._known
         return torch.where(hit.any(1), hit.int().argmax(1), -1)
 
     def picked(self, places: Tensor) -> list[Tensor]:
