@@ -139,7 +139,7 @@ def test_products_of_attention_are_rounded_without_weights():
     model = lossy("q-diffusion-w8a8")
     found = [part for part in find_parts(captured(), model.gm) if part.products]
     assert [part.name for part in found] == ["einsum", "einsum_1"]
-    chunk = [torch.randn(2, 3, 8, 8), KEYS[:2]]
+    chunk = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), KEYS[:2]]
     for part in found:
         assert part.leaves == () and len(part.products) == 2
         ((expected, *given),) = values_of(captured(), [chunk], part)
@@ -147,8 +147,10 @@ def test_products_of_attention_are_rounded_without_weights():
             (rounded,) = part.part(*given)
             (plain,) = changed(part, float_layer((), part.products))(*given)
         assert torch.equal(plain, expected)
-        # 8 bits of each operand: half a step of a range that calibration saw, about 1/255
-        assert 1e-4 < float((rounded - expected).norm() / expected.norm()) < 2e-2
+        # 8 bits of each operand, half a step of a range that calibration saw, is about 1/255; a
+        # value beyond that range is clipped (found: 1.8 and 0.6 %; a wrong operand is off by 100 %)
+        error = float((rounded - expected).norm() / expected.norm())
+        assert 1e-4 < error < 4e-2
 
 
 def test_a_change_can_be_taken_back_and_leaves_the_model_alone(gm, chunks):
