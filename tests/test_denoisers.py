@@ -234,7 +234,7 @@ def check(spec: Spec, spatial: bool) -> None:
         folded(**unknown)
 
 
-@settings(SETTINGS, max_examples=140)
+@settings(SETTINGS, max_examples=80)
 @given(spec=denoisers(), spatial=...)
 def test_random_denoisers_are_followed_exactly(spec: Spec, spatial: bool) -> None:
     note(repr(spec))

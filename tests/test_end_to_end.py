@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -87,6 +87,11 @@ def fast(name: str, **temporal: Any) -> Config:
         last=few(recipe.last),
         temporal=dataclasses.replace(recipe.temporal, **{"tiar_iters": 0, **temporal}),
     )
+
+
+def without_sdxl(names: Iterable[str]) -> list[Any]:
+    """These models, SDXL in the slow tests: much of it is SD 1.5's."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n == "sdxl" else []) for n in names]
 
 
 def steps_of(name: str) -> tuple[float, ...]:
@@ -423,7 +428,7 @@ def dynamo() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", without_sdxl(NAMES))
 def test_one_graph_for_a_whole_loop(name: str, dynamo: Any) -> None:
     done = converted(name, "w8a8")
     counter = dynamo.testing.CompileCounterWithBackend(
@@ -477,7 +482,7 @@ TEMPORAL = {  # a layer of the block, and what reads the features
 }
 
 
-@pytest.mark.parametrize("name", TEMPORAL)
+@pytest.mark.parametrize("name", without_sdxl(TEMPORAL))
 def test_the_temporal_part_as_rows_and_as_a_quantized_block(name: str) -> None:
     _, prepared = calibrated(name)
     done = {}

@@ -11,7 +11,7 @@ from tests.test_api import TIMES, calibrated, data, fast
 from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx import compile, convert, fold_timesteps, load, prepare, save
 from tfmq_fx.dialect import check, stage_of
-from tfmq_fx.errors import InputError
+from tfmq_fx.errors import ConfigError, InputError
 from tfmq_fx.modules import ModelConfig, Removed, retarget
 from tfmq_fx.nn import QuantConv2d
 from tfmq_fx.tables import QuantTimestepTable
@@ -83,6 +83,31 @@ def test_the_users_model_is_no_part_of_the_prepared_one(prepared, toy):
 def test_prepared_models_compute_without_gradients(prepared):
     x, t = data(8)[0]
     assert not prepared(x.clone().requires_grad_(), t).requires_grad
+
+
+@pytest.mark.parametrize("move", [{"dtype": torch.bfloat16}, {"device": "meta"}])
+def test_prepared_models_do_not_move(toy, move):
+    prepared = calibrated(toy, 8, fast("w8a8"))
+    before = {key: value.clone() for key, value in prepared.state_dict().items()}
+    with pytest.raises(ConfigError, match="Move the model before prepare"):
+        prepared.to(**move)
+    assert all(torch.equal(value, before[key]) for key, value in prepared.state_dict().items())
+    convert(prepared.to("cpu", torch.float32), progress=False)
+
+
+@pytest.mark.parametrize("move", [{"dtype": torch.bfloat16}, {"device": "meta"}])
+def test_moving_a_model_moves_no_other(toy, move):
+    given, x = toy.state_dict(), torch.randn(2, 3, 8, 8)
+    prepared = calibrated(toy, 8, fast("w8a8"))
+    first, second = (convert(prepared, progress=False) for _ in range(2))
+    expected = second(x, TIMES[1])
+    copied = copy.deepcopy(prepared.gm.state_dict())
+    first.to(**move)
+    assert {t.dtype for t in first.parameters()} <= {move.get("dtype", torch.float32)}
+    assert torch.equal(second(x, TIMES[1]), expected)
+    assert torch.equal(convert(prepared, progress=False)(x, TIMES[1]), expected)
+    for state, before in [(prepared.gm.state_dict(), copied), (toy.state_dict(), given)]:
+        assert all(torch.equal(value, before[key]) for key, value in state.items())
 
 
 def test_batched_inputs_are_told_from_the_others(prepared):

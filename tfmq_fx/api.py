@@ -36,7 +36,7 @@ from .correction import measure_errors
 from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, BackendError, ConfigError
-from .graph import Rewrite
+from .graph import Rewrite, own_modules
 from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
 from .ops import check_timesteps
 from .origin import Origin
@@ -276,6 +276,7 @@ def convert(
         gm = reconstruct(prepared, spec.iters, "blocks")
     for i in range(spec.rounds if quantized else 0):
         gm = reconstruct(resampled(prepared, gm), spec.round_iters, f"round {i}")
+    own_modules(gm)  # so that it moves alone
     gm.meta["timesteps"] = timesteps
     if recipe.correction != "none" and (quantized or recipe.attention is not None):
         errors = measure_errors(reference, gm, chunks, timesteps=timesteps)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .dialect import Stage, check, stage_of
 from .errors import GraphError, TfmqError
@@ -52,6 +52,16 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
     forked.meta = dict(gm.meta)
     forked.train(gm.training)
     return forked
+
+
+def own_modules(gm: fx.GraphModule) -> None:
+    """Give a graph modules and Parameters of its own, on the memory of those it shares."""
+    memo: dict[int, Any] = {id(b): b for b in gm.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in gm.parameters()}
+    for name, child in list(gm.named_children()):
+        gm.add_module(name, copy.deepcopy(child, memo))
+    for name, parameter in list(gm.named_parameters(recurse=False)):
+        gm.register_parameter(name, memo[id(parameter)])
 
 
 def graph_pass(

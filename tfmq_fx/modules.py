@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from .config import Config, LayerConfig
 from .dialect import stage_of
-from .errors import InputError
+from .errors import ConfigError, InputError
 from .graph import KEYS, Rewrite, timestep_node
 from .graph_json import from_json, to_json
 from .module_json import install_modules, module_json
@@ -260,6 +260,16 @@ class Prepared(GraphModel):
     def unmerged(self) -> fx.GraphModule:
         """The graph as it was captured."""
         return self._unmerged[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (probe.dtype, probe.device) != (self.dtype, self.device):
+            raise ConfigError(
+                f"a prepared model stays as it was captured, {self.dtype} on {self.device}; asked "
+                f"for {probe.dtype} on {probe.device}. Move the model before prepare(), or the "
+                "converted one."
+            )
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:

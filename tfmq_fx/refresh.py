@@ -16,7 +16,7 @@ from .bound import Bound
 from .dataflow import temporal_block
 from .dialect import is_timestep_row
 from .errors import CalibrationError, ConfigError
-from .graph import timestep_node
+from .graph import own_modules, timestep_node
 from .module_json import tensors_of
 from .modules import Compiled, Converted
 from .nn import QuantLayer
@@ -152,11 +152,9 @@ def _retimed(made: Converted, values: Tensor, source: nn.Module | None) -> Conve
         rows = _rows(captured, values, {n.meta.get(FEATURE) for n in made.gm.graph.nodes})
         watch = watch or SourceWatch(source, origin.fingerprints, tensors_of(captured))
     scales = origin.scales or _scales(made.gm)
-    memo: dict[int, Any] = {id(b): b for b in made.gm.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in made.gm.parameters()}
-    gm = copy.deepcopy(made.gm, memo)
-    gm.meta = dict(made.gm.meta)
-    done = change_timesteps(gm, timesteps=values, rows=rows, calibrated=(origin.timesteps, scales))
+    calibrated = (origin.timesteps, scales)
+    done = change_timesteps(made.gm, timesteps=values, rows=rows, calibrated=calibrated)
+    own_modules(done.gm)
     record = copy.deepcopy(made.record)
     record["passes"].append(pass_record(done))
     record["interpolated"] = done.details["interpolated"]
