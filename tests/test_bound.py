@@ -725,6 +725,23 @@ def test_more_timesteps_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     check(found, draw(t=[1, 0]))
 
 
+def test_rows_of_timesteps_that_never_repeat_do_not_outgrow_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prologue_module, "_FEW_ROWS", 1)
+    found = bound()
+    weights = found.prologue.offloaded.nbytes()
+    most = [max(1, weights // (64 * p.part.step_bytes)) for p in found.prologue.parts]
+    assert max(most) < 100
+    for t in range(150):
+        check(found, draw(64, t=t))
+        for kept, room in zip(found.prologue.parts, most, strict=True):
+            assert not kept.part.stepped or len(kept.entries[0].index) <= room
+    found.set_timesteps(range(300))  # what was asked for is kept
+    check(found, draw(64, t=299))
+    assert {len(p.entries[0].index) for p in found.prologue.parts if p.part.stepped} == {300}
+
+
 def test_without_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a schedule is all there is, timesteps stay on their device; one outside gives NaN."""
     monkeypatch.setattr(prologue_module, "_is_remote", lambda t: True)

@@ -61,7 +61,7 @@ class Offloaded:
             tensor.data = tensor.data.cpu() if self.kind == "cpu" else self._mapped(i, name, tensor)
         self.is_away = True
         if self.kind == "disk":
-            _give_back()
+            give_back()
         return True
 
     def back(self) -> None:
@@ -128,7 +128,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Have the C library return freed memory to the system, where it can be asked to."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -27,7 +27,9 @@ from .request import has_lookups, tensors_of
 from .schedule import Schedule
 from .watch import Sighting
 
-_MOST_ROWS = 1024  # rows kept for one condition where timesteps never repeat
+# Rows kept for one condition where timesteps never repeat: so many that they take no more bytes
+# than the weights that they stand for, within these bounds.
+_FEW_ROWS, _MOST_ROWS = 64, 1024
 _RESTLESS = 3  # conditions in a row that served one step each: then rows are made one by one
 
 
@@ -207,7 +209,7 @@ class Prologue:
         wanted = [step for step in every if step not in entry.index]
         if not wanted:
             return
-        if len(entry.index) + len(wanted) > _MOST_ROWS:
+        if len(entry.index) + len(wanted) > self._room(kept, entry):
             entry.clear()
             wanted = every
         self._know(kept, wanted)
@@ -229,6 +231,12 @@ class Prologue:
         entry.store(values)
         for step in wanted:
             entry.index[step] = len(entry.index)
+
+    def _room(self, kept: Kept, entry: Entry) -> int:
+        """How many rows an entry may grow to; those of a schedule, and as many others, always."""
+        row = max(1, kept.part.step_bytes * len(entry.like))
+        scheduled = 2 * len(self.schedule.values())
+        return min(_MOST_ROWS, max(_FEW_ROWS, scheduled, self.offloaded.nbytes() // row))
 
     def _know(self, kept: Kept, steps: Sequence[float]) -> None:
         """Have the part's own look-ups know these timesteps, their scales interpolated."""
