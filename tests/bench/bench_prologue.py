@@ -314,8 +314,8 @@ def main() -> None:
                 f"{row['model']}: {row['parameters'] / 1e6:.1f}M parameters, {share:.1f} % of the "
                 f"bytes leave ({row['freed_bytes'] / 2**20:.1f} MiB; with offload='disk' anonymous "
                 f"memory fell by {row['anonymous_freed'] / 2**20:.1f} MiB), values of a request "
-                f"take {row['kept_bytes_of_one_request'] / 2**20:.2f} MiB, equal bit for bit in eager: "
-                f"{row['equal']}"
+                f"take {row['kept_bytes_of_one_request'] / 2**20:.2f} MiB, equal bit for bit in "
+                f"eager: {row['equal']}"
             )
     print(
         json.dumps(
