@@ -131,7 +131,8 @@ class GraphModel(nn.Module):
             raise InputError(
                 f"{self.call.timestep}: {unknown[0]} is not among the {len(keys)} timesteps this "
                 f"model was made for ({keys[0].item()} to {keys[-1].item()}). Prepare it again "
-                "with timesteps= that include it, or set the scheduler as in calibration."
+                "with timesteps= that include it (left out, it takes those that calibration "
+                "visits), or set the scheduler as in calibration."
             )
 
     @property
