@@ -4,7 +4,10 @@ HYPOTHESIS_PROFILE=explore draws new ones. Processes that run side by side share
 """
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +17,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture
+def dynamo() -> Iterator[Any]:
+    """torch._dynamo with nothing compiled or counted, before and after."""
+    import torch._dynamo.testing
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo
+    torch._dynamo.reset()

@@ -418,16 +418,6 @@ def loop(name: str, run: Any, form: str, count: int, batch: int = 2) -> Iterator
         given = {**given, sample: x - 0.1 * out[:, : x.shape[1]]}
 
 
-@pytest.fixture
-def dynamo() -> Iterator[Any]:
-    import torch._dynamo.testing
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("name", without_sdxl(NAMES))
 def test_one_graph_for_a_whole_loop(name: str, dynamo: Any) -> None:
     done = converted(name, "w8a8")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.test_bound import captured, check, conditional, draw
+from tests.bound.toys import captured, check, conditional, draw
 from tfmq_fx import Bound, ConfigError, PrologueSpec, bind_request, load, save
 from tfmq_fx.offload import Offloaded, check_offload
 

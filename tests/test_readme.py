@@ -10,7 +10,7 @@ import torch
 
 import tfmq_fx
 from tests.test_api import fast
-from tests.toys import seeded
+from tests.toys import tiny_unet2d
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -24,15 +24,7 @@ def test_the_code_in_the_readme_runs_in_order(
     # what Inductor makes of it, and learning, are tested elsewhere and take a minute
     monkeypatch.setattr(tfmq_fx, "compile", functools.partial(tfmq_fx.compile, backend="eager"))
     monkeypatch.setitem(tfmq_fx.PRESETS, "w4a8", fast("w4a8"))
-    unet = seeded(
-        diffusers.UNet2DModel,
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
+    unet = tiny_unet2d(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4)
     before = {key: value.clone() for key, value in unet.state_dict().items()}
     pipe = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_bound import check, conditional, draw
+from tests.bound.toys import check, conditional, draw
 from tfmq_fx import Bound, ConfigError, Converted, InputError, bind_request
 from tfmq_fx.schedule import Schedule
 

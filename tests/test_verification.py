@@ -18,7 +18,8 @@ from tfmq_fx.binding import bind_request
 from tfmq_fx.culprits import AGAIN
 from tfmq_fx.modules import Converted
 from tfmq_fx.presets import resolve
-from tfmq_fx.verification import EXACT_ELSEWHERE, graph_of
+from tfmq_fx.verdict import EXACT_ELSEWHERE
+from tfmq_fx.verification import graph_of
 
 
 @pytest.fixture(scope="module")

@@ -151,22 +151,22 @@ class ToyDiT(nn.Module):
         return out.permute(0, 5, 1, 3, 2, 4).reshape(b, self.channels, height, width)
 
 
-def tiny_unet2d() -> nn.Module:
-    """diffusers' UNet2DModel with attention, about 0.3M parameters, 16x16."""
+def tiny_unet2d(**options: Any) -> nn.Module:
+    """diffusers' UNet2DModel with attention, about 0.3M parameters, 16x16; options: instead."""
     from diffusers import UNet2DModel
 
-    model: nn.Module = seeded(
-        UNet2DModel,
-        sample_size=16,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        attention_head_dim=8,
-    )
+    usual: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 8,
+        "attention_head_dim": 8,
+    }
+    model: nn.Module = seeded(UNet2DModel, **usual | options)
     return model.eval()
 
 

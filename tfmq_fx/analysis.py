@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from .dataflow import (
 )
 from .drawing import Drawing
 from .errors import ConfigError, InputError
+from .files import write_whole
 from .flops import node_flops
 from .graph import module_path
 from .ops import is_heavy
@@ -66,10 +65,7 @@ class Analysis:
             raise ConfigError(f"{path}: the name must end in one of {', '.join(write)}")
         text = write[path.suffix]()
         try:
-            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-                made = Path(folder) / path.name
-                made.write_text(text, encoding="utf-8")
-                os.replace(made, path)
+            write_whole(path, text)
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error}") from error
 

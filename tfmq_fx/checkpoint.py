@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ConfigError
+from .files import write_whole
 from .nn import QuantLayer
 
 FORMAT_VERSION = 1
@@ -80,7 +80,7 @@ class Checkpoint:
             if not path.exists() and any(self.directory.glob("[!.]*")):
                 raise ConfigError(f"{self.directory} is not empty and holds no checkpoint")
             if not path.exists():
-                _write(path, json.dumps(wanted, indent=1).encode())
+                write_whole(path, json.dumps(wanted, indent=1).encode())
             found = json.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"no checkpoint can be kept in {self.directory}: {error}") from error
@@ -134,7 +134,7 @@ class Checkpoint:
         check = digest([self._group + name, json.loads(json.dumps(facts)), tensors])
         metadata = {"facts": json.dumps(facts), "sha256": check}
         try:
-            _write(self._path(name), safetensors.torch.save(tensors, metadata))
+            write_whole(self._path(name), safetensors.torch.save(tensors, metadata))
         except OSError as error:
             raise ConfigError(f"no checkpoint can be kept in {self.directory}: {error}") from error
 
@@ -201,13 +201,3 @@ def _differences(found: Any, wanted: Any, where: str = "") -> list[str]:
         return []
     shown = max(len(json.dumps(found)), len(json.dumps(wanted))) <= 40
     return [f"{where}: {found!r} there, {wanted!r} here" if shown else f"another {where}"]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, and rename it when it is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,10 +18,11 @@ from . import api, artifact, backends, digits, metrics
 from .capture import capture
 from .config import ActivationSpec, Config, LayerConfig, WeightSpec
 from .errors import BackendError
+from .feature_errors import temporal_errors
+from .files import write_whole
 from .modules import Converted
 from .presets import PRESETS
 from .report import report
-from .verification import temporal_errors
 
 STEPS = 20  # DDIM steps
 PAIRS = 64  # seeds for output SQNR and for same-seed PSNR
@@ -359,14 +359,11 @@ def draw_curves(steps: list[int], curves: dict[str, list[float]], path: Path) ->
 
 
 def _save_figure(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_whole(path, picture.getvalue())
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write `data` as JSON, beside the target first."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
-    with os.fdopen(handle, "w") as file:
-        json.dump(data, file, indent=1)
-    os.replace(temporary, path)
+    """Write `data` as JSON. The file appears complete."""
+    write_whole(path, json.dumps(data, indent=1))

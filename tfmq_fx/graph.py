@@ -54,10 +54,16 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
     return forked
 
 
+def same_memory(module: nn.Module) -> dict[int, Any]:
+    """A memo for copy.deepcopy by which copies lie on the memory of `module`: they share buffers,
+    and have Parameters of their own that want a gradient where the module's do."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    return memo | {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()}
+
+
 def own_modules(gm: fx.GraphModule) -> None:
     """Give a graph modules and Parameters of its own, on the memory of those it shares."""
-    memo: dict[int, Any] = {id(b): b for b in gm.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in gm.parameters()}
+    memo = same_memory(gm)
     for name, child in list(gm.named_children()):
         gm.add_module(name, copy.deepcopy(child, memo))
     for name, parameter in list(gm.named_parameters(recurse=False)):

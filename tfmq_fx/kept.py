@@ -86,7 +86,7 @@ class Kept:
         self.shared = part.stepped and not part.conditions
         self.restless = 0
         self.interpolated = 0
-        self.computed = 0  # values computed so far, for reports and tests
+        self.computed = 0  # how many steps' values were made so far
 
     def find(self, given: Sequence[Tensor], t: Tensor) -> Entry:
         """The entry of these conditions at this batch size, made where there is none."""

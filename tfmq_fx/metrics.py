@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .noise import decibels, energies, pooled
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:
@@ -25,19 +26,9 @@ def _same_shape(a: Tensor, b: Tensor) -> None:
         raise ConfigError(f"nothing to compare: the shape is {tuple(a.shape)}")
 
 
-def _decibels(signal: float, error: float) -> float:
-    """10 log10(signal / error): inf without error, -inf for an error with no signal."""
-    if math.isnan(signal) or math.isnan(error):
-        return math.nan
-    if error == 0:
-        return math.inf
-    # Two logarithms: the quotient itself could overflow or vanish.
-    return 10 * (math.log10(signal) - math.log10(error)) if signal > 0 else -math.inf
-
-
-def _energies(reference: Tensor, estimate: Tensor) -> tuple[float, float]:
-    signal = reference.detach().double()
-    return float(signal.square().sum()), float((signal - estimate.detach()).square().sum())
+def _energies(reference: Tensor, estimate: Tensor) -> Tensor:
+    """Squares summed of the reference and of the error: (2, 1), the difference in float64 too."""
+    return energies(reference.detach().double(), estimate.detach().double(), 1)
 
 
 def sqnr(reference: Tensor, estimate: Tensor) -> float:
@@ -48,7 +39,7 @@ def sqnr(reference: Tensor, estimate: Tensor) -> float:
     unequal or empty shapes.
     """
     _same_shape(reference, estimate)
-    return _decibels(*_energies(reference, estimate))
+    return pooled(_energies(reference, estimate))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +65,10 @@ def output_sqnr(reference_outputs: Tensor, outputs: Tensor) -> OutputSqnr:
     _same_shape(reference_outputs, outputs)
     if outputs.dim() < 2:
         raise ConfigError(f"outputs must be (steps, n, ...), got {tuple(outputs.shape)}")
-    pairs = [_energies(f, fhat) for f, fhat in zip(reference_outputs, outputs, strict=True)]
-    per_step = [_decibels(signal, error) for signal, error in pairs]
-    pooled = _decibels(math.fsum(s for s, _ in pairs), math.fsum(e for _, e in pairs))
-    return OutputSqnr(per_step=per_step, mean=sum(per_step) / len(per_step), pooled=pooled)
+    pairs = zip(reference_outputs, outputs, strict=True)
+    energy = torch.cat([_energies(f, fhat) for f, fhat in pairs], 1)
+    per_step = decibels(energy).tolist()
+    return OutputSqnr(per_step=per_step, mean=sum(per_step) / len(per_step), pooled=pooled(energy))
 
 
 def psnr(reference: Tensor, images: Tensor, data_range: float = 2.0) -> Tensor:

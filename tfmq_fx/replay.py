@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import CaptureError
+from .graph import same_memory
 from .signature import BATCH, CallSpec
 from .structure import outline, rebuild
 
@@ -23,10 +24,8 @@ def structural_clone(model: nn.Module) -> nn.Module:
     Parameters of the copy are objects of their own that want a gradient where the model's do (torch
     chooses matrix kernels by that); what is learnt later is never the model's.
     """
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     try:
-        return copy.deepcopy(model, memo).eval()
+        return copy.deepcopy(model, same_memory(model)).eval()
     except (TypeError, RuntimeError) as error:
         raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .culprits import Culprit
 from .errors import ConfigError
+from .files import write_whole
 
 EXACT_ELSEWHERE = 1e-5  # relative difference that float reassociation leaves at batch sizes above 1
 
@@ -89,10 +88,7 @@ class Verification:
         path = Path(path)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         try:
-            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-                made = Path(folder) / path.name
-                made.write_text(text, encoding="utf-8")
-                os.replace(made, path)
+            write_whole(path, text)
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error}") from error
 

@@ -16,7 +16,6 @@ from .culprits import Culprit, Measure, find_culprits
 from .drawn_inputs import Draw, Example, batches, draw_examples, join, rows_of
 from .errors import ConfigError
 from .feature_errors import FeatureError, feature_errors
-from .feature_errors import temporal_errors as temporal_errors
 from .modules import Compiled, Converted
 from .nn import QuantLayer
 from .noise import decibels, energies, pooled
@@ -27,8 +26,7 @@ from .progress import progress_bar
 from .replay import arguments
 from .site_errors import site_errors
 from .tables import QuantTimestepTable
-from .verdict import EXACT_ELSEWHERE as EXACT_ELSEWHERE
-from .verdict import Verification as Verification
+from .verdict import Verification
 
 _CHANGED = 10  # names of parameters told
 _SITES, _FIXES = 64, 16  # examples that layers and fixes are measured on

@@ -1,0 +1,23 @@
+"""A file that appears complete, or not at all, whenever the process dies."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write `content`, text in UTF-8, beside `path` and rename it when it is on disk.
+
+    Raises OSError where it cannot be written; what was at `path` is then still there.
+    """
+    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with made.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(made, path)
+    finally:
+        made.unlink(missing_ok=True)
