@@ -352,7 +352,7 @@ def draw_curves(steps: list[int], curves: dict[str, list[float]], path: Path) ->
     axis.set_xlabel("timestep")
     axis.set_ylabel("relative error of temporal features (mean)")
     axis.set_title(f"exact: {', '.join(exact)}" if exact else "", fontsize=9)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     figure.tight_layout()
     _save_figure(figure, path)
     plt.close(figure)

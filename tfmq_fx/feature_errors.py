@@ -11,11 +11,11 @@ from torch import Tensor, fx
 
 from .dataflow import temporal_block
 from .dialect import is_timestep_row
-from .graph import insert_timestep_row
+from .graph import insert_timestep_row, timestep_node
 from .passes.reconstruct_tib import relative_errors
+from .regions import extract
 from .tables import FEATURE, QuantTimestepTable, cache_rows, restore_rows
 from .temporal import compute_rows
-from .walk import Walk
 
 Form = Literal["table", "cache", "block"]  # exact rows, integer rows, computed by layers
 _ROUNDING = 16  # of the dtype's eps: what another machine's order of additions leaves in a row
@@ -81,17 +81,11 @@ def feature_errors(
         return []
     computed = compute_rows(block.graph, timesteps)
     rows = {f.name: row for f, row in zip(block.features, computed, strict=True)}
-    found: dict[str, list[Tensor]] = {name: [] for name in nodes}
-    like = {n.name: n.meta["val"] for n in reference.graph.find_nodes(op="placeholder")}
-    for t in timesteps:
-        walk = Walk(model, [_zeros(like, reference.meta["timestep"], t)])
-        walk.keep(nodes.values())
-        walk.run_past(nodes.values())
-        for name, node in nodes.items():
-            found[name].append(walk.values[node][0])
+    graph = extract(model, list(nodes.values()), [timestep_node(model)])
+    found = dict(zip(nodes, compute_rows(graph, timesteps), strict=True))
     result = []
     for name, node in nodes.items():
-        values = torch.cat(found[name]).view_as(rows[name])
+        values = found[name].view_as(rows[name])
         form, bits = _form(model, node)
         stored = rows[name]
         if bits is not None:
@@ -143,15 +137,3 @@ def _form(model: fx.GraphModule, node: fx.Node) -> tuple[Form, int | None]:
         if isinstance(table, QuantTimestepTable):
             return "cache", table.bits
     return "block", None
-
-
-def _zeros(like: dict[str, Tensor], timestep: str, t: Tensor) -> list[Tensor]:
-    """Placeholder values at batch 1: zeros, and the timestep."""
-    made = []
-    for name, value in like.items():
-        if name == timestep:
-            made.append(t.to(value.dtype).reshape(1))
-        else:
-            sizes = [n if isinstance(n, int) else 1 for n in value.shape]
-            made.append(torch.zeros(sizes, dtype=value.dtype, device=t.device))
-    return made
