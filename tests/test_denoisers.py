@@ -234,7 +234,7 @@ def check(spec: Spec, spatial: bool) -> None:
         folded(**unknown)
 
 
-@settings(SETTINGS, max_examples=80)
+@settings(SETTINGS, max_examples=60)
 @given(spec=denoisers(), spatial=...)
 def test_random_denoisers_are_followed_exactly(spec: Spec, spatial: bool) -> None:
     note(repr(spec))
@@ -275,7 +275,7 @@ def check_trap(spec: Spec) -> None:
     check_dependences(spec, graph)
 
 
-@settings(SETTINGS, max_examples=40)
+@settings(SETTINGS, max_examples=30)
 @given(spec=denoisers(traps=True))
 def test_traps_are_refused_or_followed_exactly(spec: Spec) -> None:
     note(repr(spec))

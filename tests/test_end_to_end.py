@@ -157,7 +157,7 @@ def error_db(name: str, found: Any, batch: int, seed: int) -> list[float]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", without_sdxl(NAMES))
 def test_every_layer_is_quantized_or_a_row(name: str, recipe: str) -> None:
     model, prepared = calibrated(name)
     done = converted(name, recipe)
@@ -360,7 +360,7 @@ def schedule(kind: str) -> Any:
         pytest.param("sd15", EULER, marks=pytest.mark.slow),
         pytest.param("dit-xl-2", DDIM, marks=pytest.mark.slow),
         ("dit-xl-2", EULER),
-        ("sdxl", DDIM),
+        pytest.param("sdxl", DDIM, marks=pytest.mark.slow),
         ("flux-dev", FLOW_EULER),
     ],
 )

@@ -90,7 +90,21 @@ TYPED = [(name, torch.int64) for name in CASES]
 TYPED += [(name, torch.float32) for name in ("openai", "guided", "ddim")]
 
 
-@pytest.fixture(scope="module", params=TYPED, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+# long to trace, and each but a variant of the others
+SLOW = ("openai-checkpoint", "openai-odd-width", "openai-pooling", "openai-self-attention")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            (name, dtype),
+            id=f"{name}-{dtype}",
+            marks=[pytest.mark.slow] if name in SLOW else [],
+        )
+        for name, dtype in TYPED
+    ],
+)
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Captured, torch.dtype, bool]:
     """A model, its graph, the dtype of its timestep, and whether height and width are free."""
     name, dtype = request.param
