@@ -51,12 +51,13 @@ def test_settings_go_by_torchs_names(name):
         assert getattr(made, setting) == getattr(layer, setting), setting
 
 
-def quantized(layer, *, bits=8, act_bits=None, per_timestep=False, spec=None):
+def quantized(layer, *, bits=8, act_bits=None, per_timestep=False, spec=None, **formats):
     """The quantized form of a float layer, weights rounded to nearest."""
+    spec = spec or WeightSpec(bits=bits, format=formats.get("weight_format", "int"))
     made = kind_of(layer).from_float(
-        layer, weight_bits=bits, act_bits=act_bits, per_timestep=per_timestep
+        layer, weight_bits=bits, act_bits=act_bits, per_timestep=per_timestep, **formats
     )
-    grid = weight_qparams(layer.weight, spec or WeightSpec(bits=bits))
+    grid = weight_qparams(layer.weight, spec)
     codes = round_nearest(layer.weight.detach().flatten(1), grid)
     made.set_weight(codes.view(layer.weight.shape), grid)
     return made
@@ -126,6 +127,85 @@ def test_scales_per_timestep_equal_static_ranges_row_by_row(name):
         made(x)
 
 
+FP8 = {"weight_format": "fp8", "act_format": "fp8", "act_bits": 8}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_fp8_weights_are_the_nearest_floats_of_their_channel(name):
+    layer, x = make(name)
+    made = quantized(layer, weight_format="fp8")
+    codes, rows = made.weight_codes(), layer.weight.detach().flatten(1)
+    assert codes.dtype == torch.float8_e4m3fn and codes.shape == layer.weight.shape
+    assert made.codes.dtype == torch.uint8 and made.codes.numel() == layer.weight.numel()
+    scale = rows.abs().amax(1, keepdim=True) / 448
+    assert torch.equal(made.weight_scale, scale[:, 0]) and not made.weight_zero.any()
+    assert torch.equal(codes.flatten(1).float().abs().amax(1), torch.full((len(rows),), 448.0))
+    assert torch.equal(made.weight.flatten(1), codes.flatten(1).float() * scale)
+    # 3 bits of mantissa: half a step is 2^-4 of the value, or of 2^-6, the least normal
+    error = (made.weight.flatten(1) - rows).abs() / scale
+    assert bool((error <= 2**-4 * (rows.abs() / scale).clamp(min=2**-6) * (1 + 2**-20)).all())
+    assert torch.equal(made(x), with_weight(layer, made.weight)(x))  # the same operation
+
+
+def test_a_channel_of_zeros_and_values_beyond_the_largest_are_fp8_too():
+    layer = nn.Linear(4, 2)
+    layer.weight.data[0] = 0
+    made = quantized(layer, **FP8)
+    assert not made.weight[0].any() and float(made.weight_scale[0]) == 1
+    made.set_static_range(1.0, 0)
+    seen = made.quantized_input(torch.tensor([-1e9, -448, 449, 17, 2**-9, 2**-11]))
+    # 17 lies between 16 and 18, even mantissa wins; 2^-9 is the least float
+    assert seen.tolist() == [-448, -448, 448, 16, 2**-9, 0]
+
+
+def by_hand(layer, x, dims, steps):
+    """The float layer on x rounded to `steps` integers either way of 0 in each slice of x."""
+    scale = x.abs().amax(dims, keepdim=True) / steps
+    return scale, torch.round(x * (1 / scale)) * scale
+
+
+@pytest.mark.parametrize("act_bits", [4, 6, 8, 16])
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_dynamic_ranges_are_those_of_each_token_or_sample(name, act_bits):
+    layer, x = make(name)
+    made = quantized(layer, act_bits=act_bits, dynamic=True)
+    dims = -1 if isinstance(layer, nn.Linear) else tuple(range(1, x.dim()))
+    x = x * torch.linspace(0.1, 50, len(x)).view(-1, *[1] * (x.dim() - 1))
+    scale, seen = by_hand(layer, x, dims, 2 ** (act_bits - 1) - 1)
+    assert torch.equal(made.measured_scale(x), scale)
+    assert torch.equal(made.quantized_input(x), seen)
+    assert int(made.act_zero) == 2 ** (act_bits - 1) and made.range_kind() == "dynamic"
+    expected = with_weight(layer, made.weight)(seen)
+    # as for static ranges: up to 54 products of |x| |w| <= 200 * 0.5, each rounded three times
+    assert float((made(x) - expected).abs().max()) <= 54 * 200 * 0.5 * 3 * 2**-24
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d circular", "conv3d"])
+@torch.no_grad()
+def test_dynamic_fp8_is_static_fp8_at_the_scale_of_the_slice(name):
+    layer, x = make(name)
+    made, static = quantized(layer, **FP8, dynamic=True), quantized(layer, **FP8)
+    for row in x:
+        static.set_static_range(float(row.abs().max() / 448), 0)
+        assert torch.equal(made(row[None]), static(row[None]))
+
+
+@pytest.mark.parametrize("act_format", ["int", "fp8"])
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_dynamic_zeros_stay_zero_and_half_precision_stays_finite(name, act_format):
+    layer, x = make(name)
+    formats = {"weight_format": act_format, "act_format": act_format}
+    made = quantized(layer, act_bits=8, dynamic=True, **formats)
+    bias = made.bias.view(made.bias_shape)
+    assert torch.equal(made(torch.zeros_like(x)) - bias, torch.zeros_like(made(x)))
+    assert not made.quantized_input(x * 0 + 1e-42).isnan().any()
+    half = made.to(torch.float16)
+    large = (x * 1e4).to(torch.float16)
+    assert half.quantized_input(large).dtype == torch.float16
+    assert bool(torch.isfinite(half.quantized_input(large)).all())
+
+
 def test_padding_stays_exactly_zero_whatever_the_zero_point():
     layer = nn.Conv2d(1, 1, 3, padding=1, bias=False)
     made = quantized(layer, act_bits=8)
@@ -134,17 +214,36 @@ def test_padding_stays_exactly_zero_whatever_the_zero_point():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize(("bits", "act_bits", "per_timestep"), [(4, None, False), (8, 8, True)])
-def test_spec_and_state_dict_rebuild_a_layer(name, bits, act_bits, per_timestep):
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"bits": 4},
+        {"act_bits": 8, "per_timestep": True},
+        {"act_bits": 8, "dynamic": True},
+        {"weight_format": "fp8"},
+        FP8 | {"per_timestep": True},
+        FP8 | {"dynamic": True},
+    ],
+    ids=str,
+)
+def test_spec_and_state_dict_rebuild_a_layer(name, how):
     layer, x = make(name)
-    made = quantized(layer, bits=bits, act_bits=act_bits, per_timestep=per_timestep)
-    made.set_static_range(0.04, 120)
+    made, per_timestep = quantized(layer, **how), how.get("per_timestep", False)
+    if made.act_format == "int" and not made.dynamic:
+        made.set_static_range(0.04, 120)
     rebuilt = type(made).from_spec(made.spec())
     rebuilt.load_state_dict(made.state_dict(), strict=True)
     arguments = (x, torch.full((len(x),), 0.03)) if per_timestep else (x,)
     assert torch.equal(rebuilt(*arguments), made(*arguments))
-    assert rebuilt.spec() == made.spec()
+    assert rebuilt.spec() == made.spec() and repr(rebuilt) == repr(made)
     assert torch.equal(copy.deepcopy(made)(*arguments), made(*arguments))
+
+
+def test_a_spec_of_an_earlier_version_means_integers():
+    made = quantized(nn.Linear(6, 4), act_bits=8)
+    old = {k: v for k, v in made.spec().items() if k not in ("weight_format", "act_format")}
+    del old["dynamic"]
+    assert QuantLinear.from_spec(old).spec() == made.spec()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -202,6 +301,19 @@ def test_codes_that_do_not_fit_are_refused():
         made.set_weight(torch.zeros(4, 6), grid)
     with pytest.raises(ConfigError, match="has no scale per timestep"):
         QuantLinear(weight_shape=(2, 2), weight_bits=8, act_bits=None, per_timestep=True, bias=True)
+    sizes = {"weight_shape": (2, 2), "bias": True}
+    for wrong, text in [
+        ({"dynamic": True, "per_timestep": True}, "have no scale per timestep"),
+        ({"dynamic": True, "act_bits": None}, "has no scale per timestep or call"),
+        ({"weight_format": "fp8", "weight_bits": 4}, "fp8 weights have 8 bits and one scale"),
+        ({"weight_format": "fp8", "weight_groups": 2}, "fp8 weights have 8 bits and one scale"),
+        ({"act_format": "fp8", "act_bits": 16}, "fp8 activations have 8 bits, not 16"),
+    ]:
+        common = {"weight_bits": 8, "act_bits": 8, "per_timestep": False}
+        with pytest.raises(ConfigError, match=text):
+            QuantLinear(**sizes, **(common | wrong))
+    with pytest.raises(ConfigError, match=r"\(4, 6\) at fp8 do not fit a layer of .* at 8 bits"):
+        made.set_weight(torch.zeros(4, 6), weight_qparams(layer.weight, WeightSpec(format="fp8")))
     with pytest.raises(TypeError, match="use QuantLinear"):
         QuantLayer(
             weight_shape=(2, 2), weight_bits=8, act_bits=None, per_timestep=False, bias=True
@@ -237,6 +349,8 @@ def test_layers_say_what_they_are():
     assert repr(made) == "QuantConv2d(5x3x3x3, weights 4 bits, activations 8 bits static)"
     assert made.range_kind() == "static" and made.weight_shape_numel() == 135
     assert quantized(nn.Linear(2, 2)).range_kind() == "none"
+    made = quantized(nn.Linear(2, 2), **FP8, dynamic=True)
+    assert repr(made) == "QuantLinear(2x2, weights fp8, activations fp8 dynamic)"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])

@@ -1,6 +1,7 @@
 """Affine quantization: parameters, rounding to codes and back. Pure functions on tensors.
 
-Codes of b bits run over [0, 2**b - 1]; the value of code q is scale * (q - zero).
+Codes of b bits run over [0, 2**b - 1]; the value of code q is scale * (q - zero). Codes of format
+"fp8" are e4m3 floats, whose zero point is 0.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import WeightSpec
+from .config import Format, WeightSpec
 
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # the largest e4m3 float
 SEARCH_POWER = 2.4  # exponent of the range search in TFMQ-DM's released settings
 _SHRINK = 0.01  # each further candidate of the search clips one hundredth of the range more
 
@@ -23,12 +26,13 @@ class QParams:
     """Scale and zero point of one grid per channel, or of several for equal runs of its columns.
 
     scale: (channels,) or (channels, groups) float, > 0, in the units of the tensor.
-    zero: the same shape, float holding integers in [0, 2**bits - 1].
+    zero: the same shape, float holding integers in [0, 2**bits - 1]; 0 where the format is "fp8".
     """
 
     scale: Tensor
     zero: Tensor
     bits: int
+    format: Format = "int"
 
     def over(self, columns: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point that broadcast over rows (channels, columns)."""
@@ -39,12 +43,22 @@ class QParams:
 
     def rows(self, start: int, stop: int) -> QParams:
         """The grids of channels [start, stop)."""
-        return QParams(self.scale[start:stop], self.zero[start:stop], self.bits)
+        return QParams(self.scale[start:stop], self.zero[start:stop], self.bits, self.format)
 
 
 def levels(bits: int) -> int:
     """The largest code of `bits` bits."""
     return int(2**bits) - 1
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """The nearest e4m3 float of every value, beyond the largest that; NaN stays NaN."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def symmetric_steps(bits: int, format: Format) -> float:
+    """Steps from 0 to the bound of a symmetric range: its bound over this is its scale."""
+    return FP8_MAX if format == "fp8" else 2.0 ** (bits - 1) - 1
 
 
 def qparams(low: Tensor, high: Tensor, *, bits: int) -> QParams:
@@ -87,9 +101,13 @@ def weight_qparams(weight: Tensor, spec: WeightSpec) -> QParams:
 
     The search keeps, per channel, the candidate that minimises sum |w - what|^2.4. All-zero and
     constant channels are fine: they get scale 1 (all zero) or a grid that holds their value.
-    8 bits and `spec.symmetric` give symmetric grids.
+    8 bits and `spec.symmetric` give symmetric grids.  fp8 has scale amax / 448, without a search.
     """
     rows = weight.detach().flatten(1).float()
+    if spec.format == "fp8":
+        bound = rows.abs().amax(1)
+        scale = torch.where(bound > 0, bound / FP8_MAX, torch.ones_like(bound))
+        return QParams(scale, torch.zeros_like(scale), 8, "fp8")
     groups = weight_groups(weight.shape, spec)
     if groups > 1:
         parts = rows.reshape(len(rows) * groups, -1)
@@ -131,6 +149,22 @@ def _search_loss(rows: Tensor, grid: QParams) -> Tensor:
     scale, zero = grid.scale[:, None], grid.zero[:, None]
     restored = dequantize(quantize(rows, scale, zero, grid.bits), scale, zero)
     return (rows - restored).abs().pow(SEARCH_POWER).sum(1)
+
+
+def input_scales(
+    low: Tensor, high: Tensor, *, bits: int, format: Format = "int"
+) -> tuple[Tensor, int]:
+    """Scales (K,) of an input with ranges low, high (K,), and the zero point that they share.
+
+    fp8: the largest magnitude / 448, zero point 0; an empty range takes the median of the others.
+    """
+    if format == "int":
+        return shared_zero_scales(low, high, bits=bits)
+    scale = torch.maximum(-low.double(), high.double()) / FP8_MAX
+    seen = scale > 0
+    if not bool(seen.any()):
+        return torch.ones(len(low), device=low.device), 0
+    return torch.where(seen, scale, scale[seen].median()).float(), 0
 
 
 def shared_zero_scales(

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
+Format = Literal["int", "fp8"]
 Rounding = Literal["nearest", "second-order"]
 RangeEstimator = Literal["minmax", "mse"]
 Sampling = Literal["uniform", "normal"]
@@ -37,13 +38,17 @@ def _one_of(name: str, value: Any, choices: Any) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpec:
-    """Integer weights, one scale (and zero point) per output channel or per group of it.
+    """Weights as integers or 8-bit floats, one scale (and zero point) per output channel or per
+    group of it.
 
+    format: "int", or "fp8": e4m3 floats with scale amax / 448 per output channel. These are
+    rounded to nearest whatever the reconstruction says (second-order rounding still aligns the
+    weight with the quantized inputs first; biases still move), and are always symmetric.
     bits: 2 to 8.  8-bit weights are always symmetric: they must fit int8 kernels.
     symmetric: False lets fewer than 8 bits use a zero point per channel; the codes minus the zero
     point still fit int8, so the same kernels run them.
-    search: candidates of the clipping range tried per channel (1 keeps min-max), minimising
-    |w - what|^2.4 (TFMQ-DM's released settings use 80).
+    search: candidates of the clipping range of integers tried per channel (1 keeps min-max),
+    minimising |w - what|^2.4 (TFMQ-DM's released settings use 80).
     group_size: input channels that share a scale; None is one scale per output channel. A layer
     whose input channels it does not divide keeps one scale per output channel, and the report says
     so. No integer kernel runs grouped weights yet.
@@ -53,6 +58,7 @@ class WeightSpec:
     symmetric: bool = False
     search: int = 80
     group_size: int | None = None
+    format: Format = "int"
 
     def __post_init__(self) -> None:
         _require(self.bits in range(2, 9), f"WeightSpec.bits must be 2 to 8, got {self.bits}")
@@ -61,15 +67,27 @@ class WeightSpec:
             self.group_size is None or self.group_size >= 1,
             f"WeightSpec.group_size must be a number of channels or None, got {self.group_size}",
         )
+        _one_of("WeightSpec.format", self.format, Format)
+        if self.format == "fp8":
+            _require(self.bits == 8, f"WeightSpec: fp8 has 8 bits, got bits={self.bits}")
+            _require(
+                self.group_size is None,
+                "WeightSpec: fp8 has one scale per output channel; "
+                f"leave out group_size={self.group_size}",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSpec:
-    """Integer activations, one range per tensor.
+    """Activations as integers or 8-bit floats, one range per tensor or measured at run time.
 
+    format: "int", or "fp8": e4m3 floats, whose scale is the largest magnitude / 448.
     bits: 4 to 8, or 16.
     per_timestep: one scale for each timestep of the finite set (finite set calibration, FSC, of
     TFMQ-DM), looked up from t, with a zero point shared by all; False keeps one static range.
+    dynamic: a symmetric range measured at every call, for each token (row of the last dimension) of
+    a linear layer, for each sample of a convolution; nothing is calibrated or looked up from t, so
+    per_timestep becomes False.
     timestep_groups: groups of neighbouring timesteps that share a range (TCAQ-DM); None gives each
     its own.
     ranges: "minmax", or "mse": the clipped range that loses least, over calibration values.
@@ -79,6 +97,8 @@ class ActivationSpec:
     per_timestep: bool = True
     timestep_groups: int | None = None
     ranges: RangeEstimator = "minmax"
+    format: Format = "int"
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         _require(
@@ -86,14 +106,29 @@ class ActivationSpec:
             f"ActivationSpec.bits must be 4 to 8 or 16, got {self.bits}",
         )
         _one_of("ActivationSpec.ranges", self.ranges, RangeEstimator)
+        _one_of("ActivationSpec.format", self.format, Format)
         _require(
             self.timestep_groups is None or self.timestep_groups >= 1,
             f"ActivationSpec.timestep_groups must be positive or None, got {self.timestep_groups}",
         )
+        if self.dynamic:
+            _require(
+                self.timestep_groups is None and self.ranges == "minmax",
+                "ActivationSpec: dynamic ranges are measured at run time; "
+                "leave out timestep_groups and ranges",
+            )
+            object.__setattr__(self, "per_timestep", False)
         _require(
             self.per_timestep or self.timestep_groups is None,
             "ActivationSpec: timestep_groups contradicts per_timestep=False, which keeps one range",
         )
+        if self.format == "fp8":
+            _require(self.bits == 8, f"ActivationSpec: fp8 has 8 bits, got bits={self.bits}")
+            _require(
+                self.ranges == "minmax",
+                "ActivationSpec: ranges='mse' clips what integers would round coarsely, which fp8 "
+                "does not; use ranges='minmax'",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +143,13 @@ class LayerConfig:
             self.weights is not None or self.activations is None,
             "LayerConfig: activations cannot be quantized with floating-point weights; "
             "give weights=WeightSpec(...) as well",
+        )
+        sides = (self.weights, self.activations)
+        formats = {side.format for side in sides if side is not None}
+        _require(
+            len(formats) < 2,
+            "LayerConfig: weights and activations must have the same format, got "
+            f"{' and '.join(side.format for side in sides if side is not None)}",
         )
 
 
@@ -210,6 +252,11 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         _one_of("AttentionSpec.probabilities", self.probabilities, Softmax)
+        _require(
+            self.activations.format == "int" and not self.activations.dynamic,
+            "AttentionSpec.activations must be integers with calibrated ranges, "
+            f"got {self.activations}",
+        )
         _require(
             self.probabilities_bits in (4, 5, 6, 7, 8, 16),
             f"AttentionSpec.probabilities_bits must be 4 to 8 or 16, got {self.probabilities_bits}",

@@ -1,8 +1,9 @@
 """Quantized layers: integer buffers, reference semantics in eager. The one canonical, saved form.
 
 A layer holds weight codes (packed), a scale and zero point per output channel, and says how its
-input is quantized: not at all, with one static range, or with a scale per timestep that arrives as
-an argument. Backends replace these modules by their own; results are compared with these.
+input is quantized: not at all, with one static range, with a scale per timestep that arrives as an
+argument, or with ranges measured at every call. Backends replace these modules by their own;
+results are compared with these.
 """
 
 from __future__ import annotations
@@ -14,21 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .affine import QParams, levels
+from .affine import FP8, QParams, levels, symmetric_steps, to_fp8
+from .config import Format
 from .dialect import Stage
 from .errors import ConfigError
 from .packing import pack, packed_size, unpack
 
 _FLOAT_BUFFERS = ("weight_scale", "act_scale")  # keep float32 whatever the model's dtype
 
+_TINY = 2.0**-126  # the least dynamic scale: 1 / it is finite
+
 
 class QuantLayer(nn.Module):
     """Common part of quantized linear and convolution layers.
 
-    Buffers: `codes` uint8, packed (see `packing`); `weight_scale` float32 and `weight_zero` uint8,
-    (out,), or (out, weight_groups) where runs of input channels have their own; `bias` (out,) in
-    the model's dtype, or None; `act_scale`, `act_zero`, 0-d float32 and int32: the static input
-    range, or the shared zero point where scales come per timestep.
+    weight_format, act_format: "int", or "fp8" (float8_e4m3fn, 8 bits).  dynamic: whether the
+    input's range is measured at every call, instead of one static range or one per timestep.
+    Buffers: `codes` uint8, packed (see `packing`; of fp8 the bits); `weight_scale` float32 and
+    `weight_zero` uint8, (out,), or (out, weight_groups) where runs of input channels have their
+    own; `bias` (out,) in the model's dtype, or None; `act_scale`, `act_zero`, 0-d float32 and
+    int32: the static input range, or the zero point of all ranges where they come per timestep or
+    are dynamic.
     """
 
     stage = Stage.QUANTIZED
@@ -44,13 +51,23 @@ class QuantLayer(nn.Module):
         bias: bool,
         dtype: torch.dtype = torch.float32,
         weight_groups: int = 1,
+        weight_format: Format = "int",
+        act_format: Format = "int",
+        dynamic: bool = False,
     ) -> None:
         super().__init__()
-        if per_timestep and act_bits is None:
-            raise ConfigError("a layer without activation bits has no scale per timestep")
+        if (per_timestep or dynamic) and act_bits is None:
+            raise ConfigError("a layer without activation bits has no scale per timestep or call")
+        if per_timestep and dynamic:
+            raise ConfigError("ranges measured at every call have no scale per timestep")
+        if weight_format == "fp8" and (weight_bits != 8 or weight_groups > 1):
+            raise ConfigError("fp8 weights have 8 bits and one scale per output channel")
+        if act_format == "fp8" and act_bits != 8:
+            raise ConfigError(f"fp8 activations have 8 bits, not {act_bits}")
         self.weight_shape, self.weight_bits = tuple(weight_shape), weight_bits
         self.act_bits, self.per_timestep, self.dtype = act_bits, per_timestep, dtype
         self.weight_groups = weight_groups
+        self.weight_format, self.act_format, self.dynamic = weight_format, act_format, dynamic
         out, count = weight_shape[0], torch.Size(weight_shape).numel()
         self.register_buffer(
             "codes", torch.empty(packed_size(count, weight_bits), dtype=torch.uint8)
@@ -60,7 +77,8 @@ class QuantLayer(nn.Module):
         self.register_buffer("weight_zero", torch.empty(grid, dtype=torch.uint8))
         self.register_buffer("bias", torch.empty(out, dtype=dtype) if bias else None)
         self.register_buffer("act_scale", torch.ones(()))
-        self.register_buffer("act_zero", torch.zeros((), dtype=torch.int32))
+        middle = 2 ** (act_bits - 1) if dynamic and act_bits and act_format == "int" else 0
+        self.register_buffer("act_zero", torch.tensor(middle, dtype=torch.int32))
         self.codes: Tensor
         self.weight_scale: Tensor
         self.weight_zero: Tensor
@@ -71,33 +89,44 @@ class QuantLayer(nn.Module):
     # ------------------------------------------------------------------ weights
 
     def set_weight(self, codes: Tensor, grid: QParams) -> None:
-        """Store integer `codes` (out, ...) on `grid`; earlier tensors are replaced, not written."""
+        """Store `codes` (out, ...) on `grid`: integers, or of fp8 the values in units of the scale.
+
+        Earlier tensors are replaced, not written.
+        """
         fits = tuple(codes.shape) == self.weight_shape and grid.scale.shape[1:].numel() == (
             self.weight_groups
         )
-        if not fits or grid.bits != self.weight_bits:
+        found = _number(grid.bits, grid.format)
+        wanted = _number(self.weight_bits, self.weight_format)
+        if not fits or found != wanted:
             raise ConfigError(
-                f"codes of shape {tuple(codes.shape)} at {grid.bits} bits do not fit a layer of "
-                f"shape {self.weight_shape} at {self.weight_bits} bits (scales "
+                f"codes of shape {tuple(codes.shape)} at {found} do not fit a layer of "
+                f"shape {self.weight_shape} at {wanted} (scales "
                 f"{tuple(grid.scale.shape)}, {self.weight_groups} for each channel)"
             )
+        if self.weight_format == "fp8":
+            codes = to_fp8(codes.detach()).view(torch.uint8)
         self.codes = pack(codes, self.weight_bits)
         self.weight_scale = grid.scale.detach().float().clone()
         self.weight_zero = grid.zero.detach().to(torch.uint8)
 
     def grid(self) -> QParams:
         """Scales and zero points of the weight."""
-        return QParams(self.weight_scale, self.weight_zero.float(), self.weight_bits)
+        zero = self.weight_zero.float()
+        return QParams(self.weight_scale, zero, self.weight_bits, self.weight_format)
 
     def weight_codes(self) -> Tensor:
-        """Codes less their zero points: (out, ...) int8, every bit width included."""
+        """Codes less their zero points: (out, ...) int8, every bit width included, or of fp8
+        float8_e4m3fn, sharing memory with `codes`."""
+        if self.weight_format == "fp8":
+            return self.codes.view(FP8).view(self.weight_shape)
         codes = unpack(self.codes, self.weight_bits, self.weight_shape).to(torch.int16).flatten(1)
         _, zero = self.grid().over(codes.shape[1])
         return (codes - zero.to(torch.int16)).to(torch.int8).view(self.weight_shape)
 
     @property
     def weight(self) -> Tensor:
-        """The weight these integers stand for: (out, ...) float32."""
+        """The weight these codes stand for: (out, ...) float32."""
         codes = self.weight_codes().float().flatten(1)
         scale, _ = self.grid().over(codes.shape[1])
         return (codes * scale).view(self.weight_shape)
@@ -110,23 +139,36 @@ class QuantLayer(nn.Module):
         self.act_zero = torch.tensor(int(zero), dtype=torch.int32, device=self.act_zero.device)
 
     def input_codes(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Input codes less the zero point, as floats; `scale` broadcasts to x.
+        """Input codes less the zero point, as float32; `scale` broadcasts to x.
 
         Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale.
         """
         assert self.act_bits is not None
+        if self.act_format == "fp8":
+            return to_fp8(x.float() * (1.0 / scale)).float()
         zero = self.act_zero.to(torch.float32)
         # x.float(): half precision holds neither all codes nor a product with 1 / scale
         codes = (torch.round(x.float() * (1.0 / scale)) + zero).clamp(0, levels(self.act_bits))
         return codes - zero
 
     def broadcast_scale(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """`scale` (B,) shaped to multiply x (B, ...), or the static scale."""
+        """`scale` (B,) shaped to multiply x (B, ...), or the scales x has by itself."""
+        if self.dynamic:
+            return self.measured_scale(x)
         if not self.per_timestep:
             return self.act_scale
         if scale is None:
             raise ConfigError("this layer's input is quantized per timestep: it needs a scale")
         return scale.view(-1, *[1] * (x.dim() - 1))
+
+    def measured_scale(self, x: Tensor) -> Tensor:
+        """The dynamic scale of each token or sample of x, float32, shaped to multiply it: the
+        largest magnitude over 2**(bits - 1) - 1, or over 448 in fp8."""
+        assert self.act_bits is not None
+        # a linear layer's token is its last dimension; a sample its channels and positions
+        dims = tuple(range(1 - len(self.weight_shape), 0))
+        largest = x.float().abs().amax(dims, keepdim=True)
+        return (largest / symmetric_steps(self.act_bits, self.act_format)).clamp(min=_TINY)
 
     def quantized_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """What the layer sees of x, in x's dtype: x itself, or its nearest representable value."""
@@ -161,9 +203,11 @@ class QuantLayer(nn.Module):
         return torch.Size(self.weight_shape).numel()
 
     def range_kind(self) -> str:
-        """How the input is ranged: "none", "static" or "per timestep"."""
+        """How the input is ranged: "none", "static", "per timestep" or "dynamic"."""
         if self.act_bits is None:
             return "none"
+        if self.dynamic:
+            return "dynamic"
         return "per timestep" if self.per_timestep else "static"
 
     def spec(self) -> dict[str, Any]:
@@ -176,6 +220,9 @@ class QuantLayer(nn.Module):
             "bias": self.bias is not None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weight_groups": self.weight_groups,
+            "weight_format": self.weight_format,
+            "act_format": self.act_format,
+            "dynamic": self.dynamic,
         }
 
     @classmethod
@@ -196,14 +243,21 @@ class QuantLayer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        acts = "float" if self.act_bits is None else f"{self.act_bits} bits {self.range_kind()}"
+        acts = "float"
+        if self.act_bits is not None:
+            acts = f"{_number(self.act_bits, self.act_format)} {self.range_kind()}"
         shape = "x".join(map(str, self.weight_shape))
         groups = f" in {self.weight_groups} groups" if self.weight_groups > 1 else ""
-        return f"{shape}, weights {self.weight_bits} bits{groups}, activations {acts}"
+        weights = _number(self.weight_bits, self.weight_format)
+        return f"{shape}, weights {weights}{groups}, activations {acts}"
+
+
+def _number(bits: int, format: Format) -> str:
+    return "fp8" if format == "fp8" else f"{bits} bits"
 
 
 class QuantLinear(QuantLayer):
-    """y = x W^T + b with integer W (out, in) and, as configured, integer x (B, ..., in)."""
+    """y = x W^T + b with quantized W (out, in) and, as configured, quantized x (B, ..., in)."""
 
     settings = ("in_features", "out_features")
 
@@ -218,22 +272,11 @@ class QuantLinear(QuantLayer):
         return self.weight_shape[0]
 
     @classmethod
-    def from_float(
-        cls,
-        layer: nn.Linear,
-        *,
-        weight_bits: int,
-        act_bits: int | None,
-        per_timestep: bool,
-        weight_groups: int = 1,
-    ) -> Self:
-        """An empty quantized layer for `layer`, with its bias."""
+    def from_float(cls, layer: nn.Linear, **quantization: Any) -> Self:
+        """An empty quantized layer for `layer`, with its bias; quantization: as in __init__."""
         made = cls(
+            **quantization,
             weight_shape=tuple(layer.weight.shape),
-            weight_bits=weight_bits,
-            act_bits=act_bits,
-            per_timestep=per_timestep,
-            weight_groups=weight_groups,
             bias=layer.bias is not None,
             dtype=layer.weight.dtype,
         ).to(layer.weight.device)
@@ -290,28 +333,18 @@ class QuantConv(QuantLayer):
         return self.weight_shape[2:]
 
     @classmethod
-    def from_float(
-        cls,
-        layer: Any,
-        *,
-        weight_bits: int,
-        act_bits: int | None,
-        per_timestep: bool,
-        weight_groups: int = 1,
-    ) -> Self:
-        """An empty quantized layer for a torch convolution, with its bias."""
+    def from_float(cls, layer: Any, **quantization: Any) -> Self:
+        """An empty quantized layer for a torch convolution, with its bias; quantization: as in
+        QuantLayer.__init__."""
         weight, bias = layer.weight, layer.bias
         made = cls(
+            **quantization,
             stride=layer.stride,
             padding=layer.padding,
             dilation=layer.dilation,
             groups=layer.groups,
             padding_mode=layer.padding_mode,
             weight_shape=tuple(weight.shape),
-            weight_bits=weight_bits,
-            act_bits=act_bits,
-            per_timestep=per_timestep,
-            weight_groups=weight_groups,
             bias=bias is not None,
             dtype=weight.dtype,
         ).to(weight.device)

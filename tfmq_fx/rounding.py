@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .affine import QParams, levels
+from .affine import QParams, levels, to_fp8
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of AdaRound's rectified sigmoid
 _BLOCK = 128  # columns rounded between two updates of the rest
@@ -40,8 +40,10 @@ class Refined:
 
 
 def round_nearest(weight: Tensor, grid: QParams) -> Tensor:
-    """Codes (out, in) nearest to `weight` (out, in) on `grid` (one row per channel)."""
+    """Codes (out, in) nearest to `weight` (out, in) on `grid` (one row per channel), as floats."""
     scale, zero = grid.over(weight.shape[1])
+    if grid.format == "fp8":
+        return to_fp8(weight / scale).to(weight.dtype)
     return (torch.round(weight / scale) + zero).clamp(0, levels(grid.bits))
 
 
