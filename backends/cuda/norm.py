@@ -1,0 +1,211 @@
+"""Group norm, modulation, SiLU and quantization of channels-last tensors: two reads, one write.
+
+q = quantize(silu(norm(x) * factor + shift)), stored with the borders that a convolution pads with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import triton_op
+
+from .conv import launcher, quantize, stored_zero
+
+CHUNK = 256  # pixels whose statistics one program takes
+BLOCK_PIXELS, BLOCK_CHANNELS = 32, 64  # of a program's step
+
+
+def group_norm_quantize_triton(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    factor: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    scales: Sequence[Tensor],
+    zeros: Sequence[int],
+    sizes: Sequence[int],
+    levels: int,
+    pads: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes of silu(group_norm(x) * factor + shift) with a border of zeros' codes.
+
+    x: (B, H, W, C), contiguous, any float dtype; computed in float32 throughout.
+    weight, bias: (C,).  factor, shift: (B, C), the modulation, or None.  silu: False leaves it out.
+    scales, zeros, sizes: for each run of channels of a size: the scale, (1,) or (B,) float32, and
+    the zero point of its grid.  levels: the largest code.
+    pads: width of the border left, right, top and bottom, as for torch.nn.functional.pad.
+    dtype: int8 (codes - 128) or float8_e4m3fn, of the result (B, top + H + bottom,
+    left + W + right, C).
+    """
+    from . import kernels
+
+    batch, height, width, channels = x.shape
+    pixels = height * width
+    chunks = -(-pixels // CHUNK)
+    means = x.new_empty((batch, chunks, channels), dtype=torch.float32)
+    squares = torch.empty_like(means)
+    blocks = -(-channels // BLOCK_CHANNELS)
+    launcher(kernels.norm_partial_kernel)[(batch * chunks, blocks)](
+        x,
+        means,
+        squares,
+        pixels,
+        channels,
+        chunks,
+        CHUNK=CHUNK,
+        BLOCK_P=BLOCK_PIXELS,
+        BLOCK_C=BLOCK_CHANNELS,
+        num_warps=4,
+    )
+    a, b = _affine(means, squares, pixels, groups, weight, bias, eps, factor, shift)
+    inverse = 1.0 / _by_channel(scales, sizes)
+    left, right, top, bottom = pads
+    out_height, out_width = top + height + bottom, left + width + right
+    y = x.new_empty((batch, out_height, out_width, channels), dtype=dtype)
+    rows = batch * out_height * out_width
+    zero = torch.cat(
+        [x.new_full((n,), float(z), dtype=torch.float32) for z, n in zip(zeros, sizes, strict=True)]
+    )
+    launcher(kernels.norm_apply_kernel)[(-(-rows // BLOCK_PIXELS), blocks)](
+        x,
+        a,
+        b,
+        inverse,
+        zero,
+        y,
+        rows,
+        out_height * out_width,
+        out_width,
+        height,
+        width,
+        top,
+        left,
+        channels,
+        channels if inverse.shape[0] > 1 else 0,
+        levels,
+        SILU=silu,
+        BLOCK_P=BLOCK_PIXELS,
+        BLOCK_C=BLOCK_CHANNELS,
+        num_warps=4,
+    )
+    return y
+
+
+def group_norm_quantize_reference(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    factor: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    scales: Sequence[Tensor],
+    zeros: Sequence[int],
+    sizes: Sequence[int],
+    levels: int,
+    pads: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """What `group_norm_quantize_triton` computes, in plain torch on any device."""
+    images = x.float().permute(0, 3, 1, 2)
+    weight, bias = (None if value is None else value.float() for value in (weight, bias))
+    value = F.group_norm(images, groups, weight, bias, eps).permute(0, 2, 3, 1)
+    if factor is not None:
+        value = value * factor.float()[:, None, None, :]
+    if shift is not None:
+        value = value + shift.float()[:, None, None, :]
+    if silu:
+        value = F.silu(value)
+    runs = []
+    for run, scale, zero in zip(value.split(list(sizes), 3), scales, zeros, strict=True):
+        codes = quantize(run, scale[:, None, None, None], zero, levels, dtype)
+        border = stored_zero(zero, dtype)
+        runs.append(F.pad(codes.float(), (0, 0, *pads), value=border).to(dtype))
+    return torch.cat([run.float() for run in runs], 3).to(dtype)
+
+
+group_norm_quantize: Any = triton_op(
+    "tfmq_fx::group_norm_quantize", group_norm_quantize_triton, mutates_args=()
+)
+group_norm_quantize.register_kernel("cpu")(group_norm_quantize_reference)
+
+
+def _fake(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    factor: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    scales: Sequence[Tensor],
+    zeros: Sequence[int],
+    sizes: Sequence[int],
+    levels: int,
+    pads: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    batch, height, width, channels = x.shape
+    left, right, top, bottom = pads
+    return x.new_empty((batch, top + height + bottom, left + width + right, channels), dtype=dtype)
+
+
+group_norm_quantize.register_fake(_fake)
+
+
+def _affine(
+    means: Tensor,
+    squares: Tensor,
+    pixels: int,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    factor: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """a, b of (B, C): norm(x) * factor + shift = x * a + b, from statistics (B, chunks, C)."""
+    batch, chunks, channels = means.shape
+    before = CHUNK * torch.arange(chunks, device=means.device)
+    counts = (pixels - before).clamp(max=CHUNK).float()[:, None, None]
+    means, squares = (v.view(batch, chunks, groups, -1) for v in (means, squares))
+    size = pixels * (channels // groups)
+    mean = (means * counts).sum((1, 3)) / size
+    # Chan et al.: squares about the common mean are those about each one's own, and what it is off
+    off = means - mean[:, None, :, None]
+    variance = (squares + off * off * counts).sum((1, 3)) / size
+    rest = torch.rsqrt(variance + eps)
+
+    def spread(value: Tensor) -> Tensor:
+        return value.repeat_interleave(channels // groups, 1)
+
+    a = spread(rest)
+    if weight is not None:
+        a = a * weight.float()
+    b = -spread(mean) * a
+    if bias is not None:
+        b = b + bias.float()
+    if factor is not None:
+        a, b = a * factor.float(), b * factor.float()
+    if shift is not None:
+        b = b + shift.float()
+    return a.contiguous(), b.contiguous()
+
+
+def _by_channel(scales: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """(ranges, C) from the scales (ranges,) of runs of channels."""
+    ranges = max(scale.shape[0] for scale in scales)
+    columns = [
+        scale[:, None].expand(ranges, size) for scale, size in zip(scales, sizes, strict=True)
+    ]
+    return torch.cat(columns, 1)
