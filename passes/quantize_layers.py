@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.affine import shared_zero_scales, weight_groups, weight_qparams
+from tfmq_fx.affine import activation_scales, weight_groups, weight_qparams
 from tfmq_fx.config import ActivationSpec, LayerConfig
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row
@@ -35,7 +35,7 @@ def quantize_layers(
     """The graph with every planned site quantized.
 
     plan: what each site becomes; sites it leaves in floating point are declined with that reason.
-    ranges: the input range of each site whose activations are quantized, over `timesteps` (K,).
+    ranges: the input range of each site that calibration ranges, over `timesteps` (K,).
     ready: layers quantized elsewhere (the temporal block), put in place as they are.
     A site whose input does not carry the batch in dim 0 gets one static range.
     """
@@ -58,12 +58,12 @@ def quantize_layers(
         if size and made.weight_shape[1] % size:
             reason = f"one scale a channel: {size} does not divide {made.weight_shape[1]} inputs"
             declined.append(Declined(site.name, reason))
-        if layer_plan.activations is not None:
+        if (acts := layer_plan.calibrated) is not None:
             seen = ranges[site.name]
             low, high = seen.low, seen.high
             if not per_timestep:
                 low, high = low.min()[None], high.max()[None]
-            scale, zero = shared_zero_scales(low, high, bits=layer_plan.activations.bits)
+            scale, zero = activation_scales(low, high, bits=acts.bits, format=acts.format)
             made.set_static_range(float(scale.max()), zero)
             if per_timestep:
                 wanting.append((site, len(scales)))
@@ -94,12 +94,16 @@ def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
     kind = kind_of(site.layer)
     weight = site.layer.weight
     assert kind is not None and plan.weights is not None and isinstance(weight, Tensor)
+    acts = plan.activations
     made = kind.from_float(
         site.layer,  # type: ignore[arg-type]  # the class was chosen by the layer's own
         weight_bits=plan.weights.bits,
-        act_bits=plan.activations.bits if plan.activations else None,
-        per_timestep=per_timestep,
+        weight_format=plan.weights.format,
         weight_groups=weight_groups(weight.shape, plan.weights),
+        act_bits=acts.bits if acts else None,
+        act_format=acts.format if acts else "int",
+        dynamic=acts is not None and acts.dynamic,
+        per_timestep=per_timestep,
     )
     grid = weight_qparams(weight, plan.weights)
     codes = round_nearest(weight.detach().float().flatten(1), grid)

@@ -98,12 +98,13 @@ def _learnt(
     after = feature_errors(trained, targets, timesteps)
     share = visits.to(before) / visits.sum()
     earlier, later = (float((errors @ share).mean()) for errors in (before, after))
-    weights = sum(layer.rounding.alpha.numel() for layer in soft.values())
-    decided = sum(s.rounding.decided() * s.rounding.alpha.numel() for s in soft.values()) / weights
+    learnt = [s.rounding for s in soft.values() if s.rounding is not None]
+    weights = sum(rounding.alpha.numel() for rounding in learnt)
+    decided = sum(rounding.decided() * rounding.alpha.numel() for rounding in learnt)
     errors = {
         "error_before": earlier,
         "error_after": later,
-        "decided": decided,
+        "decided": decided / weights if weights else 1.0,
     }
     if stopped or not later < earlier:  # NaN is no better
         why = stopped or f"learnt rounding is no better ({later:.4g})"

@@ -59,6 +59,7 @@ def round_weights(
     bias takes up the mean).  Each layer ends with the best of: the rounding it had, the aligned
     weight rounded to nearest, to second order, and refined (spec.refine); it keeps what it had
     where second-order rounding fails at 100 times the damping as well.
+    fp8 weights have the first two candidates alone: they are always rounded to nearest.
     reference: the captured graph.  chunks: placeholder values.  weights: for each chunk those of
     its samples; None is the same for all.  skip: sites to leave (the temporal block, which TIAR has
     done).  checkpoint: where finished layers are found and put.
@@ -164,7 +165,7 @@ def _rounded(
             form: _error(_values(codes, grid) - aligned, statistics.gram)
             for form, (codes, grid) in candidates.items()
         }
-        if math.isfinite(errors["second-order"]):
+        if math.isfinite(errors.get("second-order", errors["nearest"])):
             break
         error = "its codes are not finite"
     else:
@@ -200,6 +201,8 @@ def _candidates(
         "given": (layer.weight_codes().float().flatten(1) + zero, layer.grid()),
         "nearest": (round_nearest(aligned, grid), grid),
     }
+    if grid.format == "fp8":
+        return found, aligned
     parts = [
         (part, gram, grid.rows(i * channels, (i + 1) * channels))
         for i, (part, gram) in enumerate(zip(per_group, statistics.gram, strict=True))

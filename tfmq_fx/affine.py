@@ -151,7 +151,7 @@ def _search_loss(rows: Tensor, grid: QParams) -> Tensor:
     return (rows - restored).abs().pow(SEARCH_POWER).sum(1)
 
 
-def input_scales(
+def activation_scales(
     low: Tensor, high: Tensor, *, bits: int, format: Format = "int"
 ) -> tuple[Tensor, int]:
     """Scales (K,) of an input with ranges low, high (K,), and the zero point that they share.

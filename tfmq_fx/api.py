@@ -205,7 +205,7 @@ def convert(
         gm = apply(decompose_attention(gm))
     reference = gm
     same = unchanged_sites(prepared.gm, gm)
-    specs = {name: layer.activations for name, layer in plan.items() if layer.activations}
+    specs = {name: acts for name, layer in plan.items() if (acts := layer.calibrated)}
     profiled = [name for name in specs if name not in same or name in _profiled(plan, spec)]
     if profiled:
         ranges |= profiled_ranges(
@@ -426,6 +426,6 @@ def _profiled(plan: Mapping[str, LayerConfig], spec: ReconstructionSpec) -> set[
     return {
         name
         for name, layer in plan.items()
-        if (acts := layer.activations) is not None
+        if (acts := layer.calibrated) is not None
         and (acts.ranges != "minmax" or acts.timestep_groups or spec.sampling != "uniform")
     }

@@ -67,8 +67,8 @@ def resampled(prepared: Prepared, gm: torch.fx.GraphModule) -> Prepared:
 def observed_ranges(
     prepared: Prepared, sites: list[Site], plan: Mapping[str, LayerConfig], timesteps: Tensor
 ) -> dict[str, Ranges]:
-    """The input range of every site whose activations are quantized, over the finite set."""
-    wanted = [s.name for s in sites if plan[s.name].activations is not None]
+    """The input range of every site that calibration is to range, over the finite set."""
+    wanted = [s.name for s in sites if plan[s.name].calibrated]
     observers = {name: prepared.observed.get_submodule(observer_name(name)) for name in wanted}
     empty = [n for n, o in observers.items() if isinstance(o, RangeObserver) and not o.seen]
     if empty:

@@ -152,6 +152,12 @@ class LayerConfig:
             f"{' and '.join(side.format for side in sides if side is not None)}",
         )
 
+    @property
+    def calibrated(self) -> ActivationSpec | None:
+        """The activations, where calibration is to find their range: neither float nor dynamic."""
+        acts = self.activations
+        return None if acts is None or acts.dynamic else acts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemporalSpec:

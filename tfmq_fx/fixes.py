@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx, nn
 
-from .affine import shared_zero_scales, weight_qparams
+from .affine import activation_scales, weight_qparams
 from .config import WeightSpec
 from .nn import QuantLayer
 from .rounding import round_nearest
@@ -120,7 +120,7 @@ def requantized(
         made = _with_weight(leaf, _spec_of(leaf.layer, leaf.weight, search))
         seen, bits = ranges[leaf.path], made.act_bits
         modules[leaf.path] = made
-        if bits is None or not seen:
+        if bits is None or made.dynamic or not seen:
             continue
         groups = [list(seen)]
         if made.per_timestep:
@@ -131,7 +131,7 @@ def requantized(
             groups = [[i for i in seen if old[i] == s] for s in old[list(seen)].unique()]
         low = torch.tensor([min(seen[i][0] for i in group) for group in groups])
         high = torch.tensor([max(seen[i][1] for i in group) for group in groups])
-        scale, zero = shared_zero_scales(low, high, bits=bits)
+        scale, zero = activation_scales(low, high, bits=bits, format=made.act_format)
         made.set_static_range(float(scale.max()), zero)
         if made.per_timestep and leaf.column is not None:
             new = old.clone()
@@ -159,6 +159,7 @@ def _spec_of(layer: QuantLayer, weight: Tensor, search: int) -> WeightSpec:
         symmetric=middle,
         search=search,
         group_size=weight.shape[1] // groups if groups > 1 else None,
+        format=layer.weight_format,
     )
 
 
@@ -170,7 +171,7 @@ def _copy(layer: QuantLayer, **changes: object) -> QuantLayer:
 
 
 def _with_input(layer: QuantLayer) -> QuantLayer:
-    made = _copy(layer, act_bits=None, per_timestep=False)
+    made = _copy(layer, act_bits=None, act_format="int", per_timestep=False, dynamic=False)
     for name in ("codes", "weight_scale", "weight_zero"):
         setattr(made, name, getattr(layer, name))
     return made
@@ -180,7 +181,7 @@ def _with_weight(leaf: Leaf, spec: WeightSpec) -> QuantLayer:
     assert leaf.weight is not None
     grid = weight_qparams(leaf.weight, spec)
     groups = 1 if grid.scale.dim() == 1 else grid.scale.shape[1]
-    made = _copy(leaf.layer, weight_bits=spec.bits, weight_groups=groups)
+    made = _copy(leaf.layer, weight_bits=spec.bits, weight_groups=groups, weight_format=spec.format)
     codes = round_nearest(leaf.weight.flatten(1), grid)
     made.set_weight(codes.view(leaf.weight.shape), grid)
     made.bias = leaf.bias

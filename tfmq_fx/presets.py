@@ -36,6 +36,34 @@ def _plain(name: str, weights: int, activations: int | None) -> Config:
     )
 
 
+def _fp8(name: str) -> Config:
+    """e4m3 weights and inputs; the first layer as in "w8a8": 3 bits of mantissa would blur the
+    noisy sample itself."""
+    base = _plain(name, 8, 8)
+    fp8 = LayerConfig(weights=WeightSpec(format="fp8"), activations=ActivationSpec(format="fp8"))
+    return dataclasses.replace(base, layers=fp8, last=fp8)
+
+
+def _dynamic(base: Config) -> Config:
+    """The recipe with ranges measured at run time and weights rounded to nearest, so that it needs
+    the timesteps and no calibration."""
+
+    def dynamic(layer: LayerConfig) -> LayerConfig:
+        assert layer.activations is not None
+        acts = dataclasses.replace(layer.activations, dynamic=True)
+        return dataclasses.replace(layer, activations=acts)
+
+    assert base.first is not None and base.last is not None
+    return dataclasses.replace(
+        base,
+        name=f"{base.name}-dynamic",
+        layers=dynamic(base.layers),
+        first=dynamic(base.first),
+        last=dynamic(base.last),
+        reconstruction=ReconstructionSpec(rounding="nearest"),
+    )
+
+
 def _best(weights: int, activations: int) -> Config:
     """What measured best here, by the ablation in docs/quality.md: split shortcuts, rotated linear
     layers, refined second-order codes; below 8 bits of activations clipped ranges and a low-rank
@@ -194,6 +222,9 @@ PRESETS: dict[str, Config] = {
     "w4a8": _plain("w4a8", 4, 8),
     "w8a16": _plain("w8a16", 8, None),
     "w4a16": _plain("w4a16", 4, None),
+    "fp8": _fp8("fp8"),
+    "w8a8-dynamic": _dynamic(_plain("w8a8", 8, 8)),
+    "fp8-dynamic": _dynamic(_fp8("fp8")),
     **{name: make(*bits) for name, (make, bits) in RECIPES.items()},
 }
 """Presets by name. In "w8a16" and "w4a16" activations stay in the model's own dtype."""
@@ -208,11 +239,6 @@ def resolve(config: str | Config) -> Config:
     """
     if isinstance(config, Config):
         return config
-    if config == "fp8":
-        raise ConfigError(
-            "config='fp8' is not available: this version has no fp8 convolution kernels. "
-            f"Use one of {', '.join(PRESETS)}."
-        )
     if isinstance(config, str) and config in PRESETS:
         return PRESETS[config]
     found = _WITH_BITS.fullmatch(config) if isinstance(config, str) else None

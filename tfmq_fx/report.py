@@ -44,8 +44,10 @@ def site_records(
                 "kind": type(layer).__name__,
                 "weights": layer.weight_shape_numel(),
                 "weight_bits": layer.weight_bits,
+                "weight_format": layer.weight_format,
                 "weight_groups": layer.weight_groups,
                 "act_bits": layer.act_bits,
+                "act_format": layer.act_format if layer.act_bits else "float",
                 "reference_only": None if keeps_integer_weights(layer) else obstacle(layer),
                 "ranges": layer.range_kind(),
                 "interpolated": seen.interpolated if seen and layer.per_timestep else 0,
@@ -56,8 +58,10 @@ def site_records(
                 "kind": type(layer).__name__,
                 "weights": site.weights,
                 "weight_bits": None,
+                "weight_format": "float",
                 "weight_groups": 1,
                 "act_bits": None,
+                "act_format": "float",
                 "reference_only": None,
                 "ranges": "none",
                 "interpolated": 0,
@@ -89,7 +93,7 @@ class Report:
 
     @property
     def weight_coverage(self) -> float:
-        """Share of convolution and linear weights in the graph that are integers, those that no
+        """Share of convolution and linear weights in the graph that are quantized, those that no
         pass can quantize counted as well."""
         sites = self.data["sites"].values()
         total = sum(s["weights"] for s in sites) + self.data.get("left_weights", 0)
@@ -97,7 +101,7 @@ class Report:
 
     @property
     def activation_coverage(self) -> float:
-        """Share of convolution and linear layers in the graph whose input is integers."""
+        """Share of convolution and linear layers in the graph whose input is quantized."""
         sites = self.data["sites"].values()
         return sum(s["act_bits"] is not None for s in sites) / len(sites) if sites else 0.0
 
@@ -128,7 +132,7 @@ class Report:
             *(f"  {note}" for note in capture.get("notes", [])),
             f"timesteps: {d['timesteps']}{_interpolated(d)}",
             f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
-            f"{100 * self.activation_coverage:.1f} % of layer inputs are integers",
+            f"{100 * self.activation_coverage:.1f} % of layer inputs are quantized",
         ]
         if merged := capture.get("merged", {}):
             first, kept = next(iter(merged.items()))
@@ -177,13 +181,13 @@ class Report:
     def _sites(self) -> list[str]:
         lines = ["layers (weight bits / activation bits / ranges / bytes):"]
         for name, s in self.data["sites"].items():
-            acts = s["act_bits"] or "float"
+            weights, acts = (_number(s, side) for side in ("weight", "act"))
             groups = f", {s['weight_groups']} groups" if s.get("weight_groups", 1) > 1 else ""
             why = s.get("reference_only")
             kernel = f"; reference only: {why}" if why else ""
             more = f", {s['interpolated']} ranges interpolated" if s["interpolated"] else ""
             lines.append(
-                f"  {name}: {s['kind']} {s['weight_bits'] or 'float'} / {acts} / {s['ranges']} / "
+                f"  {name}: {s['kind']} {weights} / {acts} / {s['ranges']} / "
                 f"{s['bytes']}{groups}{more}{kernel}"
             )
         for name, p in self.data.get("products", {}).items():
@@ -198,6 +202,13 @@ class Report:
             lines.append(f"  {p['name']}: {p['changed']} changed, {p['seconds']:.1f} s")
             lines += [f"    left {site}: {why}" for site, why in p["declined"]]
         return lines
+
+
+def _number(site: Mapping[str, Any], side: str) -> str:
+    """Bits of the weights or inputs of a layer, or what they are instead."""
+    if site.get(f"{side}_format") == "fp8":
+        return "fp8"
+    return str(site[f"{side}_bits"] or "float")
 
 
 def _interpolated(data: Mapping[str, Any]) -> str:

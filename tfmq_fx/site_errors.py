@@ -260,6 +260,8 @@ def _input_ratio(tables: Mapping[str, Tensor], again: Fix, leaf: Leaf) -> float:
     made = again.modules[leaf.path]
     if leaf.layer.act_bits is None or not isinstance(made, QuantLayer):
         return 1.0
+    if leaf.layer.dynamic:
+        return 1.0
     if not leaf.layer.per_timestep:
         return float(leaf.layer.act_scale / made.act_scale)
     if leaf.column is None or leaf.column not in again.columns:

@@ -56,6 +56,7 @@ class SoftLayer(nn.Module):
     """A quantized layer with soft weights, a learnable bias and straight-through input rounding.
 
     target: (out, ...) values to round: the float weight, or where second-order rounding put it.
+    fp8 weights are not learnt: they are the target, and only the bias moves.
     quantize_input: whether x passes the layer's input grid while weights are learnt.
     """
 
@@ -64,8 +65,10 @@ class SoftLayer(nn.Module):
     def __init__(self, layer: QuantLayer, target: Tensor, *, quantize_input: bool) -> None:
         super().__init__()
         self.layer, self.quantize_input = layer, quantize_input
-        self.shape = target.shape
-        self.rounding = SoftRounding(target.detach().float().flatten(1), layer.grid())
+        self.target = target.detach().float()
+        self.rounding: SoftRounding | None = None
+        if layer.weight_format == "int":
+            self.rounding = SoftRounding(self.target.flatten(1), layer.grid())
         # in float32: steps of Adam vanish in half precision, and its 1e-8 becomes a division by 0
         bias = None if layer.bias is None else layer.bias.detach().float().clone()
         self.bias = None if bias is None else nn.Parameter(bias)
@@ -73,15 +76,20 @@ class SoftLayer(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if self.quantize_input and self.layer.act_bits is not None:
             x = x + (self.layer.quantized_input(x, scale) - x).detach()
-        weight = self.rounding.soft().view(self.shape)
+        weight = self.target if self.rounding is None else self.soft_weight(self.rounding)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self.layer.apply_op(x, weight.to(x.dtype), bias)
+
+    def soft_weight(self, rounding: SoftRounding) -> Tensor:
+        """The weight as it stands, (out, ...)."""
+        return rounding.soft().view(self.target.shape)
 
     def decided(self) -> QuantLayer:
         """A new quantized layer with the rounding learnt and the bias learnt."""
         made = copy.deepcopy(self.layer)
-        codes = self.rounding.codes().detach().view(self.shape)
-        made.set_weight(codes, self.rounding.grid)
+        if self.rounding is not None:
+            codes = self.rounding.codes().detach().view(self.target.shape)
+            made.set_weight(codes, self.rounding.grid)
         if self.bias is not None:
             made.bias = self.bias.detach().to(made.dtype).clone()
         return made
@@ -93,7 +101,10 @@ def start_of(layer: QuantLayer, weight: Tensor) -> Tensor:
     A layer rounded to nearest starts at its float weight, as AdaRound does.  A layer that was
     rounded by something better starts a tenth of a step from its codes, on the side of the float
     weight: deciding at once gives the codes back, and learning may flip what does not fit.
+    fp8 weights, which are not learnt, stay what their codes stand for.
     """
+    if layer.weight_format == "fp8":
+        return layer.weight
     rows = weight.detach().float().flatten(1)
     scale, zero = layer.grid().over(rows.shape[1])
     codes = layer.weight_codes().float().flatten(1) + zero
@@ -139,8 +150,11 @@ def learn(
     Returns None, or why it stopped early: the loss was NaN or Inf, and what `layers` hold is of no
     use.
     """
-    alphas = [layer.rounding.alpha for layer in layers]
+    roundings = [layer.rounding for layer in layers if layer.rounding is not None]
+    alphas = [rounding.alpha for rounding in roundings]
     biases = [layer.bias for layer in layers if layer.bias is not None]
+    if not alphas and not biases:
+        return None
     optimizer = torch.optim.Adam(
         [
             {"params": alphas, "lr": learning_rate},
@@ -157,10 +171,10 @@ def learn(
             loss = torch.stack(losses).mean() / max(before, 1e-12)
             beta = annealed_beta(step, iters)
             total = loss
-            if beta is not None:
+            if beta is not None and roundings:
                 terms = [
-                    layer.rounding.regularization(beta) * (alpha.numel() / weights)
-                    for layer, alpha in zip(layers, alphas, strict=True)
+                    rounding.regularization(beta) * (rounding.alpha.numel() / weights)
+                    for rounding in roundings
                 ]
                 total = loss + regularization * torch.stack(terms).sum()
             optimizer.zero_grad()
