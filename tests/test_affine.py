@@ -6,13 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfmq_fx.affine import (
+    FP8,
     SEARCH_POWER,
+    activation_scales,
     dequantize,
     levels,
     qparams,
     quantize,
     shared_zero_scales,
     symmetric_qparams,
+    to_fp8,
     weight_qparams,
 )
 from tfmq_fx.config import WeightSpec
@@ -196,6 +199,28 @@ def test_a_timestep_that_was_always_zero_takes_the_median_scale():
     low, high = torch.tensor([-1.0, 0.0, -2.0, -3.0]), torch.tensor([1.0, 0.0, 2.0, 3.0])
     scale, _ = shared_zero_scales(low, high, bits=8)
     assert float(scale[1]) == float(scale[2])
+
+
+def test_fp8_scales_put_the_largest_magnitude_at_448_and_have_no_zero_point():
+    low, high = torch.tensor([-1.0, 0.0, 0.5, -4.0]), torch.tensor([0.5, 0.0, 2.0, -3.0])
+    scale, zero = activation_scales(low, high, bits=8, format="fp8")
+    median = 2 / 448  # of 1, 2 and 4; the empty range takes it
+    expected = torch.tensor([1 / 448, median, 2 / 448, 4 / 448])
+    assert zero == 0 and scale.dtype == torch.float32 and torch.equal(scale, expected)
+    empty, zero = activation_scales(torch.zeros(2), torch.zeros(2), bits=8, format="fp8")
+    assert empty.tolist() == [1, 1] and zero == 0
+    integers = activation_scales(low, high, bits=8)
+    shared = shared_zero_scales(low, high, bits=8)
+    assert torch.equal(integers[0], shared[0]) and integers[1] == shared[1]
+
+
+def test_every_fp8_float_is_its_own_nearest_and_more_is_clamped():
+    floats = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    finite = floats[~floats.isnan()]
+    assert len(finite) == 254 and float(finite.max()) == 448
+    assert torch.equal(to_fp8(finite).float(), finite)
+    assert to_fp8(torch.tensor([1e9, -torch.inf])).float().tolist() == [448, -448]
+    assert bool(to_fp8(torch.tensor([torch.nan])).float().isnan())
 
 
 def test_a_range_that_does_not_reach_zero_is_widened_to_it():

@@ -27,11 +27,22 @@ WEIGHTS = st.builds(
     WeightSpec, bits=st.integers(2, 8), symmetric=st.booleans(), search=st.integers(1, 99)
 )
 ACTIVATIONS = st.builds(
-    ActivationSpec, bits=st.sampled_from((4, 5, 6, 7, 8, 16)), per_timestep=st.booleans()
+    ActivationSpec,
+    bits=st.sampled_from((4, 5, 6, 7, 8, 16)),
+    per_timestep=st.booleans(),
+    dynamic=st.booleans(),
+)
+FP8_ACTIVATIONS = st.builds(
+    ActivationSpec, format=st.just("fp8"), per_timestep=st.booleans(), dynamic=st.booleans()
 )
 LAYERS = st.one_of(
     st.builds(LayerConfig),
     st.builds(LayerConfig, weights=WEIGHTS, activations=st.none() | ACTIVATIONS),
+    st.builds(
+        LayerConfig,
+        weights=st.just(WeightSpec(format="fp8")),
+        activations=st.none() | FP8_ACTIVATIONS,
+    ),
 )
 CONFIGS = st.builds(
     Config,
@@ -134,7 +145,23 @@ def test_a_config_prints_as_the_call_that_makes_it(config):
         (lambda: resolve("w4a8-w6a6"), r"unknown config 'w4a8-w6a6'.*take bits"),
         (lambda: resolve("best-w4a3"), r"ActivationSpec.bits must be 4 to 8 or 16, got 3"),
         (lambda: resolve("w2a2"), r"unknown config 'w2a2'; presets are fp, w8a8"),
-        (lambda: resolve("fp8"), r"config='fp8' is not available"),
+        (lambda: WeightSpec(format="fp4"), r"WeightSpec.format must be one of .*got 'fp4'"),
+        (lambda: WeightSpec(format="fp8", bits=4), r"WeightSpec: fp8 has 8 bits, got bits=4"),
+        (lambda: WeightSpec(format="fp8", group_size=8), r"leave out group_size=8"),
+        (lambda: ActivationSpec(format="e5m2"), r"ActivationSpec.format must be one of"),
+        (lambda: ActivationSpec(format="fp8", bits=16), r"fp8 has 8 bits, got bits=16"),
+        (lambda: ActivationSpec(format="fp8", ranges="mse"), r"use ranges='minmax'"),
+        (lambda: ActivationSpec(dynamic=True, ranges="mse"), r"leave out timestep_groups and"),
+        (lambda: ActivationSpec(dynamic=True, timestep_groups=2), r"leave out timestep_groups"),
+        (
+            lambda: LayerConfig(weights=WeightSpec(), activations=ActivationSpec(format="fp8")),
+            r"must have the same format, got int and fp8",
+        ),
+        (
+            lambda: AttentionSpec(activations=ActivationSpec(dynamic=True)),
+            r"AttentionSpec.activations must be integers with calibrated ranges, got Activation",
+        ),
+        (lambda: AttentionSpec(activations=ActivationSpec(format="fp8")), r"must be integers"),
         (lambda: from_dict({"layer": {}}), r"Config: unknown keys \['layer'\]"),
         (
             lambda: from_dict({"layers": {"weights": {"bit": 4}}}),
@@ -173,6 +200,32 @@ def test_presets_are_what_their_names_say(name, weights, acts, first_acts):
     assert (recipe.layers.weights.bits, bits(recipe.layers.activations)) == (weights, acts)
     assert (recipe.first.weights.bits, bits(recipe.first.activations)) == (8, first_acts)
     assert (recipe.last.weights.bits, bits(recipe.last.activations)) == (8, acts)
+
+
+def test_dynamic_ranges_are_not_looked_up_from_t_and_not_calibrated():
+    spec = ActivationSpec(dynamic=True)
+    assert not spec.per_timestep and spec == ActivationSpec(dynamic=True, per_timestep=False)
+    layer = LayerConfig(weights=WeightSpec(), activations=spec)
+    assert layer.calibrated is None and LayerConfig().calibrated is None
+    static = dataclasses.replace(spec, dynamic=False)
+    assert dataclasses.replace(layer, activations=static).calibrated is static
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "dynamic"),
+    [("fp8", "fp8", False), ("w8a8-dynamic", "int", True), ("fp8-dynamic", "fp8", True)],
+)
+def test_presets_of_formats_keep_the_first_layer_as_w8a8_does(name, format, dynamic):
+    recipe = resolve(name)
+    assert recipe.name == name and from_dict(to_dict(recipe)) == recipe
+    for layer in (recipe.layers, recipe.last):
+        assert layer.weights.format == layer.activations.format == format
+        assert layer.activations.dynamic == dynamic
+        assert layer.activations.per_timestep == (not dynamic)
+    first = recipe.first
+    assert (first.weights, first.activations.bits) == (WeightSpec(bits=8), 16)
+    assert (first.activations.format, first.activations.dynamic) == ("int", dynamic)
+    assert recipe.reconstruction.rounding == ("nearest" if dynamic else "second-order")
 
 
 def test_the_preset_without_quantization_keeps_exact_tables():

@@ -7,7 +7,16 @@ import torch
 from torch import fx
 
 from tests.converted import KEYS, captured, lossy
-from tests.passes.test_quantize_layers import STATIC, W4A8, W8A8, quantize, toy_batches
+from tests.passes.test_quantize_layers import (
+    DYNAMIC,
+    FP8,
+    FP8_DYNAMIC,
+    STATIC,
+    W4A8,
+    W8A8,
+    quantize,
+    toy_batches,
+)
 from tests.test_sites import graph_of
 from tests.toys import ToyUNet, seeded
 from tfmq_fx.config import ActivationSpec, LayerConfig, WeightSpec
@@ -70,7 +79,9 @@ def picked(parts):
     return [p for p in parts if p.name in ("down2.conv1", "up1.time", "attention.qkv", "conv_out")]
 
 
-@pytest.mark.parametrize("layers", [W8A8, W4A8, STATIC, GROUPED, SYMMETRIC])
+@pytest.mark.parametrize(
+    "layers", [W8A8, W4A8, STATIC, GROUPED, SYMMETRIC, FP8, DYNAMIC, FP8_DYNAMIC]
+)
 def test_the_same_bits_again_are_what_nearest_rounding_of_the_same_data_gives(gm, chunks, layers):
     model = quantize(gm, layers, chunks, TIMES).gm
     tables = dict(model.named_buffers())
@@ -83,7 +94,8 @@ def test_the_same_bits_again_are_what_nearest_rounding_of_the_same_data_gives(gm
         assert made is not leaf.layer and made.spec() == leaf.layer.spec()
         for name, value in leaf.layer.named_buffers():
             assert torch.equal(getattr(made, name), value), name
-        assert list(found.columns) == ([] if layers is STATIC else [leaf.column])
+        per_timestep = layers.activations.per_timestep
+        assert list(found.columns) == ([leaf.column] if per_timestep else [])
         for (table, column), scales in found.columns.items():
             assert torch.equal(scales, tables[table][:, column])
 
@@ -113,6 +125,18 @@ def test_eight_bits_are_nearer_and_leave_the_input_alone(gm, chunks):
         assert torch.equal(made.act_zero, leaf.layer.act_zero)
         steps = [(layer.weight - leaf.weight).norm() for layer in (made, leaf.layer)]
         assert float(steps[0]) < float(steps[1]) / 8  # the step is 17 times smaller
+
+
+@pytest.mark.parametrize("layers", [FP8, FP8_DYNAMIC, DYNAMIC])
+def test_other_formats_get_float_inputs_and_integer_weights(gm, chunks, layers):
+    model = quantize(gm, layers, chunks, TIMES).gm
+    part = next(p for p in find_parts(gm, model) if p.name == "attention.qkv")
+    (leaf,) = part.leaves
+    made = float_inputs(part.leaves).modules[leaf.path]
+    assert (made.act_bits, made.dynamic, made.range_kind()) == (None, False, "none")
+    assert torch.equal(made.weight, leaf.layer.weight)
+    finer = more_bits(part.leaves, 8).modules[leaf.path]
+    assert (finer.weight_format, finer.act_format) == ("int", leaf.layer.act_format)
 
 
 def test_a_layer_in_floating_point_gives_the_references_value(gm, chunks):

@@ -38,7 +38,9 @@ def figures(error):
     return (error.found.tolist(), error.pooled, error.excess, error.weight_ratio)
 
 
-@pytest.mark.parametrize("config", ["w8a8", "best-w4a6", "q-diffusion-w8a8"])
+@pytest.mark.parametrize(
+    "config", ["w8a8", "best-w4a6", "q-diffusion-w8a8", "fp8", "w8a8-dynamic", "fp8-dynamic"]
+)
 def test_sound_layers_are_found_sound(config):
     found = errors(lossy(config))
     products = ["einsum", "einsum_1"] if config.startswith("q-diffusion") else []

@@ -24,6 +24,28 @@ def test_deciding_at_once_gives_the_layer_back(name, bits):
     assert soft(x).shape == made(x).shape
 
 
+@pytest.mark.parametrize("name", ["linear", "linear without bias", "conv2d"])
+def test_of_fp8_layers_the_bias_alone_is_learnt(name):
+    layer, x = make(name)
+    made = quantized(layer, weight_format="fp8")
+    soft = soft_of(layer, made)
+    assert soft.rounding is None and torch.equal(soft(x), made(x))
+    batch = Batch((x,), (layer(x).detach(),))
+    stopped = learn(
+        Tupled(soft),
+        [soft],
+        [batch],
+        before=1.0,
+        iters=3,
+        learning_rate=0.1,
+        regularization=1.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    back = soft.decided()
+    assert stopped is None and torch.equal(back.codes, made.codes)
+    assert back.bias is None if made.bias is None else not torch.equal(back.bias, made.bias)
+
+
 def test_it_starts_at_the_float_weight_where_the_layer_is_rounded_to_nearest():
     layer, _ = make("linear")
     made = quantized(layer, bits=4)

@@ -65,7 +65,7 @@ class SoftLayer(nn.Module):
     def __init__(self, layer: QuantLayer, target: Tensor, *, quantize_input: bool) -> None:
         super().__init__()
         self.layer, self.quantize_input = layer, quantize_input
-        self.target = target.detach().float()
+        self.target, self.shape = target.detach().float(), target.shape
         self.rounding: SoftRounding | None = None
         if layer.weight_format == "int":
             self.rounding = SoftRounding(self.target.flatten(1), layer.grid())
@@ -76,19 +76,15 @@ class SoftLayer(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if self.quantize_input and self.layer.act_bits is not None:
             x = x + (self.layer.quantized_input(x, scale) - x).detach()
-        weight = self.target if self.rounding is None else self.soft_weight(self.rounding)
+        weight = self.target if self.rounding is None else self.rounding.soft().view(self.shape)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self.layer.apply_op(x, weight.to(x.dtype), bias)
-
-    def soft_weight(self, rounding: SoftRounding) -> Tensor:
-        """The weight as it stands, (out, ...)."""
-        return rounding.soft().view(self.target.shape)
 
     def decided(self) -> QuantLayer:
         """A new quantized layer with the rounding learnt and the bias learnt."""
         made = copy.deepcopy(self.layer)
         if self.rounding is not None:
-            codes = self.rounding.codes().detach().view(self.target.shape)
+            codes = self.rounding.codes().detach().view(self.shape)
             made.set_weight(codes, self.rounding.grid)
         if self.bias is not None:
             made.bias = self.bias.detach().to(made.dtype).clone()

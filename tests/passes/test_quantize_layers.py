@@ -26,6 +26,14 @@ W4A8 = LayerConfig(weights=WeightSpec(bits=4), activations=ActivationSpec(bits=8
 STATIC = LayerConfig(
     weights=WeightSpec(bits=8), activations=ActivationSpec(bits=8, per_timestep=False)
 )
+FP8 = LayerConfig(weights=WeightSpec(format="fp8"), activations=ActivationSpec(format="fp8"))
+FP8_STATIC = LayerConfig(
+    weights=WeightSpec(format="fp8"), activations=ActivationSpec(format="fp8", per_timestep=False)
+)
+DYNAMIC = LayerConfig(weights=WeightSpec(bits=8), activations=ActivationSpec(dynamic=True))
+FP8_DYNAMIC = LayerConfig(
+    weights=WeightSpec(format="fp8"), activations=ActivationSpec(format="fp8", dynamic=True)
+)
 KEEP = "its configuration keeps it in floating point"
 
 
@@ -80,7 +88,7 @@ def as_tensor(value):
 @given(
     gm=captured_graphs(),
     seed=st.integers(0, 99),
-    layers=st.sampled_from((W8, W8A8, W4A8, W8A16, STATIC)),
+    layers=st.sampled_from((W8, W8A8, W4A8, W8A16, STATIC, FP8, DYNAMIC, FP8_DYNAMIC)),
 )
 def test_every_planned_site_is_quantized_and_the_rest_of_the_graph_stays(gm, seed, layers):
     inputs = tuple(draw_inputs(gm, 8, seed).values())
@@ -109,12 +117,44 @@ def test_every_planned_site_is_quantized_and_the_rest_of_the_graph_stays(gm, see
 @pytest.mark.parametrize(
     # Signal to noise falls by 6 dB a bit: some 30 layers of half a step of 1/256 of the range each
     # leave below 1 % of the power at 8 bits. Weights of 4 bits lose 16 times as much amplitude.
+    # fp8 moves a value by up to 2^-4 of itself, weights and inputs each by 2^-10.6 of their power
+    # on average (a third of the square of half a step, between 2^-4 and 2^-5): 2 % over 30 layers.
     ("layers", "bound"),
-    [(W8, 1e-3), (W8A16, 1e-3), (W8A8, 1e-2), (STATIC, 1e-2), (W4A8, 0.25)],
+    [
+        (W8, 1e-3),
+        (W8A16, 1e-3),
+        (W8A8, 1e-2),
+        (STATIC, 1e-2),
+        (W4A8, 0.25),
+        (FP8, 4e-2),
+        (FP8_STATIC, 4e-2),
+        (DYNAMIC, 1e-2),
+        (FP8_DYNAMIC, 4e-2),
+    ],
 )
 def test_outputs_stay_near(toy, layers, bound):
     done = quantize(toy, layers, toy_batches(), TIMES).gm
     assert 0 < relative_error(done, toy, toy_batches()) < bound
+
+
+def test_dynamic_ranges_need_neither_calibration_nor_the_timestep(toy):
+    plan = {s.name: DYNAMIC for s in find_sites(toy)[0]}
+    done = quantize_layers(toy, plan=plan, ranges={}, timesteps=TIMES)
+    layers = [s.layer for s in find_sites(done.gm)[0]]
+    assert done.changed == len(layers) and not done.declined
+    assert {layer.range_kind() for layer in layers} == {"dynamic"}
+    assert not any(is_timestep_row(n) for n in done.gm.graph.nodes)
+    assert relative_error(done.gm, toy, toy_batches()) < 1e-2  # as above
+
+
+def test_fp8_scales_of_each_timestep_hold_the_largest_magnitude(toy):
+    done = quantize(toy, FP8, toy_batches(), TIMES).gm
+    site = next(s for s in find_sites(done)[0] if s.name == "mid1.conv1")
+    seen = observe(toy, toy_batches(), TIMES)["mid1.conv1"]
+    (row,) = [n for n in done.graph.nodes if is_timestep_row(n)]
+    column = done.get_buffer(str(row.args[0].target))[:, site.nodes[0].args[1].args[1][1]]
+    assert torch.equal(column, (torch.maximum(-seen.low, seen.high).double() / 448).float())
+    assert int(site.layer.act_zero) == 0 and site.layer.weight_codes().dtype == torch.float8_e4m3fn
 
 
 def test_ranges_per_timestep_beat_one_static_range(toy):

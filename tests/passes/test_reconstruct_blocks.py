@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from tests.passes.test_quantize_layers import TIMES, W4A8, quantize, relative_error, toy_batches
+from tests.passes.test_quantize_layers import (
+    FP8,
+    TIMES,
+    W4A8,
+    quantize,
+    relative_error,
+    toy_batches,
+)
 from tests.passes.test_round_weights import Edge, two_timesteps
 from tests.test_sites import graph_of
 from tests.toys import SharedTwice, ToyUNet, seeded
@@ -59,6 +66,17 @@ def test_outputs_come_nearer_to_full_precision(toy):
     assert done.changed > 8
     error = relative_error(done.gm, toy, toy_batches())
     assert error < 0.7 * relative_error(given, toy, toy_batches())
+
+
+def test_fp8_weights_stay_and_biases_move(toy):
+    given, done = learnt(toy, layers=FP8, iters=20)
+    assert done.changed > 0
+    assert relative_error(done.gm, toy, toy_batches()) < relative_error(given, toy, toy_batches())
+    for name, layer in given.named_modules():
+        if isinstance(layer, QuantLayer):
+            made = done.gm.get_submodule(name)
+            assert torch.equal(made.codes, layer.codes) and made.spec() == layer.spec()
+            assert torch.equal(made.weight_scale, layer.weight_scale)
 
 
 def test_blocks_are_learnt_in_execution_order(toy):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from tests.passes.test_quantize_layers import quantize
+from tests.passes.test_quantize_layers import FP8, quantize
 from tests.test_sites import graph_of
 from tests.toys import ToyUNet, seeded
 from tfmq_fx.config import LayerConfig, ReconstructionSpec, WeightSpec
 from tfmq_fx.dataflow import temporal_block
+from tfmq_fx.nn import QuantLayer
 from tfmq_fx.passes.reconstruct_tib import feature_errors, reconstruct_tib, relative_errors
 
 TIMES = torch.arange(0, 1000, 50)
@@ -45,6 +46,17 @@ def test_learning_all_layers_jointly_lowers_the_feature_error(block):
     assert done.details["error_before"] == pytest.approx(float(before.mean()))
     assert done.details["error_after"] == pytest.approx(float(after.mean()))
     assert 0.5 < done.details["decided"] <= 1
+
+
+def test_an_fp8_block_keeps_its_weights_and_learns_its_biases(block):
+    nearest, done = reconstructed(block, layers=FP8, learning_rate=1e-3)
+    assert errors(done.gm, block).mean() < errors(nearest, block).mean()
+    assert done.changed == 8 and done.details["decided"] == 1.0
+    layers = [m for m in nearest.modules() if isinstance(m, QuantLayer)]
+    made = [m for m in done.gm.modules() if isinstance(m, QuantLayer)]
+    for before, after in zip(layers, made, strict=True):
+        assert torch.equal(after.codes, before.codes)
+        assert not torch.equal(after.bias, before.bias)
 
 
 @pytest.mark.parametrize("iters", [1, 5, 60])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.passes.test_quantize_layers import (
+    FP8,
     STATIC,
     TIMES,
     W4A8,
@@ -77,6 +78,20 @@ def test_it_is_deterministic_for_a_seed(toy):
     a, b = (rounded(toy, W4A8)[1].gm for _ in range(2))
     for (name, left), right in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert torch.equal(left, right), name
+
+
+def test_fp8_weights_are_rounded_to_nearest_and_their_biases_corrected(toy):
+    nearest, done = rounded(toy, FP8)
+    errors = done.details["error"]
+    assert {form for e in errors.values() for form in e} == {"given", "nearest"}
+    assert done.changed == len(errors) and not done.declined
+    for name in ("mid1.conv1", "attention.qkv"):
+        layer, given = done.gm.get_submodule(name), nearest.get_submodule(name)
+        assert layer.spec() == given.spec() and layer.weight_codes().dtype == torch.float8_e4m3fn
+        assert not torch.equal(layer.bias, given.bias)
+    # aligning weights and means takes a tenth off what rounding to nearest in place leaves
+    found, before = (relative_error(gm, toy, toy_batches()) for gm in (done.gm, nearest))
+    assert found < 0.9 * before
 
 
 def test_the_quantized_graph_that_is_given_stays_as_it_was(toy):
