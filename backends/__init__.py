@@ -6,20 +6,24 @@ if __name__ != "tfmq_fx.backends":
 import importlib
 from types import ModuleType
 
+import torch
+
 from tfmq_fx.errors import BackendError
 
+CPU = torch.device("cpu")
 BACKENDS = {
     "eager": "tfmq_fx.backends.eager",
     "inductor": "tfmq_fx.backends.inductor",
 }
-"""Backends that users choose by name -> the module with `unavailable()` and `compile_graph()`."""
+"""Backends by name -> the module with `unavailable(device)` and `compile_graph()`."""
 
 
-def backend(name: str) -> ModuleType:
-    """The backend of that name, ready to compile. Raises BackendError with the reason if not."""
+def backend(name: str, device: torch.device = CPU) -> ModuleType:
+    """The backend of that name, ready to compile for a device. Raises BackendError with the reason
+    if it cannot."""
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; there are auto, {', '.join(BACKENDS)}")
     found = importlib.import_module(BACKENDS[name])
-    if reason := found.unavailable():
+    if reason := found.unavailable(device):
         raise BackendError(f"backend {name!r}: {reason}. Use backend='eager'.")
     return found

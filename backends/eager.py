@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from tfmq_fx.backends import CPU
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.graph import Declined, Rewrite
 from tfmq_fx.nn import QuantLayer
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device = CPU) -> str | None:
     """None: it runs everywhere."""
     return None
 

@@ -1,4 +1,5 @@
-"""Lower quantized layers to what torch.compile turns into integer kernels.
+"""Lower quantized layers to what torch.compile turns into integer kernels: here for the CPU, in
+`cuda` for NVIDIA GPUs.
 
 On CPU, quantize / dequantize written round a convolution or linear becomes one oneDNN int8 kernel
 (`qconv_pointwise`, `qlinear_pointwise`) when Inductor freezes constants. The scale that the pattern
@@ -8,6 +9,7 @@ with scale 1, and the integer product is multiplied by s[t].
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from typing import Any
 
@@ -15,18 +17,25 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from tfmq_fx.affine import levels
+from tfmq_fx.backends import CPU
 from tfmq_fx.backends.attention import pad_attention
+from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.backends.torchao import to_torchao
 from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.graph import Declined, Rewrite, device_of, graph_pass
 from tfmq_fx.kernels import keeps_integer_weights, obstacle
 from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
 
 
-def unavailable() -> str | None:
-    """Why this machine cannot compile for its CPU, or None where it can."""
+def unavailable(device: torch.device = CPU) -> str | None:
+    """Why this machine cannot compile for `device`, or None where it can."""
+    if device.type not in ("cpu", "cuda"):
+        return f"it compiles for cpu and cuda, the model is on {device.type}"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "CUDA kernels need Triton, which is not installed (pip install 'tfmq-fx[cuda]')"
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -110,25 +119,6 @@ class _Op(nn.Module):
         return y
 
 
-class FloatLayer(nn.Module):
-    """A quantized layer that no integer kernel runs: dequantized weights, the input rounded as it
-    was, computed in floating point."""
-
-    stage = Stage.LOWERED
-
-    def __init__(self, layer: QuantLayer) -> None:
-        super().__init__()
-        self.layer = layer
-        for name in layer.settings:
-            setattr(self, name, getattr(layer, name))
-        self.register_buffer("dequantized", layer.weight.to(layer.dtype))
-        self.dequantized: Tensor
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        seen = self.layer.quantized_input(x, scale).to(x.dtype)
-        return self.layer.apply_op(seen, self.dequantized, self.layer.bias)
-
-
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
 def lower(gm: fx.GraphModule) -> Rewrite:
     """The graph with every quantized layer written for Inductor; declined are those that run in
@@ -156,7 +146,7 @@ def lower(gm: fx.GraphModule) -> Rewrite:
 
 
 class FrozenCallable:
-    """A compiled graph that freezes constants whenever it is called or compiled again.
+    """A graph compiled for the CPU that freezes constants whenever it is called or compiled again.
 
     Freezing has to be on while Dynamo traces, which a later call with other sizes does too; the
     setting is entered for the call alone (about 20 us) and nothing global stays changed.
@@ -172,10 +162,42 @@ class FrozenCallable:
             return self.compiled(*inputs)
 
 
-def compile_graph(gm: fx.GraphModule, **options: Any) -> tuple[FrozenCallable, Rewrite]:
+class CudaCallable:
+    """A graph compiled for CUDA. Where the mode records CUDA graphs, results are copied out of
+    their memory, which the next call overwrites."""
+
+    def __init__(self, gm: fx.GraphModule, options: dict[str, Any]) -> None:
+        self.compiled = torch.compile(gm, fullgraph=True, **options)
+        flags = options.get("options") or {}
+        recorded = options.get("mode") in ("max-autotune", "reduce-overhead")
+        self.copies = recorded or bool(flags.get("triton.cudagraphs"))
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        with torch.no_grad():
+            if not self.copies:
+                return self.compiled(*inputs)
+            torch.compiler.cudagraph_mark_step_begin()
+            return tree_map(_copy, self.compiled(*inputs))
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def compile_graph(
+    gm: fx.GraphModule, **options: Any
+) -> tuple[FrozenCallable | CudaCallable, Rewrite]:
     """The compiled form of a quantized graph, and what was not lowered to integers.
 
     options: passed on to torch.compile.
     """
-    lowered = lower(gm)
-    return FrozenCallable(lowered.gm, options), lowered
+    device = device_of(gm)  # `unavailable` has passed it
+    if device.type == "cpu":
+        lowered = lower(gm)
+        return FrozenCallable(lowered.gm, options), lowered
+    from tfmq_fx.backends.cuda.lower import lower as lower_for_cuda
+    from tfmq_fx.backends.cuda.trial import by_trial
+
+    capability = torch.cuda.get_device_capability(device)
+    lowered = lower_for_cuda(gm, choose=by_trial(device), capability=capability)
+    return CudaCallable(lowered.gm, options), lowered

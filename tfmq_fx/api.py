@@ -36,7 +36,7 @@ from .correction import measure_errors
 from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, BackendError, ConfigError
-from .graph import Rewrite, own_modules
+from .graph import Rewrite, device_of, own_modules
 from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
 from .ops import check_timesteps
 from .origin import Origin
@@ -326,9 +326,11 @@ def fold_timesteps(
 def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled:
     """A new callable module that runs `model` on `backend`; `model` stays the reference.
 
-    backend: "inductor" (torch.compile, integer kernels on CPU), "eager", or "auto": inductor where
-    this machine can compile, else eager, with the reason in `.declined`.  options: of the backend
-    (torch.compile's mode, dynamic, ...).  Compiling happens at the first call.
+    backend: "inductor" (torch.compile, integer kernels on CPU and CUDA), "eager", or "auto":
+    inductor where this machine can compile, else eager, with the reason in `.declined`. On CUDA
+    each layer's kernel is chosen by timing it, at the sizes the model was captured with.
+    options: of the backend (torch.compile's mode, dynamic, ...).  Compiling happens at the first
+    call.
     Raises BackendError where the backend is unknown or cannot run here, StaleError where the model
     that this one was made from has other weights since.
     """
@@ -339,14 +341,14 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
         )
     if model.watch is not None:
         model.watch.check_contents()
-    name, note = backend, None
+    name, note, device = backend, None, device_of(model.gm)
     if backend == "auto":
         name = "inductor"
         try:
-            backends.backend(name)
+            backends.backend(name, device)
         except BackendError as error:
             name, note, options = "eager", str(error), {}
-    runner, lowering = backends.backend(name).compile_graph(model.runnable, **options)
+    runner, lowering = backends.backend(name, device).compile_graph(model.runnable, **options)
     compiled = Compiled(model, runner, name, lowering)
     if note:
         compiled.declined.insert(0, ["the whole model", note])

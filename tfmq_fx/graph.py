@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -120,6 +121,15 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return paths[-1] if paths else ""
+
+
+def device_of(gm: fx.GraphModule) -> torch.device:
+    """Where a graph runs: the device of its tensors, or of its inputs where it has none."""
+    for tensor in itertools.chain(gm.buffers(), gm.parameters()):
+        return tensor.device
+    value = timestep_node(gm).meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value.device
 
 
 def set_buffer(gm: fx.GraphModule, name: str, value: torch.Tensor) -> str:

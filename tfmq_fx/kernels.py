@@ -5,25 +5,32 @@ from __future__ import annotations
 from .nn import QuantConv, QuantLayer, QuantLinear
 
 
-def obstacle(layer: QuantLayer) -> str | None:
-    """Why no int8 kernel runs the layer, or None where one does."""
-    if layer.codes.device.type != "cpu":
-        return f"no int8 kernel on {layer.codes.device.type} in this version"
-    if "fp8" in (layer.weight_format, layer.act_format):
+def obstacle(layer: QuantLayer, device: str | None = None) -> str | None:
+    """Why no int8 or fp8 kernel runs the layer on a kind of device, "cpu" or "cuda", or None where
+    one does. device: None is where the layer is."""
+    device = device or layer.codes.device.type
+    if device not in ("cpu", "cuda"):
+        return f"no int8 kernel on {device} in this version"
+    formats = {layer.weight_format} | ({layer.act_format} if layer.act_bits else set())
+    if device == "cpu" and "fp8" in formats:
         return "no fp8 kernel on cpu"
     if layer.weight_groups > 1:
         return "weights have scales per group"
     if layer.act_bits is None:
         return "activations are in floating point"
-    if layer.dynamic:
+    if len(formats) > 1:
+        return f"{layer.weight_format} weights and {layer.act_format} activations"
+    if device == "cpu" and layer.dynamic:
         return "ranges measured at run time"
     if layer.act_bits > 8:
         return f"activations have {layer.act_bits} bits"
     if isinstance(layer, QuantConv):
         if len(layer.weight_shape) != 4:
             return "int8 kernels exist for 2-d convolutions only"
-        if layer.padding_mode != "zeros":
+        if device == "cpu" and layer.padding_mode != "zeros":
             return f"padding mode {layer.padding_mode!r}"
+        if device == "cuda" and layer.groups > 1:
+            return f"a convolution of {layer.groups} groups"
     elif not isinstance(layer, QuantLinear):
         return f"no int8 kernel for {type(layer).__name__}"
     return None

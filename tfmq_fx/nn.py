@@ -23,7 +23,7 @@ from .packing import pack, packed_size, unpack
 
 _FLOAT_BUFFERS = ("weight_scale", "act_scale")  # keep float32 whatever the model's dtype
 
-_TINY = 2.0**-126  # the least dynamic scale: 1 / it is finite
+TINY_SCALE = 2.0**-126  # the least dynamic scale: 1 / it is finite
 
 
 class QuantLayer(nn.Module):
@@ -168,7 +168,7 @@ class QuantLayer(nn.Module):
         # a linear layer's token is its last dimension; a sample its channels and positions
         dims = tuple(range(1 - len(self.weight_shape), 0))
         largest = x.float().abs().amax(dims, keepdim=True)
-        return (largest / symmetric_steps(self.act_bits, self.act_format)).clamp(min=_TINY)
+        return (largest / symmetric_steps(self.act_bits, self.act_format)).clamp(min=TINY_SCALE)
 
     def quantized_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """What the layer sees of x, in x's dtype: x itself, or its nearest representable value."""

@@ -73,8 +73,8 @@ def conv2d_triton(
         y = first.new_empty(shape, dtype=dtype)
     reach = max(x.shape[0] * x.stride(0) for x in xs)
 
-    def even(x: Tensor) -> bool:
-        return x.shape[3] % size.k == 0 and out_channels % size.n == 0
+    def even(x: Tensor, half: int) -> bool:
+        return x.shape[3] % (2 * half or size.k) == 0 and out_channels % size.n == 0
 
     def given(value: Tensor | None) -> Tensor:
         return first if value is None else value
@@ -101,6 +101,7 @@ def conv2d_triton(
         rows,
         out_height * out_width,
         rows // scales[0].shape[0],
+        rows // scales[-1].shape[0],
         rows // out_scale.shape[0] if out_scale is not None else 1,
         out_width,
         out_channels,
@@ -129,8 +130,8 @@ def conv2d_triton(
         HAS_RESIDUAL=residual is not None,
         REQUANTIZE=out_scale is not None,
         WIDE=bool(reach >= 2**31),
-        EVEN0=even(first),
-        EVEN1=even(last),
+        EVEN0=even(first, halves[0]),
+        EVEN1=even(last, halves[-1]),
         BLOCK_M=size.m,
         BLOCK_N=size.n,
         BLOCK_K=size.k,
@@ -144,8 +145,8 @@ def conv2d_triton(
     total = y.sum(0, dtype=y.dtype)
     if not is_float:
         total = total + offsets[0]
-    result = total.float() * (_row_scales(scales[0], total) * weight_scales[0])
-    return _finish(result, bias, row, residual, out_scale, out_zero, out_levels, dtype)
+    result = total.float() * (row_scales(scales[0], total) * weight_scales[0])
+    return finish(result, bias, row, residual, out_scale, out_zero, out_levels, dtype)
 
 
 def conv2d_reference(
@@ -178,10 +179,10 @@ def conv2d_reference(
         total = total.permute(0, 2, 3, 1)
         if x.dtype != FP8:
             total = total + offset
-        part = total.float() * (_row_scales(scale, total) * weight_scale)
+        part = total.float() * (row_scales(scale, total) * weight_scale)
         result = part if result is None else result + part
     assert result is not None
-    y = _finish(result, bias, row, residual, out_scale, out_zero, out_levels, dtype)
+    y = finish(result, bias, row, residual, out_scale, out_zero, out_levels, dtype)
     return y.contiguous()
 
 
@@ -268,14 +269,14 @@ def unpack_weight(packed: Tensor, half: int, channels: int, zero: Tensor) -> Ten
     return codes.to(torch.int8) - zero.to(torch.int8)[:, None, None, None]
 
 
-def _row_scales(scale: Tensor, result: Tensor) -> Tensor:
+def row_scales(scale: Tensor, result: Tensor) -> Tensor:
     """scale (ranges,) for the pixels of `result` (B, OH, OW, O): broadcasts to it."""
     batch, height, width = result.shape[:3]
     rows = scale.repeat_interleave(batch * height * width // scale.shape[0])
     return rows.view(batch, height, width, 1)
 
 
-def _finish(
+def finish(
     result: Tensor,
     bias: Tensor | None,
     row: Tensor | None,
@@ -285,6 +286,7 @@ def _finish(
     out_levels: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    """The epilogue, for a result (B, OH, OW, O) in float32; arguments as of `conv2d_triton`."""
     if bias is not None:
         result = result + bias.float()
     if row is not None:
@@ -293,7 +295,7 @@ def _finish(
         result = result + residual.float()
     if out_scale is None:
         return result.to(dtype)
-    return quantize(result, _row_scales(out_scale, result), out_zero, out_levels, dtype)
+    return quantize(result, row_scales(out_scale, result), out_zero, out_levels, dtype)
 
 
 def launcher(kernel: Any) -> Any:

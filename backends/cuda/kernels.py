@@ -116,7 +116,8 @@ def conv_kernel(
     y_ptr,  # (B, OH, OW, O), or (SPLIT, B * OH * OW, O) partial sums
     rows,  # B * OH * OW
     rows_per_sample,  # OH * OW
-    rows_per_range,  # how many rows share an input scale
+    rows_per_range0,  # how many rows share an input scale
+    rows_per_range1,
     rows_per_out_range,
     out_width,
     out_channels,
@@ -155,6 +156,8 @@ def conv_kernel(
 ):
     """One tile of a convolution without padding of one or two segments of input channels."""
     TAPS: tl.constexpr = TAPS_Y * TAPS_X
+    STEP0: tl.constexpr = 2 * HALF0 if HALF0 > 0 else BLOCK_K  # packed weights have their own
+    STEP1: tl.constexpr = 2 * HALF1 if HALF1 > 0 else BLOCK_K
     tile_m, tile_n = _tile_of(tl.program_id(0), rows, out_channels, BLOCK_M, BLOCK_N, GROUP)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -168,13 +171,13 @@ def conv_kernel(
         pixels = pixels.to(tl.int64)
 
     part = tl.program_id(1)
-    steps0 = TAPS * tl.cdiv(channels0, BLOCK_K)
+    steps0 = TAPS * tl.cdiv(channels0, STEP0)
     start = part * steps0 // SPLIT
     stop = (part + 1) * steps0 // SPLIT
     total = _accumulate(
         x0_ptr, w0_ptr, zero0_ptr, pixels, col, start, stop, channels0, pixel_stride0, tap_stride0,
         width, out_channels, TAPS_X, TAPS, DILATION_Y, DILATION_X, EVEN0, HALF0, FLOAT,
-        BLOCK_M, BLOCK_N, BLOCK_K,
+        BLOCK_M, BLOCK_N, STEP0,
     )  # fmt: skip
     inside = (row < rows)[:, None] & (col < out_channels)[None, :]
     at = row[:, None].to(tl.int64) * out_channels + col[None, :]
@@ -183,24 +186,23 @@ def conv_kernel(
         return
 
     real = col < out_channels
-    of_row = safe // rows_per_range
     if not FLOAT:
         total += tl.load(offset0_ptr + col, mask=real, other=0)[None, :]
     result = total.to(tl.float32) * (
-        tl.load(scale0_ptr + of_row)[:, None]
+        tl.load(scale0_ptr + safe // rows_per_range0)[:, None]
         * tl.load(weight_scale0_ptr + col, mask=real, other=0.0)[None, :]
     )
     if SEGMENTS == 2:
-        steps1 = TAPS * tl.cdiv(channels1, BLOCK_K)
+        steps1 = TAPS * tl.cdiv(channels1, STEP1)
         more = _accumulate(
             x1_ptr, w1_ptr, zero1_ptr, pixels, col, 0, steps1, channels1, pixel_stride1,
             tap_stride1, width, out_channels, TAPS_X, TAPS, DILATION_Y, DILATION_X, EVEN1, HALF1,
-            FLOAT, BLOCK_M, BLOCK_N, BLOCK_K,
+            FLOAT, BLOCK_M, BLOCK_N, STEP1,
         )  # fmt: skip
         if not FLOAT:
             more += tl.load(offset1_ptr + col, mask=real, other=0)[None, :]
         result += more.to(tl.float32) * (
-            tl.load(scale1_ptr + of_row)[:, None]
+            tl.load(scale1_ptr + safe // rows_per_range1)[:, None]
             * tl.load(weight_scale1_ptr + col, mask=real, other=0.0)[None, :]
         )
     if HAS_BIAS:

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Format = Literal["int8", "fp8", "int4"]  # of the weights; inputs of int4 weights are int8
+
+SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}  # KiB of shared memory of a program
+_LEAST_SHARED = 99
+_SHAPES = [  # m, n, k, warps, stages
+    (128, 256, 128, 8, 3),
+    (256, 128, 128, 8, 3),
+    (128, 128, 128, 8, 4),
+    (128, 128, 64, 8, 4),
+    (128, 64, 128, 4, 4),
+    (64, 128, 128, 4, 4),
+    (64, 64, 128, 4, 4),
+    (64, 64, 64, 4, 5),
+    (32, 64, 128, 4, 4),
+    (16, 64, 128, 4, 4),
+    (16, 32, 64, 2, 4),
+]
+_LAUNCH = 2e5  # multiply-adds that a program's start and end cost as much time as
 
 
 class Tile(NamedTuple):
@@ -13,10 +34,113 @@ class Tile(NamedTuple):
     warps, stages: of the program; steps in flight.
     """
 
-    m: int
-    n: int
-    k: int
+    m: int = 128
+    n: int = 128
+    k: int = 64
     group: int = 8
     split: int = 1
     warps: int = 8
-    stages: int = 3
+    stages: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One convolution, borders included in height and width; a linear layer has taps (1, 1).
+
+    half: of packed 4-bit weights, else 0.
+    """
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    out_channels: int
+    taps: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    format: Format
+    half: int
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        sizes = zip((self.height, self.width), self.taps, self.stride, self.dilation, strict=True)
+        high, wide = ((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sizes)
+        return high, wide
+
+    @property
+    def rows(self) -> int:
+        """Pixels of the result, all samples together."""
+        return self.batch * math.prod(self.out_size)
+
+    @property
+    def depth(self) -> int:
+        """Terms of each sum."""
+        return math.prod(self.taps) * self.channels
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.rows * self.out_channels * self.depth
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must move: codes and weights read once, a 16-bit result written once."""
+        read = self.batch * self.height * self.width * self.channels
+        weights = self.out_channels * self.depth
+        return read + (weights // 2 if self.half else weights) + 2 * self.rows * self.out_channels
+
+
+def candidates(
+    problem: Problem, capability: tuple[int, int] = (9, 0), processors: int = 132
+) -> list[Tile]:
+    """Tiles worth trying for a problem, the most promising by `cost` first."""
+    budget = SHARED.get(capability, _LEAST_SHARED) * 1024
+    found = set()
+    for m, n, k, warps, stages in _SHAPES:
+        tile = Tile(m, n, 2 * problem.half or k, 8, 1, warps, stages)
+        if not _fits(problem, tile):
+            continue
+        while (tile.m + tile.n) * tile.k * tile.stages > budget and tile.stages > 2:
+            tile = tile._replace(stages=tile.stages - 1)
+        if (tile.m + tile.n) * tile.k * tile.stages > budget:
+            continue
+        programs = _programs(problem, tile)
+        steps = math.prod(problem.taps) * -(-problem.channels // tile.k)
+        found |= {
+            tile._replace(split=split)
+            for split in (1, 2, 4, 8)
+            if split == 1 or (programs * split <= 2 * processors and steps >= 4 * split)
+        }
+    return sorted(found, key=lambda tile: (cost(problem, tile, processors), tile))
+
+
+def cost(problem: Problem, tile: Tile, processors: int = 132) -> float:
+    """An estimate to order tiles by: multiply-adds of the busiest multiprocessor, where narrow
+    tiles count for more, as they load more for each."""
+    steps = math.prod(problem.taps) * -(-problem.channels // tile.k)
+    each = tile.m * tile.n * tile.k * -(-steps // tile.split)
+    slowness = 1 + 64 * (tile.m + tile.n) / (tile.m * tile.n)
+    programs = _programs(problem, tile) * tile.split
+    partial = 2 * problem.rows * problem.out_channels * tile.split if tile.split > 1 else 0
+    return -(-programs // processors) * (each * slowness + _LAUNCH) + 64 * partial / processors
+
+
+def default_tile(problem: Problem, capability: tuple[int, int] = (9, 0)) -> Tile:
+    """The tile to use without a trial."""
+    return candidates(problem, capability)[0]
+
+
+def _programs(problem: Problem, tile: Tile) -> int:
+    return -(-problem.rows // tile.m) * -(-problem.out_channels // tile.n)
+
+
+def _fits(problem: Problem, tile: Tile) -> bool:
+    """Whether no side is more than twice what the problem fills; the smallest tiles always do."""
+    if tile.m <= 16:
+        return tile.n <= max(32, 2 * problem.out_channels)
+    return (
+        tile.m < 2 * problem.rows
+        and tile.n < 2 * max(32, problem.out_channels)
+        and (problem.half > 0 or tile.k < 2 * max(33, problem.channels))
+    )

@@ -7,7 +7,8 @@ from torch import nn
 from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, calibrate, compile, convert, prepare
 from tfmq_fx.backends import inductor
-from tfmq_fx.backends.inductor import FloatLayer, LoweredLayer, lower, unavailable
+from tfmq_fx.backends.float_layer import FloatLayer
+from tfmq_fx.backends.inductor import LoweredLayer, lower, unavailable
 from tfmq_fx.dialect import Stage, stage_of
 from tfmq_fx.kernels import obstacle
 from tfmq_fx.nn import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear

@@ -1,0 +1,273 @@
+"""Quantized layers written for the CUDA kernels: codes in, one kernel, epilogue included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tfmq_fx.affine import levels
+from tfmq_fx.dialect import Stage
+from tfmq_fx.nn import TINY_SCALE, QuantConv, QuantLayer
+
+from .conv import (
+    FP8,
+    STORED_ZERO,
+    conv2d,
+    finish,
+    pack_weight,
+    packed_half,
+    quantize,
+    row_scales,
+    stored_zero,
+)
+from .tiles import Problem
+from .trial import Choice
+
+Pads = tuple[int, int, int, int]  # left, right, top, bottom, as for torch.nn.functional.pad
+
+
+def quantize_input(
+    x: Tensor, scale: Tensor, zero: int, levels: int, dtype: torch.dtype, pads: Pads | None
+) -> Tensor:
+    """The codes of a layer's input.
+
+    x: (B, C, H, W) with `pads`, for convolutions, whose codes are (B, top + H + bottom,
+    left + W + right, C) with borders of the zero's code; else (..., C), like its codes.
+    scale: (B,) or (1,) float32, or of as many dimensions as x.  zero, levels: of the grid.
+    dtype: int8 (codes - 128) or float8_e4m3fn.
+    """
+    if scale.dim() == 1:
+        scale = scale.view(-1, *[1] * (x.dim() - 1))
+    if pads is None:
+        return quantize(x, scale, zero, levels, dtype)
+    pixels = x.permute(0, 2, 3, 1)
+    if any(pads) and dtype == FP8:  # 0 is a value of fp8; its dtype cannot be padded
+        pixels = F.pad(pixels, (0, 0, *pads))
+    codes = quantize(pixels, scale.permute(0, 2, 3, 1), zero, levels, dtype)
+    if any(pads) and dtype != FP8:
+        codes = F.pad(codes, (0, 0, *pads), value=stored_zero(zero, dtype))
+    return codes.contiguous()
+
+
+def dynamic_scale(x: Tensor, dims: tuple[int, ...], steps: float) -> Tensor:
+    """The range of each token or sample of x, measured: float32, of size 1 in `dims`.
+
+    steps: from 0 to the largest magnitude.
+    """
+    return (x.float().abs().amax(dims, keepdim=True) / steps).clamp(min=TINY_SCALE)
+
+
+quantize_input.stage = dynamic_scale.stage = Stage.LOWERED  # type: ignore[attr-defined]
+
+
+class CudaLayer(nn.Module):
+    """A convolution or linear layer on codes.
+
+    Buffers: `weight` (O, R, S, C) int8 (codes less zero points) or float8_e4m3fn, or uint8 packed;
+    `zero` (O,) uint8 zero points of packed weights; `weight_scale` (O,) float32; `offset` (O,)
+    int32; `bias` (O,) or None; `act_scale` (1,) float32, the static range.
+    pads: borders that the input's codes must have, None for linear layers.  dtype: of the result.
+    """
+
+    stage = Stage.LOWERED
+
+    def __init__(self, layer: QuantLayer, dtype: torch.dtype, choice: Choice) -> None:
+        super().__init__()
+        assert layer.act_bits is not None
+        for name in layer.settings:  # diffusers' pipelines read some
+            setattr(self, name, getattr(layer, name))
+        self.is_conv = isinstance(layer, QuantConv)
+        self.pads = pads_of(layer)
+        self.strides = tuple(layer.stride) if isinstance(layer, QuantConv) else (1, 1)
+        self.dilations = tuple(layer.dilation) if isinstance(layer, QuantConv) else (1, 1)
+        self.dtype, self.dynamic = dtype, layer.dynamic
+        self.codes_dtype = FP8 if layer.act_format == "fp8" else torch.int8
+        self.zero_point, self.levels = int(layer.act_zero), levels(layer.act_bits)
+        self.choice = choice
+        self.out_zero, self.out_levels, self.out_dtype = 0, 0, dtype
+
+        codes = _channels_last(layer.weight_codes())
+        self.channels = codes.shape[3]
+        self.packed_half = half_of(layer)
+        zero = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
+        sums = codes.float().sum((1, 2, 3)) if self.codes_dtype == FP8 else codes.sum((1, 2, 3))
+        weight = codes
+        if self.packed_half:
+            zero = layer.weight_zero.clone()
+            unsigned = codes.to(torch.int16) + zero.to(torch.int16)[:, None, None, None]
+            weight = pack_weight(unsigned, self.packed_half)
+        self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("zero", zero)
+        self.register_buffer("weight_scale", layer.weight_scale.clone())
+        offset = (STORED_ZERO - self.zero_point) * sums
+        self.register_buffer("offset", offset.to(torch.int32))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.clone())
+        self.register_buffer("act_scale", layer.act_scale.clone().view(1))
+        self.weight: Tensor
+        self.zero: Tensor
+        self.weight_scale: Tensor
+        self.offset: Tensor
+        self.bias: Tensor | None
+        self.act_scale: Tensor
+
+    def requantizes(self, zero: int, levels: int, dtype: torch.dtype) -> None:
+        """Give codes on another layer's grid instead of floats; calls then pass its scale."""
+        self.out_zero, self.out_levels, self.out_dtype = zero, levels, dtype
+
+    def forward(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        row: Tensor | None = None,
+        residual: Tensor | None = None,
+        out_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's output: (B, O, OH, OW), channels last in memory, or (..., O).
+
+        codes: of `quantize_input`.  scale: the scale they were made with.
+        row: (B, O), added at every place of a sample.  residual: like the output.
+        out_scale: (ranges,), after `requantizes`: the output is codes, of convolutions channels
+        last (B, OH, OW, O).
+        """
+        return _run([self], [codes], [scale], row, residual, out_scale)
+
+
+class ConcatLayer(nn.Module):
+    """The sum of two layers of equal geometry on the parts of a concatenation, as one kernel; the
+    bias is the first one's."""
+
+    stage = Stage.LOWERED
+
+    def __init__(self, first: CudaLayer, second: CudaLayer) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        more_codes: Tensor,
+        more_scale: Tensor,
+        row: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """As `CudaLayer.forward`, for the codes of both parts and their scales."""
+        layers, scales = [self.first, self.second], [scale, more_scale]
+        return _run(layers, [codes, more_codes], scales, row, residual, None)
+
+
+def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
+    """What a kernel computes for a layer on an input of `shape`, (B, C, H, W) or (B, ..., C)."""
+    out, channels, *taps = layer.weight_shape
+    left, right, top, bottom = pads_of(layer) or (0, 0, 0, 0)
+    if isinstance(layer, QuantConv):
+        batch, _, height, width = shape
+        extra = [(0, 0), (0, 0)] if layer.padding_mode == "zeros" else layer.borders()
+        height, width = height + sum(extra[0]), width + sum(extra[1])
+        stride, dilation = layer.stride, layer.dilation
+    else:
+        batch, height, width = shape[0], 1, math.prod(shape[1:-1])
+        taps, stride, dilation = [1, 1], (1, 1), (1, 1)
+    half = half_of(layer)
+    return Problem(
+        batch=batch,
+        height=top + height + bottom,
+        width=left + width + right,
+        channels=channels,
+        out_channels=out,
+        taps=(taps[0], taps[1]),
+        stride=(stride[0], stride[1]),
+        dilation=(dilation[0], dilation[1]),
+        format="fp8" if layer.act_format == "fp8" else "int4" if half else "int8",
+        half=half,
+    )
+
+
+def half_of(layer: QuantLayer) -> int:
+    """Of `pack_weight`, for weights of at most 4 bits; 0 for those that are not packed."""
+    packs = layer.weight_format == "int" and layer.weight_bits <= 4
+    return packed_half(layer.weight_shape[1]) if packs else 0
+
+
+def pads_of(layer: QuantLayer) -> Pads | None:
+    """Borders of the codes of a layer's input, None for linear layers; other padding than by zeros
+    is done in floating point."""
+    if not isinstance(layer, QuantConv):
+        return None
+    if layer.padding_mode != "zeros":
+        return (0, 0, 0, 0)
+    (top, bottom), (left, right) = layer.borders()
+    return (left, right, top, bottom)
+
+
+def _run(
+    layers: list[CudaLayer],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    row: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+) -> Tensor:
+    first, shape = layers[0], codes[0].shape
+    if not first.is_conv:
+        codes = [c.reshape(c.shape[0], 1, -1, c.shape[-1]) for c in codes]
+    if residual is not None:
+        if first.is_conv:
+            residual = residual.permute(0, 2, 3, 1)
+        else:
+            residual = residual.reshape(shape[0], 1, -1, residual.shape[-1])
+        residual = residual.contiguous()
+    if row is not None:
+        row = row.reshape(row.shape[0], row.shape[-1]).contiguous()
+    scales = [scale.reshape(-1) for scale in scales]
+    added = (first.bias, row, residual, out_scale)
+    result = (first.out_zero, first.out_levels)
+    if all(layer.choice.engine == "torch" for layer in layers):
+        sums = [_product(*each) for each in zip(layers, codes, scales, strict=True)]
+        y = finish(sum(sums[1:], sums[0]), *added, *result, first.out_dtype)
+    else:
+        y = conv2d(
+            codes,
+            [layer.weight for layer in layers],
+            [layer.zero for layer in layers],
+            [layer.weight_scale for layer in layers],
+            [layer.offset for layer in layers],
+            scales,
+            *added,
+            *result,
+            list(first.strides),
+            list(first.dilations),
+            [layer.packed_half for layer in layers],
+            first.out_dtype,
+            list(first.choice.tile),
+        )
+    if not first.is_conv:
+        return y.view(*shape[:-1], y.shape[-1])
+    return y if out_scale is not None else y.permute(0, 3, 1, 2)
+
+
+def _product(layer: CudaLayer, codes: Tensor, scale: Tensor) -> Tensor:
+    """The layer's sums in units of its output, (B, 1, T, O) float32, by torch's own kernels."""
+    shape = (*codes.shape[:3], layer.weight.shape[0])
+    rows, weight = codes.reshape(-1, codes.shape[3]), layer.weight[:, 0, 0, :]
+    units = row_scales(scale, codes)
+    if layer.codes_dtype == FP8:
+        y = torch._scaled_mm(
+            rows,
+            weight.t(),
+            scale_a=units.reshape(-1, 1),
+            scale_b=layer.weight_scale[None],
+            out_dtype=torch.bfloat16,
+        )
+        return y.view(shape).float()
+    sums = torch._int_mm(rows, weight.t()).view(shape) + layer.offset
+    return sums.float() * (units * layer.weight_scale)
+
+
+def _channels_last(codes: Tensor) -> Tensor:
+    """(O, R, S, C) of weights (O, C) or (O, C, R, S)."""
+    return codes[:, None, None, :] if codes.dim() == 2 else codes.permute(0, 2, 3, 1)

@@ -1,0 +1,133 @@
+"""Lower quantized layers of a graph on CUDA to the kernels of this package.
+
+y = conv_q(x, s)    ->    y = conv(quantize_input(x, s), s): codes computed apart, so that they can
+be fused into what computes x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from tfmq_fx.affine import symmetric_steps
+from tfmq_fx.backends.float_layer import FloatLayer
+from tfmq_fx.backends.torchao import to_torchao
+from tfmq_fx.dialect import Stage
+from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.kernels import keeps_integer_weights, obstacle
+from tfmq_fx.layers import buffer_before, call_before, layer_input
+from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
+
+from .fuse import fuse
+from .layers import CudaLayer, dynamic_scale, problem_of, quantize_input
+from .trial import Choice, Chooser
+
+_RESULTS = (torch.float32, torch.float16, torch.bfloat16)
+_FP8_SINCE, _INT8_SINCE = (8, 9), (8, 0)
+
+
+@graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
+def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -> Rewrite:
+    """The graph with every quantized layer on the kernel that `choose` gives it.
+
+    Linear layers whose input is in floating point, or ranged at every call, run on torchao's
+    tensors where it has one.  capability: of the device.
+    Declined: layers that run in floating point, with the reason.
+    details: "integer", the layers on kernels; "torchao", those on its tensors; "fused", what was
+    fused, by kind; "micros", what was measured, by layer.
+    """
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="call_module"):
+        if isinstance(gm.get_submodule(str(node.target)), QuantLayer):
+            calls.setdefault(str(node.target), []).append(node)
+    declined, on_torchao, lowered = [], [], 0
+    micros: dict[str, Any] = {}
+    for name, nodes in calls.items():
+        layer = gm.get_submodule(name)
+        assert isinstance(layer, QuantLayer)
+        if isinstance(layer, QuantLinear) and keeps_integer_weights(layer):
+            gm.set_submodule(name, to_torchao(layer))
+            on_torchao.append(name)
+            continue
+        reason = obstacle(layer, "cuda") or _obstacle(layer, nodes, capability)
+        if reason is None:
+            dtype = nodes[0].meta["val"].dtype
+            sizes = _sizes(layer_input(nodes[0]).meta["val"])
+            choice = choose(problem_of(layer, sizes), dtype)
+            micros[name] = choice.micros
+            reason = _slower(choice, dtype)
+        if reason is not None:
+            declined.append(Declined(name, f"runs in floating point: {reason}"))
+            gm.set_submodule(name, FloatLayer(layer))
+            continue
+        made = CudaLayer(layer, dtype, choice)
+        gm.set_submodule(name, made)
+        for node in nodes:
+            _give_codes(gm, node, name, layer, made)
+        lowered += 1
+    details = {
+        "integer": lowered,
+        "torchao": on_torchao,
+        "fused": fuse(gm),
+        "micros": {name: times for name, times in micros.items() if times},
+    }
+    return Rewrite(gm, lowered + len(on_torchao), declined, details)
+
+
+def _obstacle(
+    layer: QuantLayer, nodes: Sequence[fx.Node], capability: tuple[int, int]
+) -> str | None:
+    """Why the kernels cannot run a layer on this device, or None where they can."""
+    since = _FP8_SINCE if layer.act_format == "fp8" else _INT8_SINCE
+    if capability < since:
+        need, have = (f"{major}.{minor}" for major, minor in (since, capability))
+        kind = "fp8" if layer.act_format == "fp8" else "int8"
+        return f"{kind} kernels need compute capability {need}, this device has {have}"
+    dtypes = {node.meta["val"].dtype for node in nodes}
+    if len(dtypes) > 1 or not dtypes <= set(_RESULTS):
+        return f"its results have dtypes {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def _slower(choice: Choice, dtype: torch.dtype) -> str | None:
+    """Why a kernel is not used although there is one: the float layer was measured faster."""
+    if choice.engine != "float":
+        return None
+    ours = min((t for name, t in choice.micros.items() if name != "float"), default=float("inf"))
+    float_name = str(dtype).removeprefix("torch.")
+    return f"{float_name} took {choice.micros['float']:.1f} us, the kernels {ours:.1f} us"
+
+
+def _give_codes(
+    gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, made: CudaLayer
+) -> None:
+    """Pass the codes of its input and their scale to the call of a layer."""
+    x = layer_input(node)
+    if isinstance(layer, QuantConv) and layer.padding_mode != "zeros":
+        widths = [width for pair in reversed(layer.borders()) for width in pair]
+        x = call_before(
+            node, F.pad, x, tuple(widths), mode=layer.padding_mode, name=f"{node.name}_padded"
+        )
+    if layer.dynamic:
+        assert layer.act_bits is not None
+        dims = tuple(range(1 - len(layer.weight_shape), 0))
+        steps = symmetric_steps(layer.act_bits, layer.act_format)
+        scale = call_before(node, dynamic_scale, x, dims, steps, name=f"{node.name}_scale")
+    elif layer.per_timestep:
+        given = node.args[1] if len(node.args) > 1 else node.kwargs["scale"]
+        assert isinstance(given, fx.Node)
+        scale = given
+    else:
+        scale = buffer_before(gm, node, f"{name}.act_scale")
+    settings = (made.zero_point, made.levels, made.codes_dtype, made.pads)
+    codes = call_before(node, quantize_input, x, scale, *settings, name=f"{node.name}_codes")
+    node.args, node.kwargs = (codes, scale), {}
+
+
+def _sizes(value: Tensor) -> list[int]:
+    """The shape of an abstract value as it was when the model was captured."""
+    return [n if isinstance(n, int) else int(n.node.hint or 1) for n in value.shape]
