@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfmq_fx.affine import FP8_MAX
+from tfmq_fx.affine import FP8_MAX, QParams
 from tfmq_fx.dialect import Stage
 from tfmq_fx.errors import BackendError
 from tfmq_fx.nn import TINY_SCALE, QuantLayer, QuantLinear
@@ -80,7 +80,8 @@ def to_torchao(layer: QuantLinear, *, int4: bool = False) -> nn.Linear:
         raise BackendError(f"no torchao tensor for {layer}: {reason}")
     out, width = layer.weight_shape
     integers = layer.act_bits is not None and layer.act_format == "int"
-    made = (_RowsLinear if integers else nn.Linear)(width, out, bias=False, device="meta", dtype=layer.dtype)
+    kind = _RowsLinear if integers else nn.Linear
+    made = kind(width, out, bias=False, device="meta", dtype=layer.dtype)
     if packed:
         weight = _int4_tensor(layer)
     elif layer.weight_format == "fp8":
@@ -101,7 +102,7 @@ class _RowsLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        count = len(rows)
+        count = rows.shape[0]
         if count < _ROWS:
             rows = F.pad(rows, (0, 0, 0, _ROWS - count))
         y = F.linear(rows, self.weight, self.bias)[:count]
@@ -182,11 +183,14 @@ def int4_parts(layer: QuantLinear) -> tuple[Tensor, Tensor]:
     """What the int4 kernel reads of a layer: codes (out, in / 2) uint8, the first of two in the
     high four bits, and scale and zero (in / group, out, 2) bfloat16.
 
-    It computes scale * (code - 8) + zero, so that zero = scale * (8 - zero point).  `in` is padded
-    to a multiple of 1024 and `out` of 8, with zeros.
+    It computes scale * (code - 8) + zero, so that zero = scale * (8 - zero point); codes of fewer
+    than 4 bits are moved to have 0 there.  `in` is padded to a multiple of 1024 and `out` of 8,
+    with zeros.
     """
     out, width = layer.weight_shape
     size, grid = _group_size(layer), layer.grid()
+    if layer.weight_bits < 4:
+        grid = QParams(grid.scale, torch.full_like(grid.zero, 8), 4)
     padding = (0, -width % 1024, 0, -out % 8)
     codes = layer.weight_codes().float() + grid.over(width)[1]
     codes = F.pad(codes, padding).to(torch.uint8)
