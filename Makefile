@@ -1,14 +1,16 @@
 # make demo       quantize the digits model four ways and compare, with pictures
 # make test       the default test suite
 # make test-slow  the rest: thousands of random models, every resolution, compiled models
+# make test-triton  the CUDA kernels without a GPU: interpreted, and compiled to machine code
 # make check      linters, types, import layers
 # All of them make .venv and install what they need first.
 
 PYTHON ?= python3
 VENV ?= .venv
+TRITON ?= .triton
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check venv clean
+.PHONY: demo test test-slow test-triton check venv clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tfmq-fx demo
@@ -18,6 +20,12 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
+
+# Triton lies beside the environment, not in it: torch behaves as it does without.
+test-triton: $(VENV)/.installed $(TRITON)/.installed
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 \
+		$(BIN)/python -m pytest -q -n auto -m triton tests/triton/interpreted
+	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q -m triton tests/triton/compiled
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -33,5 +41,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
+# Its interpreter fails with the newest numpy, so that it gets one of its own.
+$(TRITON)/.installed: Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON) triton==3.6.0 numpy==2.3.5
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-out build *.egg-info
+	rm -rf $(VENV) $(TRITON) demo-out build *.egg-info

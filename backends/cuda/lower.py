@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from tfmq_fx.affine import symmetric_steps
 from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.backends.torchao import to_torchao
+from tfmq_fx.backends.torchao import int4_obstacle, to_torchao, torchao_obstacle
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
-from tfmq_fx.kernels import keeps_integer_weights, obstacle
+from tfmq_fx.kernels import obstacle
 from tfmq_fx.layers import buffer_before, call_before, layer_input
 from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
 
@@ -49,8 +49,8 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
     for name, nodes in calls.items():
         layer = gm.get_submodule(name)
         assert isinstance(layer, QuantLayer)
-        if isinstance(layer, QuantLinear) and keeps_integer_weights(layer):
-            gm.set_submodule(name, to_torchao(layer))
+        if (made := _torchao_layer(layer)) is not None:
+            gm.set_submodule(name, made)
             on_torchao.append(name)
             continue
         reason = obstacle(layer, "cuda") or _obstacle(layer, nodes, capability)
@@ -64,10 +64,10 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
             declined.append(Declined(name, f"runs in floating point: {reason}"))
             gm.set_submodule(name, FloatLayer(layer))
             continue
-        made = CudaLayer(layer, dtype, choice)
-        gm.set_submodule(name, made)
+        on_kernel = CudaLayer(layer, dtype, choice)
+        gm.set_submodule(name, on_kernel)
         for node in nodes:
-            _give_codes(gm, node, name, layer, made)
+            _give_codes(gm, node, name, layer, on_kernel)
         lowered += 1
     details = {
         "integer": lowered,
@@ -76,6 +76,16 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
         "micros": {name: times for name, times in micros.items() if times},
     }
     return Rewrite(gm, lowered + len(on_torchao), declined, details)
+
+
+def _torchao_layer(layer: QuantLayer) -> nn.Linear | None:
+    """The layer on a torchao tensor, if it is one without a static range that has such a tensor."""
+    if not isinstance(layer, QuantLinear) or not (layer.act_bits is None or layer.dynamic):
+        return None
+    device = layer.codes.device.type
+    if int4_obstacle(layer, device) is None:
+        return to_torchao(layer, int4=True)
+    return None if torchao_obstacle(layer, device) else to_torchao(layer)
 
 
 def _obstacle(
