@@ -258,6 +258,7 @@ def test_casts_leave_scales_and_codes_alone(dtype):
         else:
             assert value.dtype == before[name].dtype and torch.equal(value, before[name])
     assert QuantLinear.from_spec(made.spec()).bias.dtype == dtype
+    assert quantized(nn.Linear(8, 4, bias=False)).to(dtype).dtype == dtype
 
 
 def test_an_empty_layer_moves_off_the_meta_device():

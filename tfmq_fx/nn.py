@@ -238,8 +238,7 @@ class QuantLayer(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != value.dtype:
                 setattr(self, name, value.to(moved.device))
-        if self.bias is not None:
-            self.dtype = self.bias.dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # where there is no bias, too
         return self
 
     def extra_repr(self) -> str:
