@@ -290,7 +290,7 @@ def finish(
     if bias is not None:
         result = result + bias.float()
     if row is not None:
-        result = result + row.float()[:, None, None, :]
+        result = result + row.float().view(row.shape[0], 1, 1, -1)
     if residual is not None:
         result = result + residual.float()
     if out_scale is None:

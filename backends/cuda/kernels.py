@@ -275,8 +275,8 @@ def norm_apply_kernel(
     x_ptr,  # (B, height, width, C)
     factor_ptr,  # (B, C) float32
     shift_ptr,  # (B, C) float32
-    inverse_ptr,  # (ranges, C) float32: 1 / scale
-    zero_ptr,  # (C,) float32 zero points; unused for fp8
+    scale0_ptr,  # (ranges,) float32, of channels before `cut`
+    scale1_ptr,  # of those from `cut` on
     y_ptr,  # (B, out_height, out_width, C) int8 or fp8, borders included
     rows,  # B * out_height * out_width
     out_image,  # out_height * out_width
@@ -286,8 +286,12 @@ def norm_apply_kernel(
     top,  # rows and columns of border before the image
     left,
     channels,
-    inverse_stride,  # C, or 0 where all samples share a range
+    cut,
+    zero0,  # zero points
+    zero1,
     levels,  # the largest code
+    RANGES0: tl.constexpr,  # whether each sample has a range
+    RANGES1: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -310,10 +314,13 @@ def norm_apply_kernel(
     value += tl.load(shift_ptr + of, mask=stored, other=0.0)
     if SILU:
         value = value / (1.0 + tl.exp(-value))
-    inverse = inverse_ptr + sample[:, None] * inverse_stride + col[None, :]
-    value = tl.where(mask, value * tl.load(inverse, mask=stored, other=0.0), 0.0)
+    image = tl.where(row < rows, sample, 0)
+    inverse0 = 1.0 / tl.load(scale0_ptr + image * RANGES0)
+    inverse1 = 1.0 / tl.load(scale1_ptr + image * RANGES1)
+    before = (col < cut)[None, :]
+    value = tl.where(mask, value * tl.where(before, inverse0[:, None], inverse1[:, None]), 0.0)
     if y_ptr.dtype.element_ty == tl.int8:
-        value = _round(value) + tl.load(zero_ptr + col, mask=real, other=0.0)[None, :]
+        value = _round(value) + tl.where(before, zero0, zero1).to(tl.float32)
         value = tl.minimum(tl.maximum(value, 0.0), levels) - 128.0
     else:
         value = tl.minimum(tl.maximum(value, -448.0), 448.0)

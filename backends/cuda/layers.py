@@ -253,14 +253,14 @@ def _run(
 def _product(layer: CudaLayer, codes: Tensor, scale: Tensor) -> Tensor:
     """The layer's sums in units of its output, (B, 1, T, O) float32, by torch's own kernels."""
     shape = (*codes.shape[:3], layer.weight.shape[0])
-    rows, weight = codes.reshape(-1, codes.shape[3]), layer.weight[:, 0, 0, :]
+    rows, weight = codes.reshape(-1, codes.shape[3]), layer.weight.flatten(1)
     units = row_scales(scale, codes)
     if layer.codes_dtype == FP8:
         y = torch._scaled_mm(
             rows,
             weight.t(),
             scale_a=units.reshape(-1, 1),
-            scale_b=layer.weight_scale[None],
+            scale_b=layer.weight_scale.unsqueeze(0),
             out_dtype=torch.bfloat16,
         )
         return y.view(shape).float()

@@ -39,8 +39,8 @@ def group_norm_quantize_triton(
 
     x: (B, H, W, C), contiguous, any float dtype; computed in float32 throughout.
     weight, bias: (C,).  factor, shift: (B, C), the modulation, or None.  silu: False leaves it out.
-    scales, zeros, sizes: for each run of channels of a size: the scale, (1,) or (B,) float32, and
-    the zero point of its grid.  levels: the largest code.
+    scales, zeros, sizes: of one or two runs of channels: the scale, (1,) or (B,) float32, the zero
+    point of its grid, and how many channels it has.  levels: the largest code.
     pads: width of the border left, right, top and bottom, as for torch.nn.functional.pad.
     dtype: int8 (codes - 128) or float8_e4m3fn, of the result (B, top + H + bottom,
     left + W + right, C).
@@ -66,20 +66,16 @@ def group_norm_quantize_triton(
         num_warps=4,
     )
     a, b = _affine(means, squares, pixels, groups, weight, bias, eps, factor, shift)
-    inverse = 1.0 / _by_channel(scales, sizes)
     left, right, top, bottom = pads
     out_height, out_width = top + height + bottom, left + width + right
     y = x.new_empty((batch, out_height, out_width, channels), dtype=dtype)
     rows = batch * out_height * out_width
-    zero = torch.cat(
-        [x.new_full((n,), float(z), dtype=torch.float32) for z, n in zip(zeros, sizes, strict=True)]
-    )
     launcher(kernels.norm_apply_kernel)[(-(-rows // BLOCK_PIXELS), blocks)](
         x,
         a,
         b,
-        inverse,
-        zero,
+        scales[0],
+        scales[-1],
         y,
         rows,
         out_height * out_width,
@@ -89,8 +85,12 @@ def group_norm_quantize_triton(
         top,
         left,
         channels,
-        channels if inverse.shape[0] > 1 else 0,
+        sizes[0],
+        zeros[0],
+        zeros[-1],
         levels,
+        RANGES0=int(scales[0].shape[0] > 1),
+        RANGES1=int(scales[-1].shape[0] > 1),
         SILU=silu,
         BLOCK_P=BLOCK_PIXELS,
         BLOCK_C=BLOCK_CHANNELS,
@@ -176,13 +176,13 @@ def _affine(
 ) -> tuple[Tensor, Tensor]:
     """a, b of (B, C): norm(x) * factor + shift = x * a + b, from statistics (B, chunks, C)."""
     batch, chunks, channels = means.shape
-    before = CHUNK * torch.arange(chunks, device=means.device)
-    counts = (pixels - before).clamp(max=CHUNK).float()[:, None, None]
+    left = torch.arange(pixels, 0, -CHUNK, device=means.device)  # pixels not in chunks before
+    counts = left.clamp(max=CHUNK).float().view(-1, 1, 1)
     means, squares = (v.view(batch, chunks, groups, -1) for v in (means, squares))
     size = pixels * (channels // groups)
     mean = (means * counts).sum((1, 3)) / size
     # Chan et al.: squares about the common mean are those about each one's own, and what it is off
-    off = means - mean[:, None, :, None]
+    off = means - mean.view(batch, 1, groups, 1)
     variance = (squares + off * off * counts).sum((1, 3)) / size
     rest = torch.rsqrt(variance + eps)
 
@@ -200,12 +200,3 @@ def _affine(
     if shift is not None:
         b = b + shift.float()
     return a.contiguous(), b.contiguous()
-
-
-def _by_channel(scales: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """(ranges, C) from the scales (ranges,) of runs of channels."""
-    ranges = max(scale.shape[0] for scale in scales)
-    columns = [
-        scale[:, None].expand(ranges, size) for scale, size in zip(scales, sizes, strict=True)
-    ]
-    return torch.cat(columns, 1)

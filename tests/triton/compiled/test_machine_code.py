@@ -127,10 +127,10 @@ def test_group_norm_compiles(generation, dtype):
         kernels.norm_partial_kernel, floats, sizes, {"channels"}, generation, 4, 3
     )
     assert spilled == 0
-    rows = ("factor_ptr", "shift_ptr", "inverse_ptr", "zero_ptr")
+    rows = ("factor_ptr", "shift_ptr", "scale0_ptr", "scale1_ptr")
     pointers = dict.fromkeys(rows, "fp32") | {"x_ptr": "bf16", "y_ptr": dtype}
-    sizes = {"SILU": True, "BLOCK_P": 32, "BLOCK_C": 64}
-    divisible = {"channels", "inverse_stride"}
+    sizes = {"SILU": True, "RANGES0": 1, "RANGES1": 1, "BLOCK_P": 32, "BLOCK_C": 64}
+    divisible = {"channels"}
     ptx, spilled = machine_code(
         kernels.norm_apply_kernel, pointers, sizes, divisible, generation, 4, 3
     )
