@@ -1,0 +1,232 @@
+"""Layers on codes compute what the quantized layers do, on the CPU through the ops' references."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.toys import seeded
+from tfmq_fx.affine import weight_qparams
+from tfmq_fx.backends.cuda.conv import (
+    FP8,
+    conv2d,
+    pack_weight,
+    packed_half,
+    quantize,
+    stored_zero,
+    unpack_weight,
+)
+from tfmq_fx.backends.cuda.layers import (
+    ConcatLayer,
+    CudaLayer,
+    dynamic_scale,
+    problem_of,
+    quantize_input,
+)
+from tfmq_fx.backends.cuda.tiles import Tile
+from tfmq_fx.backends.cuda.trial import Choice, untried
+from tfmq_fx.config import WeightSpec
+from tfmq_fx.nn import QuantConv2d, QuantLinear
+from tfmq_fx.rounding import round_nearest
+
+SCALE = torch.tensor([0.02, 0.05, 0.03])
+TORCH = Choice("torch", Tile())
+
+
+def quantized(source, *, bits=8, act_bits=8, format="int", ranges="per timestep", zero=100):
+    """A quantized layer of `source` with weights rounded to nearest."""
+    kind = QuantLinear if isinstance(source, nn.Linear) else QuantConv2d
+    layer = kind.from_float(
+        source,
+        weight_bits=bits,
+        act_bits=act_bits,
+        per_timestep=ranges == "per timestep",
+        dynamic=ranges == "dynamic",
+        weight_format=format,
+        act_format=format,
+    )
+    grid = weight_qparams(source.weight, WeightSpec(bits=bits, format=format, search=1))
+    codes = round_nearest(source.weight.detach().float().flatten(1), grid)
+    layer.set_weight(codes.view(source.weight.shape), grid)
+    if ranges != "dynamic":
+        levels = 2**act_bits - 1
+        layer.set_static_range(0.03, 0 if format == "fp8" else zero * levels // 255)
+    return layer.eval()
+
+
+def lowered(layer, x, choice=None):
+    shape = list(x.shape)
+    return CudaLayer(layer, x.dtype, choice or untried(problem_of(layer, shape), x.dtype))
+
+
+def codes_of(made, x, scale):
+    return quantize_input(x, scale, made.zero_point, made.levels, made.codes_dtype, made.pads)
+
+
+def scale_for(layer, made, x):
+    if layer.dynamic:
+        return layer.measured_scale(x)
+    return SCALE[: len(x)] if layer.per_timestep else made.act_scale
+
+
+def tolerance(layer, x, scale):
+    """Sums of the reference are of floats: each of up to 300 terms is rounded by 2**-24 of what the
+    sum may reach; the kernel's are exact."""
+    size = layer.weight.abs().flatten(1).sum(1).max() * 255 * scale.max() * 500
+    return float(size) * 2**-24
+
+
+LAYERS = {
+    "linear": (lambda: seeded(nn.Linear, 33, 20), (3, 7, 33)),
+    "linear without tokens": (lambda: seeded(nn.Linear, 16, 5, bias=False), (3, 16)),
+    "3x3": (lambda: seeded(nn.Conv2d, 12, 10, 3, padding=1), (3, 12, 6, 5)),
+    "stride": (lambda: seeded(nn.Conv2d, 9, 8, 3, stride=2, padding=1), (3, 9, 7, 8)),
+    "1x1": (lambda: seeded(nn.Conv2d, 16, 32, 1), (3, 16, 4, 4)),
+    "dilation": (lambda: seeded(nn.Conv2d, 5, 6, 3, dilation=2, padding=2), (3, 5, 7, 6)),
+    "same": (lambda: seeded(nn.Conv2d, 5, 6, (2, 3), padding="same"), (3, 5, 6, 7)),
+    "uneven": (
+        lambda: seeded(nn.Conv2d, 5, 6, (3, 1), padding=(2, 0), stride=(1, 2)),
+        (3, 5, 6, 7),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("ranges", ["per timestep", "static", "dynamic"])
+@pytest.mark.parametrize("format, bits, act_bits", [
+    ("int", 8, 8), ("int", 4, 8), ("int", 3, 6), ("int", 6, 4), ("fp8", 8, 8),
+])  # fmt: skip
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_computes_what_the_reference_does(name, format, bits, act_bits, ranges):
+    make, shape = LAYERS[name]
+    layer = quantized(make(), bits=bits, act_bits=act_bits, format=format, ranges=ranges)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = lowered(layer, x)
+    scale = scale_for(layer, made, x)
+    found = made(codes_of(made, x, scale), scale)
+    expected = layer(x, scale if layer.per_timestep else None)
+    assert found.shape == expected.shape and found.dtype == x.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=tolerance(layer, x, scale))
+    assert made.weight.dtype == (
+        FP8 if format == "fp8" else torch.uint8 if bits <= 4 else torch.int8
+    )
+
+
+@pytest.mark.parametrize("format", ["int", "fp8"])
+def test_rows_and_residuals_are_added(format):
+    layer = quantized(seeded(nn.Conv2d, 12, 10, 3, padding=1), format=format)
+    x, row, residual = torch.randn(3, 12, 6, 5), torch.randn(3, 10), torch.randn(3, 10, 6, 5)
+    made = lowered(layer, x)
+    found = made(codes_of(made, x, SCALE), SCALE, row, residual)
+    expected = layer(x, SCALE) + row[:, :, None, None] + residual
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=tolerance(layer, x, SCALE))
+    layer = quantized(seeded(nn.Linear, 12, 10), format=format)
+    x, residual = torch.randn(3, 7, 12), torch.randn(3, 7, 10)
+    made = lowered(layer, x)
+    found = made(codes_of(made, x, SCALE), SCALE, row[:, None], residual)
+    expected = layer(x, SCALE) + row[:, None] + residual
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=tolerance(layer, x, SCALE))
+
+
+@pytest.mark.parametrize("format", ["int", "fp8"])
+def test_results_can_be_the_codes_of_the_next_layer(format):
+    first = quantized(seeded(nn.Linear, 12, 16), format=format)
+    second = quantized(seeded(nn.Linear, 16, 8), format=format, zero=30)
+    x = torch.randn(3, 7, 12)
+    a, b = lowered(first, x), lowered(second, torch.randn(3, 7, 16))
+    expected = codes_of(b, a(codes_of(a, x, SCALE), SCALE), SCALE * 2)
+    a.requantizes(b.zero_point, b.levels, b.codes_dtype)
+    found = a(codes_of(a, x, SCALE), SCALE, out_scale=SCALE * 2)
+    assert found.dtype == expected.dtype and torch.equal(found.float(), expected.float())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_two_segments_are_the_sum_of_two_layers(kind, bits):
+    if kind == "conv":
+        sources = [seeded(nn.Conv2d, n, 6, 3, padding=1, bias=n == 40) for n in (40, 70)]
+        x, dim = torch.randn(3, 110, 5, 5), 1
+    else:
+        sources = [seeded(nn.Linear, n, 6, bias=n == 40) for n in (40, 70)]
+        x, dim = torch.randn(3, 9, 110), 2
+    layers = [quantized(source, bits=bits) for source in sources]
+    parts = x.split([40, 70], dim)
+    made = [lowered(layer, part) for layer, part in zip(layers, parts, strict=True)]
+    scales = [SCALE, SCALE * 1.5]
+    codes = [codes_of(m, p, s) for m, p, s in zip(made, parts, scales, strict=True)]
+    found = ConcatLayer(*made)(codes[0], scales[0], codes[1], scales[1])
+    expected = layers[0](parts[0], scales[0]) + layers[1](parts[1], scales[1])
+    bound = tolerance(layers[0], x, scales[1]) + tolerance(layers[1], x, scales[1])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=bound)
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_torchs_own_product_gives_the_same(kind):
+    if kind == "conv":
+        layer, x = quantized(seeded(nn.Conv2d, 32, 16, 1)), torch.randn(3, 32, 4, 6)
+    else:
+        layer, x = quantized(seeded(nn.Linear, 32, 16)), torch.randn(3, 24, 32)
+    ours, other = lowered(layer, x), lowered(layer, x, TORCH)
+    codes, row = codes_of(ours, x, SCALE), torch.randn(3, 16)
+    assert torch.equal(ours(codes, SCALE, row), other(codes, SCALE, row))
+
+
+def test_codes_are_those_of_the_reference():
+    layer = quantized(seeded(nn.Conv2d, 4, 4, 3, padding=(1, 2)))
+    x = torch.randn(3, 4, 5, 6) * 3
+    made = lowered(layer, x)
+    codes = codes_of(made, x, SCALE)
+    assert codes.shape == (3, 7, 10, 4) and codes.is_contiguous() and codes.dtype == torch.int8
+    inner = codes[:, 1:-1, 2:-2].permute(0, 3, 1, 2).float() + 128 - 100
+    assert torch.equal(inner, layer.input_codes(x, SCALE.view(3, 1, 1, 1)))
+    assert (codes[:, 0] == stored_zero(100, torch.int8)).all() and stored_zero(100, FP8) == 0
+
+
+def test_half_precision_is_rounded_from_float32():
+    x = torch.randn(3, 8).to(torch.bfloat16)
+    expected = torch.round(x.float() * (1 / 0.02)) + 100
+    found = quantize(x, torch.tensor(0.02), 100, 255, torch.int8).float() + 128
+    assert torch.equal(found, expected.clamp(0, 255))
+
+
+def test_dynamic_scales_are_those_of_the_reference():
+    layer = quantized(seeded(nn.Linear, 8, 4), ranges="dynamic")
+    x = torch.randn(3, 5, 8)
+    assert torch.equal(dynamic_scale(x, (-1,), 127.0), layer.measured_scale(x))
+    assert dynamic_scale(torch.zeros(2, 8), (-1,), 127.0).gt(0).all()
+
+
+@pytest.mark.parametrize("channels", [1, 4, 31, 32, 64, 65, 96, 128, 320, 640, 1000])
+def test_packing_loses_nothing(channels):
+    half = packed_half(channels)
+    codes = torch.randint(0, 16, (3, 2, 2, channels))
+    zero = torch.tensor([0, 8, 15], dtype=torch.uint8)
+    packed = pack_weight(codes, half)
+    assert packed.dtype == torch.uint8 and packed.shape[3] % half == 0
+    expected = codes - zero.long()[:, None, None, None]
+    assert torch.equal(unpack_weight(packed, half, channels, zero).long(), expected)
+
+
+@pytest.mark.parametrize("channels, half", [(320, 32), (640, 64), (1280, 64), (32, 32), (960, 64)])
+def test_runs_are_as_wide_as_little_waste_allows(channels, half):
+    assert packed_half(channels) == half
+    assert (-(-channels // (2 * half)) * 2 * half - channels) / channels < 0.15 or channels < 64
+
+
+def test_the_op_passes_torchs_own_checks():
+    layer = quantized(seeded(nn.Conv2d, 6, 4, 3, padding=1))
+    x = torch.randn(2, 6, 5, 5)
+    made = lowered(layer, x)
+    arguments = (
+        [codes_of(made, x, SCALE[:2])], [made.weight], [made.zero], [made.weight_scale],
+        [made.offset], [SCALE[:2]], made.bias, None, None, None, 0, 0, [1, 1], [1, 1], [0],
+        torch.float32, list(made.choice.tile),
+    )  # fmt: skip
+    torch.library.opcheck(conv2d, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_original_layer_keeps_its_tensors():
+    layer = quantized(seeded(nn.Conv2d, 6, 4, 3, padding=1))
+    made = lowered(layer, torch.randn(2, 6, 5, 5))
+    mine = {b.data_ptr() for b in layer.buffers()}
+    assert not mine & {b.data_ptr() for b in made.buffers() if b is not None}
+    assert made.in_channels == 6 and made.stride == (1, 1)  # what pipelines read

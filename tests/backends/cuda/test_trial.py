@@ -1,0 +1,140 @@
+"""Trials: the fastest is chosen, remembered, and what cannot run is passed over."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from tfmq_fx.backends.cuda import trial
+from tfmq_fx.backends.cuda.conv import conv2d_reference
+from tfmq_fx.backends.cuda.tiles import Problem, Tile, candidates
+from tfmq_fx.backends.cuda.trial import TRIED, Choice, arguments, by_trial, runs_on_torch, untried
+
+CPU = torch.device("cpu")
+LINEAR = Problem(2, 1, 40, 64, 32, (1, 1), (1, 1), (1, 1), "int8", 0)
+CONV = Problem(2, 6, 6, 16, 8, (3, 3), (1, 1), (1, 1), "int8", 0)
+
+
+class Clock:
+    """A timer by list: the float layer first, then tiles, then torch's product. Calls are made, so
+    that what is timed is known to run."""
+
+    def __init__(self, *micros):
+        self.micros, self.made = list(micros), []
+
+    def __call__(self, call):
+        self.made.append(call())
+        return self.micros.pop(0)
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch):
+    """The reference in place of the kernel, and what tiles it was called with."""
+    tiles = []
+
+    def stand_in(**given):
+        tiles.append(given["tile"])
+        return conv2d_reference(**given)
+
+    monkeypatch.setattr(trial, "conv2d_triton", stand_in)
+    return tiles
+
+
+def count(problem):
+    return min(TRIED, len(candidates(problem)))
+
+
+def test_the_fastest_tile_is_chosen(tmp_path, kernel):
+    times = [50.0] + [30.0] * count(CONV)
+    times[2] = 20.0
+    choose = by_trial(CPU, timer=Clock(*times), cache=tmp_path / "kernels.json")
+    choice = choose(CONV, torch.float32)
+    assert choice == Choice("triton", candidates(CONV)[1], {"float": 50.0, "triton": 20.0})
+    assert kernel == candidates(CONV)[:TRIED]
+
+
+def test_floating_point_wins_where_it_is_faster(tmp_path):
+    clock = Clock(5.0, *[30.0] * count(CONV))
+    choice = by_trial(CPU, timer=clock, cache=tmp_path / "k")(CONV, torch.bfloat16)
+    assert choice.engine == "float" and choice.micros == {"float": 5.0, "triton": 30.0}
+    in_float, by_kernel = clock.made[:2]
+    assert all(r.dtype == torch.bfloat16 for r in clock.made)
+    assert in_float.shape == (2, 8, 4, 4) and by_kernel.shape == (2, 4, 4, 8)
+
+
+def test_linear_layers_are_tried_on_torch_as_well(tmp_path):
+    clock = Clock(50.0, *[30.0] * count(LINEAR), 10.0)
+    choice = by_trial(CPU, timer=clock, cache=tmp_path / "k")(LINEAR, torch.float32)
+    assert choice.engine == "torch" and choice.micros["torch"] == 10.0
+    assert clock.made[-1].shape == (80, 32)
+
+
+def test_results_are_kept_for_the_next_start(tmp_path):
+    path = tmp_path / "deep" / "kernels.json"
+    first = by_trial(CPU, timer=Clock(50.0, *[30.0] * count(CONV)), cache=path)
+    choice = first(CONV, torch.float32)
+    assert first(CONV, torch.float32) is choice  # nothing is timed twice
+    again = by_trial(CPU, timer=Clock(), cache=path)
+    assert again(CONV, torch.float32) == choice
+    with pytest.raises(IndexError):  # another dtype is another question
+        again(CONV, torch.bfloat16)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": {}}', '{"x": 3}', '{"x": {"tile": 1}}'])
+def test_a_damaged_file_counts_as_none(tmp_path, content):
+    path = tmp_path / "kernels.json"
+    path.write_text(content)
+    choose = by_trial(CPU, timer=Clock(50.0, *[30.0] * count(CONV)), cache=path)
+    assert choose(CONV, torch.float32).engine == "triton"
+    assert len(json.loads(path.read_text())) == 1
+
+
+def test_a_file_that_cannot_be_written_is_no_obstacle(tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    clock = Clock(50.0, *[30.0] * count(CONV))
+    choice = by_trial(CPU, timer=clock, cache=blocked / "kernels.json")(CONV, torch.float32)
+    assert choice.engine == "triton" and "not kept" in caplog.text
+
+
+def test_tiles_that_fail_are_passed_over(tmp_path, monkeypatch):
+    def fails(**given):
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(trial, "conv2d_triton", fails)
+    choice = by_trial(CPU, timer=Clock(50.0), cache=tmp_path / "k")(CONV, torch.float32)
+    assert choice.engine == "float" and choice.micros == {"float": 50.0}
+
+
+@pytest.mark.parametrize("format, half", [("int8", 0), ("fp8", 0), ("int4", 32)])
+def test_arguments_are_what_the_kernel_takes(format, half):
+    p = dataclasses.replace(CONV, format=format, half=half)
+    y = conv2d_reference(**arguments(p, CPU), dtype=torch.float32, tile=Tile())
+    assert y.shape == (2, 4, 4, 8) and y.isfinite().all() and y.std() > 0
+
+
+def test_what_torch_multiplies_on_cuda():
+    assert runs_on_torch(LINEAR)
+    for changes in ({"width": 16}, {"channels": 24}, {"out_channels": 40}, {"half": 32}):
+        assert not runs_on_torch(dataclasses.replace(LINEAR, **changes))
+
+
+def test_without_a_device_the_likely_tile_is_taken():
+    assert untried(CONV, torch.float32) == Choice("triton", candidates(CONV)[0], {})
+
+
+def test_the_file_is_of_the_device_and_the_versions(monkeypatch, tmp_path):
+    import sys
+    import types
+
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "one")
+    monkeypatch.setenv("TFMQ_FX_CACHE", str(tmp_path))
+    one = trial.cache_file(CPU)
+    assert one.parent == tmp_path and one.name.startswith("kernels-")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "two")
+    assert trial.cache_file(CPU) != one
+    monkeypatch.delenv("TFMQ_FX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert trial.cache_file(CPU).parent == tmp_path / "xdg" / "tfmq_fx"
