@@ -1,69 +1,79 @@
-"""Fusions of a graph lowered to the CUDA kernels: codes made once, by what computes the input, and
-sums taken over by the kernels' epilogues."""
+"""Fusions of a graph that was lowered to the CUDA kernels: codes are made once, by what computes
+the input, and sums are taken over by the kernels."""
 
 from __future__ import annotations
 
-import dataclasses
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from tfmq_fx.dialect import is_timestep_row
 from tfmq_fx.graph import prune
-from tfmq_fx.layers import call_before
-from tfmq_fx.ops import is_random, op_name, timestep_row, writers
+from tfmq_fx.ops import is_random, op_name
 
+from .fuse_epilogues import absorb_residuals, absorb_rows, merge_concat, requantize
 from .fuse_norms import fuse_norms
-from .layers import ConcatLayer, CudaLayer, dynamic_scale, quantize_input
-from .views import channels_last_of, node_shape, view_chain
-
-Layer = CudaLayer | ConcatLayer
-_NO_BORDERS = (None, (0, 0, 0, 0))
+from .layers import dynamic_scale, quantize_input
+from .matching import Codes, called, is_tensor, same_kind, written_nodes
 
 
 def fuse(gm: fx.GraphModule) -> dict[str, int]:
-    """Fuse what can be, in place; how often each kind was."""
-    counts = {}
+    """Fuse what can be, in place; how often each fusion was made, by name."""
+    counts: dict[str, int] = {}
     for fusion in FUSIONS:
-        counts[fusion.__name__] = fusion(gm)
+        counts[fusion.__name__] = counts.get(fusion.__name__, 0) + fusion(gm)
         prune(gm.graph)
     return counts
 
 
-def drop_noops(gm: fx.GraphModule) -> int:
-    """x / 1, dropout(x), identity(x), quantize_input(x.contiguous())    ->    x
+def loosen_views(gm: fx.GraphModule) -> int:
+    """x.view(sizes)    ->    x.reshape(sizes)
 
-    Dropout in eval mode; only where nothing is written in place.
+    The kernels' results lie channels last, and `view` refuses what their strides do not allow.
+    Left alone where the memory is written in place, which a copy would not see.
+    """
+    written, changed = written_nodes(gm), 0
+    for node in gm.graph.find_nodes(op="call_method", target="view"):
+        if node not in written and not any(isinstance(a, torch.dtype) for a in node.args):
+            node.target = "reshape"
+            changed += 1
+    return changed
+
+
+def drop_noops(gm: fx.GraphModule) -> int:
+    """x / 1, identity(x), dropout(x) in eval mode, quantize_input(x.contiguous())    ->    x
+
+    Left alone where the memory of either is written in place.
     """
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
-        if _is_noop(gm, node):
-            x = node.args[0] if isinstance(node.args[0], fx.Node) else node.args[1]
-            assert isinstance(x, fx.Node)
-            if not {x, node} & written:
-                node.replace_all_uses_with(x)
-                gm.graph.erase_node(node)
-                changed += 1
+        x = _same_as(gm, node)
+        if x is not None and not {x, node} & written:
+            node.replace_all_uses_with(x)
+            gm.graph.erase_node(node)
+            changed += 1
     return changed
 
 
 def share_quantize(gm: fx.GraphModule) -> int:
-    """q0 = quantize_input(x, s0); q1 = quantize_input(x, s1), s0 == s1    ->    q0 for both
+    """quantize_input(x, s0), quantize_input(x, s1) with s0 = s1    ->    quantize_input(x, s0)
 
-    Scales are equal by content: columns of one look-up, static ranges, or measured alike.
+    Scales are equal by content: columns of one look-up by timestep, static ranges, or ranges
+    measured alike.
     """
     written, changed = written_nodes(gm), 0
     found: dict[Any, fx.Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
-        x, scale, *settings = node.args
-        if x in written:
+        codes = Codes.of(node)
+        if codes.x in written:
             continue
-        first = found.setdefault((x, _content(gm, scale), *settings), node)
+        first = found.setdefault(codes._replace(scale=_content(gm, codes.scale)), node)
         if first is not node:
             for user in list(node.users):
-                user.replace_input_with(scale, first.args[1])
+                user.replace_input_with(codes.scale, Codes.of(first).scale)
             node.replace_all_uses_with(first)
             gm.graph.erase_node(node)
             changed += 1
@@ -74,8 +84,10 @@ def skip_concat(gm: fx.GraphModule) -> int:
     """narrow(cat([a, b], 1), 1, 0, channels of a)    ->    a"""
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
-        whole = node.args[0] if op_name(node) == "narrow" else None
-        part = _part(whole, *node.args[1:]) if isinstance(whole, fx.Node) else None
+        if op_name(node) != "narrow" or len(node.args) != 4 or not is_tensor(node.args[0]):
+            continue
+        whole = node.args[0]
+        part = _part(whole, *node.args[1:])
         if part is not None and not {part, whole, node} & written:
             node.replace_all_uses_with(part)
             gm.graph.erase_node(node)
@@ -83,94 +95,75 @@ def skip_concat(gm: fx.GraphModule) -> int:
     return changed
 
 
-def merge_concat(gm: fx.GraphModule) -> int:
-    """conv.0(q0, s0) + conv.1(q1, s1)    ->    conv.0_1(q0, s0, q1, s1), one kernel
-
-    Both of one geometry and used once, at most one with a bias.  A further part stays beside them:
-    its epilogue takes the sum of the others.
-    """
-    changed = 0
-    for node in list(gm.graph.nodes):
-        pair = _summands(node)
-        layers = [_layer(gm, value) for value in pair]
-        if len(layers) != 2 or not all(isinstance(layer, CudaLayer) for layer in layers):
-            continue
-        if any(len(call.users) > 1 or len(call.args) > 2 or call.kwargs for call in pair):
-            continue
-        if any(node_shape(call) != node_shape(node) for call in pair) or not _fit(gm, *pair):
-            continue
-        first, second = pair if _bias_free(gm, pair[1]) else reversed(pair)
-        path = _merged(gm, str(first.target), str(second.target))
-        replace_sum(node, first, path, (*first.args, *second.args), {}, also=[second])
-        changed += 1
-    return changed
-
-
-def absorb_rows(gm: fx.GraphModule) -> int:
-    """conv(q, s) + row[:, :, None, None]    ->    conv(q, s, row=row)
-
-    And linear(q, s) + row[:, None]; in place too, as nothing else reads the layer's result.
-    """
-    changed = 0
-    for node in list(gm.graph.nodes):
-        for call, other in _sums_with_layer(gm, node, "row"):
-            layer, (batch, *rest) = _layer(gm, call), node_shape(node)
-            ones = ["1"] * (len(rest) - 1)
-            inner = [rest[0], *ones] if _is_conv(layer) else [*ones, rest[-1]]
-            if len(rest) > 1 and node_shape(other) == [batch, *inner]:
-                row = call_before(node, torch.flatten, other, 1, name=f"{call.name}_row")
-                replace_sum(node, call, call.target, call.args, {**call.kwargs, "row": row})
-                changed += 1
-                break
-    return changed
-
-
-def absorb_residuals(gm: fx.GraphModule) -> int:
-    """conv(q, s) + r    ->    conv(q, s, residual=r)
-
-    And view(linear(q, s)) + r, where the view makes an image (B, C, H, W) of tokens (B, H * W, C):
-    r is viewed as tokens.  Of two layers the later one takes the other's result.
-    """
-    changed = 0
-    for node in list(gm.graph.nodes):
-        for call, other in _sums_with_layer(gm, node, "residual"):
-            if node_shape(other) == node_shape(node):
-                replace_sum(node, call, call.target, call.args, {**call.kwargs, "residual": other})
-                changed += 1
-                break
-        else:
-            changed += _absorb_behind_view(gm, node)
-    return changed
-
-
-def requantize(gm: fx.GraphModule) -> int:
-    """quantize_input(linear(q, s), s1)    ->    linear(q, s, out_scale=s1), which gives codes
-
-    And convolutions, where the codes need no borders; of layers that are called once.
-    """
-    changed = 0
-    for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
-        call, scale, zero, levels, dtype, pads = node.args
-        layer = _layer(gm, call)
-        if not isinstance(layer, CudaLayer) or len(call.users) > 1 or "out_scale" in call.kwargs:
-            continue
-        alone = len(gm.graph.find_nodes(op="call_module", target=call.target)) == 1
-        fits = pads in _NO_BORDERS and layer.is_conv == (pads is not None)
-        if alone and fits and scale.meta["val"].dim() == 1:
-            layer.requantizes(zero, levels, dtype)
-            replace_sum(node, call, call.target, call.args, {**call.kwargs, "out_scale": scale})
-            changed += 1
-    return changed
-
-
-FUSIONS: list[Callable[[fx.GraphModule], int]] = [
+FUSIONS: tuple[Callable[[fx.GraphModule], int], ...] = (
+    loosen_views,
     drop_noops,
     share_quantize,
     skip_concat,
     merge_concat,
     absorb_rows,
     absorb_residuals,
+    absorb_rows,  # (y + r) + row
     fuse_norms,
     requantize,
-]
-"""In this order: what comes later reads what earlier ones leave."""
+)
+"""In their order: each finds what those before it leave."""
+
+
+def _same_as(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The argument that a node gives back, for whoever reads it; or None."""
+    x = next((a for a in node.args if is_tensor(a)), None)
+    if x is None:
+        return None
+    others, name = [a for a in node.args if a is not x], op_name(node)
+    dropout = called(gm, node, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+    same = called(gm, node, nn.Identity) is not None
+    same |= dropout is not None and not dropout.training
+    same |= name == "dropout" and not is_random(gm, node)
+    same |= name == "contiguous" and all(user.target is quantize_input for user in node.users)
+    if name in ("truediv", "div", "mul") and len(node.args) == 2 and not node.kwargs:
+        same = others == [1] and (x is node.args[0] or name == "mul") and same_kind(x, node)
+    return x if same else None
+
+
+def _content(gm: fx.GraphModule, scale: fx.Node) -> Any:
+    """What is equal for two scales that are equal whenever the graph runs."""
+    if scale.op == "get_attr":
+        return _values(gm, scale)
+    if scale.target is dynamic_scale:
+        return scale.target, scale.args
+    row, *index = scale.args
+    if scale.target is operator.getitem and is_tensor(row) and is_timestep_row(row):
+        table, keys, t = row.all_input_nodes
+        if table.op == keys.op == "get_attr":
+            return _values(gm, table, *index), keys.target, t
+    return scale
+
+
+def _values(gm: fx.GraphModule, node: fx.Node, index: Any = ...) -> tuple[float, ...]:
+    """The values of a buffer, or of a part of it."""
+    owner, _, name = str(node.target).rpartition(".")
+    buffer = getattr(gm.get_submodule(owner), name)
+    assert isinstance(buffer, Tensor)
+    return tuple(buffer[index].flatten().tolist())
+
+
+def _part(whole: fx.Node, dim: Any, start: Any, size: Any) -> fx.Node | None:
+    """The tensor that was concatenated into a place of `whole`, if that is all of it."""
+    if op_name(whole) not in ("cat", "concat", "concatenate"):
+        return None
+    parts: Any = whole.args[0] if whole.args else whole.kwargs["tensors"]
+    along: Any = whole.args[1] if len(whole.args) > 1 else whole.kwargs.get("dim", 0)
+    rank = whole.meta["val"].dim()
+    if not all(isinstance(n, int) for n in (dim, start, size, along)) or (along - dim) % rank:
+        return None
+    before = 0
+    for part in parts:
+        width = part.meta["val"].shape[dim]
+        if not isinstance(width, int):
+            return None
+        if (before, width) == (start, size):
+            assert isinstance(part, fx.Node)
+            return part
+        before += width
+    return None

@@ -1,0 +1,241 @@
+"""Give sums of layers' results to the kernels that compute these results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tfmq_fx.layers import call_before
+from tfmq_fx.ops import op_name
+
+from .layers import ConcatLayer, CudaLayer, quantize_input
+from .matching import (
+    Codes,
+    as_tokens,
+    called,
+    is_tensor,
+    moves,
+    node_shape,
+    only_user,
+    positions_after,
+    positions_of,
+    same_kind,
+)
+
+
+def merge_concat(gm: fx.GraphModule) -> int:
+    """conv.0(q0, s0) + conv.1(q1, s1)    ->    conv.0_1(q0, s0, q1, s1)
+
+    Both of one geometry, at most one with a bias, and what they give used once.  A third part
+    stays apart, and takes the sum of the others as its residual.
+    """
+    changed = 0
+    for node in list(gm.graph.nodes):
+        pair = _summands(node)
+        if pair is None or not _fit(gm, *pair):
+            continue
+        if not all(_adds(gm, call, "row", "residual") and same_kind(call, node) for call in pair):
+            continue
+        first, second = sorted(
+            pair, key=lambda call: gm.get_submodule(str(call.target)).bias is None
+        )
+        path = _merged(gm, str(first.target), str(second.target))
+        _replace(node, first, path, (*first.args, *second.args))
+        gm.graph.erase_node(second)
+        changed += 1
+    return changed
+
+
+def absorb_rows(gm: fx.GraphModule) -> int:
+    """conv(q, s) + row[:, :, None, None]    ->    conv(q, s, row=row)
+
+    And linear(q, s) + row[:, None].  The layer's result is used once.
+    """
+    changed = 0
+    for node in list(gm.graph.nodes):
+        for call, other in _orders(node):
+            if not _adds(gm, call, "row") or not same_kind(call, node):
+                continue
+            batch, *rest = node_shape(node)
+            ones = ["1"] * (len(rest) - 1)
+            wanted = [rest[0], *ones] if _is_conv(gm, call) else [*ones, rest[-1]]
+            if ones and node_shape(other) == [batch, *wanted]:
+                row = call_before(node, torch.flatten, other, 1, name=f"{call.name}_row")
+                _replace(node, call, row=row)
+                changed += 1
+                break
+    return changed
+
+
+def absorb_residuals(gm: fx.GraphModule) -> int:
+    """conv(q, s) + r    ->    conv(q, s, residual=r)
+
+    And image(linear(q, s)) + r    ->    image(linear(q, s, residual=tokens(r))), where views make
+    an image (B, C, H, W) of tokens (B, H * W, C).  The layer's result is used once.  Of two layers
+    the later one takes the result of the other.
+    """
+    changed = 0
+    for node in list(gm.graph.nodes):
+        for value, other in _orders(node):
+            if not (same_kind(value, node) and same_kind(other, node)):
+                continue
+            call, views = _source(value)
+            if not _adds(gm, call, "residual") or (views and not _makes_images(call, views)):
+                continue
+            if views:
+                flat = call_before(node, torch.flatten, other, 2, name=f"{call.name}_flat")
+                other = call_before(node, torch.transpose, flat, 1, 2, name=f"{call.name}_tokens")
+            _replace(node, call, views=views, residual=other)
+            changed += 1
+            break
+    return changed
+
+
+def requantize(gm: fx.GraphModule) -> int:
+    """quantize_input(linear(q, s), s1)    ->    linear(q, s, out_scale=s1), which gives codes
+
+    And of convolutions, where the codes need no borders.  The layer is called once.
+    """
+    changed = 0
+    for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
+        codes = Codes.of(node)
+        layer = called(gm, codes.x, CudaLayer)
+        if layer is None or not _adds(gm, codes.x):
+            continue
+        fits = layer.is_conv == (codes.pads is not None) and not any(codes.pads or ())
+        once = len(gm.graph.find_nodes(op="call_module", target=codes.x.target)) == 1
+        if fits and once and codes.scale.meta["val"].dim() == 1:
+            layer.requantizes(codes.zero, codes.levels, codes.dtype)
+            _replace(node, codes.x, out_scale=codes.scale)
+            changed += 1
+    return changed
+
+
+def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors that a node adds, perhaps into the first one's memory."""
+    if op_name(node) not in ("add", "iadd") or node.kwargs or len(node.args) != 2:
+        return None
+    first, second = node.args
+    if first is second or not (is_tensor(first) and is_tensor(second)):
+        return None
+    return first, second
+
+
+def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The tensors that a node adds, in the orders in which the first may take the second over."""
+    pair = _summands(node)
+    if pair is None:
+        return []
+    if op_name(node) == "iadd":  # only the first one's memory may go without being written
+        return [pair]
+    return sorted([pair, pair[::-1]], key=lambda order: order[0], reverse=True)
+
+
+def _adds(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
+    """Whether a node calls a layer that has none of these arguments yet, for one reader."""
+    if called(gm, call, CudaLayer, ConcatLayer) is None or only_user(call) is None:
+        return False
+    return not {*arguments, "out_scale"} & set(call.kwargs)
+
+
+def _is_conv(gm: fx.GraphModule, call: fx.Node) -> bool:
+    layer = gm.get_submodule(str(call.target))
+    first = layer.first if isinstance(layer, ConcatLayer) else layer
+    assert isinstance(first, CudaLayer)
+    return first.is_conv
+
+
+def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
+    """Whether one kernel runs two layers: only their channels, ranges and values differ.
+
+    A sum that is shared by several programs has no place for a second segment.
+    """
+    first, second = (called(gm, c, CudaLayer) for c in (call, other))
+    if first is None or second is None or (first.bias is not None and second.bias is not None):
+        return False
+
+    def settings(layer: CudaLayer, c: fx.Node) -> list[Any]:
+        codes, scale = c.all_input_nodes
+        return [
+            layer.is_conv, layer.strides, layer.dilations, layer.weight.shape[:3], layer.half,
+            layer.codes_dtype, layer.dtype, node_shape(codes)[:-1], node_shape(scale),
+        ]  # fmt: skip
+
+    choices = first.choice, second.choice
+    return settings(first, call) == settings(second, other) and all(
+        choice.engine == "triton" and choice.tile.split == 1 for choice in choices
+    )
+
+
+def _bias(gm: fx.GraphModule, call: fx.Node) -> Any:
+    return gm.get_submodule(str(call.target)).bias
+
+
+def _merged(gm: fx.GraphModule, first: str, second: str) -> str:
+    """The path of the layer that runs those at two paths as one, made where there is none yet."""
+    parts = []
+    for path in (first, second):
+        part = gm.get_submodule(path)
+        assert isinstance(part, CudaLayer)
+        parts.append(part)
+    path = f"{first}_{second.rpartition('.')[2]}"
+    owner = gm.get_submodule(path.rpartition(".")[0])
+    while hasattr(owner, path.rpartition(".")[2]):
+        known = gm.get_submodule(path)
+        if isinstance(known, ConcatLayer) and [known.first, known.second] == parts:
+            return path
+        path += "_"
+    gm.add_submodule(path, ConcatLayer(*parts))
+    for old, new in ((first, f"{path}.first"), (second, f"{path}.second")):
+        for node in gm.graph.find_nodes(op="get_attr", target=f"{old}.act_scale"):
+            node.target = f"{new}.act_scale"
+    return path
+
+
+def _source(value: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The value that views lead back to, each of them used once, and these views in order."""
+    views: list[fx.Node] = []
+    while moves(value) and only_user(value) is not None:
+        views.insert(0, value)
+        value = value.all_input_nodes[0]
+    return value, views
+
+
+def _makes_images(call: fx.Node, views: list[fx.Node]) -> bool:
+    """Whether views show tokens (B, H * W, C) as images (B, C, H, W)."""
+    positions = positions_of(call)
+    images = positions_after(views, positions)
+    return images.dim() == 4 and torch.equal(as_tokens(images), positions)
+
+
+def _replace(
+    node: fx.Node,
+    call: fx.Node,
+    path: str | None = None,
+    args: tuple[Any, ...] | None = None,
+    views: Sequence[fx.Node] = (),
+    **added: Any,
+) -> None:
+    """Call a layer with what `node` did to its result `added`, in the place of both.
+
+    path, args: of the call, where they are not what they were.  views: of the result, in between.
+    """
+    graph = node.graph
+    with graph.inserting_before(node):
+        made = graph.call_module(path or str(call.target), args or call.args)
+    made.kwargs = {**call.kwargs, **added}
+    made.meta = {**call.meta, "val": (call if views else node).meta["val"]}
+    call.replace_all_uses_with(made)
+    for view in views:
+        node.prepend(view)
+    node.replace_all_uses_with(views[-1] if views else made)
+    graph.erase_node(node)
+    graph.erase_node(call)
+    made.name = (call if views else node).name
+    for view in views:  # other layers' images lie channels last too
+        if op_name(view) == "contiguous":
+            view.replace_all_uses_with(view.all_input_nodes[0])
+            graph.erase_node(view)

@@ -1,0 +1,334 @@
+"""Fuse group norms with what makes codes of their results.
+
+q = quantize_input(silu(group_norm(x) * factor + shift), s)    ->    q = norm_codes(x, ..., s)
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tfmq_fx.dialect import Stage
+from tfmq_fx.layers import call_before
+from tfmq_fx.ops import op_name
+
+from .layers import Pads, quantize_input
+from .matching import (
+    Codes,
+    as_tokens,
+    called,
+    is_tensor,
+    moves,
+    node_shape,
+    only_user,
+    positions_after,
+    positions_of,
+    written_nodes,
+)
+from .norm import group_norm_quantize
+
+_CASTS = frozenset(["to", "type", "float", "half", "bfloat16"])
+_GROUP_NORM = inspect.signature(F.group_norm)
+
+
+def norm_codes(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    factor: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    scales: Sequence[Tensor],
+    zeros: Sequence[int],
+    sizes: Sequence[int],
+    levels: int,
+    pads: Pads,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`group_norm_quantize` of x (B, C, H, W) or (B, C, N), free where channels lie last in memory.
+
+    factor, shift: (B, C, 1, ...), or None.  The result is (B, top + H + bottom, left + W + right,
+    C), with N and 1 for H and W.
+    """
+    images = x if x.dim() == 4 else x.unsqueeze(3)
+    factor, shift = (None if v is None else v.flatten(1) for v in (factor, shift))
+    codes: Tensor = group_norm_quantize(
+        images.permute(0, 2, 3, 1).contiguous(),
+        groups,
+        weight,
+        bias,
+        eps,
+        factor,
+        shift,
+        silu,
+        scales,
+        zeros,
+        sizes,
+        levels,
+        pads,
+        dtype,
+    )
+    return codes
+
+
+norm_codes.stage = Stage.LOWERED  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True)
+class _Norm:
+    """A group norm and what is done to its result on the way to the codes.
+
+    path: of the module whose `weight` and `bias` it has; None where these are nodes.
+    factor, shift: nodes (B, C, 1, ...).  inside: the nodes to replace, in order.
+    """
+
+    x: fx.Node
+    groups: int
+    weight: fx.Node | None
+    bias: fx.Node | None
+    eps: float
+    path: str | None
+    inside: list[fx.Node]
+    factor: fx.Node | None = None
+    shift: fx.Node | None = None
+    silu: bool = False
+
+    @property
+    def value(self) -> fx.Node:
+        """The last value so far."""
+        return self.inside[-1]
+
+    @property
+    def reads(self) -> set[fx.Node | None]:
+        """The values that it takes from outside."""
+        return {self.x, self.weight, self.bias, self.factor, self.shift}
+
+
+@dataclass(slots=True)
+class _Readers:
+    """The calls of `quantize_input` that read a norm, and how.
+
+    sizes: channels that each one reads.  views: nodes between the norm and them.
+    tokens: whether they read places as tokens.
+    """
+
+    nodes: list[fx.Node]
+    sizes: list[int]
+    views: list[fx.Node] = field(default_factory=list)
+    tokens: bool = False
+
+
+def fuse_norms(gm: fx.GraphModule) -> int:
+    """quantize_input(silu(group_norm(x) * factor + shift), s)    ->    norm_codes(x, ..., s)
+
+    factor and shift, (B, C, 1, ...), and silu may be missing.  Codes are for convolutions, which
+    may read slices of the channels, each on a grid of its own, or for linear layers that read
+    places as tokens.  Nothing is rounded to 16 bits between the norm and the codes any more.
+    Left alone where something else reads a value on the way.
+    """
+    written, changed = written_nodes(gm), 0
+    for node in list(gm.graph.nodes):
+        norm = _norm(gm, node)
+        if norm is None:
+            continue
+        _modulate(norm)
+        _activate(gm, norm)
+        readers = _of_images(norm.value) or _of_tokens(norm.value)
+        if readers is not None and not norm.reads & written and _hoist(readers.nodes):
+            _replace(gm, norm, readers)
+            changed += 1
+    return changed
+
+
+def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
+    """What a node computes, if it is the group norm of an image or of a row of places."""
+    module = called(gm, node, nn.GroupNorm)
+    norm = None
+    if module is not None:
+        x, path = node.args[0] if node.args else node.kwargs["input"], str(node.target)
+        assert isinstance(x, fx.Node)
+        norm = _Norm(x, module.num_groups, None, None, module.eps, path, [node])
+    elif node.target is F.group_norm:
+        bound = _GROUP_NORM.bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        x, groups, weight, bias, eps = bound.args
+        norm = _Norm(x, groups, weight, bias, eps, None, [node])
+    if norm is None or norm.x.meta["val"].dim() not in (3, 4):
+        return None
+    if _is_cast(norm.x) and norm.x.meta["val"].dtype == torch.float32 and only_user(norm.x):
+        norm.inside.insert(0, norm.x)  # exact, and what the kernel does by itself
+        norm.x = norm.x.all_input_nodes[0]
+    _skip_casts(norm)
+    return norm
+
+
+def _modulate(norm: _Norm) -> None:
+    """Take in value * factor and value + shift."""
+    wanted = node_shape(norm.x)[:2] + ["1"] * (norm.x.meta["val"].dim() - 2)
+    for name in ("mul", "add"):
+        user = only_user(norm.value)
+        if user is None or op_name(user) != name or user.kwargs or len(user.args) != 2:
+            continue
+        others = [a for a in user.args if a is not norm.value and is_tensor(a)]
+        if len(others) == 1 and node_shape(others[0]) == wanted:
+            if name == "mul":
+                norm.factor = others[0]
+            else:
+                norm.shift = others[0]
+            norm.inside.append(user)
+            _skip_casts(norm)
+
+
+def _activate(gm: fx.GraphModule, norm: _Norm) -> None:
+    """Take in silu(value) and value * sigmoid(value)."""
+    value, users = norm.value, list(norm.value.users)
+    if len(users) == 1 and (called(gm, users[0], nn.SiLU) or op_name(users[0]) == "silu"):
+        norm.inside.append(users[0])
+        norm.silu = True
+    elif {op_name(user) for user in users} == {"mul", "sigmoid"} and len(users) == 2:
+        gate, product = sorted(users)
+        if only_user(gate) is product and set(product.args) == {value, gate}:
+            norm.inside += [gate, product]
+            norm.silu = True
+    _skip_casts(norm)
+
+
+def _skip_casts(norm: _Norm) -> None:
+    """Take in casts of the value to another float dtype."""
+    while (user := only_user(norm.value)) is not None and _is_cast(user):
+        norm.inside.append(user)
+
+
+def _is_cast(node: fx.Node) -> bool:
+    if op_name(node) not in _CASTS or not is_tensor(node.args[0]):
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    floats: bool = before.is_floating_point() and after.is_floating_point()
+    return floats and before.device == after.device
+
+
+def _of_images(value: fx.Node) -> _Readers | None:
+    """The codes for convolutions, if nothing but them reads the value or slices of its channels
+    that together are all."""
+    channels = value.meta["val"].shape[1]
+    if value.meta["val"].dim() != 4 or not isinstance(channels, int):
+        return None
+    nodes: list[fx.Node] = []
+    sizes: list[int] = []
+    slices: list[fx.Node] = []
+    for user in sorted(value.users, key=_start):
+        reader: fx.Node | None = user
+        size: Any = channels
+        if op_name(user) == "narrow":
+            _, dim, start, size = user.args if len(user.args) == 4 else (None, None, None, None)
+            if dim not in (1, -3) or start != sum(sizes) or not isinstance(size, int):
+                return None
+            slices.append(user)
+            reader = only_user(user)
+        if reader is None:
+            return None
+        nodes.append(reader)
+        sizes.append(size)
+    return _agreed(_Readers(nodes, sizes, slices)) if sum(sizes) == channels else None
+
+
+def _of_tokens(value: fx.Node) -> _Readers | None:
+    """The codes for linear layers, if nothing but they read the value, (B, places, C) by then."""
+    channels, chain = value.meta["val"].shape[1], []
+    end = value
+    while (user := only_user(end)) is not None and moves(user):
+        chain.append(user)
+        end = user
+    if not chain or user is None or not isinstance(channels, int):
+        return None
+    positions = positions_of(value)
+    if not torch.equal(positions_after(chain, positions), as_tokens(positions)):
+        return None
+    return _agreed(_Readers([user], [channels], chain, tokens=True))
+
+
+def _start(node: fx.Node) -> int:
+    start = node.args[2] if op_name(node) == "narrow" else 0
+    return start if isinstance(start, int) else 0
+
+
+def _agreed(readers: _Readers) -> _Readers | None:
+    """The readers, if one kernel makes their codes: of one dtype, range and border, with scales
+    that are known before."""
+    if any(node.target is not quantize_input for node in readers.nodes):
+        return None
+    calls = [Codes.of(node) for node in readers.nodes]
+    if any(
+        (call.pads is None) != readers.tokens or call.scale.meta["val"].dim() != 1 for call in calls
+    ):
+        return None
+    return readers if len({call[3:] for call in calls}) == 1 else None
+
+
+def _hoist(nodes: list[fx.Node]) -> bool:
+    """Move the scales that all these calls take before the first of them; whether that can be."""
+    first = min(nodes)
+    late = [scale for node in nodes if not (scale := Codes.of(node).scale) < first]
+    if any(not used < first for scale in late for used in scale.all_input_nodes):
+        return False
+    for scale in late:
+        first.prepend(scale)
+    return True
+
+
+def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers) -> None:
+    first, calls = min(readers.nodes), [Codes.of(node) for node in readers.nodes]
+    weight, bias = norm.weight, norm.bias
+    if norm.path is not None:
+        weight, bias = (_parameter(gm, first, f"{norm.path}.{n}") for n in ("weight", "bias"))
+    settings = (norm.groups, weight, bias, norm.eps, norm.factor, norm.shift, norm.silu)
+    made = call_before(
+        first,
+        norm_codes,
+        norm.x,
+        *settings,
+        [call.scale for call in calls],
+        [call.zero for call in calls],
+        readers.sizes,
+        calls[0].levels,
+        calls[0].pads or (0, 0, 0, 0),
+        calls[0].dtype,
+        name=f"{norm.inside[0].name}_codes",
+    )
+    start = 0
+    for node, size in zip(readers.nodes, readers.sizes, strict=True):
+        part, end = made, start + size
+        if readers.tokens:
+            part = call_before(first, torch.flatten, made, 1, 2, name=f"{made.name}_tokens")
+        elif len(calls) > 1:
+            channels = (Ellipsis, slice(start, end))
+            part = call_before(first, operator.getitem, made, channels, name=f"{made.name}_part")
+        node.replace_all_uses_with(part)
+        start = end
+    for node in [*readers.nodes, *reversed(readers.views), *reversed(norm.inside)]:
+        gm.graph.erase_node(node)
+
+
+def _parameter(gm: fx.GraphModule, node: fx.Node, path: str) -> fx.Node | None:
+    """A new node in front of `node` that reads a parameter of a module, if the module has it."""
+    owner, _, name = path.rpartition(".")
+    value = getattr(gm.get_submodule(owner), name)
+    if value is None:
+        return None
+    with gm.graph.inserting_before(node):
+        made = gm.graph.get_attr(path)
+    fake = node.meta["val"].fake_mode
+    made.meta = {
+        "val": fake.from_tensor(value.detach(), static_shapes=True),
+        "nn_module_stack": node.meta["nn_module_stack"],
+    }
+    return made

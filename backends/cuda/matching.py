@@ -1,0 +1,105 @@
+"""What fusions ask of the nodes of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from tfmq_fx.ops import op_name, writers
+
+from .layers import Pads
+
+M = TypeVar("M", bound=nn.Module)
+_MOVES = frozenset(
+    ["view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous"]
+)
+
+
+class Codes(NamedTuple):
+    """The arguments of a call of `quantize_input`."""
+
+    x: fx.Node
+    scale: fx.Node
+    zero: int
+    levels: int
+    dtype: torch.dtype
+    pads: Pads | None
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Self:
+        """Those that a node gives, all by position."""
+        arguments: Any = node.args
+        return cls(*arguments)
+
+
+def written_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose memory something writes in place: what they hold depends on when it is
+    read."""
+    return {node for _, bases in writers(gm) for node in bases}
+
+
+def node_shape(node: fx.Node) -> list[str]:
+    """The sizes of a tensor as text, equal where they are equal for every input."""
+    return [str(size) for size in node.meta["val"].shape]
+
+
+def is_tensor(value: Any) -> TypeGuard[fx.Node]:
+    """Whether an argument is a node that holds a tensor."""
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
+
+
+def same_kind(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors have equal sizes and dtypes."""
+    same_dtype: bool = node.meta["val"].dtype == other.meta["val"].dtype
+    return same_dtype and node_shape(node) == node_shape(other)
+
+
+def called(gm: fx.GraphModule, node: Any, *kinds: type[M]) -> M | None:
+    """The module that a node calls, where it is of one of these very types and has no hooks."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    module: Any = gm.get_submodule(str(node.target))
+    plain = not (module._forward_hooks or module._forward_pre_hooks)
+    return module if plain and type(module) in kinds else None
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that reads a value, if it is one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def moves(node: fx.Node) -> bool:
+    """Whether a node gives the elements of its first argument, in other places perhaps."""
+    return op_name(node) in _MOVES and is_tensor(node.args[0])
+
+
+def positions_after(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
+    """Where nodes that `moves`, one after another, take the elements of a tensor.
+
+    value: positions, with the sizes of capture, which the nodes are given too.
+    """
+    for node in chain:
+        given: Any = (node.args[1:], node.kwargs)
+        rest, kwargs = fx.map_arg(given, lambda used: hint(used.meta["val"]))
+        call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+        value = call(value, *rest, **kwargs)
+    return value
+
+
+def positions_of(node: fx.Node) -> Tensor:
+    """The index of each element of a tensor, in the sizes of capture."""
+    sizes = [hint(size) for size in node.meta["val"].shape]
+    return torch.arange(torch.Size(sizes).numel(), dtype=torch.int32).view(sizes)
+
+
+def as_tokens(images: Tensor) -> Tensor:
+    """(B, C, ...) as (B, places, C)."""
+    return images.flatten(2).transpose(1, 2)
+
+
+def hint(size: Any) -> int:
+    """A size as it was when the model was captured."""
+    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
