@@ -30,7 +30,7 @@ def merge_concat(gm: fx.GraphModule) -> int:
     """conv.0(q0, s0) + conv.1(q1, s1)    ->    conv.0_1(q0, s0, q1, s1)
 
     Both of one geometry, at most one with a bias, and what they give used once.  A third part
-    stays apart, and takes the sum of the others as its residual.
+    stays apart: it is the residual of the others, or they are its.
     """
     changed = 0
     for node in list(gm.graph.nodes):
@@ -160,8 +160,9 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
     def settings(layer: CudaLayer, c: fx.Node) -> list[Any]:
         codes, scale = c.all_input_nodes
         return [
-            layer.is_conv, layer.strides, layer.dilations, layer.weight.shape[:3], layer.half,
-            layer.codes_dtype, layer.dtype, node_shape(codes)[:-1], node_shape(scale),
+            layer.is_conv, layer.strides, layer.dilations, layer.weight.shape[:3],
+            layer.packed_half, layer.codes_dtype, layer.dtype, node_shape(codes)[:-1],
+            node_shape(scale),
         ]  # fmt: skip
 
     choices = first.choice, second.choice
