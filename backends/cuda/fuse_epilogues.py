@@ -158,7 +158,7 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
         return False
 
     def settings(layer: CudaLayer, c: fx.Node) -> list[Any]:
-        codes, scale = c.all_input_nodes
+        codes, scale = c.all_input_nodes[:2]
         return [
             layer.is_conv, layer.strides, layer.dilations, layer.weight.shape[:3],
             layer.packed_half, layer.codes_dtype, layer.dtype, node_shape(codes)[:-1],
@@ -169,10 +169,6 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
     return settings(first, call) == settings(second, other) and all(
         choice.engine == "triton" and choice.tile.split == 1 for choice in choices
     )
-
-
-def _bias(gm: fx.GraphModule, call: fx.Node) -> Any:
-    return gm.get_submodule(str(call.target)).bias
 
 
 def _merged(gm: fx.GraphModule, first: str, second: str) -> str:

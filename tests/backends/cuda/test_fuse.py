@@ -312,14 +312,18 @@ def test_layers_that_one_kernel_cannot_run_stay_apart(monkeypatch):
     assert apply(base, "merge_concat")[1] == [0]
 
 
-def test_one_narrow_of_a_concatenation_may_take_other_channels(monkeypatch):
+def test_only_a_part_that_is_taken_whole_replaces_a_concatenation(monkeypatch):
     def function(m, x, row):
         both = torch.cat([x, torch.sin(x)], 1)
-        return m.a(both.narrow(1, C, C)) + m.b(both.narrow(1, 4, C))
+        wide = torch.cat([x, torch.sin(x)], 2)
+        rows = (
+            wide.narrow(2, 0, 6) + wide.narrow(2, 3, 6) + torch.cat([x, x], 0).narrow(1, 0, C)[:4]
+        )
+        return m.a(both.narrow(1, C, C)) + m.b(both.narrow(1, 4, C)) + rows
 
     base = lowered(net(function, a=conv, b=conv), monkeypatch)
     done, counts = apply(base, "skip_concat")
-    assert counts == [1]
+    assert counts == [2]  # the second half of both, the first of wide
     assert_same(done, base)
 
 
@@ -342,20 +346,23 @@ def test_rows_of_a_sample_are_added_by_the_layer(monkeypatch, function):
     assert_same(done, base)
 
 
-def test_other_sums_are_no_rows(monkeypatch):
-    def function(m, x, row):
-        y = m.a(x)
-        z = m.a(y) + y.mean((2, 3), keepdim=True) + m.fixed  # the first is a row
-        z = torch.add(m.a(z), row[:, :, None, None], alpha=2)
-        z = m.a(z) + z.mean(1, keepdim=True)
-        return y + row[:, :, None, None] + z * y
+OTHER_ROWS = {
+    "of all samples": lambda m, x, row: m.a(x) + m.fixed,
+    "of places": lambda m, x, row: m.a(x) + x.mean(1, keepdim=True),
+    "scaled": lambda m, x, row: torch.add(m.a(x), row[:, :, None, None], alpha=2),
+    "read twice": lambda m, x, row: (y := m.a(x)) + row[:, :, None, None] + torch.sin(y),
+    "of another dtype": lambda m, x, row: (m.a(x) + row.double()[:, :, None, None]).float(),
+    "of channels": lambda m, x, row: (
+        m.b(x.flatten(2).mT).mT.reshape(x.shape) + row[:, :, None, None]
+    ),
+}
 
-    model = net(function, a=conv)
-    model.fixed = nn.Parameter(torch.randn(1, C, 1, 1))
-    base = lowered(model, monkeypatch)
-    done, counts = apply(base, "absorb_rows")
-    assert counts == [1]
-    assert_same(done, base)
+
+@pytest.mark.parametrize("function", OTHER_ROWS.values(), ids=OTHER_ROWS)
+def test_other_sums_are_no_rows(monkeypatch, function):
+    model = net(function, a=conv, b=lambda: nn.Linear(C, C))
+    model.fixed = nn.Parameter(torch.ones(1, C, 1, 1))
+    assert apply(lowered(model, monkeypatch), "absorb_rows")[1] == [0]
 
 
 RESIDUALS = {
@@ -471,22 +478,43 @@ def test_norms_make_the_codes_of_what_reads_them(monkeypatch, function):
     assert_near(done, base)
 
 
-def test_norms_that_something_else_reads_stay(monkeypatch):
-    def function(m, x, row):
-        y = m.norm(x)
-        y = m.a(y) + y  # the norm itself
-        y = m.a(torch.tanh(m.norm(y)))  # another activation
-        y = m.a(m.norm(y) * x)  # not by channel
-        z = m.silu(m.norm(y))
-        z = m.a(z) + m.c(z)  # two borders
-        z = m.silu(m.norm(z))
-        return (
-            m.a(z.narrow(1, 0, 8).repeat(1, 2, 1, 1)) + m.d(z.narrow(1, 4, 8)) + m.a(m.norm(z).mT)
-        )
+@pytest.mark.parametrize("acts", [ActivationSpec(per_timestep=False), ActivationSpec(format="fp8")])
+def test_norms_make_codes_of_every_kind(monkeypatch, acts):
+    layers = LayerConfig(weights=WeightSpec(search=1, format=acts.format), activations=acts)
+    plan = {"a": layers, "wide.0": layers, "wide.1": layers}
 
+    def function(m, x, row):
+        return NORMS["modules"](m, x, row) + NORMS["parts"](m, x, row)
+
+    base = lowered(net(function, **NORM_LAYERS), monkeypatch, plan=plan)
+    done, counts = apply(base, "drop_noops", "fuse_norms")
+    assert counts[-1] == 2
+    assert_near(done, base)
+
+
+OTHER_NORMS = {
+    "read twice": lambda m, x, row: m.a(y := m.norm(x)) + y,
+    "other activation": lambda m, x, row: m.a(torch.tanh(m.norm(x))),
+    "scaled by place": lambda m, x, row: m.a(m.norm(x) * x),
+    "gate read twice": lambda m, x, row: m.a((y := m.norm(x)) * (g := torch.sigmoid(y))) + g,
+    "two borders": lambda m, x, row: m.a(y := m.norm(x)) + m.c(y),
+    "part of the channels": lambda m, x, row: m.d(m.norm(x).narrow(1, 0, 8)),
+    "channels twice": lambda m, x, row: (
+        m.d((y := m.norm(x)).narrow(1, 0, 8)) + m.d(y.narrow(1, 4, 8))
+    ),
+    "rows": lambda m, x, row: m.a(m.norm(x).narrow(2, 0, 3).repeat(1, 1, 2, 1)),
+    "channels as tokens": lambda m, x, row: m.q(m.norm(x).reshape(-1, 36, C)).reshape(x.shape),
+    "images as channels": lambda m, x, row: m.a(m.norm(x).transpose(2, 3)),
+}
+
+
+@pytest.mark.parametrize("function", OTHER_NORMS.values(), ids=OTHER_NORMS)
+def test_other_uses_of_norms_are_left_alone(monkeypatch, function):
     layers = NORM_LAYERS | {"c": lambda: conv(1), "d": lambda: conv(3, 8)}
     base = lowered(net(function, **layers), monkeypatch)
-    assert apply(base, "drop_noops", "share_quantize", "fuse_norms")[1][-1] == 0
+    done, counts = apply(base, "drop_noops", "share_quantize", "fuse_norms")
+    assert counts[-1] == 0
+    assert_same(done, base)
 
 
 def test_norms_of_what_is_written_meanwhile_stay(monkeypatch):
@@ -518,14 +546,17 @@ def test_layers_that_follow_each_other_pass_codes_on(monkeypatch):
         assert torch.equal(found, value)
 
 
-def test_codes_are_not_passed_on_to_several_or_by_layers_called_twice(monkeypatch):
-    def function(m, x, row):
-        y = m.b(x)
-        y = m.b(y) + torch.sin(y)
-        z = m.a(x)
-        return m.b(z) + m.c(z) + m.b(torch.tanh(m.a(y)))
-
-    layers = {"a": conv, "b": lambda: conv(1), "c": conv}
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x, row: m.c(y := m.b(torch.sin(x))) + torch.sin(y),
+        lambda m, x, row: m.c(m.c(torch.sin(x))),
+        lambda m, x, row: m.a(m.c(torch.sin(x))),
+    ],
+    ids=["read twice", "called twice", "border"],
+)
+def test_other_layers_give_no_codes(monkeypatch, function):
+    layers = {"a": conv, "b": lambda: conv(1), "c": lambda: conv(1)}
     base = lowered(net(function, **layers), monkeypatch)
     assert apply(base, "requantize")[1] == [0]
 
