@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from tfmq_fx.affine import symmetric_steps
 from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.backends.torchao import int4_obstacle, to_torchao, torchao_obstacle
+from tfmq_fx.backends.torchao import to_torchao, torchao_obstacle
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.kernels import obstacle
@@ -82,10 +82,7 @@ def _torchao_layer(layer: QuantLayer) -> nn.Linear | None:
     """The layer on a torchao tensor, if it is one without a static range that has such a tensor."""
     if not isinstance(layer, QuantLinear) or not (layer.act_bits is None or layer.dynamic):
         return None
-    device = layer.codes.device.type
-    if int4_obstacle(layer, device) is None:
-        return to_torchao(layer, int4=True)
-    return None if torchao_obstacle(layer, device) else to_torchao(layer)
+    return None if torchao_obstacle(layer, layer.codes.device.type) else to_torchao(layer)
 
 
 def _obstacle(
