@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -37,6 +38,8 @@ class Prologue:
     """The values that a request fixes, for the step of a split graph.
 
     Safe to call from several threads. Values carry no gradient.
+    Neither the whole graph nor the step is kept alive: a backend that has written the step in its
+    own form does without.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Prologue:
         self._dtype = timestep_node(split.step).meta["val"].dtype
         self.schedule = Schedule(None, self._dtype) if schedule is None else schedule
         self.offloaded = Offloaded(split.freed, spec.offload)
-        self._gm, self._graphs = gm, [split.step, *(part.graph for part in split.parts)]
+        self._gm, self._step = weakref.ref(gm), weakref.ref(split.step)
         self._weights = _weights(gm, split)
         self._lock = threading.RLock()
         self._sighting = self._look()
@@ -269,18 +272,23 @@ class Prologue:
             raise InputError(f"{self._timestep}: NaN is no timestep")
         return steps
 
-    def _look(self) -> Sighting:
-        """The state of the weights, as the whole graph has them."""
-        return Sighting(self._gm, {name: attrgetter(name)(self._gm) for name in self._weights})
+    def _look(self) -> Sighting | None:
+        """The state of the weights, as the whole graph has them; None where it is gone."""
+        gm = self._gm()
+        if gm is None:
+            return None
+        return Sighting(gm, {name: attrgetter(name)(gm) for name in self._weights})
 
     def _check_weights(self) -> None:
         """Where weights were changed or replaced, have all parts see it and forget values."""
-        if self._sighting.stands(self._gm):
+        gm, step = self._gm(), self._step()
+        if gm is None or (self._sighting is not None and self._sighting.stands(gm)):
             return
         self.offloaded.back()
-        for graph in self._graphs:
-            _relink(graph, self._gm)
-        self.offloaded.retarget({n: attrgetter(n)(self._gm) for n in self.offloaded.tensors})
+        for graph in (step, *(kept.part.graph for kept in self.parts)):
+            if graph is not None:
+                _relink(graph, gm)
+        self.offloaded.retarget({n: attrgetter(n)(gm) for n in self.offloaded.tensors})
         for kept in self.parts:
             kept.graph = kept.part.graph
         self.forget()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -37,6 +39,7 @@ from tfmq_fx import (
 from tfmq_fx import compile as compile_model
 from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.metrics import sqnr
+from tfmq_fx.nn import QuantLayer
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -77,6 +80,25 @@ def test_compiled_loops(name: str, recipe: str, dynamo: Any) -> None:
         assert sqnr(expected, got) >= min(sqnr(expected, wanted) - 3, 100)
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+def test_a_compiled_model_needs_no_quantized_layer_of_the_step() -> None:
+    """Kernels have weights in a form of their own; values of a request are still computed."""
+    found = bind_request(convert(quantizable()[1], progress=False))
+    every = [next(labelled(2)) | {"y": torch.tensor(y)} for y in ([1, 2], [3, 4], [1, 2])]
+    inputs = [found.call.bind((), values)[0] for values in every]
+    expected = [found.prologue.step_inputs(given) for given in inputs]
+    layers = [m for m in found.step.modules() if isinstance(m, QuantLayer)]
+    (layer, *_) = [m for m in layers if m.act_bits == 8]  # one that has a kernel
+    seen = weakref.ref(layer)
+    compiled = compile_model(found, "inductor")
+    found.prologue.forget()
+    del found, layer, layers, _
+    gc.collect()
+    assert seen() is None and compiled._feed is not None
+    for given, wanted in zip(inputs, expected, strict=True):
+        assert all(map(torch.equal, compiled._feed(given), wanted))
 
 
 def test_somebody_who_compiles_the_whole_gets_the_whole(dynamo: Any) -> None:
