@@ -69,7 +69,10 @@ timestep_row.stage = Stage.FOLDED  # type: ignore[attr-defined]
 def find_unknown(keys: Tensor, t: Tensor) -> list[int | float]:
     """The values in `t` that are no key, ascending and each once; waits for the device."""
     flat = t.detach().reshape(-1)
-    values: list[int | float] = flat[timestep_index(keys, flat) < 0].unique().tolist()
+    missing = timestep_index(keys, flat) < 0
+    if not bool(missing.any()):  # the usual case waits once, and for little
+        return []
+    values: list[int | float] = flat[missing].unique().tolist()
     return values
 
 
