@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
+from tfmq_fx.errors import ConfigError
+
 from .conv import launcher, quantize, stored_zero
 
+MOST_RUNS = 2  # of channels, with a grid each
 CHUNK = 256  # pixels whose statistics one program takes
 BLOCK_PIXELS, BLOCK_CHANNELS = 32, 64  # of a program's step
 
@@ -44,8 +47,12 @@ def group_norm_quantize_triton(
     pads: width of the border left, right, top and bottom, as for torch.nn.functional.pad.
     dtype: int8 (codes - 128) or float8_e4m3fn, of the result (B, top + H + bottom,
     left + W + right, C).
+    Raises ConfigError for more runs than the kernel takes.
     """
     from . import kernels
+
+    if len(sizes) > MOST_RUNS:
+        raise ConfigError(f"group_norm_quantize takes {MOST_RUNS} runs of channels, got {sizes}")
 
     batch, height, width, channels = x.shape
     pixels = height * width
