@@ -115,8 +115,8 @@ def requantize(gm: fx.GraphModule) -> int:
 
 
 def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors that a node adds, perhaps into the first one's memory."""
-    if op_name(node) not in ("add", "iadd") or node.kwargs or len(node.args) != 2:
+    """The two tensors that a node adds into new memory."""
+    if op_name(node) != "add" or node.kwargs or len(node.args) != 2:
         return None
     first, second = node.args
     if first is second or not (is_tensor(first) and is_tensor(second)):
@@ -129,8 +129,6 @@ def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     pair = _summands(node)
     if pair is None:
         return []
-    if op_name(node) == "iadd":  # only the first one's memory may go without being written
-        return [pair]
     return sorted([pair, pair[::-1]], key=lambda order: order[0], reverse=True)
 
 

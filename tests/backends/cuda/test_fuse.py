@@ -281,6 +281,18 @@ def test_linear_parts_and_static_ranges_merge_too(monkeypatch):
     assert apply(mixed, "merge_concat")[1] == [0]
 
 
+def test_parts_that_are_called_twice_are_merged_once(monkeypatch):
+    def function(m, x, row):
+        y = m.a(torch.cat([x, torch.sin(x)], 1))
+        return m.a(torch.cat([torch.sin(y), x], 1))
+
+    base = lowered(net(function, a=lambda: conv(3, 2 * C)), monkeypatch)
+    done, counts = apply(base, "skip_concat", "merge_concat")
+    assert counts == [4, 2] and len(done.graph.find_nodes(op="call_module", target="a.0_1")) == 2
+    assert [name for name, _ in done.a.named_children()] == ["0_1"]
+    assert_near(done, base)
+
+
 def test_the_sum_of_two_parts_takes_a_third(monkeypatch):
     def function(m, x, row):
         return m.a(torch.cat([x, torch.sin(x), torch.cos(x)], 1))
@@ -492,6 +504,12 @@ def test_norms_make_codes_of_every_kind(monkeypatch, acts):
     assert_near(done, base)
 
 
+def test_parts_of_other_sizes_of_grid_make_their_own_codes(monkeypatch):
+    four = dataclasses.replace(EIGHT, activations=ActivationSpec(bits=4))
+    base = lowered(net(NORMS["parts"], **NORM_LAYERS), monkeypatch, plan={"wide.1": four})
+    assert apply(base, "fuse_norms")[1] == [0]
+
+
 OTHER_NORMS = {
     "read twice": lambda m, x, row: m.a(y := m.norm(x)) + y,
     "other activation": lambda m, x, row: m.a(torch.tanh(m.norm(x))),
@@ -526,6 +544,16 @@ def test_norms_of_what_is_written_meanwhile_stay(monkeypatch):
 
     base = lowered(net(function, a=conv, norm=norm), monkeypatch)
     assert apply(base, "fuse_norms")[1] == [0]
+
+
+def test_modules_with_hooks_stay(monkeypatch):
+    model = net(NORMS["modules"], **NORM_LAYERS)
+    for name in ("norm", "drop"):
+        model.get_submodule(name).register_forward_hook(lambda module, args, y: 2 * y)
+    base = lowered(model, monkeypatch)
+    done, counts = apply(base, "drop_noops", "fuse_norms")
+    assert counts == [0, 0]
+    assert_same(done, base)
 
 
 # ---------------------------------------------------------------- chains
