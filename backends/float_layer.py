@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor, nn
 
 from tfmq_fx.dialect import Stage
@@ -16,9 +18,10 @@ class FloatLayer(nn.Module):
 
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
-        self.layer = layer
         for name in layer.settings:
             setattr(self, name, getattr(layer, name))
+        self.layer = copy.copy(layer)
+        self.layer._buffers = {**layer._buffers, "codes": layer.codes.new_empty(0)}
         self.register_buffer("dequantized", layer.weight.to(layer.dtype))
         self.dequantized: Tensor
 

@@ -174,10 +174,8 @@ class CudaCallable:
 
     def __call__(self, *inputs: Tensor) -> Any:
         with torch.no_grad():
-            if not self.copies:
-                return self.compiled(*inputs)
-            torch.compiler.cudagraph_mark_step_begin()
-            return tree_map(_copy, self.compiled(*inputs))
+            found = self.compiled(*inputs)
+            return tree_map(_copy, found) if self.copies else found
 
 
 def _copy(value: Any) -> Any:
