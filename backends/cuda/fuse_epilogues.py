@@ -156,12 +156,8 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
         return False
 
     def settings(layer: CudaLayer, c: fx.Node) -> list[Any]:
-        codes, scale = c.all_input_nodes[:2]
-        return [
-            layer.is_conv, layer.strides, layer.dilations, layer.weight.shape[:3],
-            layer.packed_half, layer.codes_dtype, layer.dtype, node_shape(codes)[:-1],
-            node_shape(scale),
-        ]  # fmt: skip
+        geometry = [layer.is_conv, layer.strides, layer.dilations, layer.weight.shape[:3]]
+        return [*geometry, layer.codes_dtype, layer.dtype, node_shape(c.all_input_nodes[0])[:-1]]
 
     choices = first.choice, second.choice
     return settings(first, call) == settings(second, other) and all(

@@ -32,7 +32,7 @@ from .matching import (
     positions_of,
     written_nodes,
 )
-from .norm import group_norm_quantize
+from .norm import MOST_RUNS, group_norm_quantize
 
 _CASTS = frozenset(["to", "type", "float", "half", "bfloat16"])
 _GROUP_NORM = inspect.signature(F.group_norm)
@@ -264,6 +264,8 @@ def _start(node: fx.Node) -> int:
 def _agreed(readers: _Readers) -> _Readers | None:
     """The readers, if one kernel makes their codes: of one dtype, range and border, with scales
     that are known before."""
+    if len(readers.nodes) > MOST_RUNS:
+        return None
     if any(node.target is not quantize_input for node in readers.nodes):
         return None
     calls = [Codes.of(node) for node in readers.nodes]

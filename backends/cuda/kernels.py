@@ -271,6 +271,72 @@ def norm_partial_kernel(
 
 
 @triton.jit
+def norm_affine_kernel(
+    mean_ptr,  # (B, chunks, C) float32, of norm_partial_kernel
+    square_ptr,
+    weight_ptr,  # (C,)
+    bias_ptr,
+    factor_ptr,  # (B, C)
+    shift_ptr,
+    a_ptr,  # (B, C) float32: norm(x) * factor + shift = x * a + b
+    b_ptr,
+    pixels,
+    channels,
+    chunks,
+    groups,
+    width,  # channels of a group
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Mean and deviation of one group of a sample's channels, as a line for each channel."""
+    sample = tl.program_id(0) // groups
+    inner = tl.arange(0, BLOCK_W)
+    col = (tl.program_id(0) % groups) * width + inner
+    real = inner < width
+    size = pixels * width
+    total = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for k in range(0, chunks, BLOCK_K):
+        chunk = k + tl.arange(0, BLOCK_K)
+        at = (sample * chunks + chunk)[:, None] * channels + col[None, :]
+        mask = (chunk < chunks)[:, None] & real[None, :]
+        count = tl.minimum(pixels - chunk * CHUNK, CHUNK).to(tl.float32)
+        total += tl.sum(tl.load(mean_ptr + at, mask=mask, other=0.0), 1) * count
+    mean = tl.sum(total, 0) / size
+    total = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for k in range(0, chunks, BLOCK_K):
+        # Chan et al.: squares about the common mean are those about each one's own, and what that
+        # one is off
+        chunk = k + tl.arange(0, BLOCK_K)
+        at = (sample * chunks + chunk)[:, None] * channels + col[None, :]
+        mask = (chunk < chunks)[:, None] & real[None, :]
+        count = tl.minimum(pixels - chunk * CHUNK, CHUNK).to(tl.float32)
+        off = tl.where(mask, tl.load(mean_ptr + at, mask=mask, other=0.0) - mean, 0.0)
+        square = tl.load(square_ptr + at, mask=mask, other=0.0)
+        total += tl.sum(square + off * off * count[:, None], 1)
+    a = tl.zeros((BLOCK_W,), dtype=tl.float32) + 1.0 / tl.sqrt(tl.sum(total, 0) / size + eps)
+    if HAS_WEIGHT:
+        a *= tl.load(weight_ptr + col, mask=real, other=0.0).to(tl.float32)
+    b = -mean * a
+    if HAS_BIAS:
+        b += tl.load(bias_ptr + col, mask=real, other=0.0).to(tl.float32)
+    at = sample * channels + col
+    if HAS_FACTOR:
+        factor = tl.load(factor_ptr + at, mask=real, other=0.0).to(tl.float32)
+        a *= factor
+        b *= factor
+    if HAS_SHIFT:
+        b += tl.load(shift_ptr + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(a_ptr + at, a, mask=real)
+    tl.store(b_ptr + at, b, mask=real)
+
+
+@triton.jit
 def norm_apply_kernel(
     x_ptr,  # (B, height, width, C)
     factor_ptr,  # (B, C) float32

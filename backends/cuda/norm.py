@@ -19,7 +19,7 @@ from .conv import launcher, quantize, stored_zero
 
 MOST_RUNS = 2  # of channels, with a grid each
 CHUNK = 256  # pixels whose statistics one program takes
-BLOCK_PIXELS, BLOCK_CHANNELS = 32, 64  # of a program's step
+BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_CHUNKS = 32, 64, 16  # of a program's step
 
 
 def group_norm_quantize_triton(
@@ -72,7 +72,36 @@ def group_norm_quantize_triton(
         BLOCK_C=BLOCK_CHANNELS,
         num_warps=4,
     )
-    a, b = _affine(means, squares, pixels, groups, weight, bias, eps, factor, shift)
+    a = x.new_empty((batch, channels), dtype=torch.float32)
+    b = torch.empty_like(a)
+
+    def given(value: Tensor | None) -> Tensor:
+        return a if value is None else value.contiguous()
+
+    launcher(kernels.norm_affine_kernel)[(batch * groups,)](
+        means,
+        squares,
+        given(weight),
+        given(bias),
+        given(factor),
+        given(shift),
+        a,
+        b,
+        pixels,
+        channels,
+        chunks,
+        groups,
+        channels // groups,
+        eps,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_FACTOR=factor is not None,
+        HAS_SHIFT=shift is not None,
+        CHUNK=CHUNK,
+        BLOCK_K=BLOCK_CHUNKS,
+        BLOCK_W=1 << (channels // groups - 1).bit_length(),
+        num_warps=2,
+    )
     left, right, top, bottom = pads
     out_height, out_width = top + height + bottom, left + width + right
     y = x.new_empty((batch, out_height, out_width, channels), dtype=dtype)
@@ -168,42 +197,3 @@ def _fake(
 
 
 group_norm_quantize.register_fake(_fake)
-
-
-def _affine(
-    means: Tensor,
-    squares: Tensor,
-    pixels: int,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """a, b of (B, C): norm(x) * factor + shift = x * a + b, from statistics (B, chunks, C)."""
-    batch, chunks, channels = means.shape
-    left = torch.arange(pixels, 0, -CHUNK, device=means.device)  # pixels not in chunks before
-    counts = left.clamp(max=CHUNK).float().view(-1, 1, 1)
-    means, squares = (v.view(batch, chunks, groups, -1) for v in (means, squares))
-    size = pixels * (channels // groups)
-    mean = (means * counts).sum((1, 3)) / size
-    # Chan et al.: squares about the common mean are those about each one's own, and what it is off
-    off = means - mean.view(batch, 1, groups, 1)
-    variance = (squares + off * off * counts).sum((1, 3)) / size
-    rest = torch.rsqrt(variance + eps)
-
-    def spread(value: Tensor) -> Tensor:
-        return value.repeat_interleave(channels // groups, 1)
-
-    a = spread(rest)
-    if weight is not None:
-        a = a * weight.float()
-    b = -spread(mean) * a
-    if bias is not None:
-        b = b + bias.float()
-    if factor is not None:
-        a, b = a * factor.float(), b * factor.float()
-    if shift is not None:
-        b = b + shift.float()
-    return a.contiguous(), b.contiguous()

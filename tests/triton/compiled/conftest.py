@@ -5,7 +5,9 @@ import os
 
 import pytest
 
-collect_ignore = [] if importlib.util.find_spec("triton") else ["test_machine_code.py"]
+collect_ignore = (
+    [] if importlib.util.find_spec("triton") else ["test_machine_code.py", "test_generated_code.py"]
+)
 
 
 def pytest_collection_modifyitems(items):

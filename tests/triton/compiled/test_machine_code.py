@@ -25,16 +25,18 @@ MULTIPLIES = {  # what the tensor cores of a generation are told
 }
 
 
-def machine_code(kernel, pointers, constants, divisible, generation, warps, stages):
+def machine_code(kernel, pointers, constants, divisible, generation, warps, stages, others=()):
     """PTX of a kernel, and what ptxas says of its registers. pointers: dtype by argument; other
-    arguments that are no constants are int32; divisible: those that 16 divides."""
+    arguments that are no constants are int32, or as in `others`; divisible: those that 16
+    divides."""
     names = kernel.arg_names
     signature, attributes = {}, {}
     for i, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
         else:
-            signature[name] = f"*{pointers[name]}" if name in pointers else "i32"
+            plain = dict(others).get(name, "i32")
+            signature[name] = f"*{pointers[name]}" if name in pointers else plain
             if name in pointers or name in divisible:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(names.index(name),): value for name, value in constants.items()}
@@ -125,6 +127,14 @@ def test_group_norm_compiles(generation, dtype):
     sizes = {"CHUNK": 256, "BLOCK_P": 32, "BLOCK_C": 64}
     _, spilled = machine_code(
         kernels.norm_partial_kernel, floats, sizes, {"channels"}, generation, 4, 3
+    )
+    assert spilled == 0
+    names = ("mean", "square", "weight", "bias", "factor", "shift", "a", "b")
+    floats = {f"{name}_ptr": "bf16" if name in names[2:6] else "fp32" for name in names}
+    sizes = {"CHUNK": 256, "BLOCK_K": 16, "BLOCK_W": 16, "HAS_WEIGHT": True, "HAS_BIAS": True}
+    sizes |= {"HAS_FACTOR": True, "HAS_SHIFT": True}
+    _, spilled = machine_code(
+        kernels.norm_affine_kernel, floats, sizes, {"channels"}, generation, 2, 3, {"eps": "fp32"}
     )
     assert spilled == 0
     rows = ("factor_ptr", "shift_ptr", "scale0_ptr", "scale1_ptr")

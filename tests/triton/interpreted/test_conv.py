@@ -90,6 +90,14 @@ def test_segments_may_be_packed_in_runs_of_their_own():
     assert torch.equal(conv2d_triton(**merged), conv2d_reference(**merged))
 
 
+@pytest.mark.parametrize("ranges", [("all", "sample"), ("sample", "all"), ("row", "sample")])
+def test_segments_may_have_ranges_of_their_own(ranges):
+    arguments = conv_arguments(channels=(20, 30), ranges=ranges[0])
+    arguments["scales"][1] = conv_arguments(ranges=ranges[1], seed=1)["scales"][0]
+    assert len(arguments["scales"][0]) != len(arguments["scales"][1])
+    assert torch.equal(conv2d_triton(**arguments), conv2d_reference(**arguments))
+
+
 def test_every_element_is_written_and_nothing_else():
     arguments = conv_arguments(channels=(33,), out_channels=17, batch=3)
     first = conv2d_triton(**arguments)
