@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from tfmq_fx.errors import BackendError
+
 from .tiles import Tile
 
 FP8 = torch.float8_e4m3fn
@@ -55,10 +57,12 @@ def conv2d_triton(
     out_scale: (ranges,) float32, where the result is quantized again: `dtype` is int8 (codes - 128
     with `out_zero` and at most `out_levels`) or float8_e4m3fn.
     dtype: of the result.  tile: a `Tile`.
+    Raises BackendError for codes of another dtype or layout, and sums that cannot be split.
     """
     from . import kernels
 
     size = Tile(*tile)
+    _check(xs, size)
     first, last = xs[0], xs[-1]
     batch, _, width, _ = first.shape
     out_channels, taps_y, taps_x = weights[0].shape[:3]
@@ -71,7 +75,7 @@ def conv2d_triton(
         y = first.new_empty((size.split, *shape), dtype=sums)
     else:
         y = first.new_empty(shape, dtype=dtype)
-    reach = max(x.shape[0] * x.stride(0) for x in xs)
+    reach = max(x.numel() // x.shape[3] * pixel_stride(x) for x in xs)
 
     def even(x: Tensor, half: int) -> bool:
         return x.shape[3] % (2 * half or size.k) == 0 and out_channels % size.n == 0
@@ -109,8 +113,8 @@ def conv2d_triton(
         first.shape[1] * width,
         first.shape[3],
         last.shape[3],
-        first.stride(2),
-        last.stride(2),
+        pixel_stride(first),
+        pixel_stride(last),
         weights[0].stride(2),
         weights[-1].stride(2),
         out_zero,
@@ -214,6 +218,33 @@ def _fake(
 
 
 conv2d.register_fake(_fake)
+
+
+def _check(xs: Sequence[Tensor], tile: Tile) -> None:
+    if any(x.dtype not in (torch.int8, FP8) or x.dtype != xs[0].dtype for x in xs):
+        found = ", ".join(str(x.dtype) for x in xs)
+        raise BackendError(f"conv2d takes codes in int8 or float8_e4m3fn, all alike, got {found}")
+    if len(xs) > 1 and tile.split > 1:
+        raise BackendError(f"programs share sums of one segment only: split is {tile.split}")
+
+
+def pixel_stride(x: Tensor) -> int:
+    """Elements between neighbouring pixels of x (B, H, W, C), all of them evenly apart.
+
+    Dimensions of one element have any stride, and say nothing. Raises BackendError.
+    """
+    if x.is_contiguous():
+        return x.shape[3]
+    batch, height, width, channels = x.shape
+    apart = [(width, 1), (height, width), (batch, height * width)]  # size, pixels to the next
+    found = [(x.stride(2 - i), n) for i, (size, n) in enumerate(apart) if size > 1]
+    stride = found[0][0] // found[0][1] if found else channels
+    if any(each != stride * n for each, n in found) or (channels > 1 and x.stride(3) != 1):
+        raise BackendError(
+            f"conv2d takes codes (B, H, W, C) with channels last and pixels evenly apart, got "
+            f"shape {tuple(x.shape)} with strides {x.stride()}; call .contiguous() on them"
+        )
+    return stride
 
 
 def out_size(

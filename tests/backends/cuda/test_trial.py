@@ -37,7 +37,7 @@ def kernel(monkeypatch):
         tiles.append(given["tile"])
         return conv2d_reference(**given)
 
-    monkeypatch.setattr(trial, "conv2d_triton", stand_in)
+    monkeypatch.setattr(trial, "conv2d", stand_in)
     return tiles
 
 
@@ -102,7 +102,7 @@ def test_tiles_that_fail_are_passed_over(tmp_path, monkeypatch):
     def fails(**given):
         raise RuntimeError("out of resources")
 
-    monkeypatch.setattr(trial, "conv2d_triton", fails)
+    monkeypatch.setattr(trial, "conv2d", fails)
     choice = by_trial(CPU, timer=Clock(50.0), cache=tmp_path / "k")(CONV, torch.float32)
     assert choice.engine == "float" and choice.micros == {"float": 50.0}
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from tests.triton.cases import conv_arguments, convolutions
 from tfmq_fx.backends.cuda.conv import conv2d_reference, conv2d_triton
 from tfmq_fx.backends.cuda.tiles import Tile
+from tfmq_fx.errors import BackendError
 
 
 def both(**settings):
@@ -96,6 +97,28 @@ def test_segments_may_have_ranges_of_their_own(ranges):
     arguments["scales"][1] = conv_arguments(ranges=ranges[1], seed=1)["scales"][0]
     assert len(arguments["scales"][0]) != len(arguments["scales"][1])
     assert torch.equal(conv2d_triton(**arguments), conv2d_reference(**arguments))
+
+
+def test_single_pixels_may_have_any_stride():
+    arguments = conv_arguments(size=(1, 1), taps=(1, 1), channels=(20,), batch=3)
+    odd = arguments["xs"][0].as_strided((3, 1, 1, 20), (20, 1, 1, 1))
+    expected = conv2d_reference(**arguments)
+    assert torch.equal(conv2d_triton(**{**arguments, "xs": [odd]}), expected)
+
+
+def test_other_layouts_and_dtypes_are_refused():
+    arguments = conv_arguments(channels=(8,))
+    x = arguments["xs"][0]
+    for wrong, message in (
+        (x.transpose(1, 2), "pixels evenly apart"),
+        (x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), "channels last"),
+        (x.float(), "got torch.float32"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            conv2d_triton(**{**arguments, "xs": [wrong]})
+    two = conv_arguments(channels=(8, 8), tile=Tile(16, 16, 32, 2, 2, 4, 2))
+    with pytest.raises(BackendError, match="split is 2"):
+        conv2d_triton(**two)
 
 
 def test_every_element_is_written_and_nothing_else():
