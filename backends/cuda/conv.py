@@ -75,7 +75,7 @@ def conv2d_triton(
         y = first.new_empty((size.split, *shape), dtype=sums)
     else:
         y = first.new_empty(shape, dtype=dtype)
-    reach = max(x.numel() // x.shape[3] * pixel_stride(x) for x in xs)
+    reach = max(rows * out_channels, *(x.numel() // x.shape[3] * pixel_stride(x) for x in xs))
 
     def even(x: Tensor, half: int) -> bool:
         return x.shape[3] % (2 * half or size.k) == 0 and out_channels % size.n == 0

@@ -180,7 +180,10 @@ def conv_kernel(
         BLOCK_M, BLOCK_N, STEP0,
     )  # fmt: skip
     inside = (row < rows)[:, None] & (col < out_channels)[None, :]
-    at = row[:, None].to(tl.int64) * out_channels + col[None, :]
+    if WIDE:
+        row = row.to(tl.int64)
+        sample = sample.to(tl.int64)
+    at = row[:, None] * out_channels + col[None, :]
     if SPLIT > 1:
         tl.store(y_ptr + part.to(tl.int64) * rows * out_channels + at, total, mask=inside)
         return
@@ -205,10 +208,47 @@ def conv_kernel(
             tl.load(scale1_ptr + safe // rows_per_range1)[:, None]
             * tl.load(weight_scale1_ptr + col, mask=real, other=0.0)[None, :]
         )
+    # half by half, which takes half as many registers; columns of a half stay neighbours
+    left, right = tl.split(tl.permute(tl.reshape(result, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    half_col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    for i in tl.static_range(2):
+        _write(
+            left if i == 0 else right, half_col + i * (BLOCK_N // 2), row, sample, safe, rows,
+            out_channels, bias_ptr, row_ptr, residual_ptr, out_scale_ptr, rows_per_out_range,
+            out_zero, out_levels, y_ptr, HAS_BIAS, HAS_ROW, HAS_RESIDUAL, REQUANTIZE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write(
+    result,  # (BLOCK_M, columns) float32
+    col,
+    row,
+    sample,  # of each row, within bounds, as is
+    safe,
+    rows,
+    out_channels,
+    bias_ptr,
+    row_ptr,
+    residual_ptr,
+    out_scale_ptr,
+    rows_per_out_range,
+    out_zero,
+    out_levels,
+    y_ptr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROW: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    REQUANTIZE: tl.constexpr,
+):
+    """Add to some columns of a result what is to be added, and store them."""
+    real = col < out_channels
+    inside = (row < rows)[:, None] & real[None, :]
+    at = row[:, None] * out_channels + col[None, :]
     if HAS_BIAS:
         result += tl.load(bias_ptr + col, mask=real, other=0.0).to(tl.float32)[None, :]
     if HAS_ROW:
-        added = row_ptr + sample.to(tl.int64)[:, None] * out_channels + col[None, :]
+        added = row_ptr + sample[:, None] * out_channels + col[None, :]
         result += tl.load(added, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         result += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)

@@ -10,13 +10,14 @@ Format = Literal["int8", "fp8", "int4"]  # of the weights; inputs of int4 weight
 
 SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}  # KiB of shared memory of a program
 _LEAST_SHARED = 99
-_SHAPES = [  # m, n, k, warps, stages
+_SHAPES = [  # m, n, k, warps, stages; with few warps several programs share a multiprocessor
     (128, 256, 128, 8, 3),
     (256, 128, 128, 8, 3),
-    (128, 128, 128, 8, 4),
+    (128, 128, 128, 8, 3),
+    (128, 128, 128, 4, 3),
     (128, 128, 64, 8, 4),
-    (128, 64, 128, 4, 4),
-    (64, 128, 128, 4, 4),
+    (128, 64, 128, 4, 3),
+    (64, 128, 128, 4, 3),
     (64, 64, 128, 4, 4),
     (64, 64, 64, 4, 5),
     (32, 64, 128, 4, 4),

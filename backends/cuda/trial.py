@@ -30,7 +30,7 @@ from .tiles import Problem, Tile, candidates, default_tile
 logger = logging.getLogger(__name__)
 
 Engine = Literal["triton", "torch", "float"]
-TRIED = 5  # tiles that are timed for a problem
+TRIED = 6  # tiles that are timed for a problem
 
 
 @dataclass(frozen=True, slots=True)

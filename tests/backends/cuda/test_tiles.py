@@ -65,8 +65,8 @@ def test_large_problems_get_large_tiles_and_small_ones_fill_the_device():
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9)])
 def test_less_shared_memory_means_fewer_steps_in_flight(capability):
-    wide = [t for t in candidates(problem(), (9, 0)) if (t.m, t.n, t.k) == (128, 128, 128)]
-    narrow = [t for t in candidates(problem(), capability) if (t.m, t.n, t.k) == (128, 128, 128)]
+    wide = [t for t in candidates(problem(), (9, 0)) if (t.m, t.n, t.k) == (128, 256, 128)]
+    narrow = [t for t in candidates(problem(), capability) if (t.m, t.n, t.k) == (128, 256, 128)]
     assert wide[0].stages > narrow[0].stages
 
 

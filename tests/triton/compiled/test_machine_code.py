@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from tfmq_fx.backends.cuda import kernels
 from tfmq_fx.backends.cuda.tiles import Problem, Tile, candidates
+from tfmq_fx.backends.cuda.trial import TRIED
 
 HOPPER, ADA, AMPERE = 90, 89, 80
 MULTIPLIES = {  # what the tensor cores of a generation are told
@@ -102,12 +103,16 @@ def problem(format, half=0):
 def test_convolutions_run_on_tensor_cores(generation, format):
     half = 64 if format == "int4" else 0
     capability = divmod(generation, 10)
-    tile = candidates(problem(format, half), capability)[0]
-    ptx, spilled = convolution(generation, tile, format=format)
     core = MULTIPLIES[generation, "fp8" if format == "fp8" else "int8"]  # int4 becomes int8
-    assert re.search(core, ptx), "no tensor core instruction of that type"
-    assert "cp.async.cg.shared.global" in ptx, "loads of 16 bytes that nothing waits for"
-    assert spilled <= (0 if generation == HOPPER else 64), "bytes of registers put into memory"
+    spills = []
+    for tile in candidates(problem(format, half), capability)[:TRIED]:
+        ptx, spilled = convolution(generation, tile, format=format)
+        assert re.search(core, ptx), "no tensor core instruction of that type"
+        assert "cp.async.cg.shared.global" in ptx, "loads of 16 bytes that nothing waits for"
+        spills.append(spilled)
+    # bytes of registers put into memory: the widest tiles may, the trial tells what they are worth
+    assert sum(spilled == 0 for spilled in spills) >= 3, spills
+    assert generation != HOPPER or spills[0] == 0, spills
 
 
 @pytest.mark.parametrize("generation", [HOPPER, ADA, AMPERE])
