@@ -588,7 +588,7 @@ def test_the_eager_backend_is_the_reference(toys):
 def test_auto_falls_back_to_eager_and_says_why(toys, monkeypatch):
     from tfmq_fx.backends import inductor
 
-    monkeypatch.setattr(inductor, "unavailable", lambda: "no compiler today")
+    monkeypatch.setattr(inductor, "unavailable", lambda device: "no compiler today")
     compiled = compile(toys["w8a8"], mode="max-autotune")
     assert compiled.backend == "eager"
     reason = "backend 'inductor': no compiler today. Use backend='eager'."
