@@ -16,16 +16,22 @@ from tfmq_fx.ops import is_random, op_name
 
 from .fuse_epilogues import absorb_residuals, absorb_rows, merge_concat, requantize
 from .fuse_norms import fuse_norms
+from .fuse_siblings import join_siblings
 from .layers import dynamic_scale, quantize_input
 from .matching import Codes, called, is_tensor, same_kind, written_nodes
+from .trial import Chooser
 
 
-def fuse(gm: fx.GraphModule) -> dict[str, int]:
-    """Fuse what can be, in place; how often each fusion was made, by name."""
+def fuse(gm: fx.GraphModule, choose: Chooser) -> dict[str, int]:
+    """Fuse what can be, in place; how often each fusion was made, by name.
+
+    choose: the kernel of a layer that several become.
+    """
     counts: dict[str, int] = {}
     for fusion in FUSIONS:
         counts[fusion.__name__] = counts.get(fusion.__name__, 0) + fusion(gm)
         prune(gm.graph)
+    counts["join_siblings"] = join_siblings(gm, choose)
     return counts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -88,6 +89,7 @@ class CudaLayer(nn.Module):
         self.codes_dtype = FP8 if layer.act_format == "fp8" else torch.int8
         self.zero_point, self.levels = int(layer.act_zero), levels(layer.act_bits)
         self.choice = choice
+        self.problem: Problem | None = None  # what `choice` is for
         self.out_zero, self.out_levels, self.out_dtype = 0, 0, dtype
 
         codes = _channels_last(layer.weight_codes())
@@ -117,6 +119,26 @@ class CudaLayer(nn.Module):
     def requantizes(self, zero: int, levels: int, dtype: torch.dtype) -> None:
         """Give codes on another layer's grid instead of floats; calls then pass its scale."""
         self.out_zero, self.out_levels, self.out_dtype = zero, levels, dtype
+
+    @classmethod
+    def side_by_side(cls, layers: Sequence[CudaLayer], choice: Choice) -> CudaLayer:
+        """One layer whose results are those of `layers` one after the other along the channels; of
+        layers that read the same codes and differ in their weights alone."""
+        first = layers[0]
+        made = copy.copy(first)
+        made.choice, made._buffers = choice, dict(first._buffers)
+        for name in ("weight", "zero", "weight_scale", "offset"):
+            made._buffers[name] = torch.cat([getattr(layer, name) for layer in layers])
+        if any(layer.bias is not None for layer in layers):
+            dtype = next(layer.bias.dtype for layer in layers if layer.bias is not None)
+            biases = [
+                layer.weight_scale.new_zeros(len(layer.weight), dtype=dtype)
+                if layer.bias is None
+                else layer.bias
+                for layer in layers
+            ]
+            made._buffers["bias"] = torch.cat(biases)
+        return made
 
     def forward(
         self,

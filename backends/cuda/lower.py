@@ -57,7 +57,8 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
         if reason is None:
             dtype = nodes[0].meta["val"].dtype
             sizes = _sizes(layer_input(nodes[0]).meta["val"])
-            choice = choose(problem_of(layer, sizes), dtype)
+            problem = problem_of(layer, sizes)
+            choice = choose(problem, dtype)
             micros[name] = choice.micros
             reason = _slower(choice, dtype)
         if reason is not None:
@@ -65,6 +66,7 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
             gm.set_submodule(name, FloatLayer(layer))
             continue
         on_kernel = CudaLayer(layer, dtype, choice)
+        on_kernel.problem = problem
         gm.set_submodule(name, on_kernel)
         for node in nodes:
             _give_codes(gm, node, name, layer, on_kernel)
@@ -72,7 +74,7 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
     details = {
         "integer": lowered,
         "torchao": on_torchao,
-        "fused": fuse(gm),
+        "fused": fuse(gm, choose),
         "micros": {name: times for name, times in micros.items() if times},
     }
     return Rewrite(gm, lowered + len(on_torchao), declined, details)

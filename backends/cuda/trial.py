@@ -76,7 +76,8 @@ def by_trial(
         if key not in known:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 known[key] = _try(problem, device, dtype, timer)
-            _write(path, known)
+            if "triton" in known[key].micros:  # else it may have been short of memory
+                _write(path, known)
         return known[key]
 
     return functools.cache(choose)
@@ -87,8 +88,8 @@ def cache_file(device: torch.device) -> Path:
     import triton
 
     name = torch.cuda.get_device_name(device)
-    source = Path(__file__).with_name("kernels.py").read_bytes()
-    words = (name, torch.__version__, triton.__version__, source.hex())
+    sources = [Path(__file__).with_name(file).read_text() for file in ("kernels.py", "tiles.py")]
+    words = (name, torch.__version__, triton.__version__, *sources)
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     root = os.environ.get("TFMQ_FX_CACHE") or str(Path(base, "tfmq_fx"))

@@ -88,17 +88,18 @@ def quantized(gm, layers=EIGHT, plan=None):
 def lowered(model, monkeypatch, layers=EIGHT, plan=None, choose=whole_sums, dynamic=()):
     """The lowered graph of a model before it is fused."""
     with monkeypatch.context() as patch:
-        patch.setattr(lowering, "fuse", lambda gm: {})
+        patch.setattr(lowering, "fuse", lambda gm, choose: {})
         gm = quantized(captured(model, dynamic), layers, plan)
         return lowering.lower(gm, choose=choose, capability=(9, 0)).gm
 
 
-def apply(gm, *names):
+def apply(gm, *names, choose=whole_sums):
     """A copy of a lowered graph after fusions, and what each of them counted."""
     done, counts = fork(gm), []
     with torch.no_grad():
         for name in names:
-            counts.append(getattr(fusions, name)(done))
+            choosing = (choose,) if name == "join_siblings" else ()
+            counts.append(getattr(fusions, name)(done, *choosing))
             prune(done.graph)
     done.delete_all_unused_submodules()
     done.recompile()

@@ -166,7 +166,7 @@ def test_sizes_may_be_free(monkeypatch):
     base = lowered(net(block, **layers), monkeypatch, dynamic=("batch", "spatial"))
     done = fork(base)
     with torch.no_grad():
-        found = fusions.fuse(done)
+        found = fusions.fuse(done, whole_sums)
     done.recompile()
     assert found["absorb_rows"] == 1 and found["absorb_residuals"] == 2 and found["fuse_norms"] == 3
     assert_near(done, base)
@@ -195,9 +195,10 @@ def test_a_unet_of_diffusers_is_fused_throughout(monkeypatch):
         "absorb_residuals": 12,
         "fuse_norms": 21,
         "requantize": 0,
+        "join_siblings": 8,
     }
     with monkeypatch.context() as patch:
-        patch.setattr(lowering, "fuse", lambda gm: {})
+        patch.setattr(lowering, "fuse", lambda gm, choose: {})
         base = lowering.lower(gm, choose=whole_sums, capability=(9, 0)).gm
     for found, expected in zip(results(done.gm, calls[:1]), results(base, calls[:1]), strict=True):
         # codes that were rounded the other way change what comes after them
