@@ -253,7 +253,7 @@ def _write(
     if HAS_RESIDUAL:
         result += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if REQUANTIZE:
-        inverse = 1.0 / tl.load(out_scale_ptr + safe // rows_per_out_range)
+        inverse = _inverse(tl.load(out_scale_ptr + safe // rows_per_out_range))
         result = result * inverse[:, None]
         if y_ptr.dtype.element_ty == tl.int8:
             result = _round(result) + out_zero
@@ -269,6 +269,12 @@ def _round(x):
     magic = 12582912.0  # 1.5 * 2**23: adding it leaves no bits for a fraction
     x = tl.minimum(tl.maximum(x, -4194304.0), 4194304.0)
     return (x + magic) - magic
+
+
+@triton.jit
+def _inverse(scale):
+    """1 / scale rounded to nearest, as torch does it; `/` is an approximation."""
+    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
 
 
 @triton.jit
@@ -421,8 +427,8 @@ def norm_apply_kernel(
     if SILU:
         value = value / (1.0 + tl.exp(-value))
     image = tl.where(row < rows, sample, 0)
-    inverse0 = 1.0 / tl.load(scale0_ptr + image * RANGES0)
-    inverse1 = 1.0 / tl.load(scale1_ptr + image * RANGES1)
+    inverse0 = _inverse(tl.load(scale0_ptr + image * RANGES0))
+    inverse1 = _inverse(tl.load(scale1_ptr + image * RANGES1))
     before = (col < cut)[None, :]
     value = tl.where(mask, value * tl.where(before, inverse0[:, None], inverse1[:, None]), 0.0)
     if y_ptr.dtype.element_ty == tl.int8:
