@@ -94,6 +94,21 @@ def without_sdxl(names: Iterable[str]) -> list[Any]:
     return [pytest.param(n, marks=[pytest.mark.slow] if n == "sdxl" else []) for n in names]
 
 
+def four_bits_of_small_ones(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
+    """These models in 8 bits, and in 4 all but the UNets, which the slow tests have."""
+    return [
+        pytest.param(
+            name,
+            recipe,
+            marks=[pytest.mark.slow]
+            if name in slow or (recipe == "w4a8" and name in ("sd15", "sdxl"))
+            else [],
+        )
+        for name in names
+        for recipe in RECIPES
+    ]
+
+
 def steps_of(name: str) -> tuple[float, ...]:
     return FLOW.get(name, (999, 600, 250))
 
@@ -156,8 +171,7 @@ def error_db(name: str, found: Any, batch: int, seed: int) -> list[float]:
 # ---------------------------------------------------------------- what is quantized
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", without_sdxl(NAMES))
+@pytest.mark.parametrize(("name", "recipe"), four_bits_of_small_ones(NAMES, slow=["sdxl"]))
 def test_every_layer_is_quantized_or_a_row(name: str, recipe: str) -> None:
     model, prepared = calibrated(name)
     done = converted(name, recipe)
@@ -184,8 +198,7 @@ def test_every_layer_is_quantized_or_a_row(name: str, recipe: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "recipe"), four_bits_of_small_ones(NAMES))
 def test_every_weight_is_near_its_own(name: str, recipe: str) -> None:
     """Outputs of random transformers hardly move with their blocks; this looks at every layer."""
     model, _ = calibrated(name)

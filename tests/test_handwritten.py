@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -107,7 +108,11 @@ SLOW = ("openai-checkpoint", "openai-odd-width", "openai-pooling", "openai-self-
 )
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Captured, torch.dtype, bool]:
     """A model, its graph, the dtype of its timestep, and whether height and width are free."""
-    name, dtype = request.param
+    return made(*request.param)
+
+
+@functools.cache  # pytest keeps the last case alone, and shares them out among processes
+def made(name: str, dtype: torch.dtype) -> tuple[nn.Module, Captured, torch.dtype, bool]:
     kind, options, dynamic = CASES[name]
     model = build(kind, options)
     example = {**inputs(model, 2), clock(model): torch.tensor([5, 5], dtype=dtype)}

@@ -108,7 +108,13 @@ def toy():
     return seeded(ToyUNet, seed=1).eval()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",  # those that differ from another one in one setting are slow tests
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n in ("ptqd", "tfmq-cache") else [])
+        for n in RECIPES
+    ],
+)
 def test_every_recipe_converts_saves_and_tells_what_it_did(name, toy, tmp_path):
     converted = quantized(toy, short(resolve(name)))
     assert error_of(toy, converted) > 15
