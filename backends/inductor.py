@@ -17,7 +17,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from tfmq_fx.affine import levels
 from tfmq_fx.backends import CPU
@@ -175,11 +175,7 @@ class CudaCallable:
     def __call__(self, *inputs: Tensor) -> Any:
         with torch.no_grad():
             found = self.compiled(*inputs)
-            return tree_map(_copy, found) if self.copies else found
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+            return tree_map_only(Tensor, Tensor.clone, found) if self.copies else found
 
 
 def compile_graph(

@@ -17,6 +17,7 @@ from .config import Format, WeightSpec
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest e4m3 float
+TINY_SCALE = 2.0**-126  # the least dynamic scale: 1 / it is finite
 SEARCH_POWER = 2.4  # exponent of the range search in TFMQ-DM's released settings
 _SHRINK = 0.01  # each further candidate of the search clips one hundredth of the range more
 
@@ -59,6 +60,14 @@ def to_fp8(x: Tensor) -> Tensor:
 def symmetric_steps(bits: int, format: Format) -> float:
     """Steps from 0 to the bound of a symmetric range: its bound over this is its scale."""
     return FP8_MAX if format == "fp8" else 2.0 ** (bits - 1) - 1
+
+
+def dynamic_scale(x: Tensor, dims: tuple[int, ...], steps: float) -> Tensor:
+    """The scale of a symmetric range that x has by itself: float32, of size 1 in `dims`.
+
+    steps: from 0 to its largest magnitude, see `symmetric_steps`.
+    """
+    return (x.float().abs().amax(dims, keepdim=True) / steps).clamp(min=TINY_SCALE)
 
 
 def qparams(low: Tensor, high: Tensor, *, bits: int) -> QParams:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .ops import is_heavy, op_name
+from .ops import is_heavy, op_name, size_hint
 
 Cuts = frozenset[int]  # positions along a dimension at which another part begins
 
@@ -236,7 +236,7 @@ def _indexed(x: fx.Node, node: fx.Node, cuts: Mapping[int, Cuts]) -> dict[int, C
     made: dict[int, Cuts] = {}
     if not _only_moves(node):
         return made
-    sizes = [size if isinstance(size, int) else _hint(size) for size in _shape(x)]
+    sizes = [size_hint(size) for size in _shape(x)]
     for dim, positions in cuts.items():
         line = [sizes[dim] if d == dim else 1 for d in range(len(sizes))]
         standing = _run(node, torch.arange(sizes[dim]).view(line).expand(sizes))  # takes no memory
@@ -257,15 +257,11 @@ def _only_moves(node: fx.Node) -> bool:
     )
 
 
-def _hint(size: Any) -> int:
-    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
-
-
 def _run(node: fx.Node, value: Tensor) -> Tensor:
     """The result of a node for another tensor, sizes as they were at capture."""
 
     def given(used: fx.Node) -> Any:
-        return value if _is_tensor(used) else _hint(used.meta["val"])
+        return value if _is_tensor(used) else size_hint(used.meta["val"])
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), given)
     call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target

@@ -15,15 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .affine import FP8, QParams, levels, symmetric_steps, to_fp8
+from .affine import FP8, QParams, dynamic_scale, levels, symmetric_steps, to_fp8
 from .config import Format
 from .dialect import Stage
 from .errors import ConfigError
 from .packing import pack, packed_size, unpack
 
 _FLOAT_BUFFERS = ("weight_scale", "act_scale")  # keep float32 whatever the model's dtype
-
-TINY_SCALE = 2.0**-126  # the least dynamic scale: 1 / it is finite
 
 
 class QuantLayer(nn.Module):
@@ -165,10 +163,13 @@ class QuantLayer(nn.Module):
         """The dynamic scale of each token or sample of x, float32, shaped to multiply it: the
         largest magnitude over 2**(bits - 1) - 1, or over 448 in fp8."""
         assert self.act_bits is not None
-        # a linear layer's token is its last dimension; a sample its channels and positions
-        dims = tuple(range(1 - len(self.weight_shape), 0))
-        largest = x.float().abs().amax(dims, keepdim=True)
-        return (largest / symmetric_steps(self.act_bits, self.act_format)).clamp(min=TINY_SCALE)
+        return dynamic_scale(x, self.ranged_dims, symmetric_steps(self.act_bits, self.act_format))
+
+    @property
+    def ranged_dims(self) -> tuple[int, ...]:
+        """The dimensions of x that share a dynamic scale: those of a linear layer's token, its
+        last, or of a convolution's sample, its channels and positions."""
+        return tuple(range(1 - len(self.weight_shape), 0))
 
     def quantized_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """What the layer sees of x, in x's dtype: x itself, or its nearest representable value."""
@@ -368,8 +369,12 @@ class QuantConv(QuantLayer):
         """x padded by a mode that convolutions do not have, and the padding left to do."""
         if self.padding_mode == "zeros":
             return x, self.padding
-        widths = [width for pair in reversed(self.borders()) for width in pair]
-        return F.pad(x, widths, mode=self.padding_mode), (0,) * (x.dim() - 2)
+        return F.pad(x, self.pad_widths, mode=self.padding_mode), (0,) * (x.dim() - 2)
+
+    @property
+    def pad_widths(self) -> tuple[int, ...]:
+        """`borders` as torch.nn.functional.pad takes them: last dimension first."""
+        return tuple(width for pair in reversed(self.borders()) for width in pair)
 
     def borders(self) -> list[tuple[int, int]]:
         """How far x is padded before and after each of its spatial dimensions."""

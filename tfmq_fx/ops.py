@@ -138,6 +138,11 @@ def op_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).split(".")[0]
 
 
+def size_hint(size: Any) -> int:
+    """A size as it was when the model was captured; 1 where that is not known."""
+    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
+
+
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 

@@ -20,7 +20,7 @@ from .cuts import minimum_cut
 from .dataflow import Binding, BindingTimes, binding_times
 from .dialect import is_timestep_row
 from .graph import Declined, timestep_node
-from .ops import is_heavy
+from .ops import is_heavy, size_hint
 from .regions import extract_nodes, size_source
 from .tables import QuantTimestepTable
 
@@ -116,7 +116,7 @@ def find_request(
 def stored_bytes(node: fx.Node, precision: Precision = "exact") -> int:
     """Bytes of a value for one sample; sizes that are free count as captured."""
     value: Tensor = node.meta["val"]
-    sizes = [n if isinstance(n, int) else int(n.node.hint or 1) for n in value.shape]
+    sizes = [size_hint(n) for n in value.shape]
     if value.dim() and not isinstance(value.shape[0], int):
         sizes[0] = 1
     width = value.element_size()

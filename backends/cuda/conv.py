@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from tfmq_fx.affine import FP8, to_fp8
 from tfmq_fx.errors import BackendError
 
 from .tiles import Tile
 
-FP8 = torch.float8_e4m3fn
-FP8_TOP = 448.0  # the largest value of e4m3
 STORED_ZERO = 128  # codes in [0, 255] are stored as code - 128, to fit int8
 
 
@@ -173,6 +172,7 @@ def conv2d_reference(
     tile: Sequence[int],
 ) -> Tensor:
     """What `conv2d_triton` computes, in plain torch on any device; sums are exact for integers."""
+    _check(xs, Tile(*tile))
     result: Tensor | None = None
     for x, packed, zero, weight_scale, offset, scale, half in zip(
         xs, weights, zeros, weight_scales, offsets, scales, halves, strict=True
@@ -224,6 +224,8 @@ def _check(xs: Sequence[Tensor], tile: Tile) -> None:
     if any(x.dtype not in (torch.int8, FP8) or x.dtype != xs[0].dtype for x in xs):
         found = ", ".join(str(x.dtype) for x in xs)
         raise BackendError(f"conv2d takes codes in int8 or float8_e4m3fn, all alike, got {found}")
+    for x in xs:
+        pixel_stride(x)
     if len(xs) > 1 and tile.split > 1:
         raise BackendError(f"programs share sums of one segment only: split is {tile.split}")
 
@@ -266,7 +268,7 @@ def quantize(x: Tensor, scale: Tensor, zero: int, levels: int, dtype: torch.dtyp
     """
     steps = x.float() * (1.0 / scale)
     if dtype == FP8:
-        return steps.clamp(-FP8_TOP, FP8_TOP).to(FP8)
+        return to_fp8(steps)
     return ((torch.round(steps) + zero).clamp(0, levels) - STORED_ZERO).to(torch.int8)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tfmq_fx.affine import dynamic_scale
 from tfmq_fx.dialect import is_timestep_row
 from tfmq_fx.graph import prune
 from tfmq_fx.ops import is_random, op_name
@@ -17,7 +18,7 @@ from tfmq_fx.ops import is_random, op_name
 from .fuse_epilogues import absorb_residuals, absorb_rows, merge_concat, requantize
 from .fuse_norms import fuse_norms
 from .fuse_siblings import join_siblings
-from .layers import dynamic_scale, quantize_input
+from .layers import quantize_input
 from .matching import Codes, called, is_tensor, same_kind, written_nodes
 from .trial import Chooser
 

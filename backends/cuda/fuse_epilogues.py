@@ -156,7 +156,8 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
         return False
 
     def settings(layer: CudaLayer, c: fx.Node) -> list[Any]:
-        geometry = [layer.is_conv, layer.strides, layer.dilations, layer.weight.shape[:3]]
+        problem = layer.problem
+        geometry = [layer.is_conv, problem.stride, problem.dilation, layer.weight.shape[:3]]
         return [*geometry, layer.codes_dtype, layer.dtype, node_shape(c.all_input_nodes[0])[:-1]]
 
     choices = first.choice, second.choice

@@ -14,7 +14,7 @@ from torch import fx
 
 from tfmq_fx.layers import call_before
 
-from .layers import CudaLayer
+from .layers import CudaLayer, joint_problem
 from .matching import called
 from .trial import Choice, Chooser
 
@@ -29,7 +29,7 @@ def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
     families: dict[Any, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_module"):
         layer = called(gm, node, CudaLayer)
-        if layer is None or node.kwargs or layer.problem is None:
+        if layer is None or node.kwargs:
             continue
         if len(gm.graph.find_nodes(op="call_module", target=node.target)) == 1:
             alike = dataclasses.replace(layer.problem, out_channels=0)
@@ -47,9 +47,7 @@ def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
 
 def _worth_it(layers: Sequence[CudaLayer], choose: Chooser) -> Choice | None:
     """The kernel of layers side by side, or None where they are faster apart."""
-    problems = [layer.problem for layer in layers if layer.problem is not None]
-    width = sum(problem.out_channels for problem in problems)
-    joint = choose(dataclasses.replace(problems[0], out_channels=width), layers[0].dtype)
+    joint = choose(joint_problem(layers), layers[0].dtype)
     if joint.engine == "float":
         return None
     if joint.micros and all(layer.choice.micros for layer in layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -10,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfmq_fx.affine import levels
+from tfmq_fx.affine import FP8, levels
 from tfmq_fx.dialect import Stage
-from tfmq_fx.nn import TINY_SCALE, QuantConv, QuantLayer
+from tfmq_fx.nn import QuantConv, QuantLayer
 
 from .conv import (
-    FP8,
     STORED_ZERO,
     conv2d,
     finish,
@@ -37,14 +37,15 @@ def quantize_input(
     """The codes of a layer's input.
 
     x: (B, C, H, W) with `pads`, for convolutions, whose codes are (B, top + H + bottom,
-    left + W + right, C) with borders of the zero's code; else (..., C), like its codes.
+    left + W + right, C) with borders of the zero's code; else (..., C), like its codes.  Codes are
+    contiguous, wherever x lies.
     scale: (B,) or (1,) float32, or of as many dimensions as x.  zero, levels: of the grid.
     dtype: int8 (codes - 128) or float8_e4m3fn.
     """
     if scale.dim() == 1:
         scale = scale.view(-1, *[1] * (x.dim() - 1))
     if pads is None:
-        return quantize(x, scale, zero, levels, dtype)
+        return quantize(x, scale, zero, levels, dtype).contiguous()  # tokens may be images' views
     pixels = x.permute(0, 2, 3, 1)
     if any(pads) and dtype == FP8:  # 0 is a value of fp8; its dtype cannot be padded
         pixels = F.pad(pixels, (0, 0, *pads))
@@ -54,15 +55,7 @@ def quantize_input(
     return codes.contiguous()
 
 
-def dynamic_scale(x: Tensor, dims: tuple[int, ...], steps: float) -> Tensor:
-    """The range of each token or sample of x, measured: float32, of size 1 in `dims`.
-
-    steps: from 0 to the largest magnitude.
-    """
-    return (x.float().abs().amax(dims, keepdim=True) / steps).clamp(min=TINY_SCALE)
-
-
-quantize_input.stage = dynamic_scale.stage = Stage.LOWERED  # type: ignore[attr-defined]
+quantize_input.stage = Stage.LOWERED  # type: ignore[attr-defined]
 
 
 class CudaLayer(nn.Module):
@@ -71,37 +64,34 @@ class CudaLayer(nn.Module):
     Buffers: `weight` (O, R, S, C) int8 (codes less zero points) or float8_e4m3fn, or uint8 packed;
     `zero` (O,) uint8 zero points of packed weights; `weight_scale` (O,) float32; `offset` (O,)
     int32; `bias` (O,) or None; `act_scale` (1,) float32, the static range.
+    problem: what is computed, at the sizes of capture; choice: what computes it.
     pads: borders that the input's codes must have, None for linear layers.  dtype: of the result.
     """
 
     stage = Stage.LOWERED
 
-    def __init__(self, layer: QuantLayer, dtype: torch.dtype, choice: Choice) -> None:
+    def __init__(
+        self, layer: QuantLayer, dtype: torch.dtype, problem: Problem, choice: Choice
+    ) -> None:
         super().__init__()
         assert layer.act_bits is not None
         for name in layer.settings:  # diffusers' pipelines read some
             setattr(self, name, getattr(layer, name))
         self.is_conv = isinstance(layer, QuantConv)
         self.pads = pads_of(layer)
-        self.strides = tuple(layer.stride) if isinstance(layer, QuantConv) else (1, 1)
-        self.dilations = tuple(layer.dilation) if isinstance(layer, QuantConv) else (1, 1)
-        self.dtype, self.dynamic = dtype, layer.dynamic
+        self.dtype, self.problem, self.choice = dtype, problem, choice
         self.codes_dtype = FP8 if layer.act_format == "fp8" else torch.int8
         self.zero_point, self.levels = int(layer.act_zero), levels(layer.act_bits)
-        self.choice = choice
-        self.problem: Problem | None = None  # what `choice` is for
         self.out_zero, self.out_levels, self.out_dtype = 0, 0, dtype
 
         codes = _channels_last(layer.weight_codes())
-        self.channels = codes.shape[3]
-        self.packed_half = half_of(layer)
         zero = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
         sums = codes.float().sum((1, 2, 3)) if self.codes_dtype == FP8 else codes.sum((1, 2, 3))
         weight = codes
-        if self.packed_half:
+        if problem.half:
             zero = layer.weight_zero.clone()
             unsigned = codes.to(torch.int16) + zero.to(torch.int16)[:, None, None, None]
-            weight = pack_weight(unsigned, self.packed_half)
+            weight = pack_weight(unsigned, problem.half)
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("zero", zero)
         self.register_buffer("weight_scale", layer.weight_scale.clone())
@@ -126,7 +116,8 @@ class CudaLayer(nn.Module):
         layers that read the same codes and differ in their weights alone."""
         first = layers[0]
         made = copy.copy(first)
-        made.choice, made._buffers = choice, dict(first._buffers)
+        made.problem, made.choice = joint_problem(layers), choice
+        made._buffers = dict(first._buffers)
         for name in ("weight", "zero", "weight_scale", "offset"):
             made._buffers[name] = torch.cat([getattr(layer, name) for layer in layers])
         if any(layer.bias is not None for layer in layers):
@@ -185,20 +176,19 @@ class ConcatLayer(nn.Module):
 def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
     """What a kernel computes for a layer on an input of `shape`, (B, C, H, W) or (B, ..., C)."""
     out, channels, *taps = layer.weight_shape
-    left, right, top, bottom = pads_of(layer) or (0, 0, 0, 0)
     if isinstance(layer, QuantConv):
-        batch, _, height, width = shape
-        extra = [(0, 0), (0, 0)] if layer.padding_mode == "zeros" else layer.borders()
-        height, width = height + sum(extra[0]), width + sum(extra[1])
+        left, right, top, bottom = layer.pad_widths
+        height, width = top + shape[2] + bottom, left + shape[3] + right
         stride, dilation = layer.stride, layer.dilation
     else:
-        batch, height, width = shape[0], 1, math.prod(shape[1:-1])
+        height, width = 1, math.prod(shape[1:-1])
         taps, stride, dilation = [1, 1], (1, 1), (1, 1)
-    half = half_of(layer)
+    packs = layer.weight_format == "int" and layer.weight_bits <= 4
+    half = packed_half(channels) if packs else 0
     return Problem(
-        batch=batch,
-        height=top + height + bottom,
-        width=left + width + right,
+        batch=shape[0],
+        height=height,
+        width=width,
         channels=channels,
         out_channels=out,
         taps=(taps[0], taps[1]),
@@ -209,10 +199,10 @@ def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
     )
 
 
-def half_of(layer: QuantLayer) -> int:
-    """Of `pack_weight`, for weights of at most 4 bits; 0 for those that are not packed."""
-    packs = layer.weight_format == "int" and layer.weight_bits <= 4
-    return packed_half(layer.weight_shape[1]) if packs else 0
+def joint_problem(layers: Sequence[CudaLayer]) -> Problem:
+    """What layers that read the same codes compute side by side."""
+    width = sum(layer.problem.out_channels for layer in layers)
+    return dataclasses.replace(layers[0].problem, out_channels=width)
 
 
 def pads_of(layer: QuantLayer) -> Pads | None:
@@ -222,7 +212,7 @@ def pads_of(layer: QuantLayer) -> Pads | None:
         return None
     if layer.padding_mode != "zeros":
         return (0, 0, 0, 0)
-    (top, bottom), (left, right) = layer.borders()
+    left, right, top, bottom = layer.pad_widths
     return (left, right, top, bottom)
 
 
@@ -261,9 +251,9 @@ def _run(
             scales,
             *added,
             *result,
-            list(first.strides),
-            list(first.dilations),
-            [layer.packed_half for layer in layers],
+            list(first.problem.stride),
+            list(first.problem.dilation),
+            [layer.problem.half for layer in layers],
             first.out_dtype,
             list(first.choice.tile),
         )

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from tfmq_fx.affine import symmetric_steps
+from tfmq_fx.affine import dynamic_scale, symmetric_steps
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.backends.torchao import to_torchao, torchao_obstacle
 from tfmq_fx.dialect import Stage
@@ -21,9 +21,10 @@ from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.kernels import obstacle
 from tfmq_fx.layers import buffer_before, call_before, layer_input
 from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
+from tfmq_fx.ops import size_hint
 
 from .fuse import fuse
-from .layers import CudaLayer, dynamic_scale, problem_of, quantize_input
+from .layers import CudaLayer, problem_of, quantize_input
 from .trial import Choice, Chooser
 
 _RESULTS = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,8 +57,8 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
         reason = obstacle(layer, "cuda") or _obstacle(layer, nodes, capability)
         if reason is None:
             dtype = nodes[0].meta["val"].dtype
-            sizes = _sizes(layer_input(nodes[0]).meta["val"])
-            problem = problem_of(layer, sizes)
+            sizes = layer_input(nodes[0]).meta["val"].shape
+            problem = problem_of(layer, [size_hint(size) for size in sizes])
             choice = choose(problem, dtype)
             micros[name] = choice.micros
             reason = _slower(choice, dtype)
@@ -65,8 +66,7 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
             declined.append(Declined(name, f"runs in floating point: {reason}"))
             gm.set_submodule(name, FloatLayer(layer))
             continue
-        on_kernel = CudaLayer(layer, dtype, choice)
-        on_kernel.problem = problem
+        on_kernel = CudaLayer(layer, dtype, problem, choice)
         gm.set_submodule(name, on_kernel)
         for node in nodes:
             _give_codes(gm, node, name, layer, on_kernel)
@@ -117,15 +117,13 @@ def _give_codes(
     """Pass the codes of its input and their scale to the call of a layer."""
     x = layer_input(node)
     if isinstance(layer, QuantConv) and layer.padding_mode != "zeros":
-        widths = [width for pair in reversed(layer.borders()) for width in pair]
-        x = call_before(
-            node, F.pad, x, tuple(widths), mode=layer.padding_mode, name=f"{node.name}_padded"
-        )
+        padded, mode = f"{node.name}_padded", layer.padding_mode
+        x = call_before(node, F.pad, x, layer.pad_widths, mode=mode, name=padded)
     if layer.dynamic:
         assert layer.act_bits is not None
-        dims = tuple(range(1 - len(layer.weight_shape), 0))
         steps = symmetric_steps(layer.act_bits, layer.act_format)
-        scale = call_before(node, dynamic_scale, x, dims, steps, name=f"{node.name}_scale")
+        measured = (dynamic_scale, x, layer.ranged_dims, steps)
+        scale = call_before(node, *measured, name=f"{node.name}_scale")
     elif layer.per_timestep:
         given = node.args[1] if len(node.args) > 1 else node.kwargs["scale"]
         assert isinstance(given, fx.Node)
@@ -135,8 +133,3 @@ def _give_codes(
     settings = (made.zero_point, made.levels, made.codes_dtype, made.pads)
     codes = call_before(node, quantize_input, x, scale, *settings, name=f"{node.name}_codes")
     node.args, node.kwargs = (codes, scale), {}
-
-
-def _sizes(value: Tensor) -> list[int]:
-    """The shape of an abstract value as it was when the model was captured."""
-    return [n if isinstance(n, int) else int(n.node.hint or 1) for n in value.shape]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self, TypeGuard, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.ops import op_name, writers
+from tfmq_fx.ops import op_name, size_hint, writers
 
 from .layers import Pads
 
@@ -83,7 +83,7 @@ def positions_after(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
     """
     for node in chain:
         given: Any = (node.args[1:], node.kwargs)
-        rest, kwargs = fx.map_arg(given, lambda used: hint(used.meta["val"]))
+        rest, kwargs = fx.map_arg(given, lambda used: size_hint(used.meta["val"]))
         call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
         value = call(value, *rest, **kwargs)
     return value
@@ -91,15 +91,10 @@ def positions_after(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
 
 def positions_of(node: fx.Node) -> Tensor:
     """The index of each element of a tensor, in the sizes of capture."""
-    sizes = [hint(size) for size in node.meta["val"].shape]
+    sizes = [size_hint(size) for size in node.meta["val"].shape]
     return torch.arange(torch.Size(sizes).numel(), dtype=torch.int32).view(sizes)
 
 
 def as_tokens(images: Tensor) -> Tensor:
     """(B, C, ...) as (B, places, C)."""
     return images.flatten(2).transpose(1, 2)
-
-
-def hint(size: Any) -> int:
-    """A size as it was when the model was captured."""
-    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)

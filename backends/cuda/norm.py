@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from tfmq_fx.errors import ConfigError
+from tfmq_fx.errors import BackendError
 
 from .conv import launcher, quantize, stored_zero
 
@@ -47,13 +47,11 @@ def group_norm_quantize_triton(
     pads: width of the border left, right, top and bottom, as for torch.nn.functional.pad.
     dtype: int8 (codes - 128) or float8_e4m3fn, of the result (B, top + H + bottom,
     left + W + right, C).
-    Raises ConfigError for more runs than the kernel takes.
+    Raises BackendError for another layout, and more runs than the kernel takes.
     """
     from . import kernels
 
-    if len(sizes) > MOST_RUNS:
-        raise ConfigError(f"group_norm_quantize takes {MOST_RUNS} runs of channels, got {sizes}")
-
+    _check(x, sizes)
     batch, height, width, channels = x.shape
     pixels = height * width
     chunks = -(-pixels // CHUNK)
@@ -152,6 +150,7 @@ def group_norm_quantize_reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """What `group_norm_quantize_triton` computes, in plain torch on any device."""
+    _check(x, sizes)
     images = x.float().permute(0, 3, 1, 2)
     weight, bias = (None if value is None else value.float() for value in (weight, bias))
     value = F.group_norm(images, groups, weight, bias, eps).permute(0, 2, 3, 1)
@@ -166,13 +165,23 @@ def group_norm_quantize_reference(
         codes = quantize(run, scale[:, None, None, None], zero, levels, dtype)
         border = stored_zero(zero, dtype)
         runs.append(F.pad(codes.float(), (0, 0, *pads), value=border).to(dtype))
-    return torch.cat([run.float() for run in runs], 3).to(dtype)
+    return torch.cat([run.float() for run in runs], 3).to(dtype).contiguous()
 
 
 group_norm_quantize: Any = triton_op(
     "tfmq_fx::group_norm_quantize", group_norm_quantize_triton, mutates_args=()
 )
 group_norm_quantize.register_kernel("cpu")(group_norm_quantize_reference)
+
+
+def _check(x: Tensor, sizes: Sequence[int]) -> None:
+    if not x.is_contiguous():
+        raise BackendError(
+            f"group_norm_quantize takes a contiguous (B, H, W, C), got shape {tuple(x.shape)} with "
+            f"strides {x.stride()}; call .contiguous() on it"
+        )
+    if len(sizes) > MOST_RUNS:
+        raise BackendError(f"group_norm_quantize takes {MOST_RUNS} runs of channels, got {sizes}")
 
 
 def _fake(

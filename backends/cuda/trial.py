@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfmq_fx.affine import FP8
 from tfmq_fx.files import write_whole
 
-from .conv import FP8, conv2d
+from .conv import conv2d
 from .tiles import Problem, Tile, candidates, default_tile
 
 logger = logging.getLogger(__name__)
@@ -133,8 +134,8 @@ def arguments(problem: Problem, device: torch.device) -> dict[str, Any]:
 def _try(problem: Problem, device: torch.device, dtype: torch.dtype, timer: Timer) -> Choice:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     given = arguments(problem, device)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # its best convolution
-        micros = {"float": timer(_float_call(problem, device, dtype))}
+    with best_convolutions():
+        micros = {"float": timer(float_call(problem, device, dtype))}
     best = default_tile(problem, capability)
     for tile in candidates(problem, capability)[:TRIED]:
         try:
@@ -150,7 +151,7 @@ def _try(problem: Problem, device: torch.device, dtype: torch.dtype, timer: Time
     return Choice(engine, best, micros)
 
 
-def _float_call(problem: Problem, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+def float_call(problem: Problem, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The layer in floating point: cuDNN's convolution, channels last, or a matrix product."""
     p = problem
     x = torch.randn((p.batch, p.height, p.width, p.channels), device=device, dtype=dtype)
@@ -162,6 +163,15 @@ def _float_call(problem: Problem, device: torch.device, dtype: torch.dtype) -> C
     images, filters = x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2)
     stride, dilation = list(p.stride), list(p.dilation)
     return lambda: F.conv2d(images, filters, bias, stride, 0, dilation)
+
+
+@contextmanager
+def best_convolutions() -> Iterator[None]:
+    """Inside, cuDNN tries its algorithms; its other settings stay as they are."""
+    cudnn = torch.backends.cudnn
+    kept = {"deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=True, **kept):
+        yield
 
 
 def _torch_call(

@@ -15,8 +15,8 @@ huggingface-hub, the rest comes as wheels, made elsewhere (for Python 3.12) by
 
 and is used from the root of the repository by
 
-    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl
-    PYTHONPATH=/tmp/site python3 -m tests.bench.bench_cuda
+    python3 -m pip install -q --no-index --no-deps --target .site .whl/*.whl
+    PYTHONPATH=.site python3 -m tests.bench.bench_cuda
 
 A row for each model and variant: milliseconds of a call by itself (CUDA events, synchronised before
 and after; all variants of a model in turn on the same fresh inputs; median, range of the middle

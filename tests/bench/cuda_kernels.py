@@ -24,9 +24,10 @@ from torch import Tensor
 
 from tests.bench.cuda_results import BROKEN, Results, reason_of
 from tests.bench.cuda_timing import is_usable, machine, micros, synchronize
-from tfmq_fx.backends.cuda.conv import FP8, conv2d, conv2d_reference, conv2d_triton, packed_half
+from tfmq_fx.affine import FP8
+from tfmq_fx.backends.cuda.conv import conv2d, conv2d_reference, conv2d_triton, packed_half
 from tfmq_fx.backends.cuda.tiles import Format, Problem, candidates
-from tfmq_fx.backends.cuda.trial import arguments
+from tfmq_fx.backends.cuda.trial import arguments, best_convolutions
 
 TORCH = "torch"  # what the kernels are held against, as one of the things to time
 FORMATS: tuple[Format, ...] = ("int8", "fp8", "int4")
@@ -226,14 +227,9 @@ def allowed(problem: Problem) -> float:
 def torch_times(problem: Problem, device: str) -> dict[str, Any]:
     """Microseconds of bf16, and of torch's integer and fp8 products of equal size."""
     p, count = problem, sets(problem)
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        row: dict[str, Any] = {
-            "bf16": micros([_float_call(p, device) for _ in range(count)], device)
-        }
-    finally:
-        torch.backends.cudnn.benchmark = before
+    with best_convolutions():
+        calls = [_float_call(p, device) for _ in range(count)]
+        row: dict[str, Any] = {"bf16": micros(calls, device)}
     for name, make in (("int8", _int8_product), ("fp8", _fp8_product)):
         try:
             products = [make(p.rows, p.out_channels, p.depth, device) for _ in range(count)]

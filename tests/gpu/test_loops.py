@@ -19,6 +19,16 @@ def loop(name, batch=2):
     return [given for seed in (1, 2, 3) for given in calls(name, DTYPE, batch, seed)]
 
 
+def in_one_graph(compiled, every, dynamo):
+    """What a compiled model answers to all of a loop, for which it is compiled once."""
+    found = []
+    for i, given in enumerate(every):
+        with dynamo.config.patch(error_on_recompile=i > 0):
+            found.append(answer(compiled(**given)))
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    return found
+
+
 @pytest.mark.parametrize(
     "name, mode", [("sd15", "max-autotune"), *(("dit-xl-2", mode) for mode in MODES)]
 )
@@ -26,11 +36,7 @@ def test_one_graph_for_a_denoising_loop(name, mode, dynamo, kernels):
     done = converted(name, DTYPE, "w8a8")
     compiled = compile(done, "inductor", mode=mode)
     every = loop(name)
-    found = []
-    for i, given in enumerate(every):
-        with dynamo.config.patch(error_on_recompile=i > 0):
-            found.append(answer(compiled(**given)))
-    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    found = in_one_graph(compiled, every, dynamo)
     assert not dynamo.utils.counters["graph_break"]
     for given, output in zip(every, found, strict=True):  # no later call has overwritten it
         expected, reference = exact(name, DTYPE, given), told(done, given)
@@ -44,11 +50,7 @@ def test_a_bound_model_in_one_graph(mode, dynamo, kernels):
     bound = bind_request(done, list(steps_of(name)), offload=AWAY, on_miss="error")
     compiled = compile(bound, "inductor", mode=mode)
     every = loop(name)
-    found = []
-    for i, given in enumerate(every):
-        with dynamo.config.patch(error_on_recompile=i > 0):
-            found.append(answer(compiled(**given)))
-    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    found = in_one_graph(compiled, every, dynamo)
     bound.unbound()  # its weights return to the device, where `done` looks for them
     for given, output in zip(every, found, strict=True):
         expected, reference = exact(name, DTYPE, given), told(done, given)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from tfmq_fx.backends.cuda.conv import FP8, pack_weight
+from tfmq_fx.affine import FP8
+from tfmq_fx.backends.cuda.conv import pack_weight
 from tfmq_fx.backends.cuda.tiles import Tile
 
 

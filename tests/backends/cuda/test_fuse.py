@@ -27,9 +27,10 @@ from tests.backends.cuda.nets import (
     whole_sums,
 )
 from tests.toys import tiny_unet2d
+from tfmq_fx.affine import dynamic_scale
 from tfmq_fx.backends.cuda import fuse as fusions
 from tfmq_fx.backends.cuda import lower as lowering
-from tfmq_fx.backends.cuda.layers import dynamic_scale, quantize_input
+from tfmq_fx.backends.cuda.layers import quantize_input
 from tfmq_fx.capture import capture
 from tfmq_fx.config import ActivationSpec, LayerConfig, WeightSpec
 from tfmq_fx.graph import fork

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.backends.cuda.nets import whole_sums
 from tests.toys import seeded
-from tfmq_fx.affine import weight_qparams
+from tfmq_fx.affine import FP8, weight_qparams
 from tfmq_fx.backends.cuda.conv import (
-    FP8,
     conv2d,
     pack_weight,
     packed_half,
@@ -18,7 +18,6 @@ from tfmq_fx.backends.cuda.conv import (
 from tfmq_fx.backends.cuda.layers import (
     ConcatLayer,
     CudaLayer,
-    dynamic_scale,
     problem_of,
     quantize_input,
 )
@@ -54,8 +53,8 @@ def quantized(source, *, bits=8, act_bits=8, format="int", ranges="per timestep"
 
 
 def lowered(layer, x, choice=None):
-    shape = list(x.shape)
-    return CudaLayer(layer, x.dtype, choice or untried(problem_of(layer, shape), x.dtype))
+    problem = problem_of(layer, x.shape)
+    return CudaLayer(layer, x.dtype, problem, choice or untried(problem, x.dtype))
 
 
 def codes_of(made, x, scale):
@@ -150,7 +149,11 @@ def test_two_segments_are_the_sum_of_two_layers(kind, bits):
         x, dim = torch.randn(3, 9, 110), 2
     layers = [quantized(source, bits=bits) for source in sources]
     parts = x.split([40, 70], dim)
-    made = [lowered(layer, part) for layer, part in zip(layers, parts, strict=True)]
+    whole = [
+        whole_sums(problem_of(la, part.shape), part.dtype)
+        for la, part in zip(layers, parts, strict=True)
+    ]
+    made = [lowered(*each) for each in zip(layers, parts, whole, strict=True)]
     scales = [SCALE, SCALE * 1.5]
     codes = [codes_of(m, p, s) for m, p, s in zip(made, parts, scales, strict=True)]
     found = ConcatLayer(*made)(codes[0], scales[0], codes[1], scales[1])
@@ -181,18 +184,22 @@ def test_codes_are_those_of_the_reference():
     assert (codes[:, 0] == stored_zero(100, torch.int8)).all() and stored_zero(100, FP8) == 0
 
 
+def test_codes_are_contiguous_wherever_the_input_lies():
+    layer = quantized(seeded(nn.Linear, 8, 4))
+    images = torch.randn(3, 8, 5, 6)
+    tokens = images.flatten(2).transpose(1, 2)
+    made = lowered(layer, tokens)
+    assert not tokens.is_contiguous() and codes_of(made, tokens, SCALE).is_contiguous()
+    bound = tolerance(layer, tokens, SCALE)
+    found = made(codes_of(made, tokens, SCALE), SCALE)
+    torch.testing.assert_close(found, layer(tokens, SCALE), rtol=1e-6, atol=bound)
+
+
 def test_half_precision_is_rounded_from_float32():
     x = torch.randn(3, 8).to(torch.bfloat16)
     expected = torch.round(x.float() * (1 / 0.02)) + 100
     found = quantize(x, torch.tensor(0.02), 100, 255, torch.int8).float() + 128
     assert torch.equal(found, expected.clamp(0, 255))
-
-
-def test_dynamic_scales_are_those_of_the_reference():
-    layer = quantized(seeded(nn.Linear, 8, 4), ranges="dynamic")
-    x = torch.randn(3, 5, 8)
-    assert torch.equal(dynamic_scale(x, (-1,), 127.0), layer.measured_scale(x))
-    assert dynamic_scale(torch.zeros(2, 8), (-1,), 127.0).gt(0).all()
 
 
 @pytest.mark.parametrize("channels", [1, 4, 31, 32, 64, 65, 96, 128, 320, 640, 1000])
