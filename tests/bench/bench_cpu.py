@@ -1,155 +1,221 @@
-"""Time of one call on the CPU: eager and compiled full precision against compiled W8A8, in one run.
+"""One call of a denoiser on the CPU, compared in one run with what else quantizes and compiles.
 
-    python -m tests.bench.bench_cpu                 the CIFAR-10 DDPM UNet at full size, batch 4
-    python -m tests.bench.bench_cpu --small         a reduced width, to try the script
+    python -m tests.bench.bench_cpu                              every model, every variant
+    python -m tests.bench.bench_cpu --models cifar10-b4 --variants 'compile*,tfmq_fx w8a8*'
+    python -m tests.bench.bench_cpu --tiny                       reduced models, to try the script
 
-Random weights: SQNR here says that the integer path computes what it should, not how images look.
-Timings are interleaved, medians with the range of the middle half; one JSON line at the end.
+Needs the extra `bench` for OpenVINO and NNCF; what is missing is a cell that says so.
+
+Each variant runs in a process of its own, which makes the model from a seed, quantizes and compiles
+it, and then waits; they are asked in turn, in an order drawn anew for each round, for one call that
+is timed after --warm that are not, so that only one computes at any time and all see the same
+machine. Columns:
+
+x fp32, x bf16   against the fastest torch.compile of the model in that precision, in the same round
+SQNR             of the output against eager float32, mean over the steps; random weights: it tells
+                 that the integers compute what they should, not how images look
+MiB              at most, of the whole process in some calls; the second figure: before them
+saved            what has to be kept on disk to run the variant: weights, graph if there is one
+prepare, start   what is done once (capture, calibrate, quantize), and what each process does again
+                 (load, compile, first call)
+int8 kernels     in one call: torch's by the profiler, OpenVINO's by its runtime graph
+coverage         share of convolution and linear weights / of their inputs that are integers
+
+"frozen" is Inductor with freezing, which PT2E needs for its kernels and which float models gain
+from, too; "autocast" keeps weights in float32. Models whose variants don't fit into memory together
+are measured in waves; the fastest two of the first, one for each precision, are in every wave, and
+ratios are to them. Quantizers see the same calibration samples, one batch for each timestep; those
+of the comparison are others.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
-import platform
-import statistics
+import os
+import random
+import secrets
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from tqdm import tqdm
 
-import tfmq_fx
-from tfmq_fx.metrics import sqnr
+from tests.bench.cpu_models import CASES, TOGETHER
+from tests.bench.cpu_models import cifar10 as cifar10
+from tests.bench.cpu_models import nearest as nearest
+from tests.bench.cpu_results import append, fastest, machine, table, timed
+from tests.bench.cpu_timing import interleaved as interleaved
+from tests.bench.cpu_timing import kernels as kernels
+from tests.bench.cpu_variants import BF16, FP32, REFERENCE, VARIANTS
+from tests.bench.cpu_workers import Turn, Worker, WorkerError
 
-
-def cifar10(width: int = 128) -> torch.nn.Module:
-    """The denoiser of DDPM on CIFAR-10 (35.7M parameters at width 128), random weights."""
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=2,
-        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    ).eval()
+_PAUSE = 0.02  # seconds between calls: threads that end a parallel region spin for some of it
 
 
-def interleaved(
-    calls: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 3
-) -> dict[str, list[float]]:
-    """Milliseconds of each call, taken in turn so that all see the same machine."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats + warmup):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i >= warmup:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return times
+class Run:
+    """The variants of one model, made and measured wave by wave; rows by variant."""
+
+    def __init__(self, case: str, args: argparse.Namespace, folder: Path, turn: Turn) -> None:
+        self.case, self.args, self.folder, self.turn = case, args, folder, turn
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.order = random.Random(args.seed)
+        self.bases: dict[str, str | None] = {"fp32_ms": None, "bf16_ms": None}
+
+    def waves(self) -> Iterator[list[str]]:
+        """What is in memory at once, the baselines first, then with the fastest of them."""
+        wanted = self.args.variants
+        most = self.args.together or TOGETHER.get(self.case, len(VARIANTS))
+        baselines = [name for name in wanted if name in (REFERENCE, *FP32, *BF16)]
+        others = [name for name in wanted if name not in baselines]
+        if len(wanted) <= most + 2:
+            yield wanted
+            return
+        for names in (baselines, others):
+            for i in range(0, len(names), most):
+                kept = [name for name in self.bases.values() if name and name in self.rows]
+                yield [*kept, *names[i : i + most]]
+
+    def measure(self) -> None:
+        """Fill `rows`."""
+        for wave in self.waves():
+            workers: dict[str, Worker] = {}
+            try:
+                for name in tqdm(wave, f"{self.case}: prepare", disable=None):
+                    self.start(name, workers)
+                times = self.times(workers)
+                self.finish(workers, times)
+            finally:
+                for worker in workers.values():
+                    worker.stop()
+
+    def start(self, name: str, workers: dict[str, Worker]) -> None:
+        """Have a worker make its variant."""
+        args = self.args
+        settings = {
+            "variant": name,
+            "case": self.case,
+            "seed": args.seed,
+            "steps": args.steps,
+            "threads": args.threads,
+            "recipe": args.recipe,
+            "folder": str(self.folder),
+            "small": args.tiny,
+        }
+        self.turn.pause()
+        worker = Worker(settings, cache=args.cache or self.folder / "cache", timeout=args.timeout)
+        workers[name] = worker
+        try:
+            found = worker.answer()
+        except WorkerError as error:
+            self.fail(name, error, workers)
+            return
+        self.rows.setdefault(name, found)
+        seconds = found["preparing_seconds"] + found["start_seconds"]
+        tqdm.write(f"{self.case}, {name}: ready after {seconds:.0f} s", file=sys.stderr)
+
+    def fail(self, name: str, error: WorkerError, workers: dict[str, Worker]) -> None:
+        """A row that says why, and where to read more."""
+        worker = workers.pop(name)
+        worker.stop()
+        self.rows[name] = {"failed": str(error).replace("|", "\\|")}
+        tqdm.write(f"{self.case}, {name}: {error}\n{worker.tail()}", file=sys.stderr)
+
+    def times(self, workers: dict[str, Worker]) -> dict[str, list[float]]:
+        """Milliseconds of each variant, round by round."""
+        args = self.args
+        times: dict[str, list[float]] = {name: [] for name in workers}
+        for i in tqdm(range(-1, args.repeats), f"{self.case}: measure", disable=None):
+            names = [*workers]
+            self.order.shuffle(names)
+            self.turn.pause()
+            for name in names:
+                time.sleep(_PAUSE)
+                try:
+                    found = workers[name].ask(step=max(i, 0), warm=args.warm)
+                except WorkerError as error:
+                    self.fail(name, error, workers)
+                    times.pop(name)
+                    continue
+                if i >= 0:
+                    times[name].append(found["ms"])
+                    idle = self.rows[name].get("idle_ms", 0.0)
+                    self.rows[name]["idle_ms"] = max(idle, found["idle_ms"])
+        return times
+
+    def finish(self, workers: dict[str, Worker], times: dict[str, list[float]]) -> None:
+        """Rows of this wave; a baseline keeps that of the first."""
+        found = {"fp32_ms": fastest(times, FP32), "bf16_ms": fastest(times, BF16)}
+        bases = {key: timed(times[name])["ms"] if name else None for key, name in found.items()}
+        for key, name in found.items():
+            self.bases[key] = name or self.bases[key]
+        for name, worker in [*workers.items()]:
+            if "ms" in self.rows[name]:
+                continue
+            try:
+                counted = worker.ask()["kernels"]
+            except WorkerError as error:
+                self.fail(name, error, workers)
+                continue
+            self.rows[name] |= timed(times[name]) | bases | {"kernels": counted}
 
 
-def kernels(run: Callable[[], Any]) -> dict[str, int]:
-    """Calls of oneDNN's int8 kernels that one run makes, by the profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    wanted = ("qconv", "qlinear")
-    return {e.key: e.count for e in profile.key_averages() if any(w in e.key for w in wanted)}
-
-
-def main() -> None:
-    """Print the table."""
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--models", default=",".join(CASES), help="with commas between")
+    parser.add_argument("--variants", default="*", help="likewise; patterns such as 'openvino*'")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--small", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    model = cifar10(32 if args.small else 128)
-    x = torch.randn(args.batch, 3, 32, 32)
-    timesteps = torch.linspace(0, 950, args.steps).long()
-    config = tfmq_fx.PRESETS["w8a8"]
-    start = time.perf_counter()
-    prepared = tfmq_fx.prepare(model, timesteps=timesteps, config=nearest(config))
-    for t in timesteps:
-        prepared(torch.randn(2, 3, 32, 32), t)
-    converted = tfmq_fx.convert(prepared, progress=False)
-    seconds = time.perf_counter() - start
-    compiled = tfmq_fx.compile(converted, "inductor")
-    full = torch.compile(model)
-    half = torch.compile(model)
-    t = timesteps[args.steps // 2]
-
-    def in_bf16() -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            return half(x, t).sample
-
-    calls: dict[str, Callable[[], Any]] = {
-        "eager fp32": lambda: model(x, t).sample,
-        "torch.compile fp32": lambda: full(x, t).sample,
-        "torch.compile bf16": in_bf16,
-        "tfmq_fx w8a8": lambda: compiled(x, t).sample,
-    }
-    with torch.no_grad():
-        outputs: dict[str, Tensor] = {name: call().float() for name, call in calls.items()}
-        times = interleaved(calls, repeats=args.repeats)
-        found = kernels(calls["tfmq_fx w8a8"])
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    rows = []
-    for name, values in times.items():
-        low, _, high = statistics.quantiles(values, n=4)
-        rows.append(
-            {
-                "name": name,
-                "ms": round(medians[name], 1),
-                "middle_half": [round(low, 1), round(high, 1)],
-                "against_fp32": round(medians["torch.compile fp32"] / medians[name], 2),
-                "against_bf16": round(medians["torch.compile bf16"] / medians[name], 2),
-                "sqnr": round(sqnr(outputs["eager fp32"], outputs[name]), 1),
-            }
-        )
-    print("| | ms per call (middle half) | x compiled fp32 | x compiled bf16 | output SQNR dB |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        low, high = row["middle_half"]
-        print(
-            f"| {row['name']} | {row['ms']} ({low} to {high}) | {row['against_fp32']} "
-            f"| {row['against_bf16']} | {row['sqnr']} |"
-        )
-    reference = tfmq_fx.report(converted)
-    print(f"int8 kernels in one call: {found}; {compiled.lowered} layers lowered")
-    print(f"not lowered: {compiled.declined}")
-    print(
-        json.dumps(
-            {
-                "bench": "cpu",
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "batch": args.batch,
-                "threads": args.threads,
-                "torch": torch.__version__,
-                "machine": platform.processor() or platform.machine(),
-                "quantize_seconds": round(seconds, 1),
-                "coverage": [reference.weight_coverage, reference.activation_coverage],
-                "rows": rows,
-            }
-        )
-    )
+    parser.add_argument("--warm", type=int, default=1, help="calls before each that is timed")
+    parser.add_argument("--steps", type=int, default=20, help="timesteps of the comparison")
+    parser.add_argument("--threads", type=int, default=cores)
+    parser.add_argument("--seed", type=int, help="of inputs; fresh if left out")
+    parser.add_argument("--recipe", choices=("nearest", "full"), default="nearest")
+    parser.add_argument("--together", type=int, help="variants in memory beside the baselines")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one answer")
+    parser.add_argument("--tiny", action="store_true", help="reduced models")
+    parser.add_argument("--out", type=Path, help="JSON lines are appended to it")
+    parser.add_argument("--lock", type=Path, help="file that benches of one machine take in turns")
+    parser.add_argument("--cache", type=Path, help="of compiled code: start-up is then no measure")
+    args = parser.parse_args(argv)
+    args.models = args.models.split(",")
+    if unknown := {*args.models} - {*CASES}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    patterns = [pattern.strip() for pattern in args.variants.split(",")]
+    if lost := [p for p in patterns if not fnmatch.filter(VARIANTS, p)]:
+        parser.error(f"no variant is like {', '.join(lost)}; there are {', '.join(VARIANTS)}")
+    chosen = [v for v in VARIANTS if any(fnmatch.fnmatch(v, p) for p in patterns)]
+    args.variants = [REFERENCE, *(v for v in chosen if v != REFERENCE)]
+    if args.repeats < 10 and not args.tiny:
+        parser.error("--repeats must be at least 10")
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
+    folder = Path(os.environ.get("OUT") or tempfile.gettempdir())
+    args.out = args.out or folder / "bench_cpu.jsonl"
+    return args
 
 
-def nearest(config: tfmq_fx.Config) -> tfmq_fx.Config:
-    """The recipe with nearest rounding: random weights gain nothing from anything better."""
-    import dataclasses
-
-    rounding = dataclasses.replace(config.reconstruction, rounding="nearest")
-    temporal = dataclasses.replace(config.temporal, mode="table")
-    return dataclasses.replace(config, reconstruction=rounding, temporal=temporal)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    args = arguments(argv)
+    facts = machine(args.threads)
+    print(json.dumps(facts))
+    settings = {key: v for key, v in vars(args).items() if key not in ("out", "lock", "models")}
+    settings["cache"] = args.cache and str(args.cache)
+    for case in args.models:
+        with tempfile.TemporaryDirectory() as folder, Turn(args.lock) as turn:
+            run = Run(case, args, Path(folder), turn)
+            run.measure()
+        rows = {name: run.rows[name] for name in args.variants}
+        result = {"bench": "cpu", "case": case, "machine": facts, "settings": settings}
+        result |= {"rows": rows, "load": os.getloadavg()}
+        append(args.out, result)
+        print("", *table(result), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,10 @@ def tiny(case: Case) -> Case:
     return dataclasses.replace(case, batch=2, scale=1, tokens=5, changed={})
 
 
-def build(case: Case, device: str, *, full: bool = True) -> nn.Module:
-    """The model in bfloat16, channels last, with random weights, none of them all zero."""
+def build(
+    case: Case, device: str, *, full: bool = True, dtype: torch.dtype = MODEL_DTYPE
+) -> nn.Module:
+    """The model, channels last, with random weights, none of them all zero."""
     import diffusers
 
     values = zoo.config(case.entry, full) | case.changed
@@ -81,28 +83,28 @@ def build(case: Case, device: str, *, full: bool = True) -> nn.Module:
         for parameter in made.parameters():
             if not bool(parameter.any()):
                 parameter.normal_(std=0.02)
-    made = made.to(device=device, dtype=MODEL_DTYPE, memory_format=torch.channels_last)
+    made = made.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     return made.eval().requires_grad_(False)
 
 
-def timesteps(case: Case) -> Tensor:
-    """The timesteps of a request as the model receives them, falling: (STEPS,) on the CPU."""
+def timesteps(case: Case, steps: int = STEPS) -> Tensor:
+    """The timesteps of a request as the model receives them, falling: (steps,) on the CPU."""
     if case.flow:
-        return torch.linspace(1, 1 / STEPS, STEPS)
-    return torch.linspace(999, 0, STEPS).long()
+        return torch.linspace(1, 1 / steps, steps)
+    return torch.linspace(999, 0, steps).long()
 
 
 class Request:
     """Inputs of one case: conditions drawn once, the sample and the timestep anew for each call."""
 
-    def __init__(self, case: Case, model: nn.Module, seed: int = 0) -> None:
+    def __init__(self, case: Case, model: nn.Module, seed: int = 0, steps: int = STEPS) -> None:
         self.case = case
         self._given = example_inputs(model, case.batch, scale=case.scale)
         self._first = next(iter(self._given))  # the sample
         self.device = self._given[self._first].device
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._classes = getattr(model.config, "num_embeds_ada_norm", 1000)
-        self._steps = timesteps(case).to(self.device)
+        self._steps = timesteps(case, steps).to(self.device)
         self._calls = 0
         self.new_conditions()
 
@@ -119,7 +121,7 @@ class Request:
         sample = self._normal(self._given[self._first])
         if sample.dim() == 4:
             sample = sample.contiguous(memory_format=torch.channels_last)
-        t = self._steps[step % STEPS].expand(self.case.batch).contiguous()
+        t = self._steps[step % len(self._steps)].expand(self.case.batch).contiguous()
         return {**self._given, self._first: sample, "timestep": t}
 
     def _drawn(self, name: str, value: Any) -> Any:
