@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 BACKENDS = {
     "eager": "tfmq_fx.backends.eager",
     "inductor": "tfmq_fx.backends.inductor",
+    "openvino": "tfmq_fx.backends.openvino",
 }
 """Backends by name -> the module with `unavailable(device)` and `compile_graph()`."""
 

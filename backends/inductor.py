@@ -15,19 +15,11 @@ from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from tfmq_fx.affine import levels
 from tfmq_fx.backends import CPU
-from tfmq_fx.backends.attention import pad_attention
-from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.backends.torchao import to_torchao
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, device_of, graph_pass
-from tfmq_fx.kernels import keeps_integer_weights, obstacle
-from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
+from tfmq_fx.graph import Rewrite, device_of
 
 
 def unavailable(device: torch.device = CPU) -> str | None:
@@ -45,104 +37,6 @@ def unavailable(device: torch.device = CPU) -> str | None:
     if shutil.which(compiler) is None:
         return f"torch.compile needs a C++ compiler and {compiler!r} is not installed"
     return None
-
-
-class LoweredLayer(nn.Module):
-    """A quantized layer as the op pattern that Inductor fuses into an int8 kernel.
-
-    Weights are int8 codes less their zero points (4-bit weights are expanded: the kernels are the
-    same). Buffers: `weight` int8 (out, ...), `weight_scale` (out,) float32, `weight_zero` (out,)
-    int64 zeros, `bias`.
-    """
-
-    stage = Stage.LOWERED
-
-    def __init__(self, layer: QuantLayer) -> None:
-        super().__init__()
-        assert layer.act_bits is not None
-        for name in layer.settings:  # diffusers' pipelines read some
-            setattr(self, name, getattr(layer, name))
-        # The op that applies weights; its own (packed) buffers are dropped.
-        self.op = _Op(layer)
-        self.per_timestep = layer.per_timestep
-        self.zero, self.top = int(layer.act_zero), levels(layer.act_bits)
-        self.scale = 1.0 if layer.per_timestep else float(layer.act_scale)
-        self.bias_shape = layer.bias_shape
-        self.register_buffer("weight", layer.weight_codes())
-        self.register_buffer("weight_scale", layer.weight_scale.clone())
-        self.register_buffer("weight_zero", torch.zeros(len(self.weight_scale), dtype=torch.int64))
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.clone())
-        self.weight: Tensor
-        self.weight_scale: Tensor
-        self.weight_zero: Tensor
-        self.bias: Tensor | None
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The layer's output on x (B, ...); scale: (B,) where ranges come per timestep."""
-        ops = torch.ops.quantized_decomposed
-        dtype = x.dtype
-        if self.per_timestep:
-            assert scale is not None
-            scale = scale.view(-1, *[1] * (x.dim() - 1))
-            x = x * (1.0 / scale)
-        grid = (self.scale, self.zero, 0, self.top, torch.uint8)
-        x = ops.dequantize_per_tensor.default(
-            ops.quantize_per_tensor.default(x.float(), *grid), *grid
-        )
-        weight = ops.dequantize_per_channel.default(
-            self.weight, self.weight_scale, self.weight_zero, 0, -128, 127, torch.int8
-        )
-        y: Tensor
-        if not self.per_timestep:
-            y = self.op(x, weight, self.bias)
-            return y.to(dtype)
-        y = self.op(x, weight, None) * scale
-        if self.bias is not None:
-            y = y + self.bias.view(self.bias_shape)
-        return y.to(dtype)
-
-
-class _Op(nn.Module):
-    """The float operation of a quantized layer, without its weights."""
-
-    def __init__(self, layer: QuantLayer) -> None:
-        super().__init__()
-        self.convolution: Any = None
-        if isinstance(layer, QuantConv):
-            self.convolution = type(layer).convolution
-            self.settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.convolution is None:
-            return F.linear(x, weight, bias)
-        y: Tensor = self.convolution(x, weight, bias, *self.settings)
-        return y
-
-
-@graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
-def lower(gm: fx.GraphModule) -> Rewrite:
-    """The graph with every quantized layer written for Inductor; declined are those that run in
-    floating point, with the reason. Weight-only linear layers keep int8 weights through torchao."""
-    declined, changed, weight_only = [], 0, []
-    for name, layer in list(gm.named_modules()):
-        if not isinstance(layer, QuantLayer):
-            continue
-        reason = obstacle(layer)
-        lowered: nn.Module
-        if reason is None:
-            lowered = LoweredLayer(layer)
-            changed += 1
-        elif keeps_integer_weights(layer):
-            assert isinstance(layer, QuantLinear)
-            lowered = to_torchao(layer)
-            weight_only.append(name)
-        else:
-            declined.append(Declined(name, f"runs in floating point: {reason}"))
-            lowered = FloatLayer(layer)
-        gm.set_submodule(name, lowered)
-    padded = pad_attention(gm)
-    details = {"integer": changed, "weight_only": weight_only, "padded_attention": padded}
-    return Rewrite(gm, changed + len(weight_only) + padded, declined, details)
 
 
 class FrozenCallable:
@@ -187,7 +81,12 @@ def compile_graph(
     """
     device = device_of(gm)  # `unavailable` has passed it
     if device.type == "cpu":
-        lowered = lower(gm)
+        from tfmq_fx.backends.cpu import kernels
+        from tfmq_fx.backends.cpu.lower import lower, untried
+
+        if kernels.unavailable() is None:
+            kernels.load()
+        lowered = lower(gm, choose=untried)
         return FrozenCallable(lowered.gm, options), lowered
     from tfmq_fx.backends.cuda.lower import lower as lower_for_cuda
     from tfmq_fx.backends.cuda.trial import by_trial

@@ -1,10 +1,18 @@
-"""A file that appears complete, or not at all, whenever the process dies."""
+"""Where files go that are kept between runs; a file that appears complete, or not at all, whenever
+the process dies."""
 
 from __future__ import annotations
 
 import os
 import secrets
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where results that can be made anew are kept: $TFMQ_FX_CACHE, or tfmq_fx in the user's cache
+    directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("TFMQ_FX_CACHE") or Path(base, "tfmq_fx"))
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

@@ -20,8 +20,6 @@ def obstacle(layer: QuantLayer, device: str | None = None) -> str | None:
         return "activations are in floating point"
     if len(formats) > 1:
         return f"{layer.weight_format} weights and {layer.act_format} activations"
-    if device == "cpu" and layer.dynamic:
-        return "ranges measured at run time"
     if layer.act_bits > 8:
         return f"activations have {layer.act_bits} bits"
     if isinstance(layer, QuantConv):

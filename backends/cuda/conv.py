@@ -261,7 +261,8 @@ def out_size(
 
 
 def quantize(x: Tensor, scale: Tensor, zero: int, levels: int, dtype: torch.dtype) -> Tensor:
-    """x on the grid of a layer's input, stored: int8 (codes - 128) or float8_e4m3fn.
+    """x on the grid of a layer's input, stored: int8 (codes - 128), float8_e4m3fn, or on the CPU
+    uint8.
 
     x: channels last, (..., C), any float dtype.  scale: float32, broadcasts to x.
     Plain torch, so that a compiler fuses it with what computes x.
@@ -269,12 +270,15 @@ def quantize(x: Tensor, scale: Tensor, zero: int, levels: int, dtype: torch.dtyp
     steps = x.float() * (1.0 / scale)
     if dtype == FP8:
         return to_fp8(steps)
-    return ((torch.round(steps) + zero).clamp(0, levels) - STORED_ZERO).to(torch.int8)
+    codes = (torch.round(steps) + zero).clamp(0, levels)
+    return codes.to(torch.uint8) if dtype == torch.uint8 else (codes - STORED_ZERO).to(torch.int8)
 
 
 def stored_zero(zero: int, dtype: torch.dtype) -> float:
     """The stored value that stands for 0: what borders are filled with."""
-    return 0.0 if dtype == FP8 else float(zero - STORED_ZERO)
+    if dtype == FP8:
+        return 0.0
+    return float(zero if dtype == torch.uint8 else zero - STORED_ZERO)
 
 
 def packed_half(channels: int) -> int:

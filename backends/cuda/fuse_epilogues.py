@@ -162,7 +162,8 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
 
     choices = first.choice, second.choice
     return settings(first, call) == settings(second, other) and all(
-        choice.engine == "triton" and choice.tile.split == 1 for choice in choices
+        choice.engine == "cpu" or (choice.engine == "triton" and choice.tile.split == 1)
+        for choice in choices
     )
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.dialect import Stage
 from tfmq_fx.layers import call_before
 from tfmq_fx.ops import op_name
@@ -61,8 +62,17 @@ def norm_codes(
     """
     images = x if x.dim() == 4 else x.unsqueeze(3)
     factor, shift = (None if v is None else v.flatten(1) for v in (factor, shift))
+    pixels = images.permute(0, 2, 3, 1).contiguous()
+    if dtype == torch.uint8:  # the CPU's codes
+        weight, bias = (None if v is None else v.float() for v in (weight, bias))
+        factor, shift = (None if v is None else v.to(x.dtype).contiguous() for v in (factor, shift))
+        modulation = (weight, bias, eps, factor, shift, silu)
+        found: Tensor = kernels.cpu_norm(
+            pixels, groups, *modulation, scales, zeros, sizes, levels, pads
+        )
+        return found
     codes: Tensor = group_norm_quantize(
-        images.permute(0, 2, 3, 1).contiguous(),
+        pixels,
         groups,
         weight,
         bias,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfmq_fx.affine import FP8, levels
+from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.dialect import Stage
 from tfmq_fx.nn import QuantConv, QuantLayer
 
@@ -80,7 +81,10 @@ class CudaLayer(nn.Module):
         self.is_conv = isinstance(layer, QuantConv)
         self.pads = pads_of(layer)
         self.dtype, self.problem, self.choice = dtype, problem, choice
-        self.codes_dtype = FP8 if layer.act_format == "fp8" else torch.int8
+        self.on_cpu = choice.engine == "cpu"
+        self.codes_dtype = torch.uint8 if self.on_cpu else torch.int8
+        if layer.act_format == "fp8":
+            self.codes_dtype = FP8
         self.zero_point, self.levels = int(layer.act_zero), levels(layer.act_bits)
         self.out_zero, self.out_levels, self.out_dtype = 0, 0, dtype
 
@@ -88,14 +92,14 @@ class CudaLayer(nn.Module):
         zero = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
         sums = codes.float().sum((1, 2, 3)) if self.codes_dtype == FP8 else codes.sum((1, 2, 3))
         weight = codes
-        if problem.half:
+        if problem.half and not self.on_cpu:
             zero = layer.weight_zero.clone()
             unsigned = codes.to(torch.int16) + zero.to(torch.int16)[:, None, None, None]
             weight = pack_weight(unsigned, problem.half)
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("zero", zero)
         self.register_buffer("weight_scale", layer.weight_scale.clone())
-        offset = (STORED_ZERO - self.zero_point) * sums
+        offset = ((0 if self.on_cpu else STORED_ZERO) - self.zero_point) * sums
         self.register_buffer("offset", offset.to(torch.int32))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.clone())
         self.register_buffer("act_scale", layer.act_scale.clone().view(1))
@@ -130,6 +134,16 @@ class CudaLayer(nn.Module):
             ]
             made._buffers["bias"] = torch.cat(biases)
         return made
+
+    def to_panels(self) -> None:
+        """Bring the weights of a layer on the CPU into the order that its kernel reads."""
+        if self.problem.half:
+            codes = self.weight.to(torch.int16) + self.zero.to(torch.int16)[:, None, None, None]
+            self.weight = kernels.packed_panels(codes.to(torch.uint8))
+            self.zero = F.pad(self.zero, (0, -len(self.zero) % kernels.WIDE))
+        else:
+            self.weight = kernels.panels(self.weight)
+        self.bias = None if self.bias is None else self.bias.float()
 
     def forward(
         self,
@@ -238,6 +252,8 @@ def _run(
     scales = [scale.reshape(-1) for scale in scales]
     added = (first.bias, row, residual, out_scale)
     result = (first.out_zero, first.out_levels)
+    if first.on_cpu:
+        return _shaped(first, shape, out_scale, _run_on_cpu(layers, codes, scales, *added[1:]))
     if all(layer.choice.engine == "torch" for layer in layers):
         sums = [_product(*each) for each in zip(layers, codes, scales, strict=True)]
         y = finish(sum(sums[1:], sums[0]), *added, *result, first.out_dtype)
@@ -257,9 +273,45 @@ def _run(
             first.out_dtype,
             list(first.choice.tile),
         )
-    if not first.is_conv:
+    return _shaped(first, shape, out_scale, y)
+
+
+def _shaped(layer: CudaLayer, shape: Sequence[int], out_scale: Tensor | None, y: Tensor) -> Tensor:
+    """y (B, OH, OW, O) as the output of a layer on codes of `shape`."""
+    if not layer.is_conv:
         return y.view(*shape[:-1], y.shape[-1])
     return y if out_scale is not None else y.permute(0, 3, 1, 2)
+
+
+def _run_on_cpu(
+    layers: list[CudaLayer],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    row: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+) -> Tensor:
+    first = layers[0]
+    y: Tensor = kernels.cpu_conv(
+        codes,
+        [layer.weight for layer in layers],
+        [layer.zero for layer in layers],
+        [layer.weight_scale for layer in layers],
+        [layer.offset for layer in layers],
+        scales,
+        first.bias,
+        None if row is None else row.to(first.dtype),
+        None if residual is None else residual.to(first.dtype),
+        out_scale,
+        first.out_zero,
+        first.out_levels,
+        len(first.weight_scale),
+        list(first.problem.taps),
+        list(first.problem.stride),
+        list(first.problem.dilation),
+        first.dtype,
+    )
+    return y
 
 
 def _product(layer: CudaLayer, codes: Tensor, scale: Tensor) -> Tensor:

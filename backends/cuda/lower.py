@@ -69,7 +69,7 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
         on_kernel = CudaLayer(layer, dtype, problem, choice)
         gm.set_submodule(name, on_kernel)
         for node in nodes:
-            _give_codes(gm, node, name, layer, on_kernel)
+            give_codes(gm, node, name, layer, on_kernel)
         lowered += 1
     details = {
         "integer": lowered,
@@ -111,7 +111,7 @@ def _slower(choice: Choice, dtype: torch.dtype) -> str | None:
     return f"{float_name} took {choice.micros['float']:.1f} us, the kernels {ours:.1f} us"
 
 
-def _give_codes(
+def give_codes(
     gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, made: CudaLayer
 ) -> None:
     """Pass the codes of its input and their scale to the call of a layer."""

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.affine import FP8
-from tfmq_fx.files import write_whole
+from tfmq_fx.files import cache_folder, write_whole
 
 from .conv import conv2d
 from .tiles import Problem, Tile, candidates, default_tile
 
 logger = logging.getLogger(__name__)
 
-Engine = Literal["triton", "torch", "float"]
+Engine = Literal["triton", "torch", "cpu", "onednn", "float"]
 TRIED = 6  # tiles that are timed for a problem
 
 
@@ -92,9 +91,7 @@ def cache_file(device: torch.device) -> Path:
     sources = [Path(__file__).with_name(file).read_text() for file in ("kernels.py", "tiles.py")]
     words = (name, torch.__version__, triton.__version__, *sources)
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    root = os.environ.get("TFMQ_FX_CACHE") or str(Path(base, "tfmq_fx"))
-    return Path(root, f"kernels-{digest}.json")
+    return cache_folder() / f"kernels-{digest}.json"
 
 
 def arguments(problem: Problem, device: torch.device) -> dict[str, Any]:

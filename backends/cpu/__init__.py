@@ -1,0 +1,1 @@
+"""Integer kernels for CPUs, and the lowering to them."""

@@ -1,0 +1,59 @@
+"""Attention on the CPU: our kernel where there is one, else heads padded to torch's vector width.
+
+y = sdpa(q, k, v)    ->    y = cpu_attention(q, k, v, scale)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from tfmq_fx.dialect import Stage
+
+from . import kernels
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """softmax(query key^T scale) value, products in bfloat16.
+
+    query: (B, H, L, D), key, value: (B, H, K, D), float32 or bfloat16.  scale: None is D ** -0.5.
+    """
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    y: Tensor = kernels.cpu_attention(query, key, value, scale or query.shape[-1] ** -0.5)
+    return y
+
+
+attention.stage = Stage.LOWERED  # type: ignore[attr-defined]
+
+
+def use_kernel(gm: fx.GraphModule) -> int:
+    """Use `attention` wherever it computes what a node computes, in place; returns how many."""
+    changed = 0
+    for node in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+        given = _arguments(node)
+        if given is not None:
+            node.target, node.args, node.kwargs = attention, given, {}
+            changed += 1
+    return changed
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...] | None:
+    """What `attention` takes for a node, or None where it computes something else."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    if len(node.args) > len(names):
+        return None
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    plain = not (given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"))
+    scale = given.get("scale")
+    tensors = [given.get(name) for name in names[:3]]
+    if not plain or given.get("attn_mask") is not None or isinstance(scale, fx.Node):
+        return None
+    values = [x.meta["val"] for x in tensors if isinstance(x, fx.Node)]
+    if len(values) < 3 or any(v.dim() != 4 or v.device.type != "cpu" for v in values):
+        return None
+    if any(v.dtype != values[0].dtype for v in values) or values[0].dtype not in kernels.DTYPES:
+        return None
+    heads = {str(v.shape[1]) for v in values}
+    return (*tensors, scale) if len(heads) == 1 else None

@@ -1,0 +1,216 @@
+"""The kernels of `kernels.cpp` as torch operators, compiled for this machine when first used.
+
+The library is kept in `cache_folder()`, by source, compiler, torch and processor, so that it is
+compiled once a machine (about ten seconds).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import math
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfmq_fx.errors import BackendError
+from tfmq_fx.files import cache_folder
+
+WIDE = 64  # outputs of a panel of weights
+SOURCE = Path(__file__).with_name("kernels.cpp")
+DTYPES = (torch.float32, torch.bfloat16)  # that the kernels read and write
+_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
+_LIBRARY = torch.library.Library("tfmq_fx", "FRAGMENT")
+_LIBRARY.define(
+    "cpu_conv(Tensor[] xs, Tensor[] weights, Tensor[] zeros, Tensor[] weight_scales, "
+    "Tensor[] offsets, Tensor[] scales, Tensor? bias, Tensor? row, Tensor? residual, "
+    "Tensor? out_scale, int out_zero, int out_levels, SymInt out, int[] taps, int[] stride, "
+    "int[] dilation, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "cpu_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? factor, "
+    "Tensor? shift, bool silu, Tensor[] scales, int[] zeros, int[] sizes, int levels, int[] pads) "
+    "-> Tensor"
+)
+_LIBRARY.define("cpu_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+cpu_conv = torch.ops.tfmq_fx.cpu_conv.default
+"""The convolution of `conv2d` (`cuda.conv`) on codes in uint8, less what tells panels apart.
+
+weights: one of `panels` for each segment.  zeros: (O padded to 64,) uint8, of packed weights.
+out: channels O of the result.  taps: height and width of the filters.
+"""
+cpu_norm = torch.ops.tfmq_fx.cpu_norm.default
+"""`group_norm_quantize` (`cuda.norm`) into codes in uint8; with 0 groups the codes of x itself."""
+cpu_attention = torch.ops.tfmq_fx.cpu_attention.default
+"""softmax(q k^T scale) v for q (B, H, L, D), k, v (B, H, K, D): (B, H, L, D), heads innermost but
+for channels. Products are of bfloat16, summed in float32, so are scores and their softmax."""
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the kernels cannot run on this machine, or None where they can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"integer kernels need Linux on x86-64, this is {sys.platform} {platform.machine()}"
+    try:
+        flags = set(_processor().split())
+    except OSError as error:
+        return f"what the processor can do is not known: {error}"
+    if missing := [flag for flag in _FLAGS if flag not in flags]:
+        return f"integer kernels need {', '.join(missing)}, which the processor lacks"
+    return None
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return line.partition(":")[2].strip()
+    return ""
+
+
+@functools.cache
+def load() -> None:
+    """Compile the kernels, if that has not been done here, and register them with torch.
+
+    Raises BackendError with what the compiler says where it fails.
+    """
+    if reason := unavailable():
+        raise BackendError(reason)
+    path = _library()
+    if not path.exists():
+        _compile(path)
+    torch.ops.load_library(str(path))
+
+
+def _compiler() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return get_cpp_compiler()
+
+
+def _library() -> Path:
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    words = (SOURCE.read_text(), version, torch.__version__, _processor(), sys.version)
+    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+    return cache_folder() / f"cpu-kernels-{digest}.so"
+
+
+def _compile(path: Path) -> None:
+    root = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr,arg-type]
+    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    include, lib = root / "include", root / "lib"
+    abi = int(torch.compiled_with_cxx11_abi())
+    command = [_compiler(), "-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
+    command += [f"-I{include}", f"-I{include}/torch/csrc/api/include"]
+    command += [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", str(SOURCE), "-o", str(made)]
+    command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise BackendError(f"{SOURCE.name} does not compile:\n{done.stderr.strip()[-2000:]}")
+        os.replace(made, path)
+    except OSError as error:
+        raise BackendError(
+            f"the CPU kernels cannot be kept in {path.parent}: {error}. Set TFMQ_FX_CACHE to a "
+            "folder that can be written."
+        ) from error
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def compiler_is_there() -> bool:
+    """Whether this machine has the compiler that the kernels need."""
+    try:
+        return shutil.which(_compiler()) is not None
+    except Exception:  # Inductor raises its own InvalidCxxCompiler, a private type
+        return False
+
+
+def panels(weight: Tensor) -> Tensor:
+    """int8 weights (O, R, S, C) as the kernels read them: (O / 64, R * S, C / 4, 64, 4), missing
+    outputs filled with zeros. C must be a multiple of 4."""
+    out, high, wide, channels = weight.shape
+    filled = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -out % WIDE))
+    runs = filled.view(-1, WIDE, high * wide, channels // 4, 4)
+    return runs.permute(0, 2, 3, 1, 4).contiguous()
+
+
+def packed_panels(codes: Tensor) -> Tensor:
+    """4-bit codes (O, R, S, C), uint8, as the kernels read them: (O / 64, R * S, C / 4, 128), the
+    later half of the 256 codes in the high bits."""
+    halves = panels(codes).flatten(3).unflatten(3, (2, 128))
+    return halves[..., 0, :] | (halves[..., 1, :] << 4)
+
+
+def _fake_conv(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    row: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero: int,
+    out_levels: int,
+    out: int,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    x = xs[0]
+    high, wide = (
+        (x.shape[i + 1] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    made = torch.uint8 if out_scale is not None else dtype
+    return x.new_empty((x.shape[0], high, wide, out), dtype=made)
+
+
+def _fake_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    factor: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    scales: Sequence[Tensor],
+    zeros: Sequence[int],
+    sizes: Sequence[int],
+    levels: int,
+    pads: Sequence[int],
+) -> Tensor:
+    batch, height, width, channels = x.shape
+    left, right, top, bottom = pads
+    shape = (batch, top + height + bottom, left + width + right, channels)
+    return x.new_empty(shape, dtype=torch.uint8)
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    return q.new_empty((batch, queries, heads, v.shape[3])).permute(0, 2, 1, 3)
+
+
+torch.library.register_fake("tfmq_fx::cpu_conv", _fake_conv, lib=_LIBRARY)
+torch.library.register_fake("tfmq_fx::cpu_norm", _fake_norm, lib=_LIBRARY)
+torch.library.register_fake("tfmq_fx::cpu_attention", _fake_attention, lib=_LIBRARY)
+
+
+def default_scale(q: Tensor) -> float:
+    """The scale of attention scores where none is given."""
+    return 1.0 / math.sqrt(q.shape[-1])

@@ -1,0 +1,131 @@
+"""Lower quantized layers of a graph on the CPU: to the kernels of this package, or where they do not
+run to patterns that Inductor gives to oneDNN.
+
+y = conv_q(x, s)    ->    y = conv(quantize_input(x, s), s): codes computed apart, so that they can
+be fused into what computes x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from tfmq_fx.backends.attention import pad_attention
+from tfmq_fx.backends.cuda.fuse import fuse
+from tfmq_fx.backends.cuda.layers import CudaLayer, problem_of
+from tfmq_fx.backends.cuda.lower import give_codes
+from tfmq_fx.backends.cuda.tiles import Problem, Tile
+from tfmq_fx.backends.cuda.trial import Choice, Chooser
+from tfmq_fx.backends.float_layer import FloatLayer
+from tfmq_fx.backends.torchao import to_torchao
+from tfmq_fx.dialect import Stage
+from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.kernels import keeps_integer_weights, obstacle
+from tfmq_fx.layers import layer_input
+from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
+from tfmq_fx.ops import size_hint
+
+from . import kernels
+from .attention import use_kernel
+from .onednn import OnednnLayer
+
+
+@graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
+def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
+    """The graph with every quantized layer on what `choose` gives it.
+
+    Declined: layers that run in floating point, with the reason.
+    details: "integer", the layers on integer kernels, and of these "onednn", those on oneDNN's;
+    "weight_only", linear layers on torchao's int8 weights; "fused", what was fused, by kind;
+    "attention", calls on our kernel; "padded_attention", calls with wider heads; "micros", what was
+    measured, by layer.
+    """
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="call_module"):
+        if isinstance(gm.get_submodule(str(node.target)), QuantLayer):
+            calls.setdefault(str(node.target), []).append(node)
+    declined, weight_only, on_onednn, lowered = [], [], [], 0
+    micros: dict[str, Any] = {}
+    for name, nodes in calls.items():
+        layer = gm.get_submodule(name)
+        assert isinstance(layer, QuantLayer)
+        made, reason = _lowered(layer, nodes, choose)
+        if made is None:
+            declined.append(Declined(name, f"runs in floating point: {reason}"))
+            made = FloatLayer(layer)
+        gm.set_submodule(name, made)
+        if isinstance(made, nn.Linear):
+            weight_only.append(name)
+        elif not isinstance(made, FloatLayer):
+            lowered += 1
+        if isinstance(made, OnednnLayer):
+            on_onednn.append(name)
+        if isinstance(made, CudaLayer):
+            micros[name] = made.choice.micros
+            for node in nodes:
+                give_codes(gm, node, name, layer, made)
+    fused = fuse(gm, choose)
+    for module in list(gm.modules()):
+        if isinstance(module, CudaLayer):
+            module.to_panels()
+    attention = use_kernel(gm) if kernels.unavailable() is None else 0
+    padded = pad_attention(gm)
+    details = {
+        "integer": lowered,
+        "onednn": on_onednn,
+        "weight_only": weight_only,
+        "fused": fused,
+        "attention": attention,
+        "padded_attention": padded,
+        "micros": {name: times for name, times in micros.items() if times},
+    }
+    changed = lowered + len(weight_only) + attention + padded
+    return Rewrite(gm, changed, declined, details)
+
+
+def _lowered(
+    layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser
+) -> tuple[nn.Module | None, str | None]:
+    """What runs a layer; or None, with the reason why it runs in floating point."""
+    if (reason := obstacle(layer, "cpu")) is not None:
+        if keeps_integer_weights(layer):
+            assert isinstance(layer, QuantLinear)
+            return to_torchao(layer), None
+        return None, reason
+    dtype, sizes = nodes[0].meta["val"].dtype, layer_input(nodes[0]).meta["val"].shape
+    if (reason := kernel_obstacle(layer, nodes)) is not None:
+        return (None, reason) if layer.dynamic else (OnednnLayer(layer), None)
+    problem = problem_of(layer, [size_hint(size) for size in sizes])
+    choice = choose(problem, dtype)
+    if choice.engine == "float":
+        return None, slower(choice)
+    if choice.engine == "onednn" and not layer.dynamic:
+        return OnednnLayer(layer), None
+    return CudaLayer(layer, dtype, problem, choice), None
+
+
+def kernel_obstacle(layer: QuantLayer, nodes: Sequence[fx.Node]) -> str | None:
+    """Why the kernels of this package cannot run a layer here, or None where they can."""
+    if (reason := kernels.unavailable()) is not None:
+        return reason
+    if layer.weight_shape[1] % 4:
+        return f"the kernels read channels in fours, not {layer.weight_shape[1]}"
+    if isinstance(layer, QuantConv) and layer.groups > 1:
+        return f"a convolution of {layer.groups} groups"
+    dtypes = {node.meta["val"].dtype for node in nodes}
+    if len(dtypes) > 1 or not dtypes <= set(kernels.DTYPES):
+        return f"its results have dtypes {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def slower(choice: Choice) -> str:
+    """Why an integer kernel is not used although there is one: bfloat16 was measured faster."""
+    ours = min((t for name, t in choice.micros.items() if name != "float"), default=float("inf"))
+    return f"bf16 took {choice.micros['float']:.1f} us, int8 {ours:.1f} us"
+
+
+def untried(problem: Problem, dtype: object) -> Choice:
+    """The kernels of this package, where nothing is measured."""
+    return Choice("cpu", Tile())

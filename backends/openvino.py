@@ -1,0 +1,98 @@
+"""Lower to OpenVINO on the CPU: integer layers to its int8 kernels, everything else with them.
+
+lower -> torch.export -> openvino.Model (once), then compiled for each set of input shapes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import fx, nn
+
+from tfmq_fx.backends import CPU
+from tfmq_fx.backends.float_layer import FloatLayer
+from tfmq_fx.backends.openvino_layers import CompressedLinear, IntegerLayer, float_reason
+from tfmq_fx.backends.openvino_model import OpenVINOCallable
+from tfmq_fx.dialect import Stage
+from tfmq_fx.errors import ConfigError
+from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.nn import QuantLayer, QuantLinear
+
+Precision = Literal["auto", "f32", "bf16"]
+_OPTIONS = ("precision", "threads", "cache_dir")
+
+
+def unavailable(device: torch.device = CPU) -> str | None:
+    """Why this machine cannot compile for `device`, or None where it can."""
+    if device.type != "cpu":
+        return f"it runs on cpu, the model is on {device.type}"
+    if importlib.util.find_spec("openvino") is None:
+        return "OpenVINO is not installed (pip install 'tfmq-fx[openvino]')"
+    return None
+
+
+@graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
+def lower(gm: fx.GraphModule) -> Rewrite:
+    """The graph with every quantized layer written for OpenVINO; declined are those that compute in
+    floating point, with the reason. Linear layers among these keep int8 weights."""
+    declined, integer, weight_only = [], 0, []
+    for name, layer in list(gm.named_modules()):
+        if not isinstance(layer, QuantLayer):
+            continue
+        reason = float_reason(layer)
+        lowered: nn.Module
+        if reason is None:
+            lowered = IntegerLayer(layer)
+            integer += 1
+        elif isinstance(layer, QuantLinear) and layer.weight_format == "int":
+            lowered = CompressedLinear(layer)
+            weight_only.append(name)
+            if layer.act_bits is not None:
+                declined.append(Declined(name, f"computes in floating point: {reason}"))
+        else:
+            lowered = FloatLayer(layer)
+            declined.append(Declined(name, f"runs in floating point: {reason}"))
+        gm.set_submodule(name, lowered)
+    details = {"integer": integer, "weight_only": weight_only}
+    return Rewrite(gm, integer + len(weight_only), declined, details)
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    *,
+    precision: Precision = "auto",
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    **unknown: Any,
+) -> tuple[OpenVINOCallable, Rewrite]:
+    """The compiled form of a quantized graph, and what was not lowered to integers.
+
+    precision: of what is not int8; "auto" is bf16 where the CPU computes in it.  threads: left out,
+    as many as torch uses.  cache_dir: where OpenVINO keeps compiled models for the next start.
+    Raises BackendError naming the operations that OpenVINO does not have.
+    """
+    if unknown:
+        raise ConfigError(
+            f"backend 'openvino' has no option {', '.join(unknown)}; it takes {', '.join(_OPTIONS)}"
+        )
+    if precision not in get_args(Precision):
+        raise ConfigError(
+            f"precision={precision!r}; choose from {', '.join(get_args(Precision))}"
+        )
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads={threads}; at least 1 is needed")
+    lowered = lower(gm)
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+    }
+    if precision != "auto":
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    if cache_dir is not None:
+        settings["CACHE_DIR"] = str(cache_dir)
+    runner = OpenVINOCallable(lowered.gm, settings)
+    lowered.details["free_sizes"] = runner.free_sizes
+    return runner, lowered
