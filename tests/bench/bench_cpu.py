@@ -52,9 +52,10 @@ from tests.bench.cpu_results import append, fastest, machine, table, timed
 from tests.bench.cpu_timing import interleaved as interleaved
 from tests.bench.cpu_timing import kernels as kernels
 from tests.bench.cpu_variants import BF16, FP32, REFERENCE, VARIANTS
+from tests.bench.cpu_worker import SETTLING
 from tests.bench.cpu_workers import Turn, Worker, WorkerError
 
-_PAUSE = 0.02  # seconds between calls: threads that end a parallel region spin for some of it
+_PAUSE = SETTLING + 0.01  # seconds between calls
 
 
 class Run:

@@ -29,7 +29,7 @@ CASES = {
 """DDPM on CIFAR-10 with diffusers' heads of 8 channels; DiT-B/2 for 256 pixels; FLUX cut down to 6
 of 57 blocks and 8 of 24 heads, 256 image and 64 text tokens; Stable Diffusion 1.5 at 256 and 512
 pixels."""
-TOGETHER = {"sd15-b2": 3, "sd15-b1": 3, "sd15-512-b2": 2}
+TOGETHER = {"sd15-b2": 2, "sd15-b1": 2, "sd15-512-b2": 2}
 """Variants held in memory at once beside the baselines, where not all."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _PACKAGES = ("torch", "torchao", "openvino", "nncf", "diffusers")
-_IDLE_MS = 5.0  # of processor time while others compute; what ends a parallel region spins briefly
+_IDLE_MS = 2.0  # of processor time in a round while others compute
 COLUMNS = (
     "variant",
     "ms (middle half)",
