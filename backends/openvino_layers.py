@@ -130,7 +130,6 @@ class CompressedLinear(nn.Module):
 
 def without_codes(layer: QuantLayer) -> QuantLayer:
     """A copy of a layer that knows its ranges and settings and holds no weights."""
-    import copy
 
     made = copy.copy(layer)
     made._buffers = {**layer._buffers, "codes": layer.codes.new_empty(0)}

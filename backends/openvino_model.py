@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.errors import BackendError
 from tfmq_fx.graph import fork, prune
-from tfmq_fx.ops import size_hint, timestep_row
+from tfmq_fx.ops import timestep_row
 
 _KEPT = 4  # compiled models, one for each set of input shapes
 _TYPES = {
@@ -32,6 +33,14 @@ _TYPES = {
 }
 _DTYPES = {name: dtype for dtype, name in _TYPES.items()}
 _NO_RULE = re.compile(r"No conversion rule found for operations: ([^\n]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A converted graph: the openvino.Model, and the dtypes of the graph's outputs."""
+
+    ported: Any
+    dtypes: list[torch.dtype]
 
 
 class OpenVINOCallable:
@@ -57,63 +66,61 @@ class OpenVINOCallable:
         self.gm, self.rows = split_rows(gm)
         self.lock = threading.Lock()
         self.compiled: OrderedDict[tuple[torch.Size, ...], Any] = OrderedDict()
-        self.model: Any = None
-        inputs = [node.meta["val"] for node in self.gm.graph.find_nodes(op="placeholder")]
-        examples, free = _examples(inputs)
-        self.outputs = _output_dtypes(self.gm)
-        self.free_sizes = any(free)
-        if self.free_sizes:
-            try:
-                self.model = converted(self.gm, examples, free)
-            except BackendError:
-                self.free_sizes = False
-        if not self.free_sizes:  # now, so that what is not supported is told now
-            self._keep(examples, converted(self.gm, examples))
+        self.model: Model | None = None  # with free sizes
+        self.free_sizes = True
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             given = [*inputs, *self.rows(*inputs)] if self.rows is not None else list(inputs)
         with self.lock:
-            request = self._request(given)
-            held = [_tensor(value) for value in given]
+            request, dtypes = self._request(given)
+            held = [  # the plugin takes half precision as float32
+                _tensor(value.to(_dtype(port)))
+                for value, port in zip(given, request.model_inputs, strict=True)
+            ]
             for i, value in enumerate(held):
                 request.set_input_tensor(i, value)
-            found = self._outputs(request)
+            own = self._own_outputs(request)
             request.infer()
-            return tuple(
-                _copied(request.get_output_tensor(i)) if value is None else value.to(dtype)
-                for i, (value, dtype) in enumerate(zip(found, self.outputs, strict=True))
-            )
+            found = [
+                _copied(request.get_output_tensor(i)) if value is None else value
+                for i, value in enumerate(own)
+            ]
+        return tuple(value.to(dtype) for value, dtype in zip(found, dtypes, strict=True))
 
-    def _request(self, given: Sequence[Tensor]) -> Any:
+    def _request(self, given: Sequence[Tensor]) -> tuple[Any, list[torch.dtype]]:
+        """What runs inputs of these shapes, and the dtypes of its outputs."""
         shapes = tuple(value.shape for value in given)
         if shapes not in self.compiled:
-            if self.free_sizes:
-                model = self.model.clone()
-                model.reshape(
-                    {i: list(s) for i, s in zip(model.inputs, shapes, strict=True)}
-                )
-            else:
-                model = converted(self.gm, given)
-            self._keep(given, model)
+            model = self._model(given)
+            compiled = self.core.compile_model(model.ported, "CPU", self.settings)
+            self.compiled[shapes] = compiled.create_infer_request(), model.dtypes
+            while len(self.compiled) > _KEPT:
+                self.compiled.popitem(last=False)
         self.compiled.move_to_end(shapes)
-        return self.compiled[shapes]
+        found: tuple[Any, list[torch.dtype]] = self.compiled[shapes]
+        return found
 
-    def _keep(self, given: Sequence[Tensor], model: Any) -> None:
-        compiled = self.core.compile_model(model, "CPU", self.settings)
-        self.compiled[tuple(value.shape for value in given)] = compiled.create_infer_request()
-        while len(self.compiled) > _KEPT:
-            self.compiled.popitem(last=False)
+    def _model(self, given: Sequence[Tensor]) -> Model:
+        if self.model is None and self.free_sizes:
+            try:
+                self.model = converted(self.gm, *_free_examples(self.gm, given))
+            except BackendError:
+                self.free_sizes = False
+        if self.model is None:
+            return converted(self.gm, given)
+        fixed = self.model.ported.clone()  # shares constants
+        fixed.reshape({i: list(v.shape) for i, v in zip(fixed.inputs, given, strict=True)})
+        return Model(fixed, self.model.dtypes)
 
-    def _outputs(self, request: Any) -> list[Tensor | None]:
+    def _own_outputs(self, request: Any) -> list[Tensor | None]:
         """Memory of the caller's own for each output; None where its shape is not known."""
         found: list[Tensor | None] = []
         for i, port in enumerate(request.model_outputs):
             if port.get_partial_shape().is_dynamic:
                 found.append(None)
                 continue
-            dtype = _DTYPES[port.get_element_type().get_type_name()]
-            value = torch.empty(list(port.get_shape()), dtype=dtype)
+            value = torch.empty(list(port.get_shape()), dtype=_dtype(port))
             request.set_output_tensor(i, _tensor(value))
             found.append(value)
         return found
@@ -144,8 +151,8 @@ def split_rows(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | Non
 
 def converted(
     gm: fx.GraphModule, examples: Sequence[Tensor], free: Sequence[dict[int, Any]] | None = None
-) -> Any:
-    """The openvino.Model of a lowered graph.
+) -> Model:
+    """A lowered graph as OpenVINO has it.
 
     free: the dimensions of each input whose sizes stay free; left out, none does.
     Raises BackendError where torch.export fails, and naming operations that OpenVINO does not have.
@@ -176,8 +183,10 @@ def converted(
         front = FrontEndManager().load_by_framework("pytorch")
         front.add_extension(ConversionExtension("tfmq_fx.fake_quantize.default", _fake_quantize))
         decoder = TorchFXPythonDecoder(graph, dynamic_shapes=False)  # free where the graph is
+        (output,) = graph.graph.find_nodes(op="output")
+        dtypes = [node.meta["val"].dtype for node in output.args[0]]
         try:
-            return front.convert(front.load(decoder))
+            return Model(front.convert(front.load(decoder)), dtypes)
         except Exception as error:
             missing = _NO_RULE.search(str(error))
             what = f"it has no {missing[1]}" if missing else str(error).strip().splitlines()[-1]
@@ -195,29 +204,33 @@ def _fake_quantize(context: Any) -> Any:
     return opset15.fake_quantize(x, low, high, low, high, top + 1).outputs()
 
 
-def _examples(values: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[int, Any]]]:
-    """Tensors of the shapes that the graph was captured with, and the dimensions that are free.
+def _free_examples(
+    gm: fx.GraphModule, given: Sequence[Tensor]
+) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """Tensors like those of a call, and which of their dimensions the capture left free.
 
     A free size of 0 or 1 becomes 2: torch.export takes these for fixed.
     """
     from torch.export import Dim
 
-    sizes = [s for value in values for s in value.shape if isinstance(s, torch.SymInt)]
-    known = {s.node.expr: max(2, size_hint(s)) for s in sizes if s.node.expr.is_Symbol}
+    shapes = [node.meta["val"].shape for node in gm.graph.find_nodes(op="placeholder")]
+    known = {
+        size.node.expr: max(2, value.shape[i])
+        for shape, value in zip(shapes, given, strict=True)
+        for i, size in enumerate(shape)
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
+    }
     examples, free = [], []
-    for value in values:
-        shape = [
-            int(s.node.expr.subs(known)) if isinstance(s, torch.SymInt) else s for s in value.shape
-        ]
-        examples.append(torch.zeros(shape, dtype=value.dtype))
-        dims = [i for i, s in enumerate(value.shape) if isinstance(s, torch.SymInt)]
-        free.append({i: Dim.DYNAMIC for i in dims})
+    for shape, value in zip(shapes, given, strict=True):
+        sizes = [int(s.node.expr.subs(known)) if isinstance(s, torch.SymInt) else s for s in shape]
+        examples.append(torch.zeros(sizes, dtype=value.dtype))
+        dims = [i for i, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+        free.append(dict.fromkeys(dims, Dim.DYNAMIC))
     return examples, free
 
 
-def _output_dtypes(gm: fx.GraphModule) -> list[torch.dtype]:
-    (output,) = gm.graph.find_nodes(op="output")
-    return [node.meta["val"].dtype for node in output.args[0]]
+def _dtype(port: Any) -> torch.dtype:
+    return _DTYPES[port.get_element_type().get_type_name()]
 
 
 def _tensor(value: Tensor) -> Any:
