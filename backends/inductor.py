@@ -1,24 +1,21 @@
-"""Lower quantized layers to what torch.compile turns into integer kernels: here for the CPU, in
-`cuda` for NVIDIA GPUs.
-
-On CPU, quantize / dequantize written round a convolution or linear becomes one oneDNN int8 kernel
-(`qconv_pointwise`, `qlinear_pointwise`) when Inductor freezes constants. The scale that the pattern
-sees must be a constant, so a scale per timestep multiplies before and after: x / s[t] is quantized
-with scale 1, and the integer product is multiplied by s[t].
-"""
+"""Lower quantized layers to integer kernels and compile what is left with torch.compile: for the
+CPU in `cpu`, for NVIDIA GPUs in `cuda`."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from tfmq_fx.backends import CPU
+from tfmq_fx.backends.artifact import with_artifact
+from tfmq_fx.errors import ConfigError
 from tfmq_fx.graph import Rewrite, device_of
 
 
@@ -39,21 +36,33 @@ def unavailable(device: torch.device = CPU) -> str | None:
     return None
 
 
-class FrozenCallable:
-    """A graph compiled for the CPU that freezes constants whenever it is called or compiled again.
+class CpuCallable:
+    """A graph compiled for the CPU.
 
-    Freezing has to be on while Dynamo traces, which a later call with other sizes does too; the
-    setting is entered for the call alone (about 20 us) and nothing global stays changed.
+    freezes: whether constants are folded into the code, which oneDNN's layers need and packed
+    weights of floating-point layers gain from. That has to be on while Dynamo traces, which a later
+    call with other sizes does too; the setting is entered for the call alone (about 20 us) and
+    nothing global stays changed.
+    artifact: file for what the compiler made, read before the first call and written after it.
     """
 
-    def __init__(self, gm: fx.GraphModule, options: dict[str, Any]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, options: dict[str, Any], *, freezes: bool, artifact: Path | None
+    ) -> None:
+        if "mode" not in options:  # the graph is our own: its modules and buffers do not change
+            unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            options = {**options, "options": unguarded | (options.get("options") or {})}
         self.compiled = torch.compile(gm, fullgraph=True, **options)
+        self.freezes, self.artifact = freezes, artifact
 
     def __call__(self, *inputs: Tensor) -> Any:
         from torch._inductor import config
 
-        with torch.no_grad(), config.patch(freezing=True):
-            return self.compiled(*inputs)
+        with torch.no_grad(), config.patch(freezing=True) if self.freezes else nullcontext():
+            if self.artifact is None:
+                return self.compiled(*inputs)
+            path, self.artifact = self.artifact, None
+            return with_artifact(path, lambda: self.compiled(*inputs))
 
 
 class CudaCallable:
@@ -73,24 +82,37 @@ class CudaCallable:
 
 
 def compile_graph(
-    gm: fx.GraphModule, **options: Any
-) -> tuple[FrozenCallable | CudaCallable, Rewrite]:
+    gm: fx.GraphModule,
+    *,
+    trial: bool | None = None,
+    artifact: str | Path | None = None,
+    **options: Any,
+) -> tuple[CpuCallable | CudaCallable, Rewrite]:
     """The compiled form of a quantized graph, and what was not lowered to integers.
 
+    trial: whether each layer's kernel is chosen by timing it on this machine, where what is slower
+    than bf16 stays in floating point; None does so on CUDA alone.
+    artifact: a file for what the compiler makes of the graph on the CPU. Where it is there, the
+    first call reads it and compiles nothing that it holds; where it is not, or does not fit this
+    model, machine and torch, the first call writes it.
     options: passed on to torch.compile.
     """
     device = device_of(gm)  # `unavailable` has passed it
     if device.type == "cpu":
-        from tfmq_fx.backends.cpu import kernels
-        from tfmq_fx.backends.cpu.lower import lower, untried
+        from tfmq_fx.backends.cpu.lower import freezes, lower, untried
+        from tfmq_fx.backends.cpu.trial import by_trial
 
-        if kernels.unavailable() is None:
-            kernels.load()
-        lowered = lower(gm, choose=untried)
-        return FrozenCallable(lowered.gm, options), lowered
+        lowered = lower(gm, choose=by_trial() if trial else untried)
+        path = None if artifact is None else Path(artifact)
+        frozen = freezes(lowered.gm)
+        return CpuCallable(lowered.gm, options, freezes=frozen, artifact=path), lowered
+    if artifact is not None:
+        raise ConfigError("artifact= keeps what is compiled for the CPU; this model is on CUDA")
     from tfmq_fx.backends.cuda.lower import lower as lower_for_cuda
-    from tfmq_fx.backends.cuda.trial import by_trial
+    from tfmq_fx.backends.cuda.trial import by_trial as by_trial_on_cuda
+    from tfmq_fx.backends.cuda.trial import untried as untried_on_cuda
 
     capability = torch.cuda.get_device_capability(device)
-    lowered = lower_for_cuda(gm, choose=by_trial(device), capability=capability)
+    choose = untried_on_cuda if trial is False else by_trial_on_cuda(device)
+    lowered = lower_for_cuda(gm, choose=choose, capability=capability)
     return CudaCallable(lowered.gm, options), lowered

@@ -48,13 +48,24 @@ inline __m512 exp2(__m512 x) {
     x = _mm512_max_ps(x, _mm512_set1_ps(-140.f));
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(1.54035304e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.33335581e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.61812911e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55041087e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226507e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147181e-1f));
+    __m512 p = _mm512_set1_ps(1.53401609e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.33998830e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.61850994e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55032893e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226467e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147206e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// 2^x, relative error below 1e-4: enough for what is rounded to bfloat16.
+inline __m512 rough_exp2(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(5.51147376e-2f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.42606344e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93271458e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.99928660e-1f));
     return _mm512_scalef_ps(p, n);
 }
 
@@ -526,20 +537,22 @@ inline __m512 dot(__m512 acc, int32_t pair, __m512i packed) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)packed);
 }
 
-inline uint16_t bf16(float v) { return at::BFloat16(v).x; }
-
-// C (M, 16 N) += A (M, 2 pairs) B (pairs, 16 N, 2), A and B in bf16
-template <int M, int N>
+// C (M, 16 N) += A (M, 2 pairs) B (pairs, 16 N, 2), A and B in bf16; S sums side by side, since each
+// product waits for the one before.
+template <int M, int N, int S>
 inline void product(
     const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_row, int64_t pairs, float* c,
     int64_t c_row, bool adds) {
-    __m512 acc[M][N];
-#pragma GCC unroll 6
-    for (int i = 0; i < M; i++)
+    __m512 acc[S][M][N];
 #pragma GCC unroll 4
-        for (int j = 0; j < N; j++)
-            acc[i][j] = adds ? _mm512_loadu_ps(c + i * c_row + 16 * j) : _mm512_setzero_ps();
-    for (int64_t k = 0; k < pairs; k++) {
+    for (int s = 0; s < S; s++)
+#pragma GCC unroll 6
+        for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; j++)
+                acc[s][i][j] = adds && s == 0 ? _mm512_loadu_ps(c + i * c_row + 16 * j)
+                                              : _mm512_setzero_ps();
+    const auto step = [&](int64_t k, auto& to) {
         __m512i w[N];
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) w[j] = _mm512_loadu_si512(b + k * b_row + 32 * j);
@@ -548,13 +561,23 @@ inline void product(
             int32_t pair;
             std::memcpy(&pair, a + i * a_row + 2 * k, 4);
 #pragma GCC unroll 4
-            for (int j = 0; j < N; j++) acc[i][j] = dot(acc[i][j], pair, w[j]);
+            for (int j = 0; j < N; j++) to[i][j] = dot(to[i][j], pair, w[j]);
         }
-    }
+    };
+    int64_t k = 0;
+    for (; k + S <= pairs; k += S)
+#pragma GCC unroll 4
+        for (int s = 0; s < S; s++) step(k + s, acc[s]);
+    for (; k < pairs; k++) step(k, acc[0]);
 #pragma GCC unroll 6
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; j++) _mm512_storeu_ps(c + i * c_row + 16 * j, acc[i][j]);
+        for (int j = 0; j < N; j++) {
+            __m512 sum = acc[0][i][j];
+#pragma GCC unroll 4
+            for (int s = 1; s < S; s++) sum = _mm512_add_ps(sum, acc[s][i][j]);
+            _mm512_storeu_ps(c + i * c_row + 16 * j, sum);
+        }
 }
 
 // The same with rows in steps of 6 and columns in steps of 64; rows and c_row are padded to that.
@@ -564,90 +587,121 @@ void product_of(
     for (int64_t j = 0; j < columns; j += WIDE) {
         const uint16_t* w = b + 2 * j;
         switch (std::min<int64_t>(4, (columns - j + 15) / 16)) {
-            case 1: product<ROWS, 1>(a, a_row, w, b_row, pairs, c + j, c_row, adds); break;
-            case 2: product<ROWS, 2>(a, a_row, w, b_row, pairs, c + j, c_row, adds); break;
-            case 3: product<ROWS, 3>(a, a_row, w, b_row, pairs, c + j, c_row, adds); break;
-            default: product<ROWS, 4>(a, a_row, w, b_row, pairs, c + j, c_row, adds);
+            case 1: product<ROWS, 1, 4>(a, a_row, w, b_row, pairs, c + j, c_row, adds); break;
+            case 2: product<ROWS, 2, 2>(a, a_row, w, b_row, pairs, c + j, c_row, adds); break;
+            case 3: product<ROWS, 3, 1>(a, a_row, w, b_row, pairs, c + j, c_row, adds); break;
+            default: product<ROWS, 4, 1>(a, a_row, w, b_row, pairs, c + j, c_row, adds);
         }
     }
 }
 
+// A row of values, times a factor, as bf16.
 template <typename T>
-void attend(
-    const Tensor& q, const Tensor& k, const Tensor& v, double scale, Tensor& y) {
+inline void round_row(const T* from, int64_t size, float factor, uint16_t* to) {
+    const __m512 f = _mm512_set1_ps(factor);
+    for (int64_t d = 0; d < size; d += 16) {
+        const __mmask16 m = first(size - d);
+        store(reinterpret_cast<at::BFloat16*>(to + d), _mm512_mul_ps(load(from + d, m), f), m);
+    }
+}
+
+// Keys (K, D), `step` apart, as (pairs of D, `padded`, 2).
+template <typename T>
+void pack_keys(
+    const T* from, int64_t step, int64_t keys, int64_t depth, int64_t padded, uint16_t* row,
+    uint16_t* to) {
+    const int64_t pairs = (depth + 1) / 2;
+    for (int64_t j = 0; j < keys; j++) {
+        round_row(from + j * step, depth, 1.f, row);
+        for (int64_t d = 0; d < pairs; d++) std::memcpy(to + (d * padded + j) * 2, row + 2 * d, 4);
+    }
+}
+
+// Values (K, D), `step` apart, as (pairs of K, `wide`, 2).
+template <typename T>
+void pack_values(
+    const T* from, int64_t step, int64_t keys, int64_t out, int64_t wide, uint16_t* to) {
+    const auto half = [&](int64_t j, int64_t d) {
+        const __mmask16 m = j < keys ? first(out - d) : 0;
+        return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load(from + j * step + d, m)));
+    };
+    for (int64_t j = 0; j < keys; j += 2)
+        for (int64_t d = 0; d < out; d += 16) {
+            const __m512i both = _mm512_or_si512(half(j, d), _mm512_slli_epi32(half(j + 1, d), 16));
+            _mm512_storeu_si512(to + (j / 2 * wide + d) * 2, both);
+        }
+}
+
+// Scores of a row to exp2(score - most so far) as bf16; the factor by which earlier sums shrink.
+inline float soften(
+    const float* scores, int64_t count, int64_t columns, float& most, float& total, uint16_t* to) {
+    __m512 peak = _mm512_set1_ps(most);
+    const int64_t whole = count / 16 * 16;
+    const __mmask16 tail = first(count - whole);
+    for (int64_t j = 0; j < whole; j += 16) peak = _mm512_max_ps(peak, _mm512_loadu_ps(scores + j));
+    if (tail) peak = _mm512_mask_max_ps(peak, tail, peak, _mm512_loadu_ps(scores + whole));
+    const float now = _mm512_reduce_max_ps(peak);
+    const __m512 top = _mm512_set1_ps(now);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < columns; j += 16) {
+        __m512 p = rough_exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + j), top));
+        if (j == whole) p = _mm512_maskz_mov_ps(tail, p);
+        sum = _mm512_add_ps(sum, p);
+        _mm256_storeu_si256((__m256i*)(to + j), (__m256i)_mm512_cvtneps_pbh(p));
+    }
+    const float shrink = std::exp2(most - now);
+    total = total * shrink + _mm512_reduce_add_ps(sum);
+    most = now;
+    return shrink;
+}
+
+template <typename T>
+void attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, Tensor& y) {
     const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), depth = q.size(3);
     const int64_t keys = k.size(2), out = v.size(3);
-    const int64_t depth_pairs = (depth + 1) / 2, wide = (out + 15) / 16 * 16;
-    const int64_t padded = (keys + 15) / 16 * 16;
+    const int64_t pairs = (depth + 1) / 2, wide = (out + 15) / 16 * 16;
+    const int64_t padded = (keys + 15) / 16 * 16, row_size = (depth + 15) / 16 * 16;
     const float unit = static_cast<float>(scale) * LOG2E;
     const int64_t threads = at::get_num_threads();
     int64_t cuts = 1;
     while (batch * heads * cuts < threads && queries / (cuts + 1) >= ROWS) cuts++;
     at::parallel_for(0, batch * heads * cuts, 1, [&](int64_t begin, int64_t end) {
-        std::vector<uint16_t> packed_k(depth_pairs * padded * 2), packed_v(padded * wide);
-        std::vector<uint16_t> rows(ROWS * depth_pairs * 2), weights(ROWS * KEYS);
+        std::vector<uint16_t> packed_k(pairs * padded * 2), packed_v(padded * wide);
+        std::vector<uint16_t> rows(ROWS * row_size), key(row_size), weights(ROWS * KEYS);
         std::vector<float> scores(ROWS * KEYS), sums(ROWS * wide);
         int64_t held = -1;
         for (int64_t task = begin; task < end; task++) {
             const int64_t head = task / cuts, cut = task % cuts, b = head / heads, h = head % heads;
+            const auto start_of = [&](const Tensor& x) {
+                return x.const_data_ptr<T>() + b * x.stride(0) + h * x.stride(1);
+            };
             if (held != head) {
+                pack_keys(start_of(k), k.stride(2), keys, depth, padded, key.data(), packed_k.data());
+                pack_values(start_of(v), v.stride(2), keys, out, wide, packed_v.data());
                 held = head;
-                const T* from = k.const_data_ptr<T>() + b * k.stride(0) + h * k.stride(1);
-                std::fill(packed_k.begin(), packed_k.end(), 0);
-                for (int64_t j = 0; j < keys; j++)
-                    for (int64_t d = 0; d < depth; d++)
-                        packed_k[((d / 2) * padded + j) * 2 + d % 2] =
-                            bf16(static_cast<float>(from[j * k.stride(2) + d]));
-                from = v.const_data_ptr<T>() + b * v.stride(0) + h * v.stride(1);
-                std::fill(packed_v.begin(), packed_v.end(), 0);
-                for (int64_t j = 0; j < keys; j++)
-                    for (int64_t d = 0; d < out; d++)
-                        packed_v[((j / 2) * wide + d) * 2 + j % 2] =
-                            bf16(static_cast<float>(from[j * v.stride(2) + d]));
             }
-            const T* from = q.const_data_ptr<T>() + b * q.stride(0) + h * q.stride(1);
+            const T* from = start_of(q);
             const int64_t last = queries * (cut + 1) / cuts;
             for (int64_t row = queries * cut / cuts; row < last; row += ROWS) {
                 const int m = static_cast<int>(std::min<int64_t>(ROWS, last - row));
-                std::fill(rows.begin(), rows.end(), 0);
                 for (int i = 0; i < m; i++)
-                    for (int64_t d = 0; d < depth; d++)
-                        rows[i * depth_pairs * 2 + d] =
-                            bf16(static_cast<float>(from[(row + i) * q.stride(2) + d]) * unit);
+                    round_row(
+                        from + (row + i) * q.stride(2), depth, unit, rows.data() + i * row_size);
                 float most[ROWS], total[ROWS];
                 std::fill(most, most + ROWS, -INFINITY), std::fill(total, total + ROWS, 0.f);
                 for (int64_t start = 0; start < keys; start += KEYS) {
                     const int64_t count = std::min<int64_t>(KEYS, keys - start);
                     const int64_t columns = (count + 15) / 16 * 16;
                     product_of(
-                        rows.data(), depth_pairs * 2, packed_k.data() + 2 * start, padded * 2,
-                        depth_pairs, scores.data(), KEYS, columns, false);
+                        rows.data(), row_size, packed_k.data() + 2 * start, padded * 2, pairs,
+                        scores.data(), KEYS, columns, false);
                     for (int i = 0; i < m; i++) {
-                        const float* s = scores.data() + i * KEYS;
-                        __m512 peak = _mm512_set1_ps(most[i]);
-                        for (int64_t j = 0; j < count; j += 16)
-                            peak = _mm512_mask_max_ps(
-                                peak, first(count - j), peak, _mm512_loadu_ps(s + j));
-                        const float now = _mm512_reduce_max_ps(peak);
-                        const __m512 top = _mm512_set1_ps(now);
-                        __m512 sum = _mm512_setzero_ps();
-                        for (int64_t j = 0; j < columns; j += 16) {
-                            const __m512 p = _mm512_maskz_mov_ps(
-                                first(count - j), exp2(_mm512_sub_ps(_mm512_loadu_ps(s + j), top)));
-                            sum = _mm512_add_ps(sum, p);
-                            _mm256_storeu_si256(
-                                (__m256i*)(weights.data() + i * KEYS + j),
-                                (__m256i)_mm512_cvtneps_pbh(p));
-                        }
-                        const float shrink = std::exp2(most[i] - now);
-                        total[i] = total[i] * shrink + _mm512_reduce_add_ps(sum);
-                        most[i] = now;
-                        if (start > 0 && shrink != 1.f)
-                            for (int64_t d = 0; d < wide; d += 16) {
-                                float* o = sums.data() + i * wide + d;
-                                _mm512_storeu_ps(
-                                    o, _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(shrink)));
-                            }
+                        const __m512 shrink = _mm512_set1_ps(soften(
+                            scores.data() + i * KEYS, count, columns, most[i], total[i],
+                            weights.data() + i * KEYS));
+                        float* o = sums.data() + i * wide;
+                        for (int64_t d = 0; start > 0 && d < wide; d += 16)
+                            _mm512_storeu_ps(o + d, _mm512_mul_ps(_mm512_loadu_ps(o + d), shrink));
                     }
                     product_of(
                         weights.data(), KEYS, packed_v.data() + start * wide, wide * 2, columns / 2,

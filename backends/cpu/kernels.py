@@ -62,7 +62,7 @@ def unavailable() -> str | None:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"integer kernels need Linux on x86-64, this is {sys.platform} {platform.machine()}"
     try:
-        flags = set(_processor().split())
+        flags = set(processor().split())
     except OSError as error:
         return f"what the processor can do is not known: {error}"
     if missing := [flag for flag in _FLAGS if flag not in flags]:
@@ -70,11 +70,13 @@ def unavailable() -> str | None:
     return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor and what it can do, as the system tells."""
+    found: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return line.partition(":")[2].strip()
-    return ""
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    return f"{found.get('model name')} {found.get('flags')}"
 
 
 @functools.cache
@@ -100,7 +102,7 @@ def _compiler() -> str:
 def _library() -> Path:
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    words = (SOURCE.read_text(), version, torch.__version__, _processor(), sys.version)
+    words = (SOURCE.read_text(), version, torch.__version__, processor(), sys.version)
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     return cache_folder() / f"cpu-kernels-{digest}.so"
 
@@ -150,7 +152,8 @@ def packed_panels(codes: Tensor) -> Tensor:
     """4-bit codes (O, R, S, C), uint8, as the kernels read them: (O / 64, R * S, C / 4, 128), the
     later half of the 256 codes in the high bits."""
     halves = panels(codes).flatten(3).unflatten(3, (2, 128))
-    return halves[..., 0, :] | (halves[..., 1, :] << 4)
+    packed: Tensor = halves[..., 0, :] | (halves[..., 1, :] << 4)
+    return packed
 
 
 def _fake_conv(

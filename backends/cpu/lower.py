@@ -1,5 +1,5 @@
-"""Lower quantized layers of a graph on the CPU: to the kernels of this package, or where they do not
-run to patterns that Inductor gives to oneDNN.
+"""Lower quantized layers of a graph on the CPU: to the kernels of this package, or where these do
+not run to patterns that Inductor gives to oneDNN.
 
 y = conv_q(x, s)    ->    y = conv(quantize_input(x, s), s): codes computed apart, so that they can
 be fused into what computes x
@@ -18,6 +18,7 @@ from tfmq_fx.backends.cuda.layers import CudaLayer, problem_of
 from tfmq_fx.backends.cuda.lower import give_codes
 from tfmq_fx.backends.cuda.tiles import Problem, Tile
 from tfmq_fx.backends.cuda.trial import Choice, Chooser
+from tfmq_fx.backends.dequantized import DequantizedLayer, fast_dtype
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.backends.torchao import to_torchao
 from tfmq_fx.dialect import Stage
@@ -31,6 +32,8 @@ from . import kernels
 from .attention import use_kernel
 from .onednn import OnednnLayer
 
+MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
+
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
 def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
@@ -42,6 +45,8 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
     "attention", calls on our kernel; "padded_attention", calls with wider heads; "micros", what was
     measured, by layer.
     """
+    if kernels.unavailable() is None:
+        kernels.load()
     calls: dict[str, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_module"):
         if isinstance(gm.get_submodule(str(node.target)), QuantLayer):
@@ -52,13 +57,12 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
         layer = gm.get_submodule(name)
         assert isinstance(layer, QuantLayer)
         made, reason = _lowered(layer, nodes, choose)
-        if made is None:
+        if reason is not None:
             declined.append(Declined(name, f"runs in floating point: {reason}"))
-            made = FloatLayer(layer)
         gm.set_submodule(name, made)
         if isinstance(made, nn.Linear):
             weight_only.append(name)
-        elif not isinstance(made, FloatLayer):
+        elif reason is None:
             lowered += 1
         if isinstance(made, OnednnLayer):
             on_onednn.append(name)
@@ -87,20 +91,20 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
 
 def _lowered(
     layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser
-) -> tuple[nn.Module | None, str | None]:
-    """What runs a layer; or None, with the reason why it runs in floating point."""
+) -> tuple[nn.Module, str | None]:
+    """What runs a layer, and the reason where that is floating point."""
     if (reason := obstacle(layer, "cpu")) is not None:
         if keeps_integer_weights(layer):
             assert isinstance(layer, QuantLinear)
             return to_torchao(layer), None
-        return None, reason
+        return FloatLayer(layer), reason
     dtype, sizes = nodes[0].meta["val"].dtype, layer_input(nodes[0]).meta["val"].shape
     if (reason := kernel_obstacle(layer, nodes)) is not None:
-        return (None, reason) if layer.dynamic else (OnednnLayer(layer), None)
+        return (FloatLayer(layer), reason) if layer.dynamic else (OnednnLayer(layer), None)
     problem = problem_of(layer, [size_hint(size) for size in sizes])
     choice = choose(problem, dtype)
     if choice.engine == "float":
-        return None, slower(choice)
+        return DequantizedLayer(layer, fast_dtype()), slower(choice)
     if choice.engine == "onednn" and not layer.dynamic:
         return OnednnLayer(layer), None
     return CudaLayer(layer, dtype, problem, choice), None
@@ -129,3 +133,16 @@ def slower(choice: Choice) -> str:
 def untried(problem: Problem, dtype: object) -> Choice:
     """The kernels of this package, where nothing is measured."""
     return Choice("cpu", Tile())
+
+
+def freezes(gm: fx.GraphModule) -> bool:
+    """Whether Inductor must fold constants: for oneDNN's integer layers, and where it pays to pack
+    the weights of layers in floating point."""
+    loose = 0
+    for module in gm.modules():
+        if isinstance(module, OnednnLayer):
+            return True
+        if not isinstance(module, CudaLayer):
+            loose += sum(t.nbytes for t in module.parameters(recurse=False) if t.dim() > 1)
+            loose += sum(t.nbytes for t in module.buffers(recurse=False) if t.dim() > 1)
+    return loose > MOST_LOOSE

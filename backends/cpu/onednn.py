@@ -1,5 +1,5 @@
-"""Quantized layers as patterns that Inductor gives to oneDNN, for machines and layers that the kernels
-of this package do not run.
+"""Quantized layers as patterns that Inductor gives to oneDNN, for machines and layers that the
+kernels of this package do not run.
 
 Quantize / dequantize written round a convolution or linear becomes one oneDNN int8 kernel
 (`qconv_pointwise`, `qlinear_pointwise`) when Inductor freezes constants. The scale that the pattern

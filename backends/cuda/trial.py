@@ -69,7 +69,7 @@ def by_trial(
     """
     timer = timer or _median_micros
     path = cache or cache_file(device)
-    known = _read(path)
+    known = read_choices(path)
 
     def choose(problem: Problem, dtype: torch.dtype) -> Choice:
         key = json.dumps([dataclasses.asdict(problem), str(dtype)], sort_keys=True)
@@ -77,7 +77,7 @@ def by_trial(
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 known[key] = _try(problem, device, dtype, timer)
             if "triton" in known[key].micros:  # else it may have been short of memory
-                _write(path, known)
+                write_choices(path, known)
         return known[key]
 
     return functools.cache(choose)
@@ -197,7 +197,7 @@ def _median_micros(call: Callable[[], Any]) -> float:
     return 1000.0 * float(do_bench_cudagraph(call, rep=5, return_mode="median"))
 
 
-def _read(path: Path) -> dict[str, Choice]:
+def read_choices(path: Path) -> dict[str, Choice]:
     """Earlier results; a file that is missing or damaged holds none."""
     try:
         entries = json.loads(path.read_text())
@@ -209,9 +209,9 @@ def _read(path: Path) -> dict[str, Choice]:
         return {}
 
 
-def _write(path: Path, known: dict[str, Choice]) -> None:
+def write_choices(path: Path, known: dict[str, Choice]) -> None:
     """Keep results, those that another process wrote meanwhile included."""
-    merged = _read(path) | known
+    merged = read_choices(path) | known
     text = json.dumps({key: dataclasses.asdict(choice) for key, choice in merged.items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,116 @@
+"""Which kernel runs a layer on the CPU: decided by timing it, once for each shape.
+
+Results are kept for the next start in `cache_folder()`, by processor, threads, versions, kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfmq_fx.backends.cuda.tiles import Problem, Tile
+from tfmq_fx.backends.cuda.trial import Choice, Chooser, read_choices, write_choices
+from tfmq_fx.backends.dequantized import fast_dtype
+from tfmq_fx.files import cache_folder
+
+from . import kernels
+
+Timer = Callable[[Callable[[], Any]], float]  # microseconds of a call
+MARGIN = 0.9  # of our kernel's time that another must stay below: ours takes sums and codes along
+
+
+def by_trial(*, timer: Timer | None = None, cache: Path | None = None) -> Chooser:
+    """Chooses by timing what a problem can run on: our kernel, oneDNN's, or floating point.
+
+    What makes the codes is not timed: it is fused into what computes the input.
+    timer: how calls are timed; None is the median of some.  cache: file of earlier results; None is
+    the one of this machine.
+    """
+    timer = timer or _median_micros
+    path = cache or cache_file()
+    known = read_choices(path)
+
+    def choose(problem: Problem, dtype: torch.dtype) -> Choice:
+        key = json.dumps([dataclasses.asdict(problem), str(dtype)], sort_keys=True)
+        if key not in known:
+            known[key] = _try(problem, timer)
+            write_choices(path, known)
+        return known[key]
+
+    return functools.cache(choose)
+
+
+def cache_file() -> Path:
+    """Where results for this machine, with these versions, kernels and threads, are kept."""
+    threads = str(torch.get_num_threads())
+    words = (kernels.processor(), torch.__version__, kernels.SOURCE.read_text(), threads)
+    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+    return cache_folder() / f"cpu-{digest}.json"
+
+
+def _try(problem: Problem, timer: Timer) -> Choice:
+    with torch.no_grad():
+        micros = {name: timer(call) for name, call in calls(problem).items()}
+    least = {name: t * (MARGIN if name == "cpu" else 1.0) for name, t in micros.items()}
+    engine: Any = min(least, key=lambda name: least[name])
+    return Choice(engine, Tile(), micros)
+
+
+def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
+    """What can run a problem, by engine, on random values."""
+    p = problem
+    x = torch.randint(0, 256, (p.batch, p.height, p.width, p.channels), dtype=torch.uint8)
+    filters = torch.randint(-127, 128, (p.out_channels, *p.taps, p.channels), dtype=torch.int8)
+    scale, one = torch.rand(p.out_channels), torch.ones(1)
+    stride, dilation = list(p.stride), list(p.dilation)
+    images, weights = x.permute(0, 3, 1, 2), filters.permute(0, 3, 1, 2).contiguous()
+    dtype = fast_dtype()
+    floats, float_weights = images.to(dtype), weights.to(dtype)
+    found: dict[str, Callable[[], Tensor]] = {
+        "float": lambda: F.conv2d(floats, float_weights, None, stride, 0, dilation)
+    }
+    zeros = torch.zeros(p.out_channels, dtype=torch.int64)
+    ops = torch.ops.onednn
+    if p.taps == (1, 1) and p.stride == (1, 1):
+        rows, matrix = x.view(-1, p.channels), weights.view(p.out_channels, -1)
+        float_rows, float_matrix = rows.to(dtype), matrix.to(dtype)
+        found["float"] = lambda: F.linear(float_rows, float_matrix)
+        packed = ops.qlinear_prepack(matrix.t().contiguous(), list(rows.shape))
+        given: Any = (packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        found["onednn"] = lambda: ops.qlinear_pointwise(rows, 1.0, 0, *given)
+    else:
+        geometry = (stride, [0, 0], dilation, 1)
+        packed = ops.qconv_prepack(weights, scale, 1.0, 0, *geometry, list(images.shape))
+        rest: Any = (*geometry, 1.0, 0, torch.float32, "none", [], "")
+        found["onednn"] = lambda: ops.qconv_pointwise(
+            images, 1.0, 0, packed, scale, zeros, None, *rest
+        )
+    if kernels.unavailable() is None and p.channels % 4 == 0:
+        kernels.load()
+        panels, zero = kernels.panels(filters), torch.zeros(1, dtype=torch.uint8)
+        offset = torch.zeros(p.out_channels, dtype=torch.int32)
+        sums = ([x], [panels], [zero], [scale], [offset], [one], None, None, None, None, 0, 0)
+        shape = (p.out_channels, list(p.taps), stride, dilation, torch.float32)
+        found["cpu"] = lambda: kernels.cpu_conv(*sums, *shape)
+    return found
+
+
+def _median_micros(call: Callable[[], Any]) -> float:
+    times = []
+    for i in range(7):
+        start = time.perf_counter()
+        call()
+        if i > 1:
+            times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times)

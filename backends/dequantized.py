@@ -1,0 +1,40 @@
+"""Quantized layers as plain layers on the values their weights stand for."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from tfmq_fx.dialect import Stage
+from tfmq_fx.nn import QuantLayer
+
+
+def fast_dtype() -> torch.dtype:
+    """The dtype in which the processor multiplies floats fastest."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+class DequantizedLayer(nn.Module):
+    """A layer with the weights of a quantized one, computed in `dtype` on inputs that are not
+    rounded to the layer's grid: nearer to full precision than the reference, and faster than
+    rounding first. Results have the dtype of the input."""
+
+    stage = Stage.LOWERED
+
+    def __init__(self, layer: QuantLayer, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name in layer.settings:  # diffusers' pipelines read some
+            setattr(self, name, getattr(layer, name))
+        self.layer = copy.copy(layer)
+        self.layer._buffers = {**layer._buffers, "codes": layer.codes.new_empty(0)}
+        self.register_buffer("dequantized", layer.weight.to(dtype))
+        self.register_buffer("float_bias", None if layer.bias is None else layer.bias.to(dtype))
+        self.dequantized: Tensor
+        self.float_bias: Tensor | None
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The layer's output on x (B, ...); scale is not needed."""
+        y = self.layer.apply_op(x.to(self.dequantized.dtype), self.dequantized, self.float_bias)
+        return y.to(x.dtype)

@@ -1,0 +1,59 @@
+"""The quantized model in floating point: bfloat16 where the processor has it. What integers have to
+beat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.backends import CPU
+from tfmq_fx.backends.attention import pad_attention
+from tfmq_fx.backends.dequantized import DequantizedLayer, fast_dtype
+from tfmq_fx.backends.inductor import CpuCallable
+from tfmq_fx.backends.inductor import unavailable as no_compiler
+from tfmq_fx.dialect import Stage
+from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.nn import QuantLayer
+
+
+def unavailable(device: torch.device = CPU) -> str | None:
+    """Why it cannot run on `device`, or None where it can."""
+    if device.type != "cpu":
+        return f"it compiles for cpu, the model is on {device.type}"
+    return no_compiler(device)
+
+
+@graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
+def dequantize(gm: fx.GraphModule, *, dtype: torch.dtype) -> Rewrite:
+    """conv_q(x, s)    ->    conv(x), on the weights that the codes stand for, in `dtype`; inputs
+    are not rounded. Every quantized layer is declined."""
+    name_of = str(dtype).removeprefix("torch.")
+    declined = []
+    for name, layer in list(gm.named_modules()):
+        if isinstance(layer, QuantLayer):
+            gm.set_submodule(name, DequantizedLayer(layer, dtype))
+            declined.append(Declined(name, f"backend 'float' computes in {name_of}"))
+    return Rewrite(gm, len(declined), declined)
+
+
+def compile_graph(gm: fx.GraphModule, **options: Any) -> tuple[Any, Rewrite]:
+    """The compiled graph, products in `fast_dtype()` under autocast, results in their own dtypes.
+
+    options: passed on to torch.compile.
+    """
+    dtype = fast_dtype()
+    lowered = dequantize(gm, dtype=dtype)
+    pad_attention(lowered.gm)
+    compiled = CpuCallable(lowered.gm, options, freezes=True, artifact=None)
+    (output,) = gm.graph.find_nodes(op="output")
+    given: Any = output.args[0]
+    wanted = [node.meta["val"].dtype for node in given]
+
+    def run(*inputs: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = compiled(*inputs)
+        return tuple(y.to(wide) for y, wide in zip(found, wanted, strict=True))
+
+    return run, lowered
