@@ -19,6 +19,7 @@ saved            what has to be kept on disk to run the variant: weights, graph 
 prepare, start   what is done once (capture, calibrate, quantize), and what each process does again
                  (load, compile, first call)
 int8 kernels     in one call: torch's by the profiler, OpenVINO's by its runtime graph
+                 (of convolutions and products)
 coverage         share of convolution and linear weights / of their inputs that are integers
 
 "frozen" is Inductor with freezing, which PT2E needs for its kernels and which float models gain
@@ -36,6 +37,7 @@ import json
 import os
 import random
 import secrets
+import statistics
 import sys
 import tempfile
 import time
@@ -130,6 +132,7 @@ class Run:
         """Milliseconds of each variant, round by round."""
         args = self.args
         times: dict[str, list[float]] = {name: [] for name in workers}
+        idle: dict[str, list[float]] = {name: [] for name in workers}
         for i in tqdm(range(-1, args.repeats), f"{self.case}: measure", disable=None):
             names = [*workers]
             self.order.shuffle(names)
@@ -144,8 +147,9 @@ class Run:
                     continue
                 if i >= 0:
                     times[name].append(found["ms"])
-                    idle = self.rows[name].get("idle_ms", 0.0)
-                    self.rows[name]["idle_ms"] = max(idle, found["idle_ms"])
+                    idle[name].append(found["idle_ms"])
+        for name, values in idle.items():
+            self.rows[name].setdefault("idle_ms", round(statistics.median(values or [0.0]), 2))
         return times
 
     def finish(self, workers: dict[str, Worker], times: dict[str, list[float]]) -> None:

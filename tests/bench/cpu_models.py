@@ -58,8 +58,8 @@ class Made:
     call: inputs -> output.  saved: bytes on disk of what a user would keep.  note: one line.
     seconds: spent on what a saved model does not need again.  peak: bytes in memory meanwhile, if
     another process did it.  since: when, by time.perf_counter, the rest began.  coverage: shares
-    of weights and of layer inputs that are integers.  kernels: integer kernels by name, where
-    torch's profiler cannot count them.
+    of weights and of layer inputs that are integers.  kernels: counts integer kernels by name after
+    the first call, where torch's profiler cannot.
     """
 
     call: Callable[[Inputs], Tensor]
@@ -69,7 +69,7 @@ class Made:
     peak: int = 0
     since: float = field(default_factory=time.perf_counter)
     coverage: list[float] = field(default_factory=list)
-    kernels: dict[str, int] | None = None
+    kernels: Callable[[], dict[str, int]] | None = None
 
 
 def cifar10(width: int = 128) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections import Counter
@@ -52,9 +53,8 @@ def make(job: Job, *, precision: str = "f32", preset: str | None = None) -> Made
         return torch.from_numpy(found[0])
 
     saved = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    return Made(
-        call=call, saved=saved, seconds=since - start, since=since, kernels=_kernels(compiled)
-    )
+    count = functools.partial(integer_kernels, compiled)
+    return Made(call=call, saved=saved, seconds=since - start, since=since, kernels=count)
 
 
 def _quantized(model: Any, job: Job, preset: str) -> Any:
@@ -67,7 +67,7 @@ def _quantized(model: Any, job: Job, preset: str) -> Any:
     return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), **options)
 
 
-def _kernels(compiled: Any) -> dict[str, int]:
+def integer_kernels(compiled: Any) -> dict[str, int]:
     """Convolutions and products by the precision that they run in."""
     found: Counter[str] = Counter()
     for op in compiled.get_runtime_model().get_ops():

@@ -27,10 +27,10 @@ def interleaved(
 
 
 def kernels(run: Callable[[], Any]) -> dict[str, int]:
-    """Calls of torch's int8 kernels that one run makes, by the profiler."""
+    """Calls of int8 kernels, oneDNN's or ours, that one run makes, by the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
-    wanted = ("qconv", "qlinear", "int_mm")
+    wanted = ("qconv", "qlinear", "int_mm", "cpu_conv")
     return {e.key: e.count for e in profile.key_averages() if any(w in e.key for w in wanted)}
 
 

@@ -141,7 +141,16 @@ def ours(job: Job, *, bits: str, backend: str) -> Made:
         with torch.no_grad():
             return first(compiled(**given))
 
-    return Made(call=call, saved=folder_bytes(path), note=note, since=since, **known)
+    count = None
+    if compiled.backend == "openvino":
+        count = functools.partial(_kernels_of, compiled)
+    saved = folder_bytes(path)
+    return Made(call=call, saved=saved, note=note, since=since, kernels=count, **known)
+
+
+def _kernels_of(compiled: tfmq_fx.Compiled) -> dict[str, int]:
+    ((request, _),) = compiled.runner.compiled.values()  # for one set of shapes
+    return cpu_openvino.integer_kernels(request.get_compiled_model())
 
 
 _COMPILED = functools.partial(floating, compiled=True)

@@ -6,6 +6,7 @@ otherwise goes to standard error.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -66,10 +67,8 @@ def work(variant: str, case: str, **settings: Any) -> Iterator[dict[str, Any]]:
         if "step" in asked:
             asked = yield {"ms": _timed(made.call, inputs, **asked)}
         else:
-            count = made.kernels
-            if count is None:
-                count = kernels(lambda: made.call(inputs[0]))
-            asked = yield {"kernels": count}
+            count = made.kernels or functools.partial(kernels, lambda: made.call(inputs[0]))
+            asked = yield {"kernels": count()}
 
 
 def _settled() -> float:
