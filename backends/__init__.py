@@ -13,6 +13,7 @@ from tfmq_fx.errors import BackendError
 CPU = torch.device("cpu")
 BACKENDS = {
     "eager": "tfmq_fx.backends.eager",
+    "float": "tfmq_fx.backends.float",
     "inductor": "tfmq_fx.backends.inductor",
     "openvino": "tfmq_fx.backends.openvino",
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact, backends
+from .backends.auto import compile_fastest, example_inputs
 from .bound import Bound
 from .calibration import (
     check_sampling,
@@ -35,7 +36,7 @@ from .config import (
 from .correction import measure_errors
 from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
-from .errors import ArtifactError, BackendError, ConfigError
+from .errors import ArtifactError, ConfigError
 from .graph import Rewrite, device_of, own_modules
 from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
 from .ops import check_timesteps
@@ -326,11 +327,16 @@ def fold_timesteps(
 def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled:
     """A new callable module that runs `model` on `backend`; `model` stays the reference.
 
-    backend: "inductor" (torch.compile, integer kernels on CPU and CUDA), "eager", or "auto":
-    inductor where this machine can compile, else eager, with the reason in `.declined`. On CUDA
-    each layer's kernel is chosen by timing it, at the sizes the model was captured with.
-    options: of the backend (torch.compile's mode, dynamic, ...).  Compiling happens at the first
-    call.
+    backend: "inductor" (torch.compile, integer kernels on CPU and CUDA), "openvino" (CPU), "float"
+    (CPU, torch.compile in bfloat16 on the weights that the codes stand for), "eager", or "auto":
+    on the CPU whichever of these runs the model fastest, which is compiled on each and timed here,
+    at the sizes it was captured with, and kept for the next start; models without integers, and
+    CUDA, take inductor; where nothing can compile it is eager. `.millis` has what was measured,
+    `.declined` why a backend was not tried. On CUDA, and with "auto", each layer's kernel is chosen
+    by timing it as well.
+    options: of the backend (`artifact`, `trial`, and torch.compile's mode, dynamic, ... for
+    inductor; `precision`, `threads`, `cache_dir` for openvino). But for "auto", compiling happens
+    at the first call.
     Raises BackendError where the backend is unknown or cannot run here, StaleError where the model
     that this one was made from has other weights since.
     """
@@ -341,17 +347,19 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
         )
     if model.watch is not None:
         model.watch.check_contents()
-    name, note, device = backend, None, device_of(model.gm)
-    if backend == "auto":
-        name = "inductor"
-        try:
-            backends.backend(name, device)
-        except BackendError as error:
-            name, note, options = "eager", str(error), {}
-    runner, lowering = backends.backend(name, device).compile_graph(model.runnable, **options)
-    compiled = Compiled(model, runner, name, lowering)
-    if note:
-        compiled.declined.insert(0, ["the whole model", note])
+    if backend != "auto":
+        chosen = backends.backend(backend, device_of(model.gm))
+        runner, lowering = chosen.compile_graph(model.runnable, **options)
+        return Compiled(model, runner, lowering, backend)
+
+    def inputs() -> list[Tensor]:
+        values = example_inputs(model.gm, model.timesteps)
+        return values if model.feed is None else model.feed(values)
+
+    found = compile_fastest(model.runnable, inputs, options=options)
+    compiled = Compiled(model, found.runner, found.lowering, found.name, millis=found.millis)
+    notes = [["the whole model", reason] for _, reason in found.missing]
+    compiled.declined[:0] = notes
     return compiled
 
 

@@ -365,15 +365,22 @@ class Compiled(GraphModel):
     the converted model and compile after loading).
 
     backend: its name.  lowered: how many layers run as integers.  declined: [layer, reason] of
-    those that do not.
+    those that do not.  millis: of a call, by backend, where several were tried.
     """
 
     def __init__(
-        self, converted: Converted, runner: Callable[..., Any], backend: str, lowering: Rewrite
+        self,
+        converted: Converted,
+        runner: Callable[..., Any],
+        lowering: Rewrite,
+        backend: str,
+        *,
+        millis: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(lowering.gm, converted.call, converted.model_config)
         self.gm.meta["timesteps"] = converted.timesteps
         self.runner, self.backend = runner, backend
+        self.millis = dict(millis or {})
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
         self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch

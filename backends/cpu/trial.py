@@ -86,7 +86,7 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
         rows, matrix = x.view(-1, p.channels), weights.view(p.out_channels, -1)
         float_rows, float_matrix = rows.to(dtype), matrix.to(dtype)
         found["float"] = lambda: F.linear(float_rows, float_matrix)
-        packed = ops.qlinear_prepack(matrix.t().contiguous(), list(rows.shape))
+        packed = ops.qlinear_prepack(matrix, list(rows.shape))
         given: Any = (packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
         found["onednn"] = lambda: ops.qlinear_pointwise(rows, 1.0, 0, *given)
     else:

@@ -1,0 +1,165 @@
+"""Which backend runs a whole model: decided by a short trial of each, once for a model and machine.
+
+Integers are used only where they are faster than compiled bfloat16 on this machine. The choice is
+kept for the next start in `cache_folder()`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.backends import CPU, backend
+from tfmq_fx.backends.cpu import kernels
+from tfmq_fx.errors import BackendError
+from tfmq_fx.files import cache_folder, write_whole
+from tfmq_fx.graph import Rewrite, device_of, timestep_node
+from tfmq_fx.nn import QuantLayer
+from tfmq_fx.ops import size_hint
+from tfmq_fx.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+CANDIDATES = ("inductor", "openvino", "float")
+CALLS = 5  # that are timed; the fastest counts, for what slows others down is not the model's
+_OPTIONS: dict[str, dict[str, Any]] = {"inductor": {"trial": True}}
+
+Timer = Callable[[Callable[[], Any]], float]  # milliseconds of a call
+
+
+@dataclass(slots=True)
+class Fastest:
+    """What was chosen: the name of a backend, what it compiled, milliseconds of a call by backend
+    where they were measured, and why other backends were not tried."""
+
+    name: str
+    runner: Callable[..., Any]
+    lowering: Rewrite
+    millis: dict[str, float] = field(default_factory=dict)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+
+
+def compile_fastest(
+    gm: fx.GraphModule,
+    inputs: Callable[[], list[Tensor]],
+    *,
+    options: dict[str, Any],
+    progress: bool = True,
+    timer: Timer | None = None,
+    cache: Path | None = None,
+) -> Fastest:
+    """The graph on the backend that runs it fastest here.
+
+    On the CPU a quantized graph is compiled and timed on each of `CANDIDATES` that can run it, or,
+    once that was done, compiled by the winner alone. Elsewhere, and for a graph without integers,
+    which must stay exact, it is inductor; where nothing else can run, eager.
+    inputs: values to time with.  options: of torch.compile.  timer: of a call; None takes the least
+    of `CALLS`.  cache: file of the choice; None is the one of this graph and machine.
+    """
+    device = device_of(gm)
+    quantized = any(isinstance(module, QuantLayer) for module in gm.modules())
+    names = CANDIDATES if device.type == "cpu" and quantized else CANDIDATES[:1]
+    able, missing = [], []
+    for name in names:
+        try:
+            backend(name, device)
+            able.append(name)
+        except BackendError as error:
+            missing.append((name, str(error)))
+    path = cache or cache_folder() / f"auto-{_digest(gm, able)}.json"
+    known = _read(path)
+    if known is not None and known[0] in able:
+        able = [known[0]]
+    best: Fastest | None = None
+    millis: dict[str, float] = {}
+    for name in progress_bar(able, "Timing backends", enabled=progress and len(able) > 1):
+        given = _OPTIONS.get(name, {}) | ({} if name == "openvino" else options)
+        try:
+            runner, lowering = backend(name, device).compile_graph(gm, **given)
+            if len(able) > 1:
+                millis[name] = _time(runner, inputs(), timer or _least_millis)
+        except BackendError as error:
+            missing.append((name, str(error)))
+            continue
+        if best is None or millis[name] < millis[best.name]:
+            best = Fastest(name, runner, lowering)
+    if best is None:
+        runner, lowering = backend("eager", device).compile_graph(gm)
+        return Fastest("eager", runner, lowering, missing=missing)
+    best.millis, best.missing = millis, missing
+    if len(millis) > 1:
+        _write(path, best)
+    elif known is not None and known[0] == best.name:
+        best.millis = known[1]
+    return best
+
+
+def example_inputs(gm: fx.GraphModule, timesteps: Tensor | None) -> list[Tensor]:
+    """Values for the placeholders of a graph in the sizes of its capture: floats standard normal,
+    the timestep one that is known, integers 0, booleans true."""
+    generator, t = torch.Generator().manual_seed(0), timestep_node(gm)
+    values = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        like = node.meta["val"]
+        sizes = [size_hint(size) for size in like.shape]
+        if node is t and timesteps is not None:
+            value = timesteps[len(timesteps) // 2].expand(sizes)
+        elif like.is_floating_point():
+            value = torch.randn(sizes, generator=generator)
+        else:
+            value = torch.full(sizes, like.dtype == torch.bool)
+        values.append(value.to(device=like.device, dtype=like.dtype))
+    return values
+
+
+def _time(runner: Callable[..., Any], inputs: list[Tensor], timer: Timer) -> float:
+    with torch.no_grad():
+        return timer(lambda: runner(*inputs))
+
+
+def _least_millis(call: Callable[[], Any]) -> float:
+    for _ in range(2):  # compiles
+        call()
+    times = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times)
+
+
+def _digest(gm: fx.GraphModule, names: list[str]) -> str:
+    """What the choice depends on: the graph, its layers and sizes, and this machine."""
+    sizes = [
+        [size_hint(size) for size in node.meta["val"].shape]
+        for node in gm.graph.find_nodes(op="placeholder")
+    ]
+    machine = kernels.processor() if device_of(gm) == CPU else ""
+    words = (str(gm), sizes, names, machine, torch.__version__, torch.get_num_threads())
+    source = kernels.SOURCE.read_text()
+    return hashlib.sha256("\n".join([*map(str, words), source]).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> tuple[str, dict[str, float]] | None:
+    """An earlier choice, and what was measured; None where there is none or it is damaged."""
+    try:
+        entry = json.loads(path.read_text())
+        return str(entry["backend"]), {str(k): float(v) for k, v in entry["millis"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(path: Path, best: Fastest) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"backend": best.name, "millis": best.millis}))
+    except OSError as error:
+        logger.warning("the choice of a backend is not kept: %s", error)
