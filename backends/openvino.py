@@ -14,7 +14,12 @@ from torch import fx, nn
 
 from tfmq_fx.backends import CPU
 from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.backends.openvino_layers import CompressedLinear, IntegerLayer, float_reason
+from tfmq_fx.backends.openvino_layers import (
+    ChannelsLastNorm,
+    CompressedLinear,
+    IntegerLayer,
+    float_reason,
+)
 from tfmq_fx.backends.openvino_model import OpenVINOCallable
 from tfmq_fx.dialect import Stage
 from tfmq_fx.errors import ConfigError
@@ -35,11 +40,17 @@ def unavailable(device: torch.device = CPU) -> str | None:
 
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
-def lower(gm: fx.GraphModule) -> Rewrite:
+def lower(gm: fx.GraphModule, *, half: bool = False) -> Rewrite:
     """The graph with every quantized layer written for OpenVINO; declined are those that compute in
-    floating point, with the reason. Linear layers among these keep int8 weights."""
-    declined, integer, weight_only = [], 0, []
+    floating point, with the reason. Linear layers among these keep int8 weights.
+
+    half: whether what is not int8 will be computed in bf16; group norms are rewritten otherwise.
+    """
+    declined, integer, weight_only, norms = [], 0, [], 0
     for name, layer in list(gm.named_modules()):
+        if type(layer) is nn.GroupNorm and not half:
+            gm.set_submodule(name, ChannelsLastNorm(layer))
+            norms += 1
         if not isinstance(layer, QuantLayer):
             continue
         reason = float_reason(layer)
@@ -56,8 +67,8 @@ def lower(gm: fx.GraphModule) -> Rewrite:
             lowered = FloatLayer(layer)
             declined.append(Declined(name, f"runs in floating point: {reason}"))
         gm.set_submodule(name, lowered)
-    details = {"integer": integer, "weight_only": weight_only}
-    return Rewrite(gm, integer + len(weight_only), declined, details)
+    details = {"integer": integer, "weight_only": weight_only, "norms": norms}
+    return Rewrite(gm, integer + len(weight_only) + norms, declined, details)
 
 
 def compile_graph(
@@ -70,8 +81,9 @@ def compile_graph(
 ) -> tuple[OpenVINOCallable, Rewrite]:
     """The compiled form of a quantized graph, and what was not lowered to integers.
 
-    precision: of what is not int8; "auto" is bf16 where the CPU computes in it.  threads: left out,
-    as many as torch uses.  cache_dir: where OpenVINO keeps compiled models for the next start.
+    precision: of what is not int8; "auto" is bf16 where the CPU computes in it, but f32 for models
+    with group norms, which are faster so (see `ChannelsLastNorm`).  threads: left out, as many as
+    torch uses.  cache_dir: where OpenVINO keeps compiled models for the next start.
     The first call raises BackendError naming the operations that OpenVINO does not have, if any.
     """
     if unknown:
@@ -82,15 +94,23 @@ def compile_graph(
         raise ConfigError(f"precision={precision!r}; choose from {', '.join(get_args(Precision))}")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads={threads}; at least 1 is needed")
-    lowered = lower(gm)
+    if precision == "auto":
+        norms = any(type(module) is nn.GroupNorm for module in gm.modules())
+        precision = "f32" if norms or not _computes_bf16() else "bf16"
+    lowered = lower(gm, half=precision == "bf16")
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
         # by itself it rounds the inputs of layers whose weights are int8 in floating point
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "INFERENCE_PRECISION_HINT": precision,
     }
-    if precision != "auto":
-        settings["INFERENCE_PRECISION_HINT"] = precision
     if cache_dir is not None:
         settings["CACHE_DIR"] = str(cache_dir)
     return OpenVINOCallable(lowered.gm, settings), lowered
+
+
+def _computes_bf16() -> bool:
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -128,6 +128,49 @@ class CompressedLinear(nn.Module):
         return F.linear(seen, weight.to(x.dtype), self.layer.bias)
 
 
+class ChannelsLastNorm(nn.Module):
+    """A group norm from statistics of single channels, which OpenVINO computes on channels-last
+    memory: its own group norm wants channels first, and every layer round it a copy.
+
+    The variance is E[x^2] - E[x]^2: equal to the two-pass one up to (1 + mean^2 / variance) times
+    float32's rounding, so not for half precision.
+    """
+
+    stage = Stage.LOWERED
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.num_groups, self.num_channels = norm.num_groups, norm.num_channels
+        self.eps, self.affine, self.weight, self.bias = (
+            norm.eps,
+            norm.affine,
+            norm.weight,
+            norm.bias,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalized x (B, channels, ...)."""
+        dims = list(range(2, x.dim()))
+        if not dims:
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        dtype, x = x.dtype, x.float()
+        count, grouped = 1, (-1, self.num_groups, self.num_channels // self.num_groups)
+        for i in dims:
+            count = count * x.shape[i]
+        mean = x.mean(dims).view(grouped).mean(2, keepdim=True)
+        length = torch.linalg.vector_norm(x, dim=dims)  # one pass, where squares would be written
+        square = (length * length / count).view(grouped).mean(2, keepdim=True)
+        factor = torch.rsqrt((square - mean * mean).clamp(min=0) + self.eps)
+        shift = -mean * factor
+        if self.affine:
+            weight = self.weight.float().view(1, *grouped[1:])
+            shift = shift * weight + self.bias.float().view(1, *grouped[1:])
+            factor = factor * weight
+        shape = (-1, self.num_channels, *[1] * len(dims))
+        factor, shift = (v.expand(-1, *grouped[1:]).reshape(shape) for v in (factor, shift))
+        return (x * factor + shift).to(dtype)
+
+
 def without_codes(layer: QuantLayer) -> QuantLayer:
     """A copy of a layer that knows its ranges and settings and holds no weights."""
 

@@ -21,7 +21,12 @@ from tfmq_fx import (
     prepare,
 )
 from tfmq_fx.backends.openvino import lower, unavailable
-from tfmq_fx.backends.openvino_layers import IntegerLayer, fake_quantize, float_reason
+from tfmq_fx.backends.openvino_layers import (
+    ChannelsLastNorm,
+    IntegerLayer,
+    fake_quantize,
+    float_reason,
+)
 from tfmq_fx.dialect import Stage, stage_of
 from tfmq_fx.errors import BackendError, ConfigError, InputError
 from tfmq_fx.metrics import sqnr
@@ -343,6 +348,22 @@ def test_fake_quantization_is_the_reference():
     assert fake_quantize(x.to("meta"), 0.25, 3, 15).shape == x.shape
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5), (2, 8, 5, 7)], ids=str)
+def test_channels_last_norms_are_group_norms(shape, affine):
+    generator = torch.Generator().manual_seed(0)
+    norm = nn.GroupNorm(2, 8, affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight, generator=generator)
+        nn.init.normal_(norm.bias, generator=generator)
+    x = 3 + torch.randn(shape, generator=generator)
+    found, expected = ChannelsLastNorm(norm)(x), norm(x)
+    # E[x^2] is about 10, so that the variance, about 1, is off by some 10 roundings of 2^-24, for
+    # values that are below 10
+    assert (found - expected).abs().max() <= 10 * 20 * 2**-24 * 2
+    assert ChannelsLastNorm(norm.bfloat16())(x.bfloat16()).dtype == torch.bfloat16
+
+
 def agrees(runner, model, source, calls):
     """Both are about as far from full precision: codes that fall on the other side of a boundary
     in one layer move those of later ones, so that errors are alike in size, not in value."""
@@ -365,6 +386,7 @@ def test_a_unet_of_diffusers_runs_end_to_end():
     agrees(runner, model, source, calls)
     assert sum(kernels(runner)) == runner.lowered
     assert runner.lowered > 20 and runner.config is model.config
+    agrees(compiled(model, precision="bf16"), model, source, calls)  # with OpenVINO's own norms
 
 
 @torch.no_grad()
