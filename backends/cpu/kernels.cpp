@@ -74,6 +74,42 @@ inline __m512 silu(__m512 v) {
     return _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.f), e));
 }
 
+// GELU by its tanh formula, which is v * sigmoid(2 u)
+inline __m512 gelu_tanh(__m512 v) {
+    const __m512 cube = _mm512_mul_ps(v, _mm512_mul_ps(v, v));
+    const __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), v);
+    const __m512 e = exp2(_mm512_mul_ps(u, _mm512_set1_ps(-2 * 0.7978845608f * LOG2E)));
+    return _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.f), e));
+}
+
+// GELU by erf; Abramowitz and Stegun 7.1.26, absolute error of erf below 2e-7
+inline __m512 gelu(__m512 v) {
+    const __m512 one = _mm512_set1_ps(1.f);
+    const __m512 z = _mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(0.70710678f));
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
+    __m512 p = _mm512_set1_ps(1.061405429f);
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+    p = _mm512_mul_ps(_mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f)), t);
+    const __m512 e = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-LOG2E)));
+    const __m512 erf = _mm512_fnmadd_ps(p, e, one);  // of |v|
+    const __mmask16 negative = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 signed_erf = _mm512_mask_sub_ps(erf, negative, _mm512_setzero_ps(), erf);
+    return _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(0.5f)), _mm512_add_ps(one, signed_erf));
+}
+
+enum class Activation { none, silu, gelu, gelu_tanh };
+
+inline __m512 activate(__m512 v, Activation which) {
+    switch (which) {
+        case Activation::silu: return silu(v);
+        case Activation::gelu: return gelu(v);
+        case Activation::gelu_tanh: return gelu_tanh(v);
+        default: return v;
+    }
+}
+
 // round(v * inverse) + zero, kept in [0, levels], as bytes
 inline void store_codes(
     uint8_t* p, __m512 v, __m512 inverse, __m512i zero, __m512i levels, __mmask16 m) {
@@ -202,6 +238,7 @@ struct Epilogue {
     const float* out_scale; // (ranges,), `out_scale_step` apart, where the result is codes
     int64_t out_scale_step, rows_per_out_range;
     int32_t out_zero, out_levels;
+    Activation activation;  // before the result is written
 };
 
 // The values of `m` pixels from `row` on and up to 64 outputs from `column` on, to memory.
@@ -223,6 +260,7 @@ void finish(
                 v = _mm512_add_ps(v, load(p, mask));
             }
             if (e.residual) v = _mm512_add_ps(v, load(static_cast<const T*>(e.residual) + at, mask));
+            if (e.activation != Activation::none) v = activate(v, e.activation);
             if (e.out_scale) {
                 const __m512 inverse = _mm512_set1_ps(1.f / e.out_scale[(row + i) / e.rows_per_out_range * e.out_scale_step]);
                 store_codes(
@@ -296,20 +334,34 @@ void convolve(
     });
 }
 
+// Elements between neighbouring pixels of codes (B, H, W, C); sides of one pixel have any stride.
+int64_t pixel_stride(const Tensor& x) {
+    int64_t pixel = -1, apart = 1;
+    bool even = x.stride(3) == 1 && x.size(3) % 4 == 0;
+    for (const int dim : {2, 1, 0}) {
+        if (x.size(dim) > 1) {
+            if (pixel < 0) pixel = x.stride(dim) / apart;
+            even &= x.stride(dim) == pixel * apart;
+        }
+        apart *= x.size(dim);
+    }
+    TORCH_CHECK(
+        even, "cpu_conv takes codes with channels last, in fours, and pixels evenly apart");
+    return pixel < 0 ? x.size(3) : pixel;
+}
+
 Tensor conv(
     at::TensorList xs, at::TensorList weights, at::TensorList zeros, at::TensorList weight_scales,
     at::TensorList offsets, at::TensorList scales, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& row, const std::optional<Tensor>& residual,
     const std::optional<Tensor>& out_scale, int64_t out_zero, int64_t out_levels, int64_t out,
-    at::IntArrayRef taps, at::IntArrayRef stride, at::IntArrayRef dilation, at::ScalarType dtype) {
+    at::IntArrayRef taps, at::IntArrayRef stride, at::IntArrayRef dilation, at::ScalarType dtype,
+    c10::string_view activation) {
     const Tensor& x = xs[0];
     for (const std::optional<Tensor>& each : {bias, row, residual})
         TORCH_CHECK(!each || each->is_contiguous(), "cpu_conv takes contiguous summands");
-    for (const Tensor& each : xs)
-        TORCH_CHECK(
-            each.stride(3) == 1 && each.stride(1) == each.size(2) * each.stride(2) &&
-                (each.size(0) == 1 || each.stride(0) == each.size(1) * each.stride(1)),
-            "cpu_conv takes codes with channels last and pixels evenly apart");
+    for (const std::optional<Tensor>& each : {row, residual})
+        TORCH_CHECK(!each || each->scalar_type() == dtype, "cpu_conv takes summands in its dtype");
     Geometry g;
     g.batch = x.size(0), g.height = x.size(1), g.width = x.size(2), g.out = out;
     g.taps_y = taps[0], g.taps_x = taps[1];
@@ -330,12 +382,16 @@ Tensor conv(
         s.offset = offsets[k].const_data_ptr<int32_t>();
         s.scale = scales[k].const_data_ptr<float>();
         s.channels = xs[k].size(3);
-        s.pixel = xs[k].stride(2);
+        s.pixel = pixel_stride(xs[k]);
         s.scale_step = scales[k].stride(0);
         s.rows_per_range = std::max<int64_t>(1, rows / scales[k].size(0));
         segments.push_back(s);
     }
     Epilogue e{};
+    if (activation == "silu") e.activation = Activation::silu;
+    else if (activation == "gelu") e.activation = Activation::gelu;
+    else if (activation == "gelu_tanh") e.activation = Activation::gelu_tanh;
+    else TORCH_CHECK(activation == "none", "cpu_conv knows no activation ", activation);
     const bool codes = out_scale.has_value();
     if (bias) e.bias = bias->const_data_ptr<float>();
     if (row) e.row = row->const_data_ptr();
@@ -367,8 +423,8 @@ struct Norm {
 // Per-channel factors a and summands b, (B, C), by which x * a + b is the norm, modulated.
 template <typename T>
 void affine(
-    const T* x, const Norm& n, const float* weight, const float* bias, const T* factor,
-    const T* shift, float* a, float* b) {
+    const T* x, const Norm& n, const float* weight, const float* bias, const float* factor,
+    const float* shift, float* a, float* b) {
     const int64_t pixels = n.height * n.width, c = n.channels, each = c / n.groups;
     const int64_t threads = at::get_num_threads();
     const int64_t cuts = std::max<int64_t>(
@@ -428,8 +484,8 @@ void affine(
                 const int64_t channel = group * each + k, at = sample * c + channel;
                 double scale = inverse * (weight ? weight[channel] : 1.f);
                 double add = (bias ? bias[channel] : 0.f) - mean * scale;
-                if (factor) scale *= static_cast<float>(factor[at]), add *= static_cast<float>(factor[at]);
-                if (shift) add += static_cast<float>(shift[at]);
+                if (factor) scale *= factor[at], add *= factor[at];
+                if (shift) add += shift[at];
                 a[at] = static_cast<float>(scale), b[at] = static_cast<float>(add);
             }
         }
@@ -495,15 +551,12 @@ void norm_codes(
     const auto floats = [](const std::optional<Tensor>& t) {
         return t ? t->const_data_ptr<float>() : nullptr;
     };
-    const auto values = [](const std::optional<Tensor>& t) {
-        return t ? t->const_data_ptr<T>() : nullptr;
-    };
     const T* from = x.const_data_ptr<T>();
     std::vector<float> a, b;
     if (n.groups > 0) {
         a.resize(n.batch * n.channels), b.resize(n.batch * n.channels);
         affine<T>(
-            from, n, floats(weight), floats(bias), values(factor), values(shift), a.data(), b.data());
+            from, n, floats(weight), floats(bias), floats(factor), floats(shift), a.data(), b.data());
     }
     codes_of<T>(
         from, n, n.groups > 0 ? a.data() : nullptr, b.data(), scales, zeros, sizes, levels,
@@ -517,6 +570,8 @@ Tensor norm(
     const std::optional<Tensor>& shift, bool silu, at::TensorList scales, at::IntArrayRef zeros,
     at::IntArrayRef sizes, int64_t levels, at::IntArrayRef pads) {
     TORCH_CHECK(x.is_contiguous(), "cpu_norm takes a contiguous (B, H, W, C)");
+    for (const std::optional<Tensor>& each : {weight, bias, factor, shift})
+        TORCH_CHECK(!each || each->is_contiguous(), "cpu_norm takes contiguous modulation");
     const Norm n{x.size(0), x.size(1), x.size(2), x.size(3), groups, pads[0],
                  pads[1],   pads[2],   pads[3],   eps,       silu};
     Tensor y = at::empty(

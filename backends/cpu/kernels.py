@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import math
 import os
 import platform
 import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,12 +28,13 @@ WIDE = 64  # outputs of a panel of weights
 SOURCE = Path(__file__).with_name("kernels.cpp")
 DTYPES = (torch.float32, torch.bfloat16)  # that the kernels read and write
 _FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
+_OPTIONS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp")
 _LIBRARY = torch.library.Library("tfmq_fx", "FRAGMENT")
 _LIBRARY.define(
     "cpu_conv(Tensor[] xs, Tensor[] weights, Tensor[] zeros, Tensor[] weight_scales, "
     "Tensor[] offsets, Tensor[] scales, Tensor? bias, Tensor? row, Tensor? residual, "
     "Tensor? out_scale, int out_zero, int out_levels, SymInt out, int[] taps, int[] stride, "
-    "int[] dilation, ScalarType dtype) -> Tensor"
+    "int[] dilation, ScalarType dtype, str activation='none') -> Tensor"
 )
 _LIBRARY.define(
     "cpu_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? factor, "
@@ -48,6 +47,7 @@ cpu_conv = torch.ops.tfmq_fx.cpu_conv.default
 
 weights: one of `panels` for each segment.  zeros: (O padded to 64,) uint8, of packed weights.
 out: channels O of the result.  taps: height and width of the filters.
+activation: of the sums, before they are written: "none", "silu", "gelu", "gelu_tanh".
 """
 cpu_norm = torch.ops.tfmq_fx.cpu_norm.default
 """`group_norm_quantize` (`cuda.norm`) into codes in uint8; with 0 groups the codes of x itself."""
@@ -90,7 +90,10 @@ def load() -> None:
     path = _library()
     if not path.exists():
         _compile(path)
-    torch.ops.load_library(str(path))
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise BackendError(f"{path} does not load: {error}. Remove it.") from error
 
 
 def _compiler() -> str:
@@ -100,9 +103,15 @@ def _compiler() -> str:
 
 
 def _library() -> Path:
-    compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    words = (SOURCE.read_text(), version, torch.__version__, processor(), sys.version)
+    try:
+        compiler = _compiler()
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    except Exception as error:  # Inductor raises its own InvalidCxxCompiler, a private type
+        raise BackendError(
+            f"the CPU kernels need a C++ compiler, and none runs here ({type(error).__name__}: "
+            f"{error}). Install g++ or clang++, or set CXX."
+        ) from error
+    words = (SOURCE.read_text(), *_OPTIONS, version, torch.__version__, processor(), sys.version)
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     return cache_folder() / f"cpu-kernels-{digest}.so"
 
@@ -112,12 +121,12 @@ def _compile(path: Path) -> None:
     made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     include, lib = root / "include", root / "lib"
     abi = int(torch.compiled_with_cxx11_abi())
-    command = [_compiler(), "-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
-    command += [f"-I{include}", f"-I{include}/torch/csrc/api/include"]
+    command = [_compiler(), *_OPTIONS, f"-I{include}", f"-I{include}/torch/csrc/api/include"]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", str(SOURCE), "-o", str(made)]
     command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        made.touch()  # else a folder that cannot be written reads as an error of the compiler
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BackendError(f"{SOURCE.name} does not compile:\n{done.stderr.strip()[-2000:]}")
@@ -129,14 +138,6 @@ def _compile(path: Path) -> None:
         ) from error
     finally:
         made.unlink(missing_ok=True)
-
-
-def compiler_is_there() -> bool:
-    """Whether this machine has the compiler that the kernels need."""
-    try:
-        return shutil.which(_compiler()) is not None
-    except Exception:  # Inductor raises its own InvalidCxxCompiler, a private type
-        return False
 
 
 def panels(weight: Tensor) -> Tensor:
@@ -174,6 +175,7 @@ def _fake_conv(
     stride: Sequence[int],
     dilation: Sequence[int],
     dtype: torch.dtype,
+    activation: str = "none",
 ) -> Tensor:
     x = xs[0]
     high, wide = (
@@ -212,8 +214,3 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 torch.library.register_fake("tfmq_fx::cpu_conv", _fake_conv, lib=_LIBRARY)
 torch.library.register_fake("tfmq_fx::cpu_norm", _fake_norm, lib=_LIBRARY)
 torch.library.register_fake("tfmq_fx::cpu_attention", _fake_attention, lib=_LIBRARY)
-
-
-def default_scale(q: Tensor) -> float:
-    """The scale of attention scores where none is given."""
-    return 1.0 / math.sqrt(q.shape[-1])

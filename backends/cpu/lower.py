@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from tfmq_fx.backends.attention import pad_attention
 from tfmq_fx.backends.cuda.fuse import fuse
+from tfmq_fx.backends.cuda.fuse_epilogues import requantize
 from tfmq_fx.backends.cuda.layers import CudaLayer, problem_of
 from tfmq_fx.backends.cuda.lower import give_codes
 from tfmq_fx.backends.cuda.tiles import Problem, Tile
@@ -22,7 +23,7 @@ from tfmq_fx.backends.dequantized import DequantizedLayer, fast_dtype
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.backends.torchao import to_torchao
 from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.graph import Declined, Rewrite, graph_pass, prune
 from tfmq_fx.kernels import keeps_integer_weights, obstacle
 from tfmq_fx.layers import layer_input
 from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
@@ -30,6 +31,7 @@ from tfmq_fx.ops import size_hint
 
 from . import kernels
 from .attention import use_kernel
+from .fuse_activations import fuse_activations
 from .onednn import OnednnLayer
 
 MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
@@ -71,6 +73,9 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
             for node in nodes:
                 give_codes(gm, node, name, layer, made)
     fused = fuse(gm, choose)
+    fused["activations"] = fuse_activations(gm)
+    prune(gm.graph)
+    fused["requantize"] += requantize(gm)  # codes of activations
     for module in list(gm.modules()):
         if isinstance(module, CudaLayer):
             module.to_panels()
@@ -142,7 +147,8 @@ def freezes(gm: fx.GraphModule) -> bool:
     for module in gm.modules():
         if isinstance(module, OnednnLayer):
             return True
-        if not isinstance(module, CudaLayer):
-            loose += sum(t.nbytes for t in module.parameters(recurse=False) if t.dim() > 1)
-            loose += sum(t.nbytes for t in module.buffers(recurse=False) if t.dim() > 1)
+        if isinstance(module, (FloatLayer, DequantizedLayer)):
+            loose += module.dequantized.nbytes
+        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            loose += sum(p.nbytes for p in module.parameters(recurse=False))
     return loose > MOST_LOOSE

@@ -87,13 +87,15 @@ class CudaLayer(nn.Module):
             self.codes_dtype = FP8
         self.zero_point, self.levels = int(layer.act_zero), levels(layer.act_bits)
         self.out_zero, self.out_levels, self.out_dtype = 0, 0, dtype
+        self.activation = "none"  # of the result; kernels on the CPU have some
 
         codes = _channels_last(layer.weight_codes())
         zero = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
+        if problem.half:
+            zero = layer.weight_zero.clone()
         sums = codes.float().sum((1, 2, 3)) if self.codes_dtype == FP8 else codes.sum((1, 2, 3))
         weight = codes
         if problem.half and not self.on_cpu:
-            zero = layer.weight_zero.clone()
             unsigned = codes.to(torch.int16) + zero.to(torch.int16)[:, None, None, None]
             weight = pack_weight(unsigned, problem.half)
         self.register_buffer("weight", weight.contiguous())
@@ -310,6 +312,7 @@ def _run_on_cpu(
         list(first.problem.stride),
         list(first.problem.dilation),
         first.dtype,
+        first.activation,
     )
     return y
 

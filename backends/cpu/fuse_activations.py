@@ -1,0 +1,52 @@
+"""Let kernels apply the activation that follows a layer.
+
+gelu(linear(q, s))    ->    linear(q, s), which applies gelu
+"""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from tfmq_fx.backends.cuda.layers import ConcatLayer, CudaLayer
+from tfmq_fx.backends.cuda.matching import called, only_user, written_nodes
+from tfmq_fx.ops import op_name
+
+
+def fuse_activations(gm: fx.GraphModule) -> int:
+    """Give SiLU and GELU to the layers whose results they read, in place; how many.
+
+    Left alone where something else reads the result, and where a layer is called twice.
+    """
+    changed, written = 0, written_nodes(gm)
+    for node in list(gm.graph.nodes):
+        layer = called(gm, node, CudaLayer, ConcatLayer)
+        user = only_user(node) if layer is not None else None
+        if user is None or layer is None or {node, user} & written:
+            continue
+        first = layer.first if isinstance(layer, ConcatLayer) else layer
+        assert isinstance(first, CudaLayer)
+        name = activation(gm, user)
+        once = len(gm.graph.find_nodes(op="call_module", target=node.target)) == 1
+        fresh = first.activation == "none" and "out_scale" not in node.kwargs
+        if name is None or not once or not fresh or not first.on_cpu:
+            continue
+        first.activation = name
+        user.replace_all_uses_with(node)
+        gm.graph.erase_node(user)
+        changed += 1
+    return changed
+
+
+def activation(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """What a node applies to its first argument, by the kernels' name for it; None for all else."""
+    silu, gelu = called(gm, node, nn.SiLU), called(gm, node, nn.GELU)
+    given = {**node.kwargs}
+    if silu is not None:
+        return None if silu.inplace else "silu"
+    if gelu is not None:
+        given = {"approximate": gelu.approximate}
+    elif op_name(node) == "silu":
+        return "silu" if len(node.args) == 1 and not given.get("inplace") else None
+    elif op_name(node) != "gelu" or len(node.args) > 1:
+        return None
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(given.get("approximate", "none")))
