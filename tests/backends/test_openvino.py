@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.bound.toys import TOKENS, WIDTH, Conditional
 from tests.toys import ToyDiT, seeded, tiny_unet2d
 from tfmq_fx import (
     PRESETS,
@@ -405,3 +406,12 @@ def test_a_transformer_runs_end_to_end():
     runner = compiled(model)
     agrees(runner, model, source, calls)
     assert sum(kernels(runner)) == runner.lowered
+
+
+@torch.no_grad()
+def test_a_bound_model_runs_on_what_its_prologue_gives():
+    source = seeded(Conditional).eval()
+    text = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    calls = [(2 * text, torch.full((2,), t), torch.tensor([1, 2]), text) for t in TIMES]
+    model = bind_request(converted(source, calls))
+    agrees(compiled(model), model, source, calls)
