@@ -586,18 +586,20 @@ def test_the_eager_backend_is_the_reference(toys):
 
 
 def test_auto_falls_back_to_eager_and_says_why(toys, monkeypatch):
-    from tfmq_fx.backends import inductor
+    from tfmq_fx.backends import float, inductor, openvino
 
-    monkeypatch.setattr(inductor, "unavailable", lambda device: "no compiler today")
+    for backend in (inductor, float, openvino):
+        monkeypatch.setattr(backend, "unavailable", lambda device: "no compiler today")
     compiled = compile(toys["w8a8"], mode="max-autotune")
     assert compiled.backend == "eager"
-    reason = "backend 'inductor': no compiler today. Use backend='eager'."
-    assert compiled.declined[0] == ["the whole model", reason]
+    for name, found in zip(("inductor", "openvino", "float"), compiled.declined, strict=False):
+        reason = f"backend '{name}': no compiler today. Use backend='eager'."
+        assert found == ["the whole model", reason]
     with pytest.raises(BackendError, match="'inductor': no compiler today"):
         compile(toys["w8a8"], "inductor")
 
 
-@pytest.mark.parametrize("name", ["tensorrt", "openvino"])
+@pytest.mark.parametrize("name", ["tensorrt", "onnx"])
 def test_unknown_backends_are_named(toys, name):
     with pytest.raises(BackendError, match=f"backend '{name}'"):
         compile(toys["w8a8"], name)

@@ -6,6 +6,7 @@ compiled once a machine (about ten seconds).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -38,8 +39,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "cpu_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? factor, "
-    "Tensor? shift, bool silu, Tensor[] scales, int[] zeros, int[] sizes, int levels, int[] pads) "
-    "-> Tensor"
+    "Tensor? shift, bool silu, Tensor[] scales, int[] zeros, int[] sizes, int levels, int[] pads, "
+    "Tensor? more=None) -> Tensor"
 )
 _LIBRARY.define("cpu_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 cpu_conv = torch.ops.tfmq_fx.cpu_conv.default
@@ -50,7 +51,8 @@ out: channels O of the result.  taps: height and width of the filters.
 activation: of the sums, before they are written: "none", "silu", "gelu", "gelu_tanh".
 """
 cpu_norm = torch.ops.tfmq_fx.cpu_norm.default
-"""`group_norm_quantize` (`cuda.norm`) into codes in uint8; with 0 groups the codes of x itself."""
+"""`group_norm_quantize` (`cuda.norm`) into codes in uint8; with 0 groups the codes of x itself.
+more: (B, H, W, C'), channels that follow those of x, as if both were concatenated."""
 cpu_attention = torch.ops.tfmq_fx.cpu_attention.default
 """softmax(q k^T scale) v for q (B, H, L, D), k, v (B, H, K, D): (B, H, L, D), heads innermost but
 for channels. Products are of bfloat16, summed in float32, so are scores and their softmax."""
@@ -137,7 +139,8 @@ def _compile(path: Path) -> None:
             "folder that can be written."
         ) from error
     finally:
-        made.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            made.unlink()
 
 
 def panels(weight: Tensor) -> Tensor:
@@ -199,8 +202,11 @@ def _fake_norm(
     sizes: Sequence[int],
     levels: int,
     pads: Sequence[int],
+    more: Tensor | None = None,
 ) -> Tensor:
     batch, height, width, channels = x.shape
+    if more is not None:
+        channels += more.shape[3]
     left, right, top, bottom = pads
     shape = (batch, top + height + bottom, left + width + right, channels)
     return x.new_empty(shape, dtype=torch.uint8)

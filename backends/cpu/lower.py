@@ -32,6 +32,7 @@ from tfmq_fx.ops import size_hint
 from . import kernels
 from .attention import use_kernel
 from .fuse_activations import fuse_activations
+from .fuse_concat import fuse_concat
 from .onednn import OnednnLayer
 
 MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
@@ -74,6 +75,7 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
                 give_codes(gm, node, name, layer, made)
     fused = fuse(gm, choose)
     fused["activations"] = fuse_activations(gm)
+    fused["concat"] = fuse_concat(gm)
     prune(gm.graph)
     fused["requantize"] += requantize(gm)  # codes of activations
     for module in list(gm.modules()):
