@@ -29,12 +29,15 @@ def with_artifact(path: Path, compile_and_run: Callable[[], T]) -> T:
         raise ConfigError(f"artifact={str(path)!r} is a folder; name a file")
     if path.exists():
         try:
-            found = torch.compiler.load_cache_artifacts(path.read_bytes())
-        except Exception as error:  # torch raises what its unpacking meets
-            raise ConfigError(
-                f"artifact={str(path)!r} holds no compiled model ({type(error).__name__}: "
-                f"{error}). Remove it, or name another file."
-            ) from error
+            content = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"artifact={str(path)!r} cannot be read: {error}") from error
+        try:
+            found = torch.compiler.load_cache_artifacts(content)
+        except Exception as error:  # torch raises what its caches meet
+            raise _no_artifact(path) from error
+        if found is None:  # what does not unpack is logged by torch
+            raise _no_artifact(path)
         logger.info("read %s: %s", path, found)
     before = counters["inductor"]["fxgraph_cache_miss"]
     result = compile_and_run()
@@ -49,3 +52,9 @@ def with_artifact(path: Path, compile_and_run: Callable[[], T]) -> T:
     except OSError as error:
         raise ConfigError(f"artifact={str(path)!r} cannot be written: {error}") from error
     return result
+
+
+def _no_artifact(path: Path) -> ConfigError:
+    return ConfigError(
+        f"artifact={str(path)!r} holds no compiled model. Remove it, or name another file."
+    )

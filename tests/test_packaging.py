@@ -64,6 +64,18 @@ def test_package_data_is_listed_and_present():
     assert len(assets) == sum(f.startswith("assets/") for f in files)  # no deeper folder
 
 
+def test_sources_of_kernels_are_package_data():
+    found = {}
+    for path in (ROOT / "backends").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            inner = path.parent.relative_to(ROOT / "backends").parts
+            found.setdefault(".".join(("tfmq_fx.backends", *inner)), []).append(path.name)
+    assert found == {"tfmq_fx.backends.cpu": ["kernels.cpp"]}
+    for package, names in found.items():
+        patterns = SETUPTOOLS["package-data"][package]
+        assert all(any(fnmatch.fnmatch(name, p) for p in patterns) for name in names)
+
+
 def test_the_version_is_one():
     assert PROJECT["project"]["version"] == tfmq_fx.__version__
 

@@ -21,7 +21,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
     query: (B, H, L, D), key, value: (B, H, K, D), float32 or bfloat16.  scale: None is D ** -0.5.
     """
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    y: Tensor = kernels.cpu_attention(query, key, value, scale or query.shape[-1] ** -0.5)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    y: Tensor = kernels.cpu_attention(query, key, value, scale)
     return y
 
 
@@ -55,5 +57,5 @@ def _arguments(node: fx.Node) -> tuple[Any, ...] | None:
         return None
     if any(v.dtype != values[0].dtype for v in values) or values[0].dtype not in kernels.DTYPES:
         return None
-    heads = {str(v.shape[1]) for v in values}
-    return (*tensors, scale) if len(heads) == 1 else None
+    leading = {str(tuple(v.shape[:2])) for v in values}  # else one broadcasts to another
+    return (*tensors, scale) if len(leading) == 1 else None

@@ -42,8 +42,10 @@ def concat_codes(
 ) -> Tensor:
     """`norm_codes` of two tensors (B, C, H, W) and (B, C', H, W) as of their concatenation, into
     uint8; with 0 groups the codes of the concatenation itself."""
-    weight, bias = (None if v is None else v.float() for v in (weight, bias))
-    factor, shift = (None if v is None else v.flatten(1).float() for v in (factor, shift))
+    weight, bias, factor, shift = (
+        None if v is None else v.flatten(1 if v.dim() > 1 else 0).float().contiguous()
+        for v in (weight, bias, factor, shift)
+    )
     parts = [part.permute(0, 2, 3, 1).contiguous() for part in (x, more)]
     modulation = (weight, bias, eps, factor, shift, silu)
     scales = [scale.reshape(-1) for scale in scales]

@@ -64,8 +64,9 @@ def norm_codes(
     factor, shift = (None if v is None else v.flatten(1) for v in (factor, shift))
     pixels = images.permute(0, 2, 3, 1).contiguous()
     if dtype == torch.uint8:  # the CPU's codes
-        weight, bias = (None if v is None else v.float() for v in (weight, bias))
-        factor, shift = (None if v is None else v.to(x.dtype).contiguous() for v in (factor, shift))
+        pixels = pixels if pixels.dtype in kernels.DTYPES else pixels.float()
+        weight, bias = (None if v is None else v.float().contiguous() for v in (weight, bias))
+        factor, shift = (None if v is None else v.float().contiguous() for v in (factor, shift))
         modulation = (weight, bias, eps, factor, shift, silu)
         found: Tensor = kernels.cpu_norm(
             pixels, groups, *modulation, scales, zeros, sizes, levels, pads

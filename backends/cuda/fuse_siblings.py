@@ -50,6 +50,8 @@ def _worth_it(layers: Sequence[CudaLayer], choose: Chooser) -> Choice | None:
     joint = choose(joint_problem(layers), layers[0].dtype)
     if joint.engine == "float":
         return None
+    if layers[0].on_cpu:  # the only kernel for layers on the CPU's codes
+        joint = dataclasses.replace(joint, engine="cpu")
     if joint.micros and all(layer.choice.micros for layer in layers):
         apart = sum(layer.choice.micros[layer.choice.engine] for layer in layers)
         return joint if joint.micros[joint.engine] < apart else None
