@@ -16,6 +16,7 @@ from tfmq_fx import (
     ActivationSpec,
     LayerConfig,
     WeightSpec,
+    bind_request,
     calibrate,
     compile,
     convert,
