@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.backends.cpu.cases import (
     conv_arguments,
@@ -18,12 +19,18 @@ from tests.backends.cpu.cases import (
     norms,
 )
 from tfmq_fx.backends.cpu import kernels
-from tfmq_fx.backends.cuda.conv import conv2d_reference
+from tfmq_fx.backends.cuda.conv import conv2d_reference, quantize
 from tfmq_fx.backends.cuda.norm import group_norm_quantize_reference
 from tfmq_fx.errors import BackendError
 from tfmq_fx.metrics import sqnr
 
 BF16_STEP = 2**-7  # between neighbours in bfloat16, of the lower one
+ACTIVATIONS = {
+    "none": lambda v: v,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,18 +48,22 @@ def threads():
     torch.set_num_threads(before)
 
 
-def agrees(given, reference):
+def agrees(given, reference, activation="none"):
     """Assert that the kernel gives what the reference does.
 
     Sums of integers are exact, and so are their parts of the result but for three roundings each;
     with at most four summands more, each of the two is within 8 * 2**-24 of the sizes added up.
     A result in bfloat16 may then lie at the neighbour, and a code, next to the middle of two, at
-    the other one.
+    the other one. Activations have slopes below 1.13, and errors of their own below 2e-7 of 1 + erf
+    or 1 + exp.
     """
-    found = kernels.cpu_conv(**given)
+    found = kernels.cpu_conv(**given, activation=activation)
     whole = {**reference, "dtype": torch.float32, "out_scale": None}
     value = conv2d_reference(**whole)
     slack = 2**-20 * _sizes(whole)
+    if activation != "none":
+        slack = 1.13 * slack + 2**-21 * value.abs()
+        value = ACTIVATIONS[activation](value)
     if given["out_scale"] is None:
         expected = value.to(given["dtype"])
         if given["dtype"] == torch.bfloat16:
@@ -61,10 +72,12 @@ def agrees(given, reference):
         assert found.dtype == expected.dtype and found.shape == expected.shape
         assert ((found.float() - expected.float()).abs() <= slack).all()
         return found
-    codes = conv2d_reference(**reference).short() + 128
-    assert found.dtype == torch.uint8 and found.shape == codes.shape
     scale = given["out_scale"]
-    scale = scale.repeat_interleave(found[..., 0].numel() // len(scale)).view(*found.shape[:3], 1)
+    scale = scale.repeat_interleave(value[..., 0].numel() // len(scale)).view(*value.shape[:3], 1)
+    codes = quantize(value, scale, 100, 250, torch.uint8)
+    if activation == "none":
+        assert torch.equal(codes.short(), conv2d_reference(**reference).short() + 128)
+    assert found.dtype == torch.uint8 and found.shape == codes.shape
     _at_boundaries(found, codes, value / scale, slack / scale)
     return found
 
@@ -108,6 +121,23 @@ def test_random_convolutions_equal_the_reference(drawn):
 def test_results_are_requantized_to_the_same_codes(drawn):
     ranges = ["all", "sample", "row"][drawn["seed"] % 3]
     agrees(*conv_arguments(**drawn, requantize=ranges))
+
+
+@needs_kernels
+@pytest.mark.parametrize("requantize", [None, "sample"])
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "none"])
+def test_activations_are_applied_to_the_whole_sum(activation, requantize):
+    given, reference = conv_arguments(size=(12, 12), channels=(20, 8), requantize=requantize)
+    far = 8 * given["residual"]  # from deep in one tail to the other
+    given["residual"] = reference["residual"] = far
+    found = agrees(given, reference, activation)
+    assert len(found.unique()) > 30
+
+
+@needs_kernels
+def test_other_activations_are_refused():
+    with pytest.raises(RuntimeError, match="no activation relu"):
+        kernels.cpu_conv(**conv_arguments()[0], activation="relu")
 
 
 @needs_kernels
@@ -240,6 +270,19 @@ def same_codes(given):
 @given(norms())
 def test_random_norms_give_the_codes_of_exact_arithmetic(drawn):
     same_codes(norm_arguments(**drawn))
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(norms(), st.floats(0, 1))
+def test_parts_are_normed_as_their_concatenation_is(drawn, cut):
+    given = norm_arguments(**drawn)
+    whole, x = kernels.cpu_norm(**given), given["x"]
+    if x.shape[3] > 1:
+        first = 1 + int(cut * (x.shape[3] - 2))
+        parts = [part.contiguous() for part in x.split([first, x.shape[3] - first], 3)]
+        found = kernels.cpu_norm(**{**given, "x": parts[0]}, more=parts[1])
+        assert torch.equal(found, whole)
 
 
 @needs_kernels
@@ -376,6 +419,8 @@ def test_equal_scores_average():
     ("cpu_conv", conv_arguments(channels=(8, 4), requantize="row")[0]),
     ("cpu_norm", norm_arguments(runs=2, pads=(1, 0, 2, 3))),
     ("cpu_norm", norm_arguments(groups=0, dtype=torch.bfloat16)),
+    ("cpu_norm", norm_arguments(width=1, groups=4, runs=1) | {"sizes": [9], "weight": None,
+     "bias": None, "factor": None, "shift": None, "groups": 3, "more": torch.randn(2, 5, 7, 5)}),
     ("cpu_attention", dict(zip("qkv", attended(out=12), strict=True)) | {"scale": 0.3}),
 ])  # fmt: skip
 def test_the_ops_pass_torchs_own_checks(op, arguments):
