@@ -721,21 +721,36 @@ void pack_values(
 // Scores of a row to exp2(score - most so far) as bf16; the factor by which earlier sums shrink.
 inline float soften(
     const float* scores, int64_t count, int64_t columns, float& most, float& total, uint16_t* to) {
-    __m512 peak = _mm512_set1_ps(most);
-    const int64_t whole = count / 16 * 16;
+    const int64_t whole = count / 16 * 16, fours = count / 64 * 64;
     const __mmask16 tail = first(count - whole);
-    for (int64_t j = 0; j < whole; j += 16) peak = _mm512_max_ps(peak, _mm512_loadu_ps(scores + j));
+    __m512 peaks[4], parts[4];  // four at a time, since each waits for the one before
+    for (int k = 0; k < 4; k++) peaks[k] = _mm512_set1_ps(most), parts[k] = _mm512_setzero_ps();
+    for (int64_t j = 0; j < fours; j += 64)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++)
+            peaks[k] = _mm512_max_ps(peaks[k], _mm512_loadu_ps(scores + j + 16 * k));
+    __m512 peak = _mm512_max_ps(
+        _mm512_max_ps(peaks[0], peaks[1]), _mm512_max_ps(peaks[2], peaks[3]));
+    for (int64_t j = fours; j < whole; j += 16)
+        peak = _mm512_max_ps(peak, _mm512_loadu_ps(scores + j));
     if (tail) peak = _mm512_mask_max_ps(peak, tail, peak, _mm512_loadu_ps(scores + whole));
     const float now = _mm512_reduce_max_ps(peak);
     const __m512 top = _mm512_set1_ps(now);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < columns; j += 16) {
-        __m512 p = rough_exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + j), top));
-        if (j == whole) p = _mm512_maskz_mov_ps(tail, p);
-        sum = _mm512_add_ps(sum, p);
+    const auto weight = [&](int64_t j, __mmask16 m) {
+        const __m512 shifted = _mm512_sub_ps(_mm512_loadu_ps(scores + j), top);
+        const __m512 p = _mm512_maskz_mov_ps(m, rough_exp2(shifted));
         _mm256_storeu_si256((__m256i*)(to + j), (__m256i)_mm512_cvtneps_pbh(p));
-    }
-    const float shrink = std::exp2(most - now);
+        return p;
+    };
+    for (int64_t j = 0; j < fours; j += 64)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++)
+            parts[k] = _mm512_add_ps(parts[k], weight(j + 16 * k, 0xffff));
+    for (int64_t j = fours; j < columns; j += 16)
+        parts[0] = _mm512_add_ps(parts[0], weight(j, j < whole ? 0xffff : tail));
+    const __m512 sum = _mm512_add_ps(
+        _mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3]));
+    const float shrink = most == -INFINITY ? 0.f : std::exp2(most - now);
     total = total * shrink + _mm512_reduce_add_ps(sum);
     most = now;
     return shrink;
