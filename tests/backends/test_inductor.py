@@ -1,4 +1,7 @@
-"""inductor: quantized layers become oneDNN int8 kernels, and what does not is told."""
+"""inductor: quantized layers become int8 kernels, of this package or of oneDNN, and what does not
+is told."""
+
+import functools
 
 import pytest
 import torch
@@ -7,9 +10,15 @@ from torch import nn
 from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, calibrate, compile, convert, prepare
 from tfmq_fx.backends import inductor
+from tfmq_fx.backends.cpu import kernels
+from tfmq_fx.backends.cpu import trial as trials
+from tfmq_fx.backends.cpu.lower import lower, untried
+from tfmq_fx.backends.cpu.onednn import OnednnLayer
+from tfmq_fx.backends.cuda.layers import CudaLayer
 from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.backends.inductor import LoweredLayer, lower, unavailable
+from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.dialect import Stage, stage_of
+from tfmq_fx.errors import ConfigError
 from tfmq_fx.kernels import obstacle
 from tfmq_fx.nn import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 
@@ -44,23 +53,48 @@ def converted(model, config="w8a8", **options):
 EIGHT = LayerConfig(weights=WeightSpec(), activations=ActivationSpec())
 
 
-@pytest.fixture(scope="module")
-def model():
+@functools.cache
+def whole():
+    """The net with every layer in 8 bits; lowering leaves it alone."""
     return converted(seeded(Net).eval(), overrides={"enter": EIGHT})
 
 
+@pytest.fixture(scope="module")
+def model():
+    return whole()
+
+
+@pytest.fixture(params=["ours", "onednn"])
+def kernel(request, monkeypatch):
+    """Whose kernels run layers: of this package, where the processor has what they need, or
+    oneDNN's."""
+    if request.param == "onednn":
+        monkeypatch.setattr(kernels, "unavailable", lambda: "no such instructions")
+    elif reason := kernels.unavailable():
+        pytest.skip(reason)
+    return request.param
+
+
+LAYERS = {"ours": CudaLayer, "onednn": OnednnLayer}
+
+
 @needs_compiler
-def test_layers_become_int8_kernels_and_agree_with_eager(model):
+def test_layers_become_int8_kernels_and_agree_with_eager(model, kernel, dynamo):
     from torch._inductor import config
     from torch._inductor.utils import run_and_get_code
 
     before = (config.freezing, config.cpp_wrapper, torch.get_default_dtype())
-    compiled = compile(model)
+    compiled = compile(model, "inductor")
     assert compiled.backend == "inductor" and compiled.lowered == 2 and compiled.declined == []
     x, t = data(seed=1)[0]
     t = torch.tensor(TIMES)[[0, 2, 1, 2]]
     found, code = run_and_get_code(compiled, x, t)
-    assert "qconv_pointwise" in code[0] and "qlinear_pointwise" in code[0]
+    if kernel == "onednn":
+        assert "qconv_pointwise" in code[0] and "qlinear_pointwise" in code[0]
+        assert "cpu_conv" not in code[0]
+    else:
+        assert code[0].count("torch.ops.tfmq_fx.cpu_conv.default(") == 2
+        assert "qconv_pointwise" not in code[0] and "qlinear_pointwise" not in code[0]
     expected = model(x, t)
     # The same integers up to float rounding before each round(): where that falls on the other
     # side, one input code of the last layer is off by one, and the output by one step times the
@@ -97,11 +131,12 @@ def test_weight_only_linear_layers_run_on_int8_weights():
         assert (compiled(x, t) - model(x, t)).abs().max() <= 32 * 2**-22 * terms.max()
 
 
-def test_lowering_gives_the_same_numbers_before_it_is_compiled(model):
-    lowered = lower(model.gm)
+def test_lowering_gives_the_same_numbers_before_it_is_compiled(model, kernel):
+    lowered = lower(model.gm, choose=untried)
     assert stage_of(lowered.gm) is Stage.LOWERED and stage_of(model.gm) is Stage.QUANTIZED
     assert lowered.changed == 2 and lowered.details["integer"] == 2
-    assert isinstance(lowered.gm.enter, LoweredLayer) and isinstance(model.gm.enter, QuantConv2d)
+    assert lowered.details["onednn"] == (["enter", "leave"] if kernel == "onednn" else [])
+    assert isinstance(lowered.gm.enter, LAYERS[kernel]) and isinstance(model.gm.enter, QuantConv2d)
     step = float(model.gm.activation_scales.max() * model.gm.leave.weight.abs().max())
     with torch.no_grad():
         for x, t in data(seed=1):
@@ -111,12 +146,14 @@ def test_lowering_gives_the_same_numbers_before_it_is_compiled(model):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("per_timestep", [True, False])
-def test_four_bit_weights_and_static_ranges_are_lowered_too(bits, per_timestep):
+def test_four_bit_weights_and_static_ranges_are_lowered_too(bits, per_timestep, kernel):
     acts = ActivationSpec(per_timestep=per_timestep)
     layer = LayerConfig(weights=WeightSpec(bits=bits), activations=acts)
     model = converted(seeded(Net).eval(), overrides={"*": layer})
-    lowered = lower(model.gm)
-    assert lowered.declined == [] and lowered.gm.enter.weight.dtype == torch.int8
+    lowered = lower(model.gm, choose=untried)
+    assert lowered.declined == [] and isinstance(lowered.gm.enter, LAYERS[kernel])
+    packed = kernel == "ours" and bits == 4
+    assert lowered.gm.enter.weight.dtype == (torch.uint8 if packed else torch.int8)
     x, t = data()[1]
     with torch.no_grad():
         # calibration data: one code off by one, as above
@@ -125,13 +162,14 @@ def test_four_bit_weights_and_static_ranges_are_lowered_too(bits, per_timestep):
         assert (lowered.gm(x, t)[0] - model(x, t)).abs().max() <= step + 1e-5
 
 
-def test_what_runs_in_floating_point_is_listed_with_its_reason():
+def test_what_runs_in_floating_point_is_listed_with_its_reason(kernel):
     model = converted(seeded(Net).eval())  # 16 bits enter the first layer
     compiled = compile(model, "eager")
-    lowered = lower(model.gm)
+    lowered = lower(model.gm, choose=untried)
     reason = "runs in floating point: activations have 16 bits"
     assert [[d.site, d.reason] for d in lowered.declined] == [["enter", reason]]
-    assert isinstance(lowered.gm.enter, FloatLayer) and isinstance(lowered.gm.leave, LoweredLayer)
+    assert isinstance(lowered.gm.enter, FloatLayer)
+    assert isinstance(lowered.gm.leave, LAYERS[kernel])
     x, t = data()[1]
     step = float(model.gm.activation_scales.max() * model.gm.leave.weight.abs().max())
     with torch.no_grad():
@@ -182,7 +220,7 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
     assert unavailable() == "torch.compile needs a C++ compiler and found none (ValueError)"
 
 
-def test_freezing_is_on_for_the_call_alone(model, monkeypatch):
+def test_freezing_is_on_for_the_call_alone_and_for_onednn_alone(model, kernel, monkeypatch):
     from torch._inductor import config
 
     seen = []
@@ -196,4 +234,46 @@ def test_freezing_is_on_for_the_call_alone(model, monkeypatch):
     runner, _ = inductor.compile_graph(model.gm, mode="default")
     assert seen == [] and config.freezing == before
     runner(*data()[0])
-    assert seen == [(True, False)] and config.freezing == before
+    assert seen == [(kernel == "onednn", False)] and config.freezing == before
+
+
+def test_modules_are_not_guarded_and_options_go_on_to_torch(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda gm, **options: seen.append(options))
+    inductor.compile_graph(model.gm, dynamic=False, options={"max_autotune": True})
+    unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    assert seen == [
+        {"fullgraph": True, "dynamic": False, "options": unguarded | {"max_autotune": True}}
+    ]
+
+
+@pytest.mark.parametrize("trial, made", [(True, 1), (False, 0), (None, 0)])
+def test_kernels_are_chosen_by_trial_where_that_is_asked_for(model, monkeypatch, trial, made):
+    asked = []
+
+    def by_trial():
+        asked.append(trial)
+        return untried
+
+    monkeypatch.setattr(trials, "by_trial", by_trial)
+    monkeypatch.setattr(torch, "compile", lambda gm, **options: None)
+    inductor.compile_graph(model.gm, trial=trial)
+    assert len(asked) == made
+
+
+def test_artifacts_are_of_the_first_call_and_of_the_cpu(model, monkeypatch, tmp_path):
+    read = []
+
+    def with_artifact(path, call):
+        read.append(path)
+        return call()
+
+    monkeypatch.setattr(inductor, "with_artifact", with_artifact)
+    monkeypatch.setattr(torch, "compile", lambda gm, **options: lambda *inputs: "result")
+    runner, _ = inductor.compile_graph(model.gm, artifact=str(tmp_path / "model.bin"))
+    assert read == []
+    assert [runner(*data()[0]) for _ in range(2)] == ["result"] * 2
+    assert read == [tmp_path / "model.bin"]
+    monkeypatch.setattr(inductor, "device_of", lambda gm: torch.device("cuda"))
+    with pytest.raises(ConfigError, match="this model is on CUDA"):
+        inductor.compile_graph(model.gm, artifact="model.bin")
