@@ -30,8 +30,6 @@ from tfmq_fx.progress import progress_bar
 logger = logging.getLogger(__name__)
 CANDIDATES = ("inductor", "openvino", "float")
 CALLS = 5  # that are timed; the fastest counts, for what slows others down is not the model's
-_OPTIONS: dict[str, dict[str, Any]] = {"inductor": {"trial": True}}
-
 Timer = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 
 
@@ -61,7 +59,7 @@ def compile_fastest(
     On the CPU a quantized graph is compiled and timed on each of `CANDIDATES` that can run it, or,
     once that was done, compiled by the winner alone. Elsewhere, and for a graph without integers,
     which must stay exact, it is inductor; where nothing else can run, eager.
-    inputs: values to time with.  options: of torch.compile.  timer: of a call; None takes the least
+    inputs: values to time with.  options: of inductor.  timer: of a call; None takes the least
     of `CALLS`.  cache: file of the choice; None is the one of this graph and machine.
     """
     device = device_of(gm)
@@ -81,7 +79,7 @@ def compile_fastest(
     best: Fastest | None = None
     millis: dict[str, float] = {}
     for name in progress_bar(able, "Timing backends", enabled=progress and len(able) > 1):
-        given = _OPTIONS.get(name, {}) | ({} if name == "openvino" else options)
+        given = _taken(name, options)
         try:
             runner, lowering = backend(name, device).compile_graph(gm, **given)
             if len(able) > 1:
@@ -118,6 +116,14 @@ def example_inputs(gm: fx.GraphModule, timesteps: Tensor | None) -> list[Tensor]
             value = torch.full(sizes, like.dtype == torch.bool)
         values.append(value.to(device=like.device, dtype=like.dtype))
     return values
+
+
+def _taken(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options, all of them inductor's, that a backend takes too."""
+    if name == "inductor":
+        return {"trial": True} | options
+    rest = {key: value for key, value in options.items() if key != "trial"}
+    return rest if name == "float" else {}
 
 
 def _time(runner: Callable[..., Any], inputs: list[Tensor], timer: Timer) -> float:

@@ -3,6 +3,7 @@ beat."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,15 +39,19 @@ def dequantize(gm: fx.GraphModule, *, dtype: torch.dtype) -> Rewrite:
     return Rewrite(gm, len(declined), declined)
 
 
-def compile_graph(gm: fx.GraphModule, **options: Any) -> tuple[Any, Rewrite]:
+def compile_graph(
+    gm: fx.GraphModule, *, artifact: str | Path | None = None, **options: Any
+) -> tuple[Any, Rewrite]:
     """The compiled graph, products in `fast_dtype()` under autocast, results in their own dtypes.
 
+    artifact: as of inductor; packed weights keep torch from writing much of it.
     options: passed on to torch.compile.
     """
     dtype = fast_dtype()
     lowered = dequantize(gm, dtype=dtype)
+    path = None if artifact is None else Path(artifact)
     pad_attention(lowered.gm)
-    compiled = CpuCallable(lowered.gm, options, freezes=True, artifact=None)
+    compiled = CpuCallable(lowered.gm, options, freezes=True, artifact=path)
     (output,) = gm.graph.find_nodes(op="output")
     given: Any = output.args[0]
     wanted = [node.meta["val"].dtype for node in given]

@@ -48,12 +48,12 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
     "attention", calls on our kernel; "padded_attention", calls with wider heads; "micros", what was
     measured, by layer.
     """
-    if kernels.unavailable() is None:
-        kernels.load()
     calls: dict[str, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_module"):
         if isinstance(gm.get_submodule(str(node.target)), QuantLayer):
             calls.setdefault(str(node.target), []).append(node)
+    if calls and kernels.unavailable() is None:
+        kernels.load()
     declined, weight_only, on_onednn, lowered = [], [], [], 0
     micros: dict[str, Any] = {}
     for name, nodes in calls.items():
@@ -81,7 +81,8 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
     for module in list(gm.modules()):
         if isinstance(module, CudaLayer):
             module.to_panels()
-    attention = use_kernel(gm) if kernels.unavailable() is None else 0
+    # bf16 products are for models whose layers round more than that: others stay exact
+    attention = use_kernel(gm) if lowered and kernels.unavailable() is None else 0
     padded = pad_attention(gm)
     details = {
         "integer": lowered,

@@ -84,7 +84,7 @@ def test_a_choice_that_cannot_be_kept_is_made_all_the_same(model, tmp_path, capl
     assert found.name == "inductor" and "is not kept" in caplog.text
 
 
-def test_options_are_those_of_torch_compile(model, tmp_path, monkeypatch):
+def test_options_are_those_of_inductor(model, tmp_path, monkeypatch):
     seen = {}
     for module in (inductor, openvino, float):
 
@@ -93,12 +93,12 @@ def test_options_are_those_of_torch_compile(model, tmp_path, monkeypatch):
             raise BackendError("recorded")
 
         monkeypatch.setattr(module, "compile_graph", record)
-    assert fastest(model, Timer(), tmp_path / "choice.json", dynamic=True).name == "eager"
-    assert seen == {
-        "inductor": {"trial": True, "dynamic": True},
-        "openvino": {},
-        "float": {"dynamic": True},
-    }
+    options = {"dynamic": True, "artifact": "file", "trial": False}
+    assert fastest(model, Timer(), tmp_path / "choice.json", **options).name == "eager"
+    kept = {"dynamic": True, "artifact": "file"}
+    assert seen == {"inductor": options, "openvino": {}, "float": kept}
+    fastest(model, Timer(), tmp_path / "choice.json")
+    assert seen == {"inductor": {"trial": True}, "openvino": {}, "float": {}}
 
 
 def test_a_graph_without_integers_stays_exact(tmp_path):
