@@ -7,7 +7,7 @@ import torch
 
 from tests.backends.test_inductor import Net, converted, data
 from tests.toys import seeded
-from tfmq_fx import compile, fold_timesteps
+from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, compile, fold_timesteps
 from tfmq_fx.backends import auto, float, inductor, openvino
 from tfmq_fx.backends.auto import CANDIDATES, compile_fastest, example_inputs
 from tfmq_fx.errors import BackendError
@@ -109,7 +109,8 @@ def test_a_graph_without_integers_stays_exact(tmp_path):
 
 
 def test_choices_differ_by_graph_size_and_threads(model):
-    other = converted(seeded(Net).eval(), config="w4a8")
+    four = LayerConfig(weights=WeightSpec(bits=4), activations=ActivationSpec())
+    other = converted(seeded(Net).eval(), overrides={"leave": four})
     names = list(CANDIDATES)
     found = {auto._digest(model.gm, names), auto._digest(other.gm, names)}
     found |= {auto._digest(model.gm, names[:1])}
