@@ -233,18 +233,19 @@ def same_codes(given):
         first = images[:, :, 0, 0].unflatten(1, (given["groups"], -1))
         ratio = 1 + (first - mean[..., None]).square().amax(2) / spread
         off = ((ratio * n + 8) * 2**-24).repeat_interleave(first.shape[2], 1)[:, None, None]
-        value = F.group_norm(images, given["groups"], exact["weight"], exact["bias"], given["eps"])
-        value = value.permute(0, 2, 3, 1)
         each = x.shape[3] // given["groups"]
         a = spread.rsqrt().repeat_interleave(each, 1)[:, None, None]
+        shift = mean.repeat_interleave(each, 1)[:, None, None]
         if exact["weight"] is not None:
             a = a * exact["weight"]
+        value = (x - shift) * a  # F.group_norm refuses a single value
+        if exact["bias"] is not None:
+            value = value + exact["bias"]
         if exact["factor"] is not None:
             value, a = (v * exact["factor"][:, None, None] for v in (value, a))
         if exact["shift"] is not None:
             value = value + exact["shift"][:, None, None]
         size = off * value.abs() + 2**-22 * ((x * a).abs() + (value - x * a).abs())
-        shift = mean.repeat_interleave(each, 1)[:, None, None]
         size = size + off * ((x - shift) * a).abs()
     if given["silu"]:
         value = F.silu(value)
