@@ -150,8 +150,9 @@ def _digest(gm: fx.GraphModule, names: list[str]) -> str:
     ]
     machine = kernels.processor() if device_of(gm) == CPU else ""
     words = (str(gm), sizes, names, machine, torch.__version__, torch.get_num_threads())
-    source = kernels.SOURCE.read_text()
-    return hashlib.sha256("\n".join([*map(str, words), source]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([*map(str, words), kernels.sources()]).encode()).hexdigest()[
+        :16
+    ]
 
 
 def _read(path: Path) -> tuple[str, dict[str, float]] | None:

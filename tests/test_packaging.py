@@ -70,7 +70,10 @@ def test_sources_of_kernels_are_package_data():
         if path.is_file() and path.suffix not in (".py", ".pyc"):
             inner = path.parent.relative_to(ROOT / "backends").parts
             found.setdefault(".".join(("tfmq_fx.backends", *inner)), []).append(path.name)
-    assert found == {"tfmq_fx.backends.cpu": ["kernels.cpp"]}
+    names = ["attention.h", "conv.h", "kernels.cpp", "norm.h", "vectors.h"]
+    assert {package: sorted(each) for package, each in found.items()} == {
+        "tfmq_fx.backends.cpu": names
+    }
     for package, names in found.items():
         patterns = SETUPTOOLS["package-data"][package]
         assert all(any(fnmatch.fnmatch(name, p) for p in patterns) for name in names)

@@ -73,7 +73,10 @@ def unavailable() -> str | None:
 
 
 def processor() -> str:
-    """The name of the processor and what it can do, as the system tells."""
+    """The name of the processor and what it can do, as the system tells. Raises OSError on a Linux
+    that does not."""
+    if sys.platform != "linux":
+        return f"{platform.machine()} {platform.processor()}"
     found: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -98,6 +101,11 @@ def load() -> None:
         raise BackendError(f"{path} does not load: {error}. Remove it.") from error
 
 
+def sources() -> str:
+    """The text of the kernels."""
+    return "\n".join(p.read_text() for p in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+
+
 def _compiler() -> str:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -113,7 +121,7 @@ def _library() -> Path:
             f"the CPU kernels need a C++ compiler, and none runs here ({type(error).__name__}: "
             f"{error}). Install g++ or clang++, or set CXX."
         ) from error
-    words = (SOURCE.read_text(), *_OPTIONS, version, torch.__version__, processor(), sys.version)
+    words = (sources(), *_OPTIONS, version, torch.__version__, processor(), sys.version)
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     return cache_folder() / f"cpu-kernels-{digest}.so"
 

@@ -53,7 +53,7 @@ def by_trial(*, timer: Timer | None = None, cache: Path | None = None) -> Choose
 def cache_file() -> Path:
     """Where results for this machine, with these versions, kernels and threads, are kept."""
     threads = str(torch.get_num_threads())
-    words = (kernels.processor(), torch.__version__, kernels.SOURCE.read_text(), threads)
+    words = (kernels.processor(), torch.__version__, kernels.sources(), threads)
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     return cache_folder() / f"cpu-{digest}.json"
 
