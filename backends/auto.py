@@ -149,10 +149,9 @@ def _digest(gm: fx.GraphModule, names: list[str]) -> str:
         for node in gm.graph.find_nodes(op="placeholder")
     ]
     machine = kernels.processor() if device_of(gm) == CPU else ""
-    words = (str(gm), sizes, names, machine, torch.__version__, torch.get_num_threads())
-    return hashlib.sha256("\n".join([*map(str, words), kernels.sources()]).encode()).hexdigest()[
-        :16
-    ]
+    settings = (str(gm), sizes, names, machine, torch.__version__, torch.get_num_threads())
+    words = "\n".join([*map(str, settings), kernels.sources()])
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> tuple[str, dict[str, float]] | None:

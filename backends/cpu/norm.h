@@ -42,30 +42,32 @@ void affine(
         for (int64_t task = begin; task < end; task++) {
             const int64_t sample = task / cuts, cut = task % cuts;
             const int64_t from = pixels * cut / cuts, to = pixels * (cut + 1) / cuts;
-            for (int part = 0; part < 2; part++)
-            for (int64_t j = 0, width = x.channels[part]; j < width; j += 64) {
+            for (int part = 0; part < 2; part++) {
                 const T* start = x.sample(part, sample);
                 float* sum = partial.data() + task * 2 * c + part * x.channels[0];
                 float* square = sum + c;
-                __mmask16 m[4];
-                __m512 base[4], s[4], q[4];
-#pragma GCC unroll 4
-                for (int k = 0; k < 4; k++) {
-                    m[k] = first(width - j - 16 * k);
-                    base[k] = load(start + j + 16 * k, m[k]);
-                    s[k] = q[k] = _mm512_setzero_ps();
-                }
-                for (int64_t p = from; p < to; p++)
+                for (int64_t j = 0, width = x.channels[part]; j < width; j += 64) {
+                    __mmask16 m[4];
+                    __m512 base[4], s[4], q[4];
 #pragma GCC unroll 4
                     for (int k = 0; k < 4; k++) {
-                        const __m512 v = _mm512_sub_ps(load(start + p * width + j + 16 * k, m[k]), base[k]);
-                        s[k] = _mm512_add_ps(s[k], v);
-                        q[k] = _mm512_fmadd_ps(v, v, q[k]);
+                        m[k] = first(width - j - 16 * k);
+                        base[k] = load(start + j + 16 * k, m[k]);
+                        s[k] = q[k] = _mm512_setzero_ps();
                     }
+                    for (int64_t p = from; p < to; p++)
 #pragma GCC unroll 4
-                for (int k = 0; k < 4; k++) {
-                    store(sum + j + 16 * k, s[k], m[k]);
-                    store(square + j + 16 * k, q[k], m[k]);
+                        for (int k = 0; k < 4; k++) {
+                            const __m512 x_k = load(start + p * width + j + 16 * k, m[k]);
+                            const __m512 v = _mm512_sub_ps(x_k, base[k]);
+                            s[k] = _mm512_add_ps(s[k], v);
+                            q[k] = _mm512_fmadd_ps(v, v, q[k]);
+                        }
+#pragma GCC unroll 4
+                    for (int k = 0; k < 4; k++) {
+                        store(sum + j + 16 * k, s[k], m[k]);
+                        store(square + j + 16 * k, q[k], m[k]);
+                    }
                 }
             }
         }

@@ -1,4 +1,7 @@
-"""Quantized layers written for the CUDA kernels: codes in, one kernel, epilogue included."""
+"""Quantized layers written for kernels on codes: codes in, one kernel, epilogue included.
+
+The kernels are those for CUDA, or with the engine "cpu" those of `cpu`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def quantize_input(
     left + W + right, C) with borders of the zero's code; else (..., C), like its codes.  Codes are
     contiguous, wherever x lies.
     scale: (B,) or (1,) float32, or of as many dimensions as x.  zero, levels: of the grid.
-    dtype: int8 (codes - 128) or float8_e4m3fn.
+    dtype: int8 (codes - 128), float8_e4m3fn, or for kernels on the CPU uint8.
     """
     if scale.dim() == 1:
         scale = scale.view(-1, *[1] * (x.dim() - 1))
@@ -62,7 +65,8 @@ quantize_input.stage = Stage.LOWERED  # type: ignore[attr-defined]
 class CudaLayer(nn.Module):
     """A convolution or linear layer on codes.
 
-    Buffers: `weight` (O, R, S, C) int8 (codes less zero points) or float8_e4m3fn, or uint8 packed;
+    Buffers: `weight` (O, R, S, C) int8 (codes less zero points) or float8_e4m3fn, or uint8 packed,
+    on the CPU in panels once fusions are done (`to_panels`);
     `zero` (O,) uint8 zero points of packed weights; `weight_scale` (O,) float32; `offset` (O,)
     int32; `bias` (O,) or None; `act_scale` (1,) float32, the static range.
     problem: what is computed, at the sizes of capture; choice: what computes it.
