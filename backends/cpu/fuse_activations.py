@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from tfmq_fx.backends.cuda.layers import ConcatLayer, CudaLayer
+from tfmq_fx.backends.cuda.layers import CodesLayer, ConcatLayer
 from tfmq_fx.backends.cuda.matching import called, only_user, written_nodes
 from tfmq_fx.ops import op_name
 
@@ -19,12 +19,12 @@ def fuse_activations(gm: fx.GraphModule) -> int:
     """
     changed, written = 0, written_nodes(gm)
     for node in list(gm.graph.nodes):
-        layer = called(gm, node, CudaLayer, ConcatLayer)
+        layer = called(gm, node, CodesLayer, ConcatLayer)
         user = only_user(node) if layer is not None else None
         if user is None or layer is None or {node, user} & written:
             continue
         first = layer.first if isinstance(layer, ConcatLayer) else layer
-        assert isinstance(first, CudaLayer)
+        assert isinstance(first, CodesLayer)
         name = activation(gm, user)
         once = len(gm.graph.find_nodes(op="call_module", target=node.target)) == 1
         fresh = first.activation == "none" and "out_scale" not in node.kwargs

@@ -15,7 +15,7 @@ from torch import fx, nn
 from tfmq_fx.backends.attention import pad_attention
 from tfmq_fx.backends.cuda.fuse import fuse
 from tfmq_fx.backends.cuda.fuse_epilogues import requantize
-from tfmq_fx.backends.cuda.layers import CudaLayer, problem_of
+from tfmq_fx.backends.cuda.layers import CodesLayer, problem_of
 from tfmq_fx.backends.cuda.lower import give_codes
 from tfmq_fx.backends.cuda.tiles import Problem, Tile
 from tfmq_fx.backends.cuda.trial import Choice, Chooser
@@ -69,7 +69,7 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
             lowered += 1
         if isinstance(made, OnednnLayer):
             on_onednn.append(name)
-        if isinstance(made, CudaLayer):
+        if isinstance(made, CodesLayer):
             micros[name] = made.choice.micros
             for node in nodes:
                 give_codes(gm, node, name, layer, made)
@@ -79,7 +79,7 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
     prune(gm.graph)
     fused["requantize"] += requantize(gm)  # codes of activations
     for module in list(gm.modules()):
-        if isinstance(module, CudaLayer):
+        if isinstance(module, CodesLayer):
             module.to_panels()
     # bf16 products are for models whose layers round more than that: others stay exact
     attention = use_kernel(gm) if lowered and kernels.unavailable() is None else 0
@@ -115,7 +115,7 @@ def _lowered(
         return DequantizedLayer(layer, fast_dtype()), slower(choice)
     if choice.engine == "onednn" and not layer.dynamic:
         return OnednnLayer(layer), None
-    return CudaLayer(layer, dtype, problem, choice), None
+    return CodesLayer(layer, dtype, problem, choice), None
 
 
 def kernel_obstacle(layer: QuantLayer, nodes: Sequence[fx.Node]) -> str | None:

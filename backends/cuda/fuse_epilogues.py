@@ -11,7 +11,7 @@ from torch import fx
 from tfmq_fx.layers import call_before
 from tfmq_fx.ops import op_name
 
-from .layers import ConcatLayer, CudaLayer, quantize_input
+from .layers import CodesLayer, ConcatLayer, quantize_input
 from .matching import (
     Codes,
     as_tokens,
@@ -102,7 +102,7 @@ def requantize(gm: fx.GraphModule) -> int:
     changed = 0
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
         codes = Codes.of(node)
-        layer = called(gm, codes.x, CudaLayer)
+        layer = called(gm, codes.x, CodesLayer)
         if layer is None or not _adds(gm, codes.x):
             continue
         fits = layer.is_conv == (codes.pads is not None) and not any(codes.pads or ())
@@ -134,7 +134,7 @@ def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 def _adds(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
     """Whether a node calls a layer that has none of these arguments yet, for one reader."""
-    if called(gm, call, CudaLayer, ConcatLayer) is None or only_user(call) is None:
+    if called(gm, call, CodesLayer, ConcatLayer) is None or only_user(call) is None:
         return False
     return not {*arguments, "out_scale"} & set(call.kwargs)
 
@@ -142,7 +142,7 @@ def _adds(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
 def _is_conv(gm: fx.GraphModule, call: fx.Node) -> bool:
     layer = gm.get_submodule(str(call.target))
     first = layer.first if isinstance(layer, ConcatLayer) else layer
-    assert isinstance(first, CudaLayer)
+    assert isinstance(first, CodesLayer)
     return first.is_conv
 
 
@@ -151,11 +151,11 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
 
     A sum that is shared by several programs has no place for a second segment.
     """
-    first, second = (called(gm, c, CudaLayer) for c in (call, other))
+    first, second = (called(gm, c, CodesLayer) for c in (call, other))
     if first is None or second is None or (first.bias is not None and second.bias is not None):
         return False
 
-    def settings(layer: CudaLayer, c: fx.Node) -> list[Any]:
+    def settings(layer: CodesLayer, c: fx.Node) -> list[Any]:
         problem = layer.problem
         geometry = [layer.is_conv, problem.stride, problem.dilation, layer.weight.shape[:3]]
         return [*geometry, layer.codes_dtype, layer.dtype, node_shape(c.all_input_nodes[0])[:-1]]
@@ -172,7 +172,7 @@ def _merged(gm: fx.GraphModule, first: str, second: str) -> str:
     parts = []
     for path in (first, second):
         part = gm.get_submodule(path)
-        assert isinstance(part, CudaLayer)
+        assert isinstance(part, CodesLayer)
         parts.append(part)
     path = f"{first}_{second.rpartition('.')[2]}"
     owner = gm.get_submodule(path.rpartition(".")[0])

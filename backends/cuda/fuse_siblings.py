@@ -14,7 +14,7 @@ from torch import fx
 
 from tfmq_fx.layers import call_before
 
-from .layers import CudaLayer, joint_problem
+from .layers import CodesLayer, joint_problem
 from .matching import called
 from .trial import Choice, Chooser
 
@@ -28,7 +28,7 @@ def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
     """
     families: dict[Any, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_module"):
-        layer = called(gm, node, CudaLayer)
+        layer = called(gm, node, CodesLayer)
         if layer is None or node.kwargs:
             continue
         if len(gm.graph.find_nodes(op="call_module", target=node.target)) == 1:
@@ -37,7 +37,7 @@ def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
             families.setdefault(key, []).append(node)
     changed = 0
     for nodes in families.values():
-        layers = [layer for node in nodes if (layer := called(gm, node, CudaLayer))]
+        layers = [layer for node in nodes if (layer := called(gm, node, CodesLayer))]
         choice = _worth_it(layers, choose) if len(nodes) > 1 else None
         if choice is not None:
             _join(gm, nodes, layers, choice)
@@ -45,7 +45,7 @@ def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
     return changed
 
 
-def _worth_it(layers: Sequence[CudaLayer], choose: Chooser) -> Choice | None:
+def _worth_it(layers: Sequence[CodesLayer], choose: Chooser) -> Choice | None:
     """The kernel of layers side by side, or None where they are faster apart."""
     joint = choose(joint_problem(layers), layers[0].dtype)
     if joint.engine == "float":
@@ -59,7 +59,7 @@ def _worth_it(layers: Sequence[CudaLayer], choose: Chooser) -> Choice | None:
 
 
 def _join(
-    gm: fx.GraphModule, nodes: Sequence[fx.Node], layers: Sequence[CudaLayer], choice: Choice
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], layers: Sequence[CodesLayer], choice: Choice
 ) -> None:
     """Replace calls by one call in the place of the first, and slices of its result."""
     first, paths = nodes[0], [str(node.target) for node in nodes]
@@ -67,7 +67,7 @@ def _join(
     owner = gm.get_submodule(path.rpartition(".")[0])
     while hasattr(owner, path.rpartition(".")[2]):
         path += "_"
-    gm.add_submodule(path, CudaLayer.side_by_side(layers, choice))
+    gm.add_submodule(path, CodesLayer.side_by_side(layers, choice))
     for node in gm.graph.find_nodes(op="get_attr"):
         if node.target in [f"{old}.act_scale" for old in paths]:
             node.target = f"{path}.act_scale"

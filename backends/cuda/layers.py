@@ -62,7 +62,7 @@ def quantize_input(
 quantize_input.stage = Stage.LOWERED  # type: ignore[attr-defined]
 
 
-class CudaLayer(nn.Module):
+class CodesLayer(nn.Module):
     """A convolution or linear layer on codes.
 
     Buffers: `weight` (O, R, S, C) int8 (codes less zero points) or float8_e4m3fn, or uint8 packed,
@@ -121,7 +121,7 @@ class CudaLayer(nn.Module):
         self.out_zero, self.out_levels, self.out_dtype = zero, levels, dtype
 
     @classmethod
-    def side_by_side(cls, layers: Sequence[CudaLayer], choice: Choice) -> CudaLayer:
+    def side_by_side(cls, layers: Sequence[CodesLayer], choice: Choice) -> CodesLayer:
         """One layer whose results are those of `layers` one after the other along the channels; of
         layers that read the same codes and differ in their weights alone."""
         first = layers[0]
@@ -175,7 +175,7 @@ class ConcatLayer(nn.Module):
 
     stage = Stage.LOWERED
 
-    def __init__(self, first: CudaLayer, second: CudaLayer) -> None:
+    def __init__(self, first: CodesLayer, second: CodesLayer) -> None:
         super().__init__()
         self.first, self.second = first, second
 
@@ -188,7 +188,7 @@ class ConcatLayer(nn.Module):
         row: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """As `CudaLayer.forward`, for the codes of both parts and their scales."""
+        """As `CodesLayer.forward`, for the codes of both parts and their scales."""
         layers, scales = [self.first, self.second], [scale, more_scale]
         return _run(layers, [codes, more_codes], scales, row, residual, None)
 
@@ -219,7 +219,7 @@ def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
     )
 
 
-def joint_problem(layers: Sequence[CudaLayer]) -> Problem:
+def joint_problem(layers: Sequence[CodesLayer]) -> Problem:
     """What layers that read the same codes compute side by side."""
     width = sum(layer.problem.out_channels for layer in layers)
     return dataclasses.replace(layers[0].problem, out_channels=width)
@@ -237,7 +237,7 @@ def pads_of(layer: QuantLayer) -> Pads | None:
 
 
 def _run(
-    layers: list[CudaLayer],
+    layers: list[CodesLayer],
     codes: list[Tensor],
     scales: list[Tensor],
     row: Tensor | None,
@@ -282,7 +282,7 @@ def _run(
     return _shaped(first, shape, out_scale, y)
 
 
-def _shaped(layer: CudaLayer, shape: Sequence[int], out_scale: Tensor | None, y: Tensor) -> Tensor:
+def _shaped(layer: CodesLayer, shape: Sequence[int], out_scale: Tensor | None, y: Tensor) -> Tensor:
     """y (B, OH, OW, O) as the output of a layer on codes of `shape`."""
     if not layer.is_conv:
         return y.view(*shape[:-1], y.shape[-1])
@@ -290,7 +290,7 @@ def _shaped(layer: CudaLayer, shape: Sequence[int], out_scale: Tensor | None, y:
 
 
 def _run_on_cpu(
-    layers: list[CudaLayer],
+    layers: list[CodesLayer],
     codes: list[Tensor],
     scales: list[Tensor],
     row: Tensor | None,
@@ -321,7 +321,7 @@ def _run_on_cpu(
     return y
 
 
-def _product(layer: CudaLayer, codes: Tensor, scale: Tensor) -> Tensor:
+def _product(layer: CodesLayer, codes: Tensor, scale: Tensor) -> Tensor:
     """The layer's sums in units of its output, (B, 1, T, O) float32, by torch's own kernels."""
     shape = (*codes.shape[:3], layer.weight.shape[0])
     rows, weight = codes.reshape(-1, codes.shape[3]), layer.weight.flatten(1)

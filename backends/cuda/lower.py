@@ -24,7 +24,7 @@ from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
 from tfmq_fx.ops import size_hint
 
 from .fuse import fuse
-from .layers import CudaLayer, problem_of, quantize_input
+from .layers import CodesLayer, problem_of, quantize_input
 from .trial import Choice, Chooser
 
 _RESULTS = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,7 +66,7 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
             declined.append(Declined(name, f"runs in floating point: {reason}"))
             gm.set_submodule(name, FloatLayer(layer))
             continue
-        on_kernel = CudaLayer(layer, dtype, problem, choice)
+        on_kernel = CodesLayer(layer, dtype, problem, choice)
         gm.set_submodule(name, on_kernel)
         for node in nodes:
             give_codes(gm, node, name, layer, on_kernel)
@@ -112,7 +112,7 @@ def _slower(choice: Choice, dtype: torch.dtype) -> str | None:
 
 
 def give_codes(
-    gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, made: CudaLayer
+    gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, made: CodesLayer
 ) -> None:
     """Pass the codes of its input and their scale to the call of a layer."""
     x = layer_input(node)

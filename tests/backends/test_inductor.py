@@ -14,7 +14,7 @@ from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cpu import trial as trials
 from tfmq_fx.backends.cpu.lower import lower, untried
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
-from tfmq_fx.backends.cuda.layers import CudaLayer
+from tfmq_fx.backends.cuda.layers import CodesLayer
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.dialect import Stage, stage_of
@@ -75,7 +75,7 @@ def kernel(request, monkeypatch):
     return request.param
 
 
-LAYERS = {"ours": CudaLayer, "onednn": OnednnLayer}
+LAYERS = {"ours": CodesLayer, "onednn": OnednnLayer}
 
 
 @needs_compiler

@@ -9,7 +9,7 @@ from tests.backends.cpu.cases import needs_kernels
 from tests.backends.cuda import nets
 from tests.backends.cuda.nets import EIGHT, conv, net
 from tfmq_fx.backends.cpu.lower import lower, untried
-from tfmq_fx.backends.cuda.layers import CudaLayer
+from tfmq_fx.backends.cuda.layers import CodesLayer
 from tfmq_fx.metrics import sqnr
 
 pytestmark = needs_kernels
@@ -39,7 +39,7 @@ def lowered(function, **modules):
 ])  # fmt: skip
 def test_silu_and_gelu_are_applied_by_the_kernel(function, modules, name):
     gm, count, near = lowered(function, **modules)
-    found = [m.activation for m in gm.modules() if isinstance(m, CudaLayer)]
+    found = [m.activation for m in gm.modules() if isinstance(m, CodesLayer)]
     assert count == 1 and found.count(name) == 1 and near > SAME
     assert set(found) == {"none", name}
 
@@ -53,7 +53,7 @@ def test_silu_and_gelu_are_applied_by_the_kernel(function, modules, name):
 def test_other_activations_and_readers_are_left_alone(function, modules):
     gm, count, near = lowered(function, **modules)
     assert count == 0 and near > SAME
-    assert {m.activation for m in gm.modules() if isinstance(m, CudaLayer)} == {"none"}
+    assert {m.activation for m in gm.modules() if isinstance(m, CodesLayer)} == {"none"}
 
 
 def test_codes_of_activations_are_made_by_the_kernel_too():

@@ -17,7 +17,7 @@ from tfmq_fx.backends.cpu import lower as lowering
 from tfmq_fx.backends.cpu.attention import attention
 from tfmq_fx.backends.cpu.lower import freezes, kernel_obstacle, lower, untried
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
-from tfmq_fx.backends.cuda.layers import ConcatLayer, CudaLayer, quantize_input
+from tfmq_fx.backends.cuda.layers import CodesLayer, ConcatLayer, quantize_input
 from tfmq_fx.backends.cuda.tiles import Tile
 from tfmq_fx.backends.cuda.trial import Choice
 from tfmq_fx.backends.dequantized import DequantizedLayer
@@ -50,7 +50,7 @@ def kinds(gm):
     """What layers became, by kind."""
     found = {}
     for module in gm.modules():
-        if type(module) in (CudaLayer, OnednnLayer, FloatLayer, DequantizedLayer):
+        if type(module) in (CodesLayer, OnednnLayer, FloatLayer, DequantizedLayer):
             found[type(module)] = found.get(type(module), 0) + 1
     return found
 
@@ -82,7 +82,7 @@ def test_every_layer_runs_on_a_kernel_and_agrees_with_eager(kind):
     assert stage_of(lowered.gm) is Stage.LOWERED and stage_of(model.gm) is Stage.QUANTIZED
     assert lowered.declined == [] and lowered.details["integer"] == lowered.changed == 4
     assert lowered.details["onednn"] == lowered.details["weight_only"] == []
-    assert lowered.details["micros"] == {} and kinds(lowered.gm) == {CudaLayer: 4}
+    assert lowered.details["micros"] == {} and kinds(lowered.gm) == {CodesLayer: 4}
     assert closeness(model, lowered) > SAME
     codes = lowered.gm.graph.find_nodes(op="call_function", target=quantize_input)
     assert codes and all(n.meta["val"].dtype == torch.uint8 for n in codes)
@@ -104,7 +104,7 @@ def test_without_kernels_every_layer_runs_on_onednn(without_kernels, kind):
 def test_ranges_measured_at_every_call_run_on_kernels(bits):
     model = converted(overrides=everywhere(WeightSpec(bits=bits), DYNAMIC))
     lowered = on(model.gm)
-    assert lowered.declined == [] and kinds(lowered.gm) == {CudaLayer: 4}
+    assert lowered.declined == [] and kinds(lowered.gm) == {CodesLayer: 4}
     assert closeness(model, lowered) > SAME
 
 
@@ -148,7 +148,7 @@ def test_channels_that_kernels_do_not_take_run_on_onednn(ranges):
     else:
         assert lowered.declined == [] and lowered.details["integer"] == 5
         assert lowered.details["onednn"] == ["rgb", "groups", "wide"]
-    assert kinds(lowered.gm)[CudaLayer] == 2 and closeness(model, lowered) > SAME
+    assert kinds(lowered.gm)[CodesLayer] == 2 and closeness(model, lowered) > SAME
 
 
 @needs_kernels
@@ -194,7 +194,7 @@ def test_models_in_bfloat16_run_on_kernels():
         model=seeded(Half).eval().bfloat16(), overrides=everywhere(WeightSpec(), ActivationSpec())
     )
     lowered = on(model.gm)
-    assert lowered.declined == [] and kinds(lowered.gm) == {CudaLayer: 4}
+    assert lowered.declined == [] and kinds(lowered.gm) == {CodesLayer: 4}
     # eager sums in bfloat16, 2**-9 apart: the noise of its own rounding
     assert closeness(model, lowered) > 30
 
@@ -217,7 +217,7 @@ def test_layers_run_on_what_is_chosen():
     assert lowered.details["integer"] == 2 and lowered.details["onednn"] == ["leave", "last"]
     assert closeness(model, lowered) > 25  # of bf16 and inputs that are not rounded: 8-bit noise
     lowered = on(model.gm, chosen({"conv": "onednn", "linear": "cpu"}))
-    assert kinds(lowered.gm) == {OnednnLayer: 2, CudaLayer: 2} and lowered.declined == []
+    assert kinds(lowered.gm) == {OnednnLayer: 2, CodesLayer: 2} and lowered.declined == []
     assert lowered.details["micros"]["last"]["cpu"] == 6.02 and "enter" not in lowered.details[
         "micros"
     ]  # fmt: skip
@@ -236,7 +236,7 @@ def test_float_that_was_tried_alone_is_named():
 def test_ranges_measured_at_every_call_have_no_kernel_of_onednn():
     model = converted(overrides=everywhere(WeightSpec(), DYNAMIC))
     lowered = on(model.gm, chosen({"conv": "onednn", "linear": "onednn"}))
-    assert kinds(lowered.gm) == {CudaLayer: 4}
+    assert kinds(lowered.gm) == {CodesLayer: 4}
 
 
 @needs_kernels
@@ -279,7 +279,7 @@ def test_what_runs_in_floating_point_is_listed_with_its_reason(request, there):
 
 
 def weight_bytes(gm):
-    layers = [m for m in gm.modules() if isinstance(m, CudaLayer)]
+    layers = [m for m in gm.modules() if isinstance(m, CodesLayer)]
     return sum(layer.weight.nbytes for layer in layers)
 
 

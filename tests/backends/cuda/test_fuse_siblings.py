@@ -19,7 +19,7 @@ from tests.backends.cuda.nets import (
     net,
     whole_sums,
 )
-from tfmq_fx.backends.cuda.layers import CudaLayer
+from tfmq_fx.backends.cuda.layers import CodesLayer
 from tfmq_fx.backends.cuda.trial import Choice
 from tfmq_fx.config import ActivationSpec, WeightSpec
 
@@ -43,7 +43,7 @@ def test_queries_keys_and_values_are_one_product(monkeypatch, layers):
     done, counts = apply(base, *BOTH)
     assert counts == [2, 2]
     joint = done.get_submodule("q_k_v")
-    assert isinstance(joint, CudaLayer) and joint.weight.shape[0] == 3 * C
+    assert isinstance(joint, CodesLayer) and joint.weight.shape[0] == 3 * C
     assert not any(hasattr(done, name) for name in "qkv")
     assert count(done, operator.getitem) > count(base, operator.getitem)
     assert_same(done, base)

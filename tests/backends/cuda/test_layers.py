@@ -16,8 +16,8 @@ from tfmq_fx.backends.cuda.conv import (
     unpack_weight,
 )
 from tfmq_fx.backends.cuda.layers import (
+    CodesLayer,
     ConcatLayer,
-    CudaLayer,
     problem_of,
     quantize_input,
 )
@@ -54,7 +54,7 @@ def quantized(source, *, bits=8, act_bits=8, format="int", ranges="per timestep"
 
 def lowered(layer, x, choice=None):
     problem = problem_of(layer, x.shape)
-    return CudaLayer(layer, x.dtype, problem, choice or untried(problem, x.dtype))
+    return CodesLayer(layer, x.dtype, problem, choice or untried(problem, x.dtype))
 
 
 def codes_of(made, x, scale):

@@ -19,7 +19,7 @@ from tfmq_fx import (
     prepare,
 )
 from tfmq_fx.backends import backend
-from tfmq_fx.backends.cuda.layers import CudaLayer, quantize_input
+from tfmq_fx.backends.cuda.layers import CodesLayer, quantize_input
 from tfmq_fx.backends.cuda.lower import lower
 from tfmq_fx.backends.cuda.trial import Choice, untried
 from tfmq_fx.backends.float_layer import FloatLayer
@@ -88,7 +88,7 @@ def test_every_layer_runs_on_a_kernel_and_agrees_with_eager(kind):
     assert stage_of(lowered.gm) is Stage.LOWERED and stage_of(model.gm) is Stage.QUANTIZED
     assert lowered.declined == [] and lowered.details["integer"] == 4
     assert lowered.details["torchao"] == [] and lowered.details["micros"] == {}
-    layers = [m for m in lowered.gm.modules() if isinstance(m, CudaLayer)]
+    layers = [m for m in lowered.gm.modules() if isinstance(m, CodesLayer)]
     assert len(layers) == 4
     x, t = data(seed=1)[1]
     t = torch.tensor(TIMES)[[0, 2, 1, 2]]
