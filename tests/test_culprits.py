@@ -131,7 +131,7 @@ def test_without_fixes_the_worst_come_first():
 
 
 def test_rows_of_integers_gain_by_more_bits():
-    recipe = fast("w8a8", mode="cache", cache_bits=(4,))
+    recipe = fast("w8a16", mode="cache", cache_bits=(4,))
     model = convert(calibrated(toy(), 8, recipe), progress=False)
     found = [each for each in culprits(model) if each.kind == "feature"]
     assert found and not any(each.broken for each in found)
@@ -139,7 +139,7 @@ def test_rows_of_integers_gain_by_more_bits():
         gains = dict(each.fixes)
         assert list(gains) == ["rows at 8 bits", "exact rows"]
         assert -20 * math.log10(0.2) < each.sqnr < -20 * math.log10(0.01)  # of 15 steps
-    # 4 bits of what every block adds weigh more than 8 bits of its layers
+    # 4 bits of what every block adds weigh more than 8 bits of its layers' weights
     best = max(found, key=lambda each: each.gain)
     assert best.fix is not None and best.fix[0] == "rows at 8 bits" and best.gain > 0.1
 

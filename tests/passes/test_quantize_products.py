@@ -10,7 +10,8 @@ from torch import nn
 from tests.toys import ToyDiT, ToyUNet, seeded
 from tfmq_fx import artifact, metrics
 from tfmq_fx.activation import QuantActivation
-from tfmq_fx.backends.inductor import lower, unavailable
+from tfmq_fx.backends.cpu.lower import lower, untried
+from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.capture import capture
 from tfmq_fx.config import ActivationSpec, AttentionSpec, Config, LayerConfig, WeightSpec
 from tfmq_fx.dialect import Stage, is_timestep_row, stage_of
@@ -278,7 +279,7 @@ def test_the_result_compiles_with_quantized_layers():
     example = {"x": torch.randn(2, 3, 8, 8), "t": torch.tensor([1, 2])}
     gm = capture(seeded(Block).eval(), example, timestep="t").gm
     done = quantize(gm, spec(probabilities="adaptive"), target=quantized_layers(gm)).gm
-    lowered = lower(done).gm
+    lowered = lower(done, choose=untried).gm
     assert len(roundings(lowered)) == 4
     compiled = torch.compile(lowered, fullgraph=True)
     batch = list(batches(gm))[1]
