@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import os
 import platform
 import secrets
@@ -127,7 +126,7 @@ def _library() -> Path:
 
 
 def _compile(path: Path) -> None:
-    root = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr,arg-type]
+    root = Path(torch.__file__).parent
     made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     include, lib = root / "include", root / "lib"
     abi = int(torch.compiled_with_cxx11_abi())

@@ -7,6 +7,7 @@ be fused into what computes x
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,9 +114,9 @@ def _lowered(
     choice = choose(problem, dtype)
     if choice.engine == "float":
         return DequantizedLayer(layer, fast_dtype()), slower(choice)
-    if choice.engine == "onednn" and not layer.dynamic:
+    if choice.engine == "onednn" and not layer.dynamic:  # whose patterns have no range at run time
         return OnednnLayer(layer), None
-    return CodesLayer(layer, dtype, problem, choice), None
+    return CodesLayer(layer, dtype, problem, dataclasses.replace(choice, engine="cpu")), None
 
 
 def kernel_obstacle(layer: QuantLayer, nodes: Sequence[fx.Node]) -> str | None:

@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", choices=CASES, default="cifar10-b4")
     parser.add_argument("--preset", default="w8a8")
+    parser.add_argument("--artifact", help="file that keeps what the compiler makes")
     args = parser.parse_args()
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,9 +76,12 @@ def main() -> None:
     )
     for given in made.calibration:
         prepared(**given)
-    compiled = tfmq_fx.compile(tfmq_fx.convert(prepared), "inductor")
+    compiled = tfmq_fx.compile(tfmq_fx.convert(prepared), "inductor", artifact=args.artifact)
     given = made.evaluation[0]
     with torch.no_grad():
+        start = time.perf_counter()
+        compiled(**given)
+        seconds = time.perf_counter() - start
         whole = millis(lambda: compiled(**given))
         rate = RATE.operations / millis(calls(RATE)["cpu"])
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -88,6 +92,7 @@ def main() -> None:
     limit *= next(iter(given.values())).shape[0] / layers[0].problem.batch
     rows = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
     print(f"{args.model} {args.preset}: {whole:.1f} ms a call, {threads} threads")
+    print(f"first call {seconds:.1f} s; {compiled.nbytes() / 2**20:.1f} MiB of tensors")
     print(f"integer products alone: {limit:.1f} ms at {rate / 1e9:.2f} TOPS")
     for event in rows[:8]:
         print(

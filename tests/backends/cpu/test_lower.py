@@ -237,6 +237,8 @@ def test_ranges_measured_at_every_call_have_no_kernel_of_onednn():
     model = converted(overrides=everywhere(WeightSpec(), DYNAMIC))
     lowered = on(model.gm, chosen({"conv": "onednn", "linear": "onednn"}))
     assert kinds(lowered.gm) == {CodesLayer: 4}
+    assert all(m.on_cpu for m in lowered.gm.modules() if isinstance(m, CodesLayer))
+    assert closeness(model, lowered) > SAME
 
 
 @needs_kernels
