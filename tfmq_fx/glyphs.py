@@ -1,8 +1,9 @@
-"""A class-conditional diffusion transformer and the generated images it was trained on.
+"""Two class-conditional denoisers and the generated images they were trained on.
 
 32x32 colour images of ten glyphs in ten fonts, turned, shaded, and set on a darker, cluttered
-background, made by code from a seed; a `diffusers.DiTTransformer2DModel` (adaLN-Zero) that draws
-more of them, by class; and a classifier whose features serve the Frechet distance. The weights
+background, made by code from a seed; a `diffusers.DiTTransformer2DModel` (adaLN-Zero) and a
+`diffusers.UNet2DModel` that draw more of them, by class; and a classifier whose features serve the
+Frechet distance. The weights
 ship with the package and the fonts with matplotlib, so everything here works offline.
 
 Pillow, matplotlib, diffusers and safetensors are imported when first needed; they come with
@@ -25,7 +26,7 @@ from .digits import ASSETS, CLASSES, TRAINING_STEPS, ImageClassifier, demo_modul
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DiTTransformer2DModel
+    from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
@@ -38,14 +39,17 @@ __all__ = [
     "IMAGE_SIZE",
     "NO_CLASS",
     "TRAINING_STEPS",
+    "UNET_FOLDER",
     "GlyphClassifier",
     "load_classifier",
     "load_dit",
+    "load_unet",
     "make_images",
     "make_scheduler",
 ]
 
 DIT_FOLDER = ASSETS / "glyphs-dit"
+UNET_FOLDER = ASSETS / "glyphs-unet"
 CLASSIFIER_FILE = ASSETS / "glyphs-classifier.safetensors"
 
 IMAGE_SIZE = 32
@@ -178,7 +182,7 @@ class GlyphClassifier(ImageClassifier):
 
 
 def load_dit() -> DiTTransformer2DModel:
-    """The shipped denoiser, float32 and in eval mode, a `DiTTransformer2DModel`.
+    """The shipped transformer, float32 and in eval mode, a `DiTTransformer2DModel`.
 
     model(x, timestep=t, class_labels=labels): x (n, 3, 32, 32); t (n,); labels (n,), int64 in
     [0, 9], or NO_CLASS (10) for any class, as classifier-free guidance needs. It predicts the
@@ -189,6 +193,13 @@ def load_dit() -> DiTTransformer2DModel:
         DIT_FOLDER, local_files_only=True
     )
     return cast("DiTTransformer2DModel", model.float().eval())
+
+
+def load_unet() -> UNet2DModel:
+    """The shipped UNet, float32 and in eval mode: inputs, output, weights and errors as in
+    `load_dit`."""
+    model = demo_module("diffusers").UNet2DModel.from_pretrained(UNET_FOLDER, local_files_only=True)
+    return cast("UNet2DModel", model.float().eval())
 
 
 def load_classifier() -> GlyphClassifier:

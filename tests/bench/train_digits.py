@@ -95,7 +95,7 @@ def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) 
 def main() -> None:
     """Train what the arguments ask for and write the assets."""
     summary = (__doc__ or "").partition("\n")[0]
-    args = training.arguments(summary, part="unet", checkpoint="digits-unet.ckpt").parse_args()
+    args = training.arguments(summary, parts=("unet",), checkpoint="digits-unet.ckpt").parse_args()
 
     if args.only in (None, "classifier"):
         model = training.train_classifier(

@@ -1,10 +1,12 @@
-"""Train the classifier and the denoiser of `tfmq_fx.glyphs` and write them as package assets.
+"""Train the classifier and the denoisers of `tfmq_fx.glyphs` and write them as package assets.
 
-    python -m tests.bench.train_glyphs
-    python -m tests.bench.train_glyphs --only evaluate
+    python -m tests.bench.train_glyphs --only classifier
+    python -m tests.bench.train_glyphs --only dit
+    python -m tests.bench.train_glyphs --only unet --checkpoint glyphs-unet.ckpt
+    python -m tests.bench.train_glyphs --only evaluate --model unet
 
-The second measures what is in the assets and prints one line of JSON. Both trainings are seeded.
-The denoiser's stops after --iterations or --minutes, whichever comes first, and its learning rate
+The last measures what is in the assets and prints one line of JSON. All trainings are seeded.
+A denoiser's stops after --iterations or --minutes, whichever comes first, and its learning rate
 falls with whichever is nearer; an interrupted run continues from --checkpoint. Bit-for-bit
 repetition needs the same machine and no limit of minutes.
 """
@@ -38,6 +40,26 @@ DIT = {
     "num_embeds_ada_norm": glyphs.CLASSES,
 }
 
+UNET = {
+    "sample_size": glyphs.IMAGE_SIZE,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64, 128),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 16,
+    "attention_head_dim": 32,
+    "num_class_embeds": glyphs.CLASSES + 1,  # and none
+}
+
+
+def make_unet() -> Any:
+    """An untrained denoiser of residual blocks and attention, told the class with the timestep."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(**UNET)
+
 
 def make_dit() -> Any:
     """An untrained denoiser, initialized as in the DiT paper: every block starts as identity.
@@ -62,9 +84,14 @@ def make_dit() -> Any:
     return model
 
 
-def train_dit(args: argparse.Namespace) -> dict[str, Tensor]:
-    """Averaged weights of the trained denoiser."""
-    torch.manual_seed(args.seed)
+MODELS = {
+    "dit": (make_dit, glyphs.load_dit, glyphs.DIT_FOLDER),
+    "unet": (make_unet, glyphs.load_unet, glyphs.UNET_FOLDER),
+}
+
+
+def train_denoiser(model: nn.Module, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Averaged weights of `model` after training."""
     images, labels = glyphs.make_images(TRAIN_IMAGES, seed=TRAIN_SEED)
 
     def predict(
@@ -77,15 +104,14 @@ def train_dit(args: argparse.Namespace) -> dict[str, Tensor]:
             predicted: Tensor = call(noisy, timestep=t, class_labels=told).sample
         return predicted
 
-    return training.train_denoiser(make_dit(), glyphs.make_scheduler(), images, predict, args)
+    return training.train_denoiser(model, glyphs.make_scheduler(), images, predict, args)
 
 
-def draw(count: int, *, inference_steps: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Samples (count, 3, 32, 32) of the shipped denoiser and the classes asked for, (count,).
+def draw(model: Any, count: int, *, inference_steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Samples (count, 3, 32, 32) of a denoiser and the classes asked for, (count,).
 
     Classes take turns; there is no guidance.
     """
-    model: Any = glyphs.load_dit()
 
     def denoiser(x: Tensor, t: Tensor) -> Any:
         asked = torch.arange(len(x)) % glyphs.CLASSES  # every batch starts at class 0
@@ -103,12 +129,14 @@ def draw(count: int, *, inference_steps: int, seed: int) -> tuple[Tensor, Tensor
     return drawn, torch.arange(count) % glyphs.CLASSES
 
 
-def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) -> dict[str, Any]:
-    """Figures of the shipped models: Frechet distances, class agreement, distance to training."""
+def evaluate(
+    denoiser: Any, *, count: int, inference_steps: int, seed: int, grid: Path | None
+) -> dict[str, Any]:
+    """Figures of a denoiser and the shipped classifier: Frechet distances, class agreement, distance to training."""
     train, _ = glyphs.make_images(TRAIN_IMAGES, seed=TRAIN_SEED)
     heldout, labels = glyphs.make_images(HELDOUT_IMAGES, seed=HELDOUT_SEED)
     model = glyphs.load_classifier()
-    drawn, asked = draw(count, inference_steps=inference_steps, seed=seed)
+    drawn, asked = draw(denoiser, count, inference_steps=inference_steps, seed=seed)
     if grid is not None:
         training.save_grid(drawn, grid, zoom=3)
     return {
@@ -125,11 +153,12 @@ def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) 
 def main() -> None:
     """Train what the arguments ask for and write the assets."""
     summary = (__doc__ or "").partition("\n")[0]
-    parser = training.arguments(summary, part="dit", checkpoint="glyphs-dit.ckpt")
+    parser = training.arguments(summary, parts=tuple(MODELS), checkpoint="glyphs-dit.ckpt")
+    parser.add_argument("--model", choices=MODELS, default="dit", help="the one to evaluate")
     parser.set_defaults(epochs=2)
     args = parser.parse_args()
 
-    if args.only in (None, "classifier"):
+    if args.only == "classifier":
         model = training.train_classifier(
             glyphs.GlyphClassifier,
             glyphs.make_images(TRAIN_IMAGES, seed=TRAIN_SEED),
@@ -140,11 +169,15 @@ def main() -> None:
             seed=args.seed,
         )
         training.save_classifier(model, args.assets / glyphs.CLASSIFIER_FILE.name)
-    if args.only in (None, "dit"):
-        average = train_dit(args)
-        training.save_denoiser(make_dit(), average, args.assets / glyphs.DIT_FOLDER.name)
-    if args.only == "evaluate":
+    elif args.only in MODELS:
+        make, _, folder = MODELS[args.only]
+        torch.manual_seed(args.seed)
+        average = train_denoiser(make(), args)
+        training.save_denoiser(make(), average, args.assets / folder.name)
+    else:
+        _, load, _ = MODELS[args.model]
         figures = evaluate(
+            load(),
             count=args.samples,
             inference_steps=args.inference_steps,
             seed=args.seed,

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,17 @@ from tfmq_fx import digits, metrics
 Predict = Callable[[Any, Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
 
-def arguments(description: str, *, part: str, checkpoint: str) -> argparse.ArgumentParser:
-    """The options of a training script; `part` is what --only calls its denoiser."""
+def arguments(
+    description: str, *, parts: Sequence[str], checkpoint: str
+) -> argparse.ArgumentParser:
+    """The options of a training script; `parts` is what --only calls its denoisers."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--only", choices=("classifier", part, "evaluate"), help="one part")
+    parser.add_argument(
+        "--only",
+        choices=("classifier", *parts, "evaluate"),
+        required=len(parts) > 1,
+        help="one part",
+    )
     parser.add_argument("--assets", type=Path, default=digits.ASSETS)
     parser.add_argument("--checkpoint", type=Path, default=Path(checkpoint))
     parser.add_argument("--epochs", type=int, default=60, help="of the classifier")
