@@ -96,7 +96,7 @@ def test_the_directory_holds_two_readable_files(net, tmp_path):
     assert len({stat.S_IMODE(found.st_mode) for found in files.values()}) == 1
     assert saved_bytes(tmp_path / "deep" / "model") == sum(f.st_size for f in files.values())
     document = json.loads((tmp_path / "deep" / "model" / GRAPH_FILE).read_text())
-    assert document["format_version"] == 2 and document["torch"] == torch.__version__
+    assert document["format_version"] == 3 and document["torch"] == torch.__version__
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
 
 
@@ -239,8 +239,8 @@ def test_json_that_is_not_text_is_refused(saved):
 
 
 def test_versions_and_keys_are_checked(saved):
-    edit(saved, lambda d: d.update(format_version=3, novelty=1))
-    with pytest.raises(ArtifactError, match=r"format_version 3, .* reads up to 2; install a newer"):
+    edit(saved, lambda d: d.update(format_version=4, novelty=1))
+    with pytest.raises(ArtifactError, match=r"format_version 4, .* reads up to 3; install a newer"):
         load(saved)
     edit(saved, lambda d: d.update(format_version="1"))
     with pytest.raises(ArtifactError, match="format_version '1' is not a version number"):

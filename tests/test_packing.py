@@ -25,7 +25,7 @@ def test_codes_come_back_in_the_bytes_announced(bits, shape, seed):
 
 @pytest.mark.parametrize(
     ("count", "bits", "size"),
-    [(7, 2, 2), (8, 2, 2), (9, 2, 3), (7, 4, 4), (8, 4, 4), (7, 3, 7), (7, 8, 7), (0, 4, 0)],
+    [(7, 2, 2), (8, 2, 2), (9, 2, 3), (7, 4, 4), (8, 4, 4), (7, 3, 3), (8, 3, 3), (9, 3, 4), (5, 6, 4), (7, 8, 7), (0, 4, 0)],
 )
 def test_sizes(count, bits, size):
     assert packed_size(count, bits) == size
@@ -34,3 +34,8 @@ def test_sizes(count, bits, size):
 def test_the_first_code_lies_lowest():
     assert pack(torch.tensor([1, 2, 15]), 4).tolist() == [0x21, 0x0F]
     assert pack(torch.tensor([1, 2, 3, 0, 3]), 2).tolist() == [0b00111001, 0b11]
+    # 8 codes of 3 bits in 24 bits, the first in the lowest
+    codes = [1, 2, 3, 4, 5, 6, 7, 0]
+    assert pack(torch.tensor(codes), 3).tolist() == list(
+        sum(code << (3 * i) for i, code in enumerate(codes)).to_bytes(3, "little")
+    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import artifact, backends
 from .backends.auto import compile_fastest, example_inputs
+from .bit_plan import BitPlan
 from .bound import Bound
 from .calibration import (
     check_sampling,
@@ -23,7 +24,7 @@ from .calibration import (
     sample_weights,
 )
 from .capture import capture
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, digest
 from .config import (
     Config,
     LayerConfig,
@@ -50,6 +51,7 @@ from .passes.quantize_tables import quantize_tables
 from .passes.reconstruct_blocks import reconstruct_blocks
 from .passes.round_weights import round_weights
 from .pipelines import find_timestep, named_inputs, sampling_pass, timestep_values
+from .planning import given_bits, plan_bits
 from .presets import resolve
 from .products import measure_products
 from .recall import observed, remember
@@ -144,22 +146,37 @@ def calibrate(
 
 
 def convert(
-    prepared: Prepared, *, checkpoint: str | Path | None = None, progress: bool = True
+    prepared: Prepared,
+    *,
+    budget: object = None,
+    bits: BitPlan | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
 ) -> Converted:
     """The folded and quantized model that `prepared` and its calibration describe.
 
     capture -> exact rewrites of layers -> temporal block measured and chosen -> tables -> quantized
-    layers -> second-order rounding -> block reconstruction -> rounds of it on what the quantized
-    model visits -> output correction.  Deterministic for a seed on one machine.
+    layers (their bits chosen, under a budget) -> second-order rounding -> block reconstruction ->
+    rounds of it on what the quantized model visits -> output correction.
+    Deterministic for a seed on one machine.
+    budget: weight bits are chosen layer by layer, 2 to 8, for the best output SQNR within it: bytes
+    (a number, "900KiB"), a share of the bytes of `prepared` ("0.3x"), time of the planned layers in
+    one call of the example ("8ms"), a share of what they take in floating point ("0.5x time"; both
+    may leave layers in floating point), or several of these. Layers with an override keep its bits.
+    `Converted.bit_plan` has what was measured and chosen.
+    bits: such a plan, as it was or edited, in place of a budget.
     checkpoint: a directory for finished layers and blocks, from which a later convert of the same
     recipe, model and calibration takes them; it ends with the same bits.
     Raises CalibrationError where a layer that needs data saw none, ConfigError where the directory
-    holds the checkpoint of another conversion.
+    holds the checkpoint of another conversion, a plan is of another model, or a budget cannot be
+    met, naming the least that can.
     """
     if not isinstance(prepared, Prepared):
         raise ConfigError(
             f"convert() takes what prepare() returned, not a {type(prepared).__name__}"
         )
+    if budget is not None and bits is not None:
+        raise ConfigError("convert() takes a budget or bits=, the plan to replay, not both")
     recipe, gm, spec = prepared.recipe, prepared.gm, prepared.recipe.reconstruction
     check_sampling(prepared)
     timesteps, visits = finite_set(prepared)
@@ -182,7 +199,8 @@ def convert(
     learnt = quantized and (spec.rounding == "second-order" or spec.iters > 0)
     rewriting = recipe.rewrites != RewriteSpec()
     ranges = observed_ranges(prepared, sites, plan, timesteps)
-    sampled = learnt or rewriting or recipe.attention or recipe.correction != "none"
+    corrected = recipe.correction != "none"
+    sampled = learnt or rewriting or recipe.attention or corrected or budget is not None
     chunks = sample_chunks(prepared) if sampled or _profiled(plan, spec) else []
     done: list[Rewrite] = []
 
@@ -230,16 +248,40 @@ def convert(
     gm = apply(fold_pass(gm, timesteps=timesteps, only=temporal.tabled))
     if temporal.cached:
         gm = apply(quantize_tables(gm, bits=temporal.cached))
-    gm = apply(
-        quantize_layers(gm, plan=plan, ranges=ranges, timesteps=timesteps, ready=temporal.layers)
-    )
+    measured = None
     if recipe.attention is not None:
         measured = measure_products(
             reference, chunks, spec=recipe.attention, timesteps=timesteps, seed=spec.seed
         )
-        gm = apply(
-            quantize_products(gm, measured=measured, spec=recipe.attention, timesteps=timesteps)
+
+    def quantize(gm: torch.fx.GraphModule) -> list[Rewrite]:
+        ready = temporal.layers
+        made = [quantize_layers(gm, plan=plan, ranges=ranges, timesteps=timesteps, ready=ready)]
+        if measured is not None:
+            assert recipe.attention is not None
+            spec = recipe.attention
+            made.append(
+                quantize_products(made[0].gm, measured=measured, spec=spec, timesteps=timesteps)
+            )
+        return made
+
+    if budget is not None:
+        bits = plan_bits(
+            quantize(gm)[-1].gm,
+            prepared=prepared,
+            reference=reference,
+            layers=plan,
+            fixed={*temporal.layers, *given_bits(plan, prepared.overrides)},
+            timesteps=timesteps,
+            budget=budget,
+            checkpoint=parts("sensitivity"),
+            progress=progress,
         )
+    if bits is not None:
+        plan = bits.layers(plan)
+    for made in quantize(gm):
+        gm = apply(made)
+    tag = "" if bits is None else f" {digest({n: s.chosen for n, s in bits.sites.items()})[:12]}"
     # Without TIAR the temporal block is layers like any other.
     skip = temporal.layers if recipe.temporal.tiar_iters else {}
     if quantized and spec.rounding == "second-order":
@@ -252,7 +294,7 @@ def convert(
                 spec=spec,
                 weights=sample_weights(prepared, chunks),
                 skip=skip,
-                checkpoint=parts("rounding"),
+                checkpoint=parts(f"rounding{tag}"),
                 progress=progress,
             )
         )
@@ -268,7 +310,7 @@ def convert(
                 iters=iters,
                 weights=sample_weights(given, chunks),
                 skip=skip,
-                checkpoint=parts(group),
+                checkpoint=parts(f"{group}{tag}"),
                 progress=progress,
             )
         )
@@ -290,6 +332,7 @@ def convert(
         "products": product_records(gm),
         "declined": [[d.site, d.reason] for d in declined],
         "left_weights": left + branch_weights(gm),
+        "bits": None if bits is None else bits.to_dict(),
         "passes": [pass_record(rewrite) for rewrite in done],
         "float_bytes": prepared.nbytes(),
         "removed": removed_layers(reference, gm),

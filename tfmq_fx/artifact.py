@@ -29,7 +29,7 @@ from .graph_json import from_json, to_json
 from .module_json import owner_of, tensors_of
 from .plain_json import keys
 
-FORMAT_VERSION = 2  # 1: without origin
+FORMAT_VERSION = 3  # 1: without origin; 2: weights of 3, 5, 6 and 7 bits took a byte each
 GRAPH_FILE = "tfmq_fx.json"
 TENSORS_FILE = "model.safetensors"
 ORIGIN_FILE = "origin.json"

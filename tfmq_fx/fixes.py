@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx, nn
 
-from .affine import activation_scales, weight_qparams
+from .affine import activation_scales
 from .config import WeightSpec
 from .nn import QuantLayer
-from .rounding import round_nearest
+from .requantized import emptied, with_weight
 from .site_parts import Column, Leaf
 
 SEARCH = 40  # candidates of each clipped weight range: down to 0.61 of it
@@ -163,15 +163,8 @@ def _spec_of(layer: QuantLayer, weight: Tensor, search: int) -> WeightSpec:
     )
 
 
-def _copy(layer: QuantLayer, **changes: object) -> QuantLayer:
-    """A layer like `layer`, its weight still empty."""
-    made = type(layer).from_spec({**layer.spec(), **changes}).to(layer.codes.device)
-    made.bias, made.act_scale, made.act_zero = layer.bias, layer.act_scale, layer.act_zero
-    return made
-
-
 def _with_input(layer: QuantLayer) -> QuantLayer:
-    made = _copy(layer, act_bits=None, act_format="int", per_timestep=False, dynamic=False)
+    made = emptied(layer, act_bits=None, act_format="int", per_timestep=False, dynamic=False)
     for name in ("codes", "weight_scale", "weight_zero"):
         setattr(made, name, getattr(layer, name))
     return made
@@ -179,10 +172,4 @@ def _with_input(layer: QuantLayer) -> QuantLayer:
 
 def _with_weight(leaf: Leaf, spec: WeightSpec) -> QuantLayer:
     assert leaf.weight is not None
-    grid = weight_qparams(leaf.weight, spec)
-    groups = 1 if grid.scale.dim() == 1 else grid.scale.shape[1]
-    made = _copy(leaf.layer, weight_bits=spec.bits, weight_groups=groups, weight_format=spec.format)
-    codes = round_nearest(leaf.weight.flatten(1), grid)
-    made.set_weight(codes.view(leaf.weight.shape), grid)
-    made.bias = leaf.bias
-    return made
+    return with_weight(leaf.layer, leaf.weight, leaf.bias, spec)

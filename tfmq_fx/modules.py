@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
+from .bit_plan import BitPlan
 from .config import Config, LayerConfig
 from .dialect import stage_of
 from .errors import ConfigError, InputError
@@ -310,6 +311,12 @@ class Converted(GraphModel):
         super().__init__(gm, call, model_config)
         self.recipe, self.record, self.origin, self.watch = recipe, record, origin, watch
         install_removed(gm, record.get("removed", {}))
+
+    @property
+    def bit_plan(self) -> BitPlan | None:
+        """The bits chosen under a budget and what they were chosen from; None without one."""
+        bits = self.record.get("bits")
+        return None if bits is None else BitPlan.from_dict(bits)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
         gm = copy.deepcopy(self.gm, memo)

@@ -1,35 +1,56 @@
-"""Weights as dense bit fields: how codes of fewer than 8 bits lie in memory and on disk."""
+"""Weights as dense bit fields: how codes of fewer than 8 bits lie in memory and on disk.
+
+Codes follow one another without gaps, the first in the lowest bits, in words of whole bytes: two
+4-bit codes in one byte, eight 3-bit codes in three.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes of `count` codes of `bits` bits: 4 and 2 bits share bytes, others take one each."""
-    per_byte = 8 // bits if bits in (2, 4) else 1
-    return -(-count // per_byte)
+    """Bytes of `count` codes of `bits` bits, 1 to 8: of all their bits, rounded up."""
+    return -(-count * bits // 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (any shape, integers in [0, 2**bits - 1]) as a flat uint8 tensor, first code lowest."""
     flat = codes.flatten().to(torch.uint8)
-    if bits not in (2, 4):
+    if bits == 8:
         return flat
-    per_byte = 8 // bits
-    padding = -len(flat) % per_byte
-    fields = torch.nn.functional.pad(flat, (0, padding)).view(-1, per_byte)
-    packed = torch.zeros(len(fields), dtype=torch.uint8, device=flat.device)
-    for i in range(per_byte):
-        packed |= fields[:, i] << (bits * i)
-    return packed
+    per_word, width = _word(bits)
+    fields = torch.nn.functional.pad(flat, (0, -len(flat) % per_word)).view(-1, per_word)
+    words = torch.zeros(len(fields), dtype=_dtype(width), device=flat.device)
+    for i in range(per_word):
+        words |= fields[:, i].to(words.dtype) << (bits * i)
+    packed = torch.stack([(words >> (8 * i)).to(torch.uint8) for i in range(width)], 1)
+    return packed.flatten()[: packed_size(len(flat), bits)].clone()  # its storage is saved
 
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """The uint8 codes that `pack` was given, in `shape`."""
-    if bits not in (2, 4):
+    if bits == 8:
         return packed.view(shape)
-    fields = [(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)]
+    per_word, width = _word(bits)
+    fields = torch.nn.functional.pad(packed, (0, -len(packed) % width)).view(-1, width)
+    words = torch.zeros(len(fields), dtype=_dtype(width), device=packed.device)
+    for i in range(width):
+        words |= fields[:, i].to(words.dtype) << (8 * i)
+    mask = 2**bits - 1
+    codes = [((words >> (bits * i)) & mask).to(torch.uint8) for i in range(per_word)]
     count = torch.Size(shape).numel()
-    return torch.stack(fields, 1).flatten()[:count].view(shape)
+    return torch.stack(codes, 1).flatten()[:count].view(shape)
+
+
+def _word(bits: int) -> tuple[int, int]:
+    """How many codes share how many whole bytes."""
+    shared = math.gcd(bits, 8)
+    return 8 // shared, bits // shared
+
+
+def _dtype(width: int) -> torch.dtype:
+    return torch.uint8 if width == 1 else torch.int64

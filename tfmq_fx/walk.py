@@ -99,6 +99,15 @@ class Walk:
         return fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
 
     @torch.no_grad()
+    def ahead(self, chunk: int) -> Any:
+        """What the graph gives for one chunk when it runs on to its end from here, as it is now;
+        the walk stays where it is. Not for graphs that write in place: they would write to values
+        that the walk holds."""
+        held = Held(self._spill)
+        self._run_chunk(self._nodes[self._position :], chunk, {self._nodes[-1]: held})
+        return held[0]
+
+    @torch.no_grad()
     def _advance(self, stop: int) -> None:
         """Run the nodes in front of position `stop`, chunk by chunk."""
         if stop <= self._position:

@@ -1,0 +1,73 @@
+"""How long one layer takes as integers and in floating point, known before anything is lowered."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tfmq_fx.kernels import obstacle
+from tfmq_fx.layers import groups_of, layer_input
+from tfmq_fx.nn import QuantLayer
+from tfmq_fx.ops import size_hint
+
+from .cuda.layers import problem_of
+from .cuda.trial import Chooser
+
+_RATE = 2e5  # multiply-adds a microsecond in floating point, where nothing can be timed
+_SPEEDUP = 2.0  # of integers, likewise
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """Microseconds of all calls of a layer in one call of the model.
+
+    integer: as it is quantized, which is in floating point where no integer kernel runs it.
+    measured: whether both were timed; else they follow from the layer's multiply-adds.
+    """
+
+    integer: float
+    floating: float
+    measured: bool
+
+
+def chooser(device: torch.device) -> Chooser | None:
+    """What times kernels on a device and keeps the results; None where none can be timed."""
+    if device.type == "cpu":
+        return importlib.import_module("tfmq_fx.backends.cpu.trial").by_trial()  # type: ignore[no-any-return]
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        return importlib.import_module("tfmq_fx.backends.cuda.trial").by_trial(device)  # type: ignore[no-any-return]
+    return None
+
+
+def layer_time(layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser | None) -> LayerTime:
+    """The time of a layer called by `nodes`, at the sizes of the example it was captured with."""
+    total = LayerTime(0.0, 0.0, True)
+    for node in nodes:
+        one = _call_time(layer, node, choose)
+        total = LayerTime(
+            total.integer + one.integer,
+            total.floating + one.floating,
+            total.measured and one.measured,
+        )
+    return total
+
+
+def _call_time(layer: QuantLayer, node: fx.Node, choose: Chooser | None) -> LayerTime:
+    lacking = obstacle(layer) is not None
+    micros: dict[str, float] = {}
+    known = len(layer.weight_shape) in (2, 4) and groups_of(layer) == 1
+    if choose is not None and known:
+        sizes = [size_hint(size) for size in layer_input(node).meta["val"].shape]
+        micros = dict(choose(problem_of(layer, sizes), node.meta["val"].dtype).micros)
+    kernels = [taken for name, taken in micros.items() if name != "float"]
+    if "float" in micros and (kernels or lacking):
+        floating = micros["float"]
+        return LayerTime(floating if lacking else min(kernels), floating, True)
+    out = torch.Size([size_hint(size) for size in node.meta["val"].shape]).numel()
+    floating = out * torch.Size(layer.weight_shape[1:]).numel() / _RATE
+    return LayerTime(floating if lacking else floating / _SPEEDUP, floating, False)
