@@ -17,7 +17,7 @@ from scipy.sparse import csr_array, vstack
 Array = NDArray[np.float64]
 
 _ROUNDS = 20  # of weighting the steps anew; it settles in three to five
-_TIE = 1e-9  # weight of all costs against all noise: prefers the cheaper of equals
+_TIE = 1e-6  # weight of all costs against all noise: prefers the cheaper of equals
 _SLACK = 1e-9  # of a limit, for rounding in the solver
 
 
@@ -57,7 +57,7 @@ def allocate(
             constraints=constraints,
             integrality=np.ones(size),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
+            options={"mip_rel_gap": 1e-8, "time_limit": 60.0},
         )
         if found.x is None:
             return None

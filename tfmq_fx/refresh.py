@@ -137,7 +137,7 @@ def _reconverted(made: Converted, origin: Origin, source: nn.Module, progress: b
     if origin.timesteps is None:
         new = captured_only(prepared)
     else:
-        new = convert(prepared, progress=progress)
+        new = convert(prepared, bits=made.bit_plan, progress=progress)
     if (new.device, new.dtype) != (made.device, made.dtype):
         new.to(device=made.device, dtype=made.dtype)
     return new
