@@ -39,6 +39,7 @@ from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, ConfigError
 from .graph import Rewrite, device_of, own_modules
+from .merging import facts, observe
 from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
 from .ops import check_timesteps
 from .origin import Origin
@@ -53,6 +54,7 @@ from .passes.round_weights import round_weights
 from .pipelines import find_timestep, named_inputs, sampling_pass, timestep_values
 from .planning import given_bits, plan_bits
 from .presets import resolve
+from .processes import agree, rank, together, world
 from .products import measure_products
 from .recall import observed, remember
 from .report import branch_weights, pass_record, product_records, site_records
@@ -127,20 +129,25 @@ def calibrate(
     or any iterable of inputs (tuples or dicts of arguments).
     num_inference_steps, samples, batch_size, seed: of the sampling; an iterable brings its own, and
     prompts, class labels or embeddings bring the number of samples.
+    Processes of torch.distributed's group share the batches: all call this, with the same arguments
+    (ConfigError where they differ), and end with what one process would have.
     Raises CalibrationError naming the layer where NaN or Inf appears.
     """
-    sampling = sampling_pass(
-        source,
-        args,
-        kwargs,
-        original=prepared.source,
-        steps=num_inference_steps,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )
-    sampling.run(prepared)
+    settings = {"samples": samples, "batch_size": batch_size, "seed": seed}
+    with together("calibrate()"):
+        if world() > 1:
+            given = {"steps": num_inference_steps, "source": source, "args": args, "kwargs": kwargs}
+            agree("calibrate()", facts(prepared, **settings, **given))
+        sampling = sampling_pass(
+            source,
+            args,
+            kwargs,
+            original=prepared.source,
+            steps=num_inference_steps,
+            progress=progress and not rank(),
+            **settings,
+        )
+        observe(prepared, sampling)
     prepared.sampling = sampling
     return prepared
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .checkpoint import digest
 from .config import LayerConfig, to_dict
 from .errors import CalibrationError
+from .merging import observe
 from .modules import Prepared
 from .observers import RangeObserver, Ranges, SampleCache
 from .ops import check_timesteps
@@ -60,7 +61,7 @@ def resampled(prepared: Prepared, gm: torch.fx.GraphModule) -> Prepared:
         source=prepared.source,
         model_config=prepared.model_config,
     )
-    prepared.sampling.run(result)
+    observe(result, prepared.sampling)
     return result
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .noise import decibels, energies, pooled
+from .processes import agree, dealt, interleaved, mine, nothing, rank, together
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:
@@ -232,6 +233,8 @@ def sample(
     device: torch.device | str = ...,
     progress: bool = ...,
     conditions: Mapping[str, Tensor] | None = ...,
+    parallel: bool = ...,
+    done: Callable[[], None] = ...,
     record: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -248,6 +251,8 @@ def sample(
     device: torch.device | str = ...,
     progress: bool = ...,
     conditions: Mapping[str, Tensor] | None = ...,
+    parallel: bool = ...,
+    done: Callable[[], None] = ...,
     record: Literal[True],
 ) -> tuple[Tensor, Trajectory]: ...
 
@@ -264,6 +269,8 @@ def sample(
     device: torch.device | str = "cpu",
     progress: bool = False,
     conditions: Mapping[str, Tensor] | None = None,
+    parallel: bool = False,
+    done: Callable[[], None] = nothing,
     record: bool = False,
 ) -> Tensor | tuple[Tensor, Trajectory]:
     """Images (n, ...) drawn by deterministic DDIM (eta 0), on the CPU; with record, a Trajectory.
@@ -274,6 +281,9 @@ def sample(
     shape: (n, ...) of all images. seed: of the initial noise, which is drawn before batching, as
     in `initial_noise`; so the images do not depend on batch_size beyond rounding.
     conditions: further inputs of the denoiser by name, (n, ...) each, one row for each image.
+    parallel: whether processes share the batches (see `processes`), all of which call this; each
+    then has all images, with the bits they have in one process.  done: called by all of them after
+    each round of batches.
     Raises ConfigError for an empty shape, batch_size < 1 or num_inference_steps < 1, or conditions
     of another length.
     """
@@ -288,32 +298,52 @@ def sample(
         )
     noise = initial_noise(shape, seed=seed)
     scheduler.set_timesteps(num_inference_steps, device=device)
-    timesteps = scheduler.timesteps
-    batches = torch.split(noise, batch_size)
-    images, inputs, outputs = [], [], []
-    bar = _progress_bar(len(batches) * len(timesteps)) if progress else None
-    for start, batch in zip(range(0, len(noise), batch_size), batches, strict=True):
+    batches = list(zip(range(0, len(noise), batch_size), noise.split(batch_size), strict=True))
+    steps = (len(mine(len(batches))) if parallel else len(batches)) * len(scheduler.timesteps)
+    bar = _progress_bar(steps) if progress and not rank() else None
+
+    def draw(start: int, batch: Tensor) -> list[Tensor]:
         own = {name: v[start : start + batch_size].to(device) for name, v in given.items()}
-        x = batch.to(device) * scheduler.init_noise_sigma
-        seen, answered = [], []
-        for t in timesteps:
-            answer = _prediction(denoiser(x, t, **own))
-            if record:
-                # Copies: a denoiser may answer from a buffer that its next call overwrites.
-                seen.append(x.to("cpu", copy=True))
-                answered.append(answer.to("cpu", copy=True))
-            x = scheduler.step(answer, t, x, eta=0.0, return_dict=False)[0]
-            if bar is not None:
-                bar.update()
-        images.append(x.cpu())
-        if record:
-            inputs.append(torch.stack(seen))
-            outputs.append(torch.stack(answered))
+        return _draw(denoiser, scheduler, batch.to(device), own, record, bar)
+
+    if parallel:
+        facts = {"shape": tuple(shape), "steps": num_inference_steps, "seed": seed}
+        with together("sample()"):
+            agree("sample()", facts | {"batch_size": batch_size, "record": record})
+            found = [draw(*batch) for batch in dealt(batches, done)]
+            found = interleaved(found, len(batches), "images")
+    else:
+        found = [draw(*batch) for batch in batches]
     if bar is not None:
         bar.close()
-    drawn = torch.cat(images)
+    drawn, *recorded = zip(*found, strict=True)
     if not record:
-        return drawn
-    return drawn, Trajectory(
-        timesteps=timesteps.cpu(), inputs=torch.cat(inputs, 1), outputs=torch.cat(outputs, 1)
+        return torch.cat(drawn)
+    inputs, outputs = (torch.cat(parts, 1) for parts in recorded)
+    return torch.cat(drawn), Trajectory(
+        timesteps=scheduler.timesteps.cpu(), inputs=inputs, outputs=outputs
     )
+
+
+def _draw(
+    denoiser: Callable[..., Any],
+    scheduler: Any,
+    noise: Tensor,
+    conditions: Mapping[str, Tensor],
+    record: bool,
+    bar: Any,
+) -> list[Tensor]:
+    """One batch of images (n, ...), on the CPU; with record, also what the denoiser saw and
+    answered, (steps, n, ...) each."""
+    x = noise * scheduler.init_noise_sigma
+    seen, answered = [], []
+    for t in scheduler.timesteps:
+        answer = _prediction(denoiser(x, t, **conditions))
+        if record:
+            # Copies: a denoiser may answer from a buffer that its next call overwrites.
+            seen.append(x.to("cpu", copy=True))
+            answered.append(answer.to("cpu", copy=True))
+        x = scheduler.step(answer, t, x, eta=0.0, return_dict=False)[0]
+        if bar is not None:
+            bar.update()
+    return [x.cpu(), torch.stack(seen), torch.stack(answered)] if record else [x.cpu()]

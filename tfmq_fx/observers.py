@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -51,9 +51,14 @@ class RangeObserver(nn.Module):
                     f"the input of {self.site} holds NaN or Inf at timestep {step}; "
                     "check the calibration data and the model's weights"
                 )
+            self.merge({step: (a, b)})
+        return x
+
+    def merge(self, seen: Mapping[float, tuple[float, float]]) -> None:
+        """Count in what another observer of the same layer saw after this one."""
+        for step, (a, b) in seen.items():
             old = self.seen.get(step)
             self.seen[step] = (min(a, old[0]), max(b, old[1])) if old else (a, b)
-        return x
 
     def ranges(self, timesteps: Tensor) -> Ranges:
         """The range at each of `timesteps` (K,); those not visited are interpolated in t."""
@@ -63,6 +68,17 @@ class RangeObserver(nn.Module):
         high = np.interp(wanted, steps, [self.seen[s][1] for s in steps])
         missing = int((~np.isin(wanted, steps)).sum())
         return Ranges(torch.tensor(low).float(), torch.tensor(high).float(), missing)
+
+
+def sample_row(inputs: Sequence[Tensor], batched: Sequence[bool], i: int) -> tuple[Tensor, ...]:
+    """Sample i of a call, on its own; inputs without a batch are copied whole."""
+    pairs = zip(inputs, batched, strict=True)
+    return tuple((x[i : i + 1] if b else x).detach().clone() for x, b in pairs)
+
+
+def row_bytes(inputs: Sequence[Tensor], batched: Sequence[bool]) -> int:
+    """Bytes of one such sample."""
+    return sum((x[:1] if b else x).nbytes for x, b in zip(inputs, batched, strict=True))
 
 
 class SampleCache:
@@ -96,7 +112,16 @@ class SampleCache:
     def add(self, inputs: Sequence[Tensor], batched: Sequence[bool], timestep: int) -> None:
         """Offer one call: placeholder values, which of them carry the batch in dim 0, and the
         position of the timestep (B,) among them."""
-        for i, step in enumerate(inputs[timestep].tolist()):
+        self.offer(
+            inputs[timestep].tolist(),
+            row_bytes(inputs, batched),
+            lambda i: sample_row(inputs, batched, i),
+        )
+
+    def offer(self, steps: Sequence[float], size: int, row: Callable[[int], Any]) -> None:
+        """Offer samples of these timesteps, of `size` bytes each; `row` makes those that are kept
+        of their positions, or what stands for them until they are put in their place."""
+        for i, step in enumerate(steps):
             self.visits[step] = self.visits.get(step, 0) + 1
             rows = self._rows.setdefault(step, [])
             self._rank.setdefault(step, self._random.random())
@@ -105,12 +130,8 @@ class SampleCache:
                 place = int(self._random.integers(self.visits[step]))
                 if place >= len(rows):
                     continue
-            row = tuple(
-                (x[i : i + 1] if b else x).detach().clone()
-                for x, b in zip(inputs, batched, strict=True)
-            )
-            self._row_bytes = sum(x.nbytes for x in row)
-            rows[place : place + 1] = [row]
+            self._row_bytes = size
+            rows[place : place + 1] = [row(i)]
             self._trim()
 
     def _trim(self) -> None:

@@ -15,6 +15,7 @@ from .describe import TIMESTEP_NAMES
 from .errors import ConfigError
 from .examples import example_inputs as derived_inputs
 from .metrics import sample
+from .processes import dealt, nothing
 from .progress import progress_bar
 
 
@@ -138,11 +139,12 @@ def _settings(pipeline: Any) -> dict[str, Any]:
 class SamplingPass:
     """A way to call a denoiser as sampling does.
 
-    run: calls the module it is given.  repeatable: whether another module would be shown what it
-    steers to itself, which is so where a scheduler drives and not where inputs are given.
+    run: calls the module it is given.  Of many processes each takes its own batches, and all call
+    what `run` is given besides after each round.  repeatable: whether another module would be shown
+    what it steers to itself, which is so where a scheduler drives and not where inputs are given.
     """
 
-    run: Callable[[nn.Module], None]
+    run: Callable[..., None]
     repeatable: bool
 
 
@@ -161,7 +163,7 @@ def sampling_pass(
     """How `source` samples: a diffusers pipeline that holds `original`, a (scheduler, shape) pair,
     or an iterable of inputs; the arguments are those of `tfmq_fx.calibrate`. Raises ConfigError."""
 
-    def by_scheduler(denoiser: nn.Module) -> None:
+    def by_scheduler(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
         scheduler, shape = source
         sample(
             denoiser,
@@ -173,10 +175,12 @@ def sampling_pass(
             device=getattr(denoiser, "device", "cpu"),
             progress=progress,
             conditions=kwargs,
+            parallel=True,
+            done=done,
         )
 
-    def by_inputs(denoiser: nn.Module) -> None:
-        for inputs in progress_bar(source, "calibration", enabled=progress):
+    def by_inputs(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
+        for inputs in dealt(progress_bar(source, "calibration", enabled=progress), done):
             if isinstance(inputs, Mapping):
                 denoiser(**inputs)
             elif isinstance(inputs, (tuple, list)):
@@ -190,7 +194,12 @@ def sampling_pass(
     if hasattr(source, "components"):
         make = _without(source, original)  # a pass that is kept keeps neither alive
 
-        def by_pipeline(denoiser: nn.Module) -> None:
+        def by_pipeline(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
+            # One generator goes through all batches: the first process takes them all.
+            for _ in dealt([None], done):
+                draw(denoiser)
+
+        def draw(denoiser: nn.Module) -> None:
             pipe = make(denoiser)
             pipe.set_progress_bar_config(disable=not progress)
             generator = torch.Generator().manual_seed(seed)

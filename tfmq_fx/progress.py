@@ -8,14 +8,16 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from .processes import rank
+
 T = TypeVar("T")
 
 
 def progress_bar(
     items: Iterable[T], description: str, *, enabled: bool, total: int | None = None
 ) -> Iterable[T]:
-    """`items`, with a bar on stderr where enabled."""
-    if not enabled:
+    """`items`, with a bar on stderr where enabled, in the first process if there are many."""
+    if not enabled or rank():
         return items
     bar: Iterable[T] = tqdm(items, desc=description, total=total, file=sys.stderr, leave=False)
     return bar
