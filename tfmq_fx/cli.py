@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .errors import TfmqError
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--json", metavar="FILE", type=Path, help="write everything found as JSON")
     check.add_argument("--seed", type=int, default=0, help="of the inputs drawn")
     check.add_argument("--quiet", action="store_true", help="no progress bars")
+    _add_evaluate(commands)
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "demo":
@@ -80,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found.save(path, depth=chosen.depth)
         elif chosen.command == "verify":
             return _verify(chosen)
+        elif chosen.command == "evaluate":
+            return _evaluate(chosen, sys.argv[1:] if arguments is None else arguments)
         else:
             from .api import load
             from .report import report
@@ -91,6 +96,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {note}", file=sys.stderr)
         return 1
     return 0
+
+
+def _add_evaluate(commands: Any) -> None:
+    """The arguments of `evaluate`; those left out are its own defaults, or those of --small."""
+    judge = commands.add_parser(
+        "evaluate", help="compare recipes on the shipped models: quality, bytes and time in a table"
+    )
+    judge.add_argument("--models", metavar="NAME", nargs="+", help="digits, glyphs-dit, ...")
+    judge.add_argument("--recipes", metavar="NAME", nargs="+", help="nearest, tfmq, best, ...")
+    judge.add_argument("--bits", metavar="BITS", nargs="+", help="w8a8, w4a8, w6a6, w4a6, w4a4")
+    judge.add_argument("--samples", type=int, help="images for each FID (5000)")
+    judge.add_argument("--seeds", type=int, nargs="+", help="of calibration and sampling (0 1 2)")
+    judge.add_argument("--steps", type=int, help="DDIM steps (20)")
+    judge.add_argument(
+        "--learning",
+        metavar="RULE",
+        help='steps of recipes that learn: "published", "equal-time" (as long as "best" takes; '
+        "the default), or the most steps a block",
+    )
+    judge.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for results")
+    judge.add_argument(
+        "--small", action="store_true", help="digits at W4A8, 1,000 images, one seed: minutes"
+    )
+    judge.add_argument("--device", help="cpu (the default) or cuda")
+    judge.add_argument("--backend", help="what samples: inductor (the default) or eager")
+    judge.add_argument("--retry", action="store_true", help="compute failed results again")
+    judge.add_argument("--table", action="store_true", help="compute nothing, write the tables")
+    judge.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _evaluate(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Evaluate and print the table; the exit status: 130 where it was interrupted."""
+    from .evaluation import SMALL, evaluate
+
+    names = ("models", "recipes", "bits", "samples", "seeds", "steps", "learning", "device")
+    given = {name: getattr(chosen, name) for name in (*names, "backend")}
+    options = {name: value for name, value in given.items() if value is not None}
+    if chosen.small:
+        options = {**SMALL, **options}
+    status = 0
+    try:
+        evaluate(
+            out=chosen.out,
+            compute=not chosen.table,
+            retry=chosen.retry,
+            progress=not chosen.quiet,
+            command=shlex.join(["tfmq-fx", *arguments]),
+            **options,
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        status = 130
+    print(f"\n{(chosen.out / 'table.md').read_text(encoding='utf-8')}")
+    print(f"Tables, plots and grids: {chosen.out}")
+    return status
 
 
 def _verify(chosen: argparse.Namespace) -> int:

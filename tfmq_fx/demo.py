@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from . import api, artifact, backends, digits, metrics
 from .capture import capture
+from .charts import draw_curves, draw_grid
 from .config import ActivationSpec, Config, LayerConfig, WeightSpec
 from .errors import BackendError
 from .feature_errors import temporal_errors
@@ -320,48 +320,6 @@ def table(rows: list[Row]) -> str:
             f"| {'' if row.ms is None else f'{row.ms:.0f}'} |"
         )
     return "\n".join(lines)
-
-
-def draw_grid(pictures: dict[str, Tensor], path: Path, columns: int = 16) -> None:
-    """A PNG with one row of images per variant, the same seeds in the same columns."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(pictures), columns, figsize=(columns * 0.75, len(pictures) * 0.95), squeeze=False
-    )
-    for line_of_axes, (name, images) in zip(axes, pictures.items(), strict=True):
-        for axis, image in zip(line_of_axes, images, strict=False):
-            shown = (image.clamp(-1, 1).movedim(0, -1) + 1) / 2
-            axis.imshow(shown[..., 0] if len(image) == 1 else shown, cmap="gray", vmin=0, vmax=1)
-            axis.set_axis_off()
-        line_of_axes[0].set_title(name, loc="left", fontsize=9)
-    figure.tight_layout(pad=0.3)
-    _save_figure(figure, path)
-    plt.close(figure)
-
-
-def draw_curves(steps: list[int], curves: dict[str, list[float]], path: Path) -> None:
-    """A PNG of temporal-feature error against timestep, one line per variant."""
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for name, values in curves.items():
-        if max(values) > 0:
-            axis.semilogy(steps, values, marker=".", label=name)
-    exact = [name for name, values in curves.items() if max(values) == 0]
-    axis.set_xlabel("timestep")
-    axis.set_ylabel("relative error of temporal features (mean)")
-    axis.set_title(f"exact: {', '.join(exact)}" if exact else "", fontsize=9)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
-    figure.tight_layout()
-    _save_figure(figure, path)
-    plt.close(figure)
-
-
-def _save_figure(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_whole(path, picture.getvalue())
 
 
 def write_json(path: Path, data: Any) -> None:

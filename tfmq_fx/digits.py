@@ -108,6 +108,14 @@ class ImageClassifier(nn.Module):
         """Features (n, 64) of images (n, channels, size, size), before the last nonlinearity."""
         return cast(Tensor, self.body(x))
 
+    def feature_map(self, x: Tensor) -> Tensor:
+        """The last feature map (n, maps, height, width) of such images, before it is flattened."""
+        for layer in self.body:
+            if isinstance(layer, nn.Flatten):
+                break
+            x = layer(x)
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, 10) of images (n, channels, size, size)."""
         return cast(Tensor, self.head(F.silu(self.features(x))))

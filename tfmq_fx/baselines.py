@@ -1,0 +1,119 @@
+"""The recipes of an evaluation by name and bits, and how many steps each of them learns for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+from .config import Config
+from .errors import ConfigError
+from .presets import PRESETS, RECIPES, resolve
+
+NEAREST = "nearest"
+NAMES = (NEAREST, *(name for name in RECIPES if name != "best"), "best")
+BITS = ("w8a8", "w4a8", "w6a6", "w4a6", "w4a4")
+PUBLISHED, EQUAL_TIME, NO_LEARNING = "published", "equal-time", "none"
+_FEWEST_TIAR = (
+    1000  # steps of TIAR kept where fewer of block learning are asked for: they are cheap
+)
+
+
+def nearest(bits: str) -> Config:
+    """Nearest rounding and one static range for every layer, 8 bits for what enters the first."""
+    base = resolve(f"brecq-{bits}")
+    spec = dataclasses.replace(base.reconstruction, iters=0)
+    return dataclasses.replace(base, name=f"{NEAREST}-{bits}", reconstruction=spec)
+
+
+def recipe(name: str, bits: str) -> Config:
+    """The recipe called `name`, one of NAMES, at `bits`, as in "w4a8". Raises ConfigError."""
+    if name not in NAMES:
+        raise ConfigError(f"unknown recipe {name!r}; there are {', '.join(NAMES)}")
+    if not re.fullmatch(r"w\d+a\d+", bits):
+        raise ConfigError(f"bits are written as in 'w4a8', got {bits!r}; usual: {', '.join(BITS)}")
+    try:
+        return nearest(bits) if name == NEAREST else resolve(f"{name}-{bits}")
+    except ConfigError as error:
+        error.add_note(f"in recipe {name!r} at {bits!r}; usual bits are {', '.join(BITS)}")
+        raise
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Baseline:
+    """A recipe to evaluate. bits: as in "w4a8", or "" for a Config that was given as a value."""
+
+    name: str
+    bits: str
+    config: Config
+
+    @property
+    def learns(self) -> bool:
+        """Whether it learns roundings by gradient steps, of which there may be more or fewer."""
+        return self.config.reconstruction.iters > 0
+
+
+def baselines(recipes: Iterable[str | Config] | None, bits: Sequence[str] | None) -> list[Baseline]:
+    """Every recipe at all bits, narrowest change last; Configs as they are. None is all there are.
+
+    Raises ConfigError for unknown names and bits, for none, and for one twice.
+    """
+    names = list(NAMES if recipes is None else [recipes] if isinstance(recipes, str) else recipes)
+    widths = list(BITS if bits is None else [bits] if isinstance(bits, str) else bits)
+    found = [
+        Baseline(name, width, recipe(name, width))
+        for width in widths
+        for name in names
+        if not isinstance(name, Config)
+    ]
+    found += [Baseline(each.name, "", each) for each in names if isinstance(each, Config)]
+    keys = [(each.name, each.bits) for each in found]
+    if not found or len(set(keys)) < len(keys):
+        raise ConfigError(
+            f"give each recipe and each width once, at least one; got {', '.join(map(str, names))} "
+            f"at {', '.join(widths)}"
+        )
+    return found
+
+
+def capped(config: Config, iters: int) -> Config:
+    """`config` with no more than `iters` learning steps a block.
+
+    Rounds of resampling keep their proportion of a quarter, TIAR no fewer than 1,000 steps. Fewer
+    steps go with the step size that suits them, which is this package's default, and with 1,280
+    samples: the released step size needs all 20,000 to decide the roundings. A recipe with no more
+    steps than that stays as it is.
+    """
+    spec, default = config.reconstruction, PRESETS["w4a8"].reconstruction
+    if max(spec.iters, config.temporal.tiar_iters) <= iters:
+        return config
+    rounds = min(spec.round_iters, max(iters // 4, 1)) if spec.rounds else 0
+    spec = dataclasses.replace(
+        spec,
+        iters=min(spec.iters, iters),
+        round_iters=rounds,
+        learning_rate=default.learning_rate,
+        samples=min(spec.samples, 1280),
+    )
+    tiar = min(config.temporal.tiar_iters, max(iters, _FEWEST_TIAR))
+    temporal = dataclasses.replace(config.temporal, tiar_iters=tiar)
+    return dataclasses.replace(config, reconstruction=spec, temporal=temporal)
+
+
+def learning_rule(text: str | int) -> str | int:
+    """The rule meant: "published", "equal-time", or the most learning steps a block, at least 1.
+
+    Raises ConfigError.
+    """
+    if text in (PUBLISHED, EQUAL_TIME):
+        return text
+    try:
+        steps = 0 if isinstance(text, bool) else int(text)
+    except (TypeError, ValueError):
+        steps = 0
+    if steps < 1:
+        raise ConfigError(
+            f"learning must be {PUBLISHED!r}, {EQUAL_TIME!r} or a number of steps a block of at "
+            f"least 1, got {text!r}"
+        )
+    return steps
