@@ -27,9 +27,10 @@ from tfmq_fx.checkpoint import (
 )
 from tfmq_fx.config import ReconstructionSpec
 from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, fork, graph_pass
+from tfmq_fx.graph import Declined, Rewrite, fork, graph_pass, timestep_node
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.ops import writers
+from tfmq_fx.processes import exchange, rank, world
 from tfmq_fx.progress import progress_bar
 from tfmq_fx.regions import extract, region_inputs, region_outputs
 from tfmq_fx.sites import find_sites
@@ -69,6 +70,8 @@ def reconstruct_blocks(
     reference: the captured graph.  chunks: placeholder values.  iters: Adam steps for each block.
     weights: for each chunk those of its samples' squared errors; None is the same for all.
     skip: sites to leave.  checkpoint: where finished blocks are found and put.
+    Of many processes each has its rows of every chunk, and gradients are summed; all end with the
+    rounding that the first one found.
     """
     seen = gm if spec.quantize_inputs else _with_float_inputs(gm)
     declined, errors, sites, changed = [], {}, [], 0
@@ -80,12 +83,15 @@ def reconstruct_blocks(
         else:
             reason = f"called {len(site.nodes)} times: no block holds all that it does"
             declined.append(Declined(site.name, reason))
+    chunks, weights, shares = _own_rows(gm, chunks, weights)
     with Spill(spec.memory) as spill:
         full, quantized = (Walk(graph, chunks, spill=spill) for graph in (reference, seen))
         parts = [part for unit in units(sites) for part in _alone(unit, _view(seen, unit, full))]
 
         def learnt(unit: Unit, view: _View) -> Part:
-            return _learnt(seen, reference, unit, view, full, quantized, weights, spec, iters)
+            return _learnt(
+                seen, reference, unit, view, full, quantized, weights, shares, spec, iters
+            )
 
         # Sites of a unit that is no region of its own may take turns with those of others.
         order = {node: i for i, node in enumerate(seen.graph.nodes)}
@@ -106,6 +112,34 @@ def reconstruct_blocks(
                     graph.set_submodule(name, with_rounded_state(layer, state))
             changed += bool(found.states)
     return Rewrite(gm, changed, declined, {"error": errors} | record(checkpoint))
+
+
+def _own_rows(
+    gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]], weights: Sequence[Tensor] | None
+) -> tuple[Sequence[Sequence[Tensor]], Sequence[Tensor] | None, list[float] | None]:
+    """The samples of each chunk that this process takes, their weights, and which share of the
+    chunk they are, which is 0 where there are fewer samples than processes, and a sample stands in.
+
+    All of them and None for the shares where there is one process, or the graph is of one size.
+    """
+    t = timestep_node(gm)
+    size = t.meta["val"].shape[0]
+    if world() == 1 or not isinstance(size, torch.SymInt):
+        return chunks, weights, None
+    nodes = list(gm.graph.find_nodes(op="placeholder"))
+    shapes = [node.meta["val"].shape for node in nodes]
+    batched = [len(shape) > 0 and str(shape[0]) == str(size) for shape in shapes]
+    own, shares, rows = [], [], []
+    for chunk in chunks:
+        count = len(chunk[nodes.index(t)])
+        start, stop = (place * count // world() for place in (rank(), rank() + 1))
+        shares.append((stop - start) / count)
+        rows.append(slice(start, stop) if stop > start else slice(0, 1))
+        pairs = zip(chunk, batched, strict=True)
+        own.append(tuple(x[rows[-1]].clone() if b else x for x, b in pairs))
+    if weights is not None:
+        weights = [w[part] for w, part in zip(weights, rows, strict=True)]
+    return own, weights, shares
 
 
 def _with_float_inputs(gm: fx.GraphModule) -> fx.GraphModule:
@@ -162,7 +196,8 @@ def _view(gm: fx.GraphModule, unit: Unit, full: Walk) -> _View | None:
 class _Batches(Sequence[Batch]):
     """What goes into a block and should come out of it, chunk by chunk, wherever a walk keeps it.
 
-    Inputs that the block writes to in place are copies.
+    Inputs that the block writes to in place are copies.  shares: of each batch, where processes
+    have split them.
     """
 
     def __init__(
@@ -171,10 +206,12 @@ class _Batches(Sequence[Batch]):
         inputs: Sequence[Held],
         targets: Sequence[Held],
         weights: Sequence[Tensor] | None,
+        shares: Sequence[float] | None,
     ) -> None:
         written = {node for _, bases in writers(block) for node in bases}
         self._copied = [node in written for node in block.graph.find_nodes(op="placeholder")]
         self._inputs, self._targets, self._weights = inputs, targets, weights
+        self._shares = shares
 
     def __len__(self) -> int:
         return len(self._targets[0])
@@ -185,7 +222,8 @@ class _Batches(Sequence[Batch]):
             x.clone() if copied else x for x, copied in zip(values, self._copied, strict=True)
         ]
         weights = None if self._weights is None else self._weights[chunk]
-        return Batch(tuple(inputs), tuple(held[chunk] for held in self._targets), weights)
+        share = 1.0 if self._shares is None else self._shares[chunk]
+        return Batch(tuple(inputs), tuple(held[chunk] for held in self._targets), weights, share)
 
 
 def _learnt(
@@ -196,6 +234,7 @@ def _learnt(
     full: Walk,
     quantized: Walk,
     weights: Sequence[Tensor] | None,
+    shares: Sequence[float] | None,
     spec: ReconstructionSpec,
     iters: int,
 ) -> Part:
@@ -207,7 +246,8 @@ def _learnt(
     full.run_past(wanted)
     block = extract(gm, view.outputs, view.inputs)
     inputs, targets = [quantized.values[n] for n in view.inputs], [full.values[n] for n in wanted]
-    part = _best(block, reference, unit, _Batches(block, inputs, targets, weights), spec, iters)
+    batches = _Batches(block, inputs, targets, weights, shares)
+    part = _best(block, reference, unit, batches, spec, iters, split=shares is not None)
     full.release()
     quantized.release()
     return part
@@ -220,18 +260,20 @@ def _best(
     batches: Sequence[Batch],
     spec: ReconstructionSpec,
     iters: int,
+    *,
+    split: bool = False,
 ) -> Part:
     """The best rounding of a block, and the relative squared error of its outputs as given, rounded
-    to nearest, and learnt."""
+    to nearest, and learnt.  split: whether each process has its share of every batch."""
     soft, nearest = dict[str, SoftLayer](), dict[str, QuantLayer]()
-    errors = {"before": _error(block, batches)}
+    errors = {"before": _error(block, batches, split)}
     for site in unit.sites:
         layer, original = block.get_submodule(site.name), reference.get_submodule(site.name)
         assert isinstance(layer, QuantLayer) and isinstance(original.weight, Tensor)
         assert original.bias is None or isinstance(original.bias, Tensor)
         soft[site.name] = SoftLayer(layer, start_of(layer, original.weight), quantize_input=True)
         nearest[site.name] = nearest_of(layer, original.weight, original.bias)
-    errors["nearest"] = _error(_with(block, nearest), batches)
+    errors["nearest"] = _error(_with(block, nearest), batches, split)
     stopped = learn(
         _with(block, soft),
         list(soft.values()),
@@ -241,9 +283,10 @@ def _best(
         learning_rate=spec.learning_rate,
         regularization=spec.regularization,
         generator=seeded_generator(spec.seed, unit.path),
+        split=split,
     )
     learnt = {name: layer.decided() for name, layer in soft.items()}
-    errors["after"] = math.nan if stopped else _error(_with(block, learnt), batches)
+    errors["after"] = math.nan if stopped else _error(_with(block, learnt), batches, split)
     kept = min(errors, key=lambda name: (not math.isfinite(errors[name]), errors[name]))
     if not math.isfinite(errors[kept]):
         kept = "before"
@@ -264,10 +307,14 @@ def _with(block: fx.GraphModule, layers: Mapping[str, nn.Module]) -> fx.GraphMod
 
 
 @torch.no_grad()
-def _error(block: fx.GraphModule, batches: Sequence[Batch]) -> float:
+def _error(block: fx.GraphModule, batches: Sequence[Batch], split: bool) -> float:
     """Squared error of all outputs over all batches, relative to the targets' power."""
     error, power = 0.0, 1e-12
     for batch in batches:
+        if not batch.share:
+            continue
         error += sum(float(sum_of_squares(r)) for r in batch.residuals(block(*batch.inputs)))
         power += sum(map(float, batch.power()))
+    if split:
+        error, power = map(sum, zip(*exchange((error, power), "errors of a block"), strict=True))
     return error / power

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +29,7 @@ from tfmq_fx.errors import CalibrationError
 from tfmq_fx.gram import InputStatistics, input_rows, row_count
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.nn import QuantConv, QuantLayer
+from tfmq_fx.processes import collect, exchange, mine, rank, world
 from tfmq_fx.progress import progress_bar
 from tfmq_fx.rounding import refine, round_nearest, round_second_order
 from tfmq_fx.sites import Site, find_sites
@@ -63,11 +65,14 @@ def round_weights(
     reference: the captured graph.  chunks: placeholder values.  weights: for each chunk those of
     its samples; None is the same for all.  skip: sites to leave (the temporal block, which TIAR has
     done).  checkpoint: where finished layers are found and put.
+    Of many processes each walks over its own chunks; the first adds up what all have seen, in the
+    order of the chunks, rounds the layer and tells the others.
     """
     sites, _ = find_sites(gm)
+    own = [chunks[i] for i in mine(len(chunks))]
     errors, declined, changed = dict[str, dict[str, float]](), [], 0
     with Spill(spec.memory) as spill:
-        full, quantized = (Walk(graph, chunks, spill=spill) for graph in (reference, gm))
+        full, quantized = (Walk(graph, own, spill=spill) for graph in (reference, gm))
         for site in progress_bar(sites, "second-order rounding", enabled=progress):
             layer = site.layer
             if site.name in skip or not isinstance(layer, QuantLayer):
@@ -80,8 +85,10 @@ def round_weights(
                 site: Site = site, layer: QuantLayer = layer, original: Tensor = original
             ) -> Part:
                 statistics = _statistics(
-                    site, layer, original.detach(), full, quantized, weights, spec.seed
+                    site, layer, original.detach(), full, quantized, weights, spec.seed, len(chunks)
                 )
+                if rank():
+                    return Part({}, {})
                 return _rounded(site.name, layer, statistics, plan[site.name], spec)
 
             found = finished(checkpoint, site.name, rounded)
@@ -102,41 +109,55 @@ def _statistics(
     quantized: Walk,
     weights: Sequence[Tensor] | None,
     seed: int,
+    count: int,
 ) -> InputStatistics:
-    """Statistics of about ROWS rows, as many from each chunk."""
+    """Statistics of about ROWS rows, as many from each of `count` chunks, of which the walks have
+    those of this process; whole in the first one alone."""
     node = site.nodes[0]
     quantized.stop_before(node)
     full.stop_before(full.node(node.name))
     groups = layer.groups if isinstance(layer, QuantConv) else 1
     result = InputStatistics.empty(weight.reshape(groups, len(weight) // groups, -1))
     generator = seeded_generator(seed, site.name)
-    share = -(-ROWS // len(quantized.chunks))
-    for i in range(len(quantized.chunks)):
-        importance = None if weights is None else weights[i]
-        result.add(*_rows(site, layer, full, quantized, i, importance, share, generator))
+    share = -(-ROWS // count)
+
+    def add_round(start: int) -> None:
+        """One chunk of each process, from chunk `start` on."""
+        i, x, sums = start + rank(), None, None
+        if i < count:
+            args, _ = quantized.arguments(node, i // world())
+            x = layer.quantized_input(*args)
+        # all processes draw the picks of all chunks, as one would
+        totals = exchange(None if x is None else row_count(layer, x), f"rows of {site.name}")
+        drawn = [torch.randperm(n, generator=generator)[:share] for n in totals if n is not None]
+        if x is not None:
+            true = full.arguments(full.node(node.name), i // world())[0][0]
+            importance = None if weights is None else weights[i]
+            sums = result.sums(*_rows(site, layer, x, true, importance, drawn[rank()]))
+        sent: Any = sums if sums is None or world() == 1 else tuple(sums)
+        for found in collect(sent, f"statistics of {site.name}"):
+            if found is not None:
+                result.add_sums(iter(found))
+
+    for start in range(0, count, world()):
+        add_round(start)
     return result
 
 
 def _rows(
     site: Site,
     layer: QuantLayer,
-    full: Walk,
-    quantized: Walk,
-    chunk: int,
+    x: Tensor,
+    full: Tensor,
     weights: Tensor | None,
-    count: int,
-    generator: torch.Generator,
+    picks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """At most `count` rows of the layer's input in one chunk, as it sees them and in full
-    precision, and the weight of each."""
-    args, _ = quantized.arguments(site.nodes[0], chunk)
-    x = layer.quantized_input(*args)
-    total = row_count(layer, x)
-    picks = torch.randperm(total, generator=generator)[:count]
-    seen = input_rows(layer, x, picks)
-    true = input_rows(layer, full.arguments(full.node(site.nodes[0].name), chunk)[0][0], picks)
+    """Those rows of the layer's input in one chunk, as it sees them (x) and in full precision, and
+    the weight of each."""
+    seen, true = input_rows(layer, x, picks), input_rows(layer, full, picks)
     if not bool(torch.isfinite(seen).all() & torch.isfinite(true).all()):
         raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")
+    total = row_count(layer, x)
     if weights is None or total % len(weights):
         return seen, true, None
     # rows of a sample stand together

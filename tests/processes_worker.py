@@ -18,7 +18,8 @@ from diffusers import DDIMScheduler
 
 from tests.test_traps import recipe
 from tests.toys import ToyUNet, seeded
-from tfmq_fx import calibrate, prepare, processes
+from tfmq_fx import calibrate, convert, prepare, processes, save
+from tfmq_fx.metrics import sqnr
 from tfmq_fx.observers import RangeObserver
 
 SIZE, STEPS = 8, 4
@@ -83,6 +84,61 @@ def by_inputs(folder):
     with processes.alone():
         one = calibrate(ready(), calls(), progress=False)
     same_calibration(many, one)
+
+
+def same_model(a, b):
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def files(folder):
+    """Every file by its name, as bytes; of JSON all but the seconds that things took."""
+    found = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file()}
+    return {
+        name: timeless(json.loads(path.read_text()))
+        if path.suffix == ".json"
+        else path.read_bytes()
+        for name, path in found.items()
+    }
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "files")}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def second_order(folder):
+    """Ranges, samples, every part of the model and every byte it is saved as."""
+    many = convert(driven(ready()), progress=False)
+    save(many, folder / "many", calibration=True)
+    assert (folder / "many").exists()  # in every process, as soon as save() is over
+    with processes.alone():
+        one = convert(driven(ready()), progress=False)
+        save(one, folder / f"alone-{dist.get_rank()}", calibration=True)
+    same_model(many, one)
+    assert files(folder / "many") == files(folder / f"alone-{dist.get_rank()}")
+
+
+def blocks(folder):
+    """Learnt blocks: the same in both processes, and near to what one learns."""
+    # chunks of 5, 5, 5 and 1, so that of the last one process has none
+    config = {"rounding": "nearest", "iters": 20, "batch_size": 5, "samples": 16}
+    many = convert(driven(ready(**config)), progress=False)
+    with processes.alone():
+        one = convert(driven(ready(**config)), progress=False)
+    both = processes.exchange(many.state_dict(), "models")
+    assert all(torch.equal(value, both[0][name]) for name, value in both[1].items())
+    passes = [next(p for p in m.record["passes"] if "blocks" in p["name"]) for m in (many, one)]
+    for block, errors in passes[0]["details"]["error"].items():
+        found = passes[1]["details"]["error"][block]
+        print(block, errors, found)
+    x, t = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 250, 500, 750])
+    with torch.no_grad():
+        print(sqnr(one(x, t), many(x, t)), sqnr(toy()(x, t), many(x, t)), sqnr(toy()(x, t), one(x, t)))
+    codes = {n: v for n, v in one.state_dict().items() if n.endswith("codes")}
+    print({n: float((many.state_dict()[n] != v).float().mean()) for n, v in codes.items()})
 
 
 def main():

@@ -54,7 +54,7 @@ from .passes.round_weights import round_weights
 from .pipelines import find_timestep, named_inputs, sampling_pass, timestep_values
 from .planning import given_bits, plan_bits
 from .presets import resolve
-from .processes import agree, rank, together, world
+from .processes import agree, from_first, rank, together, world
 from .products import measure_products
 from .recall import observed, remember
 from .report import branch_weights, pass_record, product_records, site_records
@@ -152,6 +152,7 @@ def calibrate(
     return prepared
 
 
+@together("convert()")
 def convert(
     prepared: Prepared,
     *,
@@ -174,6 +175,8 @@ def convert(
     bits: such a plan, as it was or edited, in place of a budget.
     checkpoint: a directory for finished layers and blocks, from which a later convert of the same
     recipe, model and calibration takes them; it ends with the same bits.
+    Of processes of torch.distributed's group all call this, with the same arguments; they share the
+    work and end with the same model.
     Raises CalibrationError where a layer that needs data saw none, ConfigError where the directory
     holds the checkpoint of another conversion, a plan is of another model, or a budget cannot be
     met, naming the least that can.
@@ -187,7 +190,12 @@ def convert(
     recipe, gm, spec = prepared.recipe, prepared.gm, prepared.recipe.reconstruction
     check_sampling(prepared)
     timesteps, visits = finite_set(prepared)
-    subject = {} if checkpoint is None else fingerprint(prepared, timesteps, visits)
+    many = world() > 1
+    subject = fingerprint(prepared, timesteps, visits) if many or checkpoint is not None else {}
+    if many:
+        chosen = None if bits is None else repr(bits)
+        settings = {"budget": repr(budget), "bits": chosen, "checkpoint": checkpoint is not None}
+        agree("convert()", subject | settings)
     kept = None if checkpoint is None else Checkpoint(checkpoint, subject)
 
     def parts(group: str) -> Checkpoint | None:
@@ -284,6 +292,7 @@ def convert(
             checkpoint=parts("sensitivity"),
             progress=progress,
         )
+        bits = from_first(bits, "bits")  # times differ
     if bits is not None:
         plan = bits.layers(plan)
     for made in quantize(gm):
@@ -413,6 +422,7 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
     return compiled
 
 
+@together("save()")
 def save(model: Converted, path: str | Path, *, calibration: bool = False) -> None:
     """Write `model` to the directory `path`: the graph as JSON, tensors as safetensors, no pickle.
 
@@ -421,6 +431,7 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
     Written beside it and renamed, so that an interrupted save leaves what was there.
     Raises ArtifactError where `path` is somebody else's or cannot be written, StaleError where the
     model that this one was made from has other weights since.
+    Of many processes all call this, and the first one writes.
     """
     if not isinstance(model, Converted):
         raise ArtifactError(
@@ -429,6 +440,8 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
         )
     if model.watch is not None:
         model.watch.check_contents()
+    if rank():
+        return
     origin = model.origin
     artifact.save(
         path,

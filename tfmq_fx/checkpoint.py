@@ -23,6 +23,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .files import write_whole
 from .nn import QuantLayer
+from .processes import from_first, rank
 
 FORMAT_VERSION = 1
 _FILE = "checkpoint.json"
@@ -68,12 +69,16 @@ class Checkpoint:
     subject: JSON-ready, what is being converted; parts are only taken where it was the same.
     Raises ConfigError where the directory belongs to anything else, saying what differs.
     taken: parts found finished.  damaged: parts found unreadable, which are made again.
+    Of many processes the first reads and writes, and tells the others; all call alike.
     """
 
     def __init__(self, directory: str | Path, subject: Mapping[str, Any]) -> None:
         self.directory, self._group = Path(directory).resolve(), ""
         self.taken, self.damaged = list[str](), list[str]()
-        wanted = json.loads(json.dumps({"format_version": FORMAT_VERSION, **subject}))
+        if rank() == 0:
+            self._open(json.loads(json.dumps({"format_version": FORMAT_VERSION, **subject})))
+
+    def _open(self, wanted: Mapping[str, Any]) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             path = self.directory / _FILE
@@ -103,9 +108,18 @@ class Checkpoint:
 
     def load(self, name: str) -> Part | None:
         """The part of that name if it is finished and whole."""
+        part, damaged = from_first(self._read(name) if rank() == 0 else (None, False), "checkpoint")
+        if part is not None:
+            self.taken.append(name)
+        if damaged:
+            self.damaged.append(name)
+        return part
+
+    def _read(self, name: str) -> tuple[Part | None, bool]:
+        """The part, and whether there is one that cannot be read."""
         path = self._path(name)
         if not path.exists():
-            return None
+            return None, False
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -114,17 +128,17 @@ class Checkpoint:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             sound = False
         if not sound:
-            self.damaged.append(name)
-            return None
-        self.taken.append(name)
+            return None, True
         states = {layer: dict[str, Tensor]() for layer in facts["layers"]}
         for key, value in tensors.items():
             layer, _, buffer = key.partition("/")
             states[layer][buffer] = value
-        return Part(states, facts["errors"], facts["note"])
+        return Part(states, facts["errors"], facts["note"]), False
 
     def save(self, name: str, part: Part) -> None:
         """Write a finished part; it is there whole or not at all."""
+        if rank():
+            return
         tensors = {
             f"{layer}/{buffer}": value.detach().cpu().contiguous().clone()
             for layer, state in part.states.items()
@@ -145,10 +159,13 @@ class Checkpoint:
 
 
 def finished(checkpoint: Checkpoint | None, name: str, make: Callable[[], Part]) -> Part:
-    """The part `name` of the checkpoint, or else what `make` gives, which goes there."""
+    """The part `name` of the checkpoint, or else what `make` gives, which goes there.
+
+    Of many processes all call `make`, and what the first one gives is the part for all of them.
+    """
     part = None if checkpoint is None else checkpoint.load(name)
     if part is None:
-        part = make()
+        part = from_first(make(), name)
         if checkpoint is not None:
             checkpoint.save(name, part)
     return part

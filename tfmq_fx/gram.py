@@ -6,7 +6,9 @@ under a convolution's kernel, in the order of the flattened weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,14 +81,24 @@ class InputStatistics:
 
     def add(self, quantized: Tensor, full: Tensor, weights: Tensor | None = None) -> None:
         """Add rows (groups, n, in) of both models; weights: (n,) of each row."""
+        self.add_sums(self.sums(quantized, full, weights))
+
+    def sums(self, quantized: Tensor, full: Tensor, weights: Tensor | None = None) -> Iterator[Any]:
+        """What such rows add to `gram`, `gap`, `sum_q`, `sum_f` and `rows`, in turn."""
         q, f = quantized.float(), full.float()
         seen = q if weights is None else q * weights[:, None]
-        self.gram += _product(seen.mT, q)
-        self.gap += _product(((f - q) @ self.weight.mT).mT, seen)
-        self.sum_q += seen.sum(1, dtype=torch.float64)
+        yield _product(seen.mT, q)
+        yield _product(((f - q) @ self.weight.mT).mT, seen)
+        yield seen.sum(1, dtype=torch.float64)
         f = f if weights is None else f * weights[:, None]
-        self.sum_f += f.sum(1, dtype=torch.float64)
-        self.rows += q.shape[1] if weights is None else float(weights.double().sum())
+        yield f.sum(1, dtype=torch.float64)
+        yield q.shape[1] if weights is None else float(weights.double().sum())
+
+    def add_sums(self, sums: Iterator[Any]) -> None:
+        """Add what `sums` gave, here or in another process; one of them is in memory at a time."""
+        for total in (self.gram, self.gap, self.sum_q, self.sum_f):
+            total += next(sums)
+        self.rows += next(sums)
 
     def center_(self) -> None:
         """Take the sums about the means: what is left for weights where a bias takes up the mean.

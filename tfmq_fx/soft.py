@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .dialect import Stage
 from .nn import QuantLayer
+from .processes import exchange, summed
 from .rounding import SoftRounding, annealed_beta, round_nearest
 
 
@@ -20,11 +21,14 @@ class Batch:
     """Inputs of a block, and what its outputs should be: each (samples, ...) or (n samples, ...).
 
     weights: (samples,) of each sample's squared error; None is the same for all.
+    share: how much of a batch that processes have split these samples are; 0 where there were too
+    few, and these only stand in.
     """
 
     inputs: tuple[Any, ...]
     targets: tuple[Tensor, ...]
     weights: Tensor | None = None
+    share: float = 1.0
 
     def residuals(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """outputs - targets in float32, each sample times the root of its weight."""
@@ -137,12 +141,15 @@ def learn(
     learning_rate: float,
     regularization: float,
     generator: torch.Generator,
+    split: bool = False,
 ) -> str | None:
     """Learn the rounding of `layers` so that forward(*inputs) gives the targets of `batches`.
 
     before: the relative squared error of the rounding that there is.  Loss: relative squared error
     over `before`, plus regularization times the mean rounding term: both of order 1, whatever the
     unit's size and however good the start.
+    split: whether each process has its share of every batch; all take the steps of one, up to the
+    order of sums, and hold the same rounding.
     Returns None, or why it stopped early: the loss was NaN or Inf, and what `layers` hold is of no
     use.
     """
@@ -157,7 +164,8 @@ def learn(
             {"params": biases, "lr": learning_rate / 10},
         ]
     )
-    sizes = _root_mean_square(batches)
+    sizes = _root_mean_square(batches, split)
+    learnt: list[Tensor] = [*alphas, *biases]
     weights = sum(alpha.numel() for alpha in alphas)
     for step in range(iters):
         batch = batches[int(torch.randint(len(batches), (), generator=generator))]
@@ -174,18 +182,35 @@ def learn(
                 ]
                 total = loss + regularization * torch.stack(terms).sum()
             optimizer.zero_grad()
-            total.backward()
-        if not bool(torch.isfinite(total.detach())):
-            return f"the loss became {float(total.detach())} at step {step} of {iters}"
+            (total * batch.share if split else total).backward()
+        total = total.detach()
+        if split:
+            total = _sum_gradients(learnt, total * batch.share)
+        if not bool(torch.isfinite(total)):
+            return f"the loss became {float(total)} at step {step} of {iters}"
         optimizer.step()
     return None
 
 
-def _root_mean_square(batches: Sequence[Batch]) -> list[float]:
+def _sum_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
+    """The loss of all processes; every gradient becomes the sum of theirs."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    joined = torch.cat([loss.to(gradients[0])[None], *(g.flatten() for g in gradients)])
+    total: Tensor
+    total, *parts = summed(joined, "gradients").split([1, *(g.numel() for g in gradients)])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    return total[0]
+
+
+def _root_mean_square(batches: Sequence[Batch], split: bool) -> list[float]:
     """Root mean square of each target over all batches, never 0."""
     powers: list[list[Tensor]] = []
     for batch in batches:
         sizes = [target.numel() for target in batch.targets]
-        powers.append([p / n for p, n in zip(batch.power(), sizes, strict=True)])
-    means = torch.tensor(powers, dtype=torch.float64).mean(0).sqrt()
+        powers.append([p / n * batch.share for p, n in zip(batch.power(), sizes, strict=True)])
+    found = torch.tensor(powers, dtype=torch.float64)
+    if split:
+        found = torch.stack(exchange(found, "powers of targets")).sum(0)
+    means = found.mean(0).sqrt()
     return [max(float(mean), 1e-6) for mean in means]
