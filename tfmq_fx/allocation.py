@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 
 _ROUNDS = 20  # of weighting the steps anew; it settles in three to five
 _TIE = 1e-6  # weight of all costs against all noise: prefers the cheaper of equals
+_MOST = 1e6
 _SLACK = 1e-9  # of a limit, for rounding in the solver
 
 
@@ -51,9 +52,10 @@ def allocate(
     cheap = sum((p / max(p.sum(), 1e-300) for p in prices), np.zeros(size))
 
     def solve(weights: Array) -> list[int] | None:
-        values = flat @ weights
+        # of all noise that is left, one; a solver cannot weigh what is far beyond
+        values = np.minimum(flat @ weights / len(weights), _MOST)
         found = milp(
-            values / max(values.max(), 1e-300) + _TIE * cheap,
+            values + _TIE * cheap,
             constraints=constraints,
             integrality=np.ones(size),
             bounds=Bounds(0, 1),

@@ -192,18 +192,21 @@ class BitPlan:
 
     # ------------------------------------------------------------------ on paper and on disk
 
-    def __str__(self) -> str:
+    def shares(self) -> str:
+        """Which share of the weights has which bits, in words."""
         counts: dict[int | None, int] = {}
         for site in self.sites.values():
             counts[site.chosen] = counts.get(site.chosen, 0) + site.weights
         total = max(sum(counts.values()), 1)
         order = sorted(counts, key=lambda bits: (bits is None, bits or 0))
-        shares = ", ".join(f"{100 * counts[bits] / total:.1f} % {_bits(bits)}" for bits in order)
+        return ", ".join(f"{100 * counts[bits] / total:.1f} % {_bits(bits)}" for bits in order)
+
+    def __str__(self) -> str:
         lines = [
             f"bit plan for {self.budget}: {self.bytes} bytes "
             f"({self.bytes / max(self.float_bytes, 1):.3f}x of floating point), output SQNR of "
             f"{self.sqnr:.1f} dB by the measured noises",
-            f"weights: {shares}",
+            f"weights: {self.shares()}",
         ]
         if self.micros:
             lines.append(f"planned layers: {self.micros / 1e3:.3f} ms a call")

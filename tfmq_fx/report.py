@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from .activation import QuantActivation
+from .bit_plan import BitPlan
 from .bound import Bound
 from .config import LayerConfig
 from .errors import ConfigError
@@ -134,6 +135,12 @@ class Report:
             f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
             f"{100 * self.activation_coverage:.1f} % of layer inputs are quantized",
         ]
+        if (bits := d.get("bits")) is not None:
+            plan = BitPlan.from_dict(bits)
+            lines.append(
+                f"bits chosen for {plan.budget}: {plan.shares()} "
+                f"({plan.sqnr:.1f} dB by the measured noises)"
+            )
         if merged := capture.get("merged", {}):
             first, kept = next(iter(merged.items()))
             lines.append(f"merged with equal ones: {len(merged)} layers ({first} with {kept}, ...)")
