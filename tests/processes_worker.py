@@ -7,32 +7,50 @@ Every check compares what the processes found together with what one finds `alon
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import math
 import sys
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler
 
 from tests.test_traps import recipe
 from tests.toys import ToyUNet, seeded
-from tfmq_fx import calibrate, convert, prepare, processes, save
-from tfmq_fx.metrics import sqnr
-from tfmq_fx.observers import RangeObserver
+from tfmq_fx import CalibrationError, ConfigError, api, calibrate, convert, prepare, processes, save
+from tfmq_fx.capture import capture
+from tfmq_fx.metrics import sample, sqnr
+from tfmq_fx.observers import RangeObserver, SampleCache
+from tfmq_fx.passes import round_weights
+
+round_module = sys.modules[round_weights.__name__]
 
 SIZE, STEPS = 8, 4
 SHAPE = (3, SIZE, SIZE)
 
 
+@functools.cache
 def toy():
     return seeded(ToyUNet).eval()
 
 
+@functools.cache
+def captured():
+    """The toy as a graph, once for all that is prepared here: that takes longest."""
+    example = {"x": torch.zeros(2, *SHAPE), "t": torch.tensor([0, 1])}
+    return capture(toy(), example, timestep="t")
+
+
 def ready(config="w4a8", **reconstruction):
     example = torch.zeros(2, *SHAPE), torch.tensor([0, 1])
-    return prepare(toy(), example, config=recipe(config, mode="tib", **reconstruction))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "capture", lambda *_, **__: captured())
+        return prepare(toy(), example, config=recipe(config, mode="tib", **reconstruction))
 
 
 def driven(prepared, **options):
@@ -130,15 +148,198 @@ def blocks(folder):
         one = convert(driven(ready(**config)), progress=False)
     both = processes.exchange(many.state_dict(), "models")
     assert all(torch.equal(value, both[0][name]) for name, value in both[1].items())
-    passes = [next(p for p in m.record["passes"] if "blocks" in p["name"]) for m in (many, one)]
-    for block, errors in passes[0]["details"]["error"].items():
-        found = passes[1]["details"]["error"][block]
-        print(block, errors, found)
-    x, t = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 250, 500, 750])
+    left, right = (learnt_errors(model) for model in (many, one))
+    assert left.keys() == right.keys()
+    for block, errors in left.items():
+        assert errors == pytest.approx(right[block], rel=1e-5), block
+    differing = [
+        (value != one.state_dict()[name]).double().mean()
+        for name, value in many.state_dict().items()
+        if name.endswith("codes")
+    ]
+    assert max(differing) < 1e-3
+    x = torch.randn(STEPS, *SHAPE, generator=torch.Generator().manual_seed(0))
+    t = one.timesteps
     with torch.no_grad():
-        print(sqnr(one(x, t), many(x, t)), sqnr(toy()(x, t), many(x, t)), sqnr(toy()(x, t), one(x, t)))
-    codes = {n: v for n, v in one.state_dict().items() if n.endswith("codes")}
-    print({n: float((many.state_dict()[n] != v).float().mean()) for n, v in codes.items()})
+        assert sqnr(one(x, t), many(x, t)) > 100 > 20 > sqnr(toy()(x, t), many(x, t))
+
+
+def learnt_errors(model):
+    passes = {p["name"]: p["details"] for p in model.record["passes"]}
+    errors = passes["reconstruct_blocks"]["error"]
+    assert any(e["after"] < 0.9 * e["before"] for e in errors.values())
+    return errors
+
+
+def rounds_and_correction(folder):
+    """Sampling again with the quantized model, and the error of its output."""
+    config = ready("w4a8", rounds=1, round_iters=1)
+    config.recipe = dataclasses.replace(config.recipe, correction="noise")
+    driven(config, samples=5)
+    many = convert(config, progress=False)
+    with processes.alone():
+        one = convert(config, progress=False)
+    left, right = (
+        next(p for p in m.record["passes"] if p["name"] == "correct_outputs") for m in (many, one)
+    )
+    assert timeless(left) == timeless(right)
+
+
+def images(folder):
+    """Images, and all that was recorded on the way, in the order of one process."""
+    denoiser, seen = toy(), []
+
+    def spied(x, t, scale):
+        seen.append(len(x))
+        return denoiser(x, t.expand(len(x))) * scale
+
+    settings = {"num_inference_steps": 3, "batch_size": 2, "record": True}
+    settings["conditions"] = {"scale": torch.arange(1.0, 8.0)[:, None, None, None]}
+
+    def drawn(**options):
+        return sample(spied, DDIMScheduler(), (7, *SHAPE), **settings, **options)
+
+    many, path = drawn(parallel=True)
+    assert seen == [[2, 2, 2, 2, 2, 2], [2, 2, 2, 1, 1, 1]][dist.get_rank()]
+    one, alone = drawn()  # as each process does for itself, unless asked
+    assert torch.equal(many, one)
+    assert all(torch.equal(a, b) for a, b in zip(vars_of(path), vars_of(alone), strict=True))
+
+
+def vars_of(path):
+    return path.timesteps, path.inputs, path.outputs
+
+
+def exchanged(folder):
+    """What processes hand to each other, and who takes what."""
+    place = dist.get_rank()
+    assert (processes.rank(), processes.world(), list(processes.mine(5))) == (
+        place,
+        2,
+        [[0, 2, 4], [1, 3]][place],
+    )
+    value = {"x": torch.full((2, 3, 4, 5), float(place)).to(memory_format=torch.channels_last)}
+    first, second = processes.exchange(value, "values")
+    assert torch.equal(second["x"], torch.ones(2, 3, 4, 5))
+    assert first["x"].stride() == second["x"].stride() == value["x"].stride()
+    assert processes.exchange(place or None, "some") == [None, 1]
+    assert processes.from_first(place + 7, "first") == 7
+    assert (
+        processes.collect((place, torch.tensor(place)), "all") == [(0, 0), (1, 1)][: 2 - 2 * place]
+    )
+    assert processes.summed(torch.tensor([1.0, place]), "sum").tolist() == [2, 1]
+    squares = processes.in_order(iter(range(5)), lambda i: (i * i, place), "squares")
+    assert list(squares) == [(0, 0), (1, 1), (4, 0), (9, 1), (16, 0)]
+    assert processes.interleaved([place] * (3 - place), 5, "items") == [0, 1, 0, 1, 0]
+    rounds = []
+    assert list(processes.dealt("abc", lambda: rounds.append(1))) == [["a", "c"], ["b"]][place]
+    assert len(rounds) == 2
+    with processes.alone():
+        assert (processes.rank(), processes.world()) == (0, 1)
+        assert processes.exchange(place, "own") == processes.collect(place, "own") == [place]
+
+
+def failures(folder):
+    """An error of one is an error of all, at once, and they go on together afterwards."""
+    place = dist.get_rank()
+
+    def spoilt():
+        for i, (x, t) in enumerate(calls()):
+            yield (x * math.nan if i == 3 else x), t  # the second process meets it
+
+    prepared = ready()
+    with pytest.raises(CalibrationError, match="NaN or Inf") as caught:
+        calibrate(prepared, spoilt(), progress=False)
+    notes = getattr(caught.value, "__notes__", [])
+    assert notes == [["raised in process 1 of 2"], []][place]
+    assert type(prepared.cache) is SampleCache
+    driven(prepared)  # and the model is as usable as it was
+    for failing in (0, 1):
+        with pytest.raises(OSError, match="no space"), processes.together("a test"):
+            if place == failing:
+                raise OSError("no space")
+            for i in range(9):
+                processes.exchange(i, f"turn {i}")
+    with pytest.raises(RuntimeError, match="Odd"), processes.together("a test"):
+        if place == 1:
+            raise Odd(lambda: None, 3)  # which cannot be pickled
+    with pytest.raises(ValueError, match="0"), processes.together("a test"):
+        raise ValueError(str(place))  # both fail: the first one's error counts
+    # a layer whose rounding fails where the first process alone works
+    prepared = ready()
+    driven(prepared)
+    with pytest.MonkeyPatch.context() as patch:
+        if place == 0:
+            patch.setattr(round_module, "_rounded", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(prepared, progress=False)
+    convert(prepared, progress=False)
+
+
+class Odd(RuntimeError):
+    def __init__(self, function, number):
+        super().__init__("Odd")
+        self.function = function
+
+
+def disagreement(folder):
+    """Arguments that differ are named, and processes that go different ways say where they are."""
+    place = dist.get_rank()
+    with pytest.raises(ConfigError, match="seed: 0 and 1"):
+        driven(ready(), seed=place)
+    with pytest.raises(ConfigError, match=r"recipe\.reconstruction\.damping"):
+        driven(ready(damping=0.1 * (1 + place)))
+    with pytest.raises(ConfigError, match=r"source\.1\.1: 8 and 9"):
+        source = DDIMScheduler(), (3, 8 + place, 8 + place)
+        calibrate(ready(), source, progress=False)
+    with pytest.raises(ConfigError, match="process 1 is at the end of calibrate"):
+        calibrate(ready(), calls(4 - 2 * place), progress=False)
+    prepared = ready()
+    for call in calls(2 + place):
+        prepared(*call)  # each for itself
+    with pytest.raises(ConfigError, match="calibration: "):
+        convert(prepared, progress=False)
+    with pytest.raises(ConfigError, match=r"process 0 is at calibrate.*process 1 is at sample"):
+        if place:
+            sample(toy(), DDIMScheduler(), (2, *SHAPE), num_inference_steps=2, parallel=True)
+        else:
+            driven(ready())
+
+
+def checkpoints(folder):
+    """What two processes finished one of them takes, and the other way round."""
+    place, made = dist.get_rank(), []
+    original = round_module._statistics
+
+    def counted(site, *args):
+        made.append(site.name)
+        return original(site, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_module, "_statistics", counted)
+        prepared = driven(ready())
+        many = convert(prepared, checkpoint=folder / "many", progress=False)
+        assert made
+        made.clear()
+        with processes.alone():
+            if place == 0:
+                one = convert(prepared, checkpoint=folder / "many", progress=False)
+                same_model(many, one)
+                half = convert(prepared, checkpoint=folder / "one", progress=False)
+                same_model(many, half)
+                for path in sorted((folder / "one").glob("rounding*"))[::2]:
+                    path.unlink()
+        processes.exchange(None, "written")
+        total, found = len(list((folder / "many").iterdir())), len(list((folder / "one").iterdir()))
+        made.clear()
+        again = convert(prepared, checkpoint=folder / "one", progress=False)
+        same_model(many, again)
+        assert len(made) == total - found > 2
+        assert len(list((folder / "one").iterdir())) == total
+        taken = [p["details"].get("checkpoint", {}).get("taken") for p in again.record["passes"]]
+        assert processes.exchange(taken, "taken") == [taken, taken]
+        with pytest.raises(ConfigError, match="another conversion"):
+            convert(driven(ready(), seed=1), checkpoint=folder / "one", progress=False)
 
 
 def main():

@@ -18,6 +18,7 @@ from .config import Correction
 from .errors import CalibrationError, ConfigError
 from .graph import timestep_node
 from .ops import find_unknown, timestep_index
+from .processes import in_order
 
 _ONE, _E, _D, _EE, _DD, _ED = range(6)  # what is summed: 1, e, d, e^2, d^2, e d, with d = ehat - e
 _TRIED: dict[str, tuple[Correction, ...]] = {"bias": ("bias",), "noise": ("bias", "noise")}
@@ -198,7 +199,9 @@ def measure_errors(
     channels = int(channel_count(first_output(gm)))
     sums = torch.zeros(2, len(timesteps), channels, 6, dtype=torch.float64)
     position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
-    for chunk in chunks:
+
+    def compared(chunk: Sequence[Tensor]) -> tuple[list[float], list[int], Tensor]:
+        """The timestep of each sample, its row, and what it adds to the sums: (B, C, 6)."""
         t = chunk[position]
         if unknown := find_unknown(timesteps.to(t.device), t):
             raise CalibrationError(
@@ -210,11 +213,13 @@ def measure_errors(
             d = _by_channel(_first(gm(*chunk))) - e
         values = (torch.ones_like(e), e, d, e * e, d * d, e * d)
         of_sample = torch.stack([value.sum(1) for value in values], -1).cpu()
-        rows = timestep_index(timesteps.to(t.device), t).tolist()
-        for i, (row, sample) in enumerate(zip(rows, of_sample, strict=True)):
+        return t.tolist(), timestep_index(timesteps.to(t.device), t).tolist(), of_sample
+
+    for steps, rows, of_sample in in_order(chunks, compared, "errors of the output"):
+        for step, row, sample in zip(steps, rows, of_sample, strict=True):
             if not bool(torch.isfinite(sample).all()):
                 raise CalibrationError(
-                    f"the output holds NaN or Inf on calibration data at timestep {t[i].item()}"
+                    f"the output holds NaN or Inf on calibration data at timestep {step}"
                 )
             half = int(samples[:, row].sum()) % 2
             samples[half, row] += 1

@@ -10,6 +10,7 @@ for it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import zlib
@@ -106,15 +107,14 @@ def dealt(items: Iterable[T], done: Callable[[], None] = nothing) -> Iterator[T]
         done()
 
 
-def in_order(items: Sequence[T], work: Callable[[T], R], what: str) -> Iterator[R]:
+def in_order(items: Iterable[T], work: Callable[[T], R], what: str) -> Iterator[R]:
     """work(item) of each item, in their order, in every process; each is done by one of them."""
     if world() == 1:
         yield from map(work, items)
         return
-    for start in range(0, len(items), world()):
-        i = start + rank()
-        own = [work(items[i])] if i < len(items) else []
-        for found in exchange(own, what):
+    rest = iter(items)
+    while turn := list(itertools.islice(rest, world())):
+        for found in exchange([work(item) for item in turn[rank() : rank() + 1]], what):
             yield from found
 
 

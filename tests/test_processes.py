@@ -1,0 +1,106 @@
+"""Two processes of a torch.distributed group do what one does: bit for bit, and up to the order of
+sums where gradients are added. Every check is a function of tests/processes_worker.py, run there in
+two processes over gloo; they start once for all checks of a kind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tfmq_fx import processes
+from tfmq_fx.parcels import pack, unpack
+
+FAST = (
+    "exchanged",
+    "images",
+    "by_inputs",
+    "by_scheduler",
+    "second_order",
+    "failures",
+    "disagreement",
+    "checkpoints",
+    "blocks",
+)
+SLOW = ("rounds_and_correction",)
+
+
+def run(folder, names):
+    """What each process says of each check: nothing, or why it failed."""
+    command = [sys.executable, "-m", "tests.processes_worker", str(folder / "rendezvous"), "2"]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder), *names],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+    finally:
+        for process in started:
+            process.kill()
+    return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("processes"), FAST)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("processes"), SLOW)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_two_processes(fast, name):
+    assert [results[name] for results in fast] == ["", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_two_processes_learn(slow, name):
+    assert [results[name] for results in slow] == ["", ""]
+
+
+def test_without_a_group_there_is_one_process():
+    assert (processes.rank(), processes.world(), list(processes.mine(3))) == (0, 1, [0, 1, 2])
+    value = torch.ones(2)
+    (found,) = processes.exchange(value, "values")
+    assert found is value and processes.from_first(value, "first") is value
+    assert processes.summed(value, "sum") is value
+    assert list(processes.in_order(range(3), str, "words")) == ["0", "1", "2"]
+    done = []
+    assert list(processes.dealt("ab", lambda: done.append(1))) == ["a", "b"] and not done
+    processes.agree("anything", {"a": 1})
+    with pytest.raises(ValueError, match="own"), processes.together("a test"):
+        raise ValueError("own")
+
+
+def test_values_come_back_with_their_bits_and_strides():
+    tensors = [
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.randn(6, 6)[::2, 1:3],
+        torch.randn(1, 4).expand(3, 4),
+        torch.tensor(3.5),
+        torch.zeros(0, 4, dtype=torch.float16),
+        torch.tensor([True, False]),
+        torch.randn(4, dtype=torch.complex64).conj(),
+        torch.tensor([float("nan"), -0.0]),
+    ]
+    device = torch.device("cpu")
+    words, found = unpack(pack(({"a": (1, "b")}, tensors), device))
+    assert words == {"a": (1, "b")}
+    for given, came in zip(tensors, found, strict=True):
+        assert came.dtype == given.dtype and came.stride() == torch.empty_like(given).stride()
+        torch.testing.assert_close(came, given, rtol=0, atol=0, equal_nan=True)
+        assert not came.numel() or came.data_ptr() % came.element_size() == 0
+    assert unpack(pack(None, device)) is None
