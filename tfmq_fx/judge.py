@@ -8,7 +8,7 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from . import api, artifact, backends, metrics
 from .capture import capture
-from .config import Config
+from .config import Config, LayerConfig
 from .errors import BackendError
 from .feature_errors import temporal_errors
 from .figures import ImageFigures, PairFigures, Seen, image_figures, pair_figures, see
@@ -54,16 +54,24 @@ class Bench:
         self.device = torch.device(device)
         self.model = subject.load().to(self.device)
 
-    def quantize(self, config: Config, seed: int) -> tuple[Converted, float]:
+    def quantize(
+        self,
+        config: Config,
+        seed: int,
+        *,
+        overrides: Mapping[str, LayerConfig] | None = None,
+        budget: object = None,
+    ) -> tuple[Converted, float]:
         """The converted model and the seconds from prepare to convert.
 
-        seed: of calibration and of what the recipe draws. There are as many calibration images as
+        overrides: as for `prepare`.  budget: as for `convert`.  seed: of calibration and of what the recipe draws. There are as many calibration images as
         the recipe uses samples of over all steps, in whole batches.
         """
         start = time.perf_counter()
         spec = dataclasses.replace(config.reconstruction, seed=seed)
         config = dataclasses.replace(config, reconstruction=spec)
-        prepared = api.prepare(self.model, self.subject.example(self.device), config=config)
+        example = self.subject.example(self.device)
+        prepared = api.prepare(self.model, example, config=config, overrides=overrides)
         images = whole_batches(math.ceil(spec.samples / self.steps), self.batch)
         api.calibrate(
             prepared,
@@ -75,7 +83,7 @@ class Bench:
             progress=False,
             **self.subject.conditions(images),
         )
-        converted = api.convert(prepared, progress=False)
+        converted = api.convert(prepared, budget=budget, progress=False)
         return converted, time.perf_counter() - start
 
     def sample(self, runner: Callable[..., Any], samples: int, seed: int) -> Tensor:
