@@ -64,8 +64,9 @@ class Bench:
     ) -> tuple[Converted, float]:
         """The converted model and the seconds from prepare to convert.
 
-        overrides: as for `prepare`.  budget: as for `convert`.  seed: of calibration and of what the recipe draws. There are as many calibration images as
-        the recipe uses samples of over all steps, in whole batches.
+        overrides: as for `prepare`.  budget: as for `convert`.  seed: of calibration and of what
+        the recipe draws. There are as many calibration images as the recipe uses samples of over
+        all steps, in whole batches.
         """
         start = time.perf_counter()
         spec = dataclasses.replace(config.reconstruction, seed=seed)
