@@ -64,7 +64,7 @@ def ranges(asked: Asked) -> Iterator[str]:
         figures = " | ".join(f"{found.per_step[i]:.1f}" for i in shown)
         yield f"| {name} | {found.mean:.1f} | {figures} |"
     yield ""
-    yield "| layer alone, noise at the output in dB | last / first input range | static | per step |"
+    yield "| layer alone, noise in dB | last / first input range | static | per step |"
     yield "|---|---|---|---|"
     layers = {
         kind: {n: m for n, m in model.gm.named_modules() if isinstance(m, QuantLayer)}
