@@ -10,6 +10,7 @@ from .api import load as load
 from .api import prepare as prepare
 from .api import save as save
 from .binding import bind_request as bind_request
+from .bit_plan import BitPlan as BitPlan
 from .bound import Bound as Bound
 from .comparison import compare as compare
 from .config import ActivationSpec as ActivationSpec
