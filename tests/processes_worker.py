@@ -7,6 +7,7 @@ Every check compares what the processes found together with what one finds `alon
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,13 +16,14 @@ import sys
 import traceback
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler
 
 from tests.test_traps import recipe
-from tests.toys import ToyUNet, seeded
+from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx import CalibrationError, ConfigError, api, calibrate, convert, prepare, processes, save
 from tfmq_fx.capture import capture
 from tfmq_fx.metrics import sample, sqnr
@@ -95,6 +97,55 @@ def by_scheduler(folder):
             driven(one, seed=1)
         same_calibration(many, one)
         assert len(one.cache) in (14 * STEPS, 2 * 14 * STEPS) or room < 1 << 20
+
+
+def by_pipeline(folder):
+    """One generator goes through all batches, at every step: others' batches are skipped."""
+    unet = tiny_unet2d(sample_size=SIZE, block_out_channels=(8, 16), norm_num_groups=4)
+    for name, count in (("DDPM", 7), ("DDIM", 2)):
+        scheduler = getattr(diffusers, f"{name}Scheduler")()
+        many, seen = by_pipe(getattr(diffusers, f"{name}Pipeline")(unet, scheduler), unet, count)
+        with processes.alone():
+            pipe = getattr(diffusers, f"{name}Pipeline")(unet, scheduler)
+            one, all_seen = by_pipe(pipe, unet, count)
+        same_calibration(many, one)
+        assert sum(processes.exchange(len(seen), "calls")) == len(all_seen) == 3 * -(-count // 2)
+
+
+def by_pipe(pipe, unet, count):
+    """A calibrated model, and the calls of its graph."""
+    prepared = prepare(unet, config=recipe("w4a8"))
+    with counting(prepared) as seen:
+        calibrate(
+            prepared, pipe, samples=count, batch_size=2, num_inference_steps=3, progress=False
+        )
+    return prepared, seen
+
+
+@contextlib.contextmanager
+def counting(prepared):
+    """The calls of the observed graph."""
+    seen = []
+    handle = prepared.observed.register_forward_hook(lambda *_: seen.append(1))
+    yield seen
+    handle.remove()
+
+
+def reckless_pipeline(folder):
+    """A pipeline whose random numbers depend on the model's answers is refused."""
+
+    class Reckless(diffusers.DDPMPipeline):
+        def __call__(self, batch_size=1, generator=None, **options):
+            found = super().__call__(batch_size=batch_size, generator=generator, **options)
+            if self.unet(torch.ones(1, *SHAPE), torch.tensor([1])).sample.any():
+                torch.randn(1, generator=generator)
+            return found
+
+    unet = tiny_unet2d(sample_size=SIZE, block_out_channels=(8, 16), norm_num_groups=4)
+    prepared = prepare(unet, config=recipe("w4a8"))
+    settings = {"samples": 4, "batch_size": 2, "num_inference_steps": 2, "progress": False}
+    with pytest.raises(ConfigError, match="depend on what its model answers"):
+        calibrate(prepared, Reckless(unet, diffusers.DDPMScheduler()), **settings)
 
 
 def by_inputs(folder):

@@ -24,7 +24,7 @@ FAST = (
     "checkpoints",
     "blocks",
 )
-SLOW = ("rounds_and_correction",)
+SLOW = ("rounds_and_correction", "by_pipeline", "reckless_pipeline")
 
 
 def run(folder, names):
@@ -67,7 +67,7 @@ def test_two_processes(fast, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_two_processes_learn(slow, name):
+def test_two_processes_at_length(slow, name):
     assert [results[name] for results in slow] == ["", ""]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from .describe import TIMESTEP_NAMES
 from .errors import ConfigError
 from .examples import example_inputs as derived_inputs
 from .metrics import sample
-from .processes import dealt, nothing
+from .processes import dealt, exchange, mine, nothing, world
 from .progress import progress_bar
+from .skipping import Skipped, can_skip
 
 
 def forward_parameters(model: nn.Module) -> list[str]:
@@ -195,20 +197,24 @@ def sampling_pass(
         make = _without(source, original)  # a pass that is kept keeps neither alive
 
         def by_pipeline(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
-            # One generator goes through all batches: the first process takes them all.
-            for _ in dealt([None], done):
-                draw(denoiser)
-
-        def draw(denoiser: nn.Module) -> None:
             pipe = make(denoiser)
             pipe.set_progress_bar_config(disable=not progress)
             generator = torch.Generator().manual_seed(seed)
             own = {**kwargs, "num_inference_steps": steps, "generator": generator}
             if args or not takes_batch_size(pipe):  # prompts, labels or embeddings say how many
-                pipe(*args, **own)
+                for _ in dealt([None], done):
+                    pipe(*args, **own)
                 return
-            for start in range(0, samples, batch_size):
-                pipe(batch_size=min(batch_size, samples - start), **own)
+
+            def draw(start: int, by: Any = pipe) -> None:
+                by(batch_size=min(batch_size, samples - start), **own)
+
+            skip = None
+            if world() > 1 and can_skip(denoiser):
+                skipping = make(Skipped(denoiser))
+                skipping.set_progress_bar_config(disable=True)
+                skip = partial(draw, by=skipping)
+            _drawn(range(0, samples, batch_size), draw, skip, done, generator)
 
         return SamplingPass(by_pipeline, True)
     given = ", ".join([*(type(a).__name__ for a in args), *kwargs])
@@ -227,6 +233,44 @@ def sampling_pass(
     if given:
         raise ConfigError(f"calibrate() with an iterable takes nothing else; got {given}")
     return SamplingPass(by_inputs, False)
+
+
+def _drawn(
+    starts: Sequence[int],
+    draw: Callable[[int], None],
+    skip: Callable[[int], None] | None,
+    done: Callable[[], None],
+    generator: torch.Generator,
+) -> None:
+    """Draw every batch, or of many processes each its own; the random numbers of the others are
+    used up by `skip`, or where there is none the first process draws all.
+
+    Raises ConfigError where `skip` uses up others than `draw` does.
+    """
+    if world() == 1 or skip is None:
+        for _ in dealt([None], done):
+            for start in starts:
+                draw(start)
+        return
+    own, states = mine(len(starts)), []
+
+    def turns() -> Iterator[int]:
+        for i, start in enumerate(starts):
+            states.append(generator.get_state())
+            if i not in own:
+                skip(start)
+            yield start
+        states.append(generator.get_state())
+
+    for start in dealt(turns(), done):
+        draw(start)
+    first, *others = exchange(states, "random numbers")
+    for other in others:
+        if not all(torch.equal(*pair) for pair in zip(first, other, strict=True)):
+            raise ConfigError(
+                "this pipeline draws random numbers that depend on what its model answers: "
+                "calibrate a model prepared anew in one process, or by a (scheduler, shape) pair"
+            )
 
 
 def takes_batch_size(pipeline: Any) -> bool:
