@@ -6,7 +6,7 @@ matplotlib is imported when first needed; it comes with `pip install "tfmq_fx[de
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ def draw_grid(pictures: Mapping[str, Tensor], path: Path, columns: int = 16) -> 
             axis.set_axis_off()
         for axis, image in zip(line_of_axes, images, strict=False):
             shown = (image.clamp(-1, 1).movedim(0, -1) + 1) / 2
-            axis.imshow(shown[..., 0] if len(image) == 1 else shown, cmap="gray", vmin=0, vmax=1)
+            pixels = (shown[..., 0] if len(image) == 1 else shown).numpy()
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
         line_of_axes[0].set_title(name, loc="left", fontsize=9)
     figure.tight_layout(pad=0.3)
     save_figure(figure, path)
@@ -104,12 +105,13 @@ def draw_quality(title: str, points: Sequence[Point], best_fid: float | None, pa
                     )
     for column, name in enumerate(("KiB saved", "seconds of quantization")):
         axes[1][column].set_xlabel(name)
-        for row, values in enumerate(([p.fid[0] for p in points], [])):
-            axes[row][column].margins(0.16)
-            _log_where_wide(axes[row][column].yaxis, values)
-        _log_where_wide(axes[1][column].xaxis, [p.seconds for p in points] if column else [])
+        axes[0][column].margins(0.16)
+        axes[1][column].margins(0.16)
         if best_fid is not None:
             axes[0][column].axhline(best_fid, color="gray", linestyle="--", linewidth=1)
+    for axis in axes[0]:
+        _log_where_wide(axis.yaxis, axis.set_yscale, [p.fid[0] for p in points])
+    _log_where_wide(axes[1][1].xaxis, axes[1][1].set_xscale, [p.seconds for p in points])
     axes[0][0].set_ylabel("FID (dashed: full precision), lower is better")
     axes[1][0].set_ylabel("output SQNR in dB, higher is better")
     colours = [
@@ -127,11 +129,11 @@ def draw_quality(title: str, points: Sequence[Point], best_fid: float | None, pa
     plt.close(figure)
 
 
-def _log_where_wide(axis: Any, values: Sequence[float]) -> None:
+def _log_where_wide(axis: Any, set_scale: Callable[[str], None], values: Sequence[float]) -> None:
     """A logarithmic scale in plain numbers where values span a factor of more than 8."""
-    if values and min(values) > 0 and max(values) > 8 * min(values):
+    if min(values) > 0 and max(values) > 8 * min(values):
         ticker = demo_module("matplotlib.ticker")
-        axis._set_axes_scale("log")
+        set_scale("log")
         axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.set_minor_formatter(ticker.NullFormatter())
 

@@ -105,6 +105,8 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
         lines += ["", f"## {model}", "", *_images(own), "", *_models(own)]
+        if notes := _notes(own):
+            lines += ["", *notes]
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +156,18 @@ def _models(rows: Sequence[Row]) -> list[str]:
         ]
         lines.append(_line([row.recipe, row.bits, *texts, str(row.learning)]))
     return lines
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Why something did not sample on the backend asked for."""
+    found: dict[str, None] = {}
+    for row in rows:
+        for each in row.done:
+            if note := each["figures"]["backend_note"]:
+                found[f"- {row.recipe} {row.bits}".rstrip() + f" sampled in eager mode: {note}"] = (
+                    None
+                )
+    return list(found)
 
 
 def _head(names: Sequence[str]) -> list[str]:

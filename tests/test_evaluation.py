@@ -1,0 +1,311 @@
+"""evaluation: cells that go on where they stopped, failures that stay, and what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.subjects import tiny_subject
+from tests.test_judge import BATCH, STEPS, quick
+from tfmq_fx import evaluation
+from tfmq_fx.baselines import recipe
+from tfmq_fx.cells import FULL_PRECISION
+from tfmq_fx.charts import draw_grid, draw_quality
+from tfmq_fx.cli import main
+from tfmq_fx.errors import CalibrationError
+from tfmq_fx.evaluation import evaluate
+from tfmq_fx.judge import Bench
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench(tiny_subject(), steps=STEPS, batch=BATCH)
+
+
+@pytest.fixture(scope="module")
+def coarse(bench):
+    return bench.quantize(quick("w4a8"), 0)[0]
+
+
+@pytest.fixture
+def quick_figures(monkeypatch, bench):
+    """Without what takes long and is tested by itself: intervals, captures, pictures."""
+    monkeypatch.setattr("tfmq_fx.figures.bootstrap_interval", lambda *args, **options: (0.5, 1.5))
+    monkeypatch.setattr(Bench, "graph", bench.graph)
+    for name in ("draw_grid", "draw_quality"):
+        monkeypatch.setattr(evaluation, name, lambda *args: None)
+
+
+@pytest.fixture
+def clock(monkeypatch, coarse, quick_figures):
+    """Quantization that takes no time: 10 s, half a second a learning step, and 30 s for `best`, by
+    a clock of our own. The configurations it was given, in order."""
+    given = []
+
+    def quantize(self, config, seed):
+        given.append(config)
+        if config.name.startswith("ptq4dm"):
+            raise RuntimeError("svd did not converge\nat all")
+        if config.name.startswith("best"):
+            return coarse, 30.0
+        return coarse, 10.0 + 0.5 * config.reconstruction.iters
+
+    monkeypatch.setattr(Bench, "quantize", quantize)
+    return given
+
+
+def run(out, recipes=("nearest", "best"), bits=("w4a8",), subject=None, **options):
+    usual = {"samples": 16, "seeds": [0], "steps": STEPS, "batch": BATCH, "backend": "eager"}
+    return evaluate(
+        [subject or tiny_subject()],
+        list(recipes),
+        list(bits),
+        out=out,
+        progress=False,
+        **{"say": lambda text: None, **usual, **options},
+    )
+
+
+def names(given):
+    return [config.name for config in given]
+
+
+def test_a_second_run_computes_nothing(clock, tmp_path):
+    first = run(tmp_path)
+    assert names(clock) == ["best-w4a8", "nearest-w4a8"]  # what sets the time goes first
+    assert [row.recipe for row in first] == [FULL_PRECISION, "nearest", "best"]
+    assert [row.status for row in first] == ["done"] * 3
+    table = (tmp_path / "table.md").read_text()
+    again = run(tmp_path)
+    assert len(clock) == 2 and again == first and (tmp_path / "table.md").read_text() == table
+
+
+def test_cells_that_are_gone_or_damaged_are_computed_again(clock, tmp_path):
+    run(tmp_path)
+    cells = {
+        json.loads(path.read_text())["subject"]["recipe"]: path
+        for path in (tmp_path / "cells").glob("*.json")
+    }
+    cells["best"].unlink()
+    cells["nearest"].write_text(cells["nearest"].read_text()[:-20])
+    rows = run(tmp_path)
+    assert names(clock)[2:] == ["best-w4a8", "nearest-w4a8"]
+    assert [row.status for row in rows] == ["done"] * 3
+
+
+def test_changed_recipes_models_and_protocols_take_no_stale_cell(clock, tmp_path, monkeypatch):
+    run(tmp_path, ["nearest"])
+    for change in (
+        {"subject": tiny_subject(scale=2.0)},
+        {"seeds": [1]},
+        {"samples": 24},
+        {"steps": 3},
+    ):
+        before = len(clock)
+        try:
+            run(tmp_path, ["nearest"], **change)
+        finally:
+            assert len(clock) == before + 1
+    own = quick("w4a8")
+    run(tmp_path, [own])
+    spec = dataclasses.replace(own.reconstruction, samples=24)
+    run(tmp_path, [dataclasses.replace(own, reconstruction=spec)])
+    assert len(clock) == 7
+
+
+def test_a_failure_is_a_row_with_its_error_and_is_retried_when_asked(clock, tmp_path):
+    rows = run(tmp_path, ["ptq4dm", "nearest"])
+    failed = rows[1]
+    assert failed.status == "failed" and rows[2].status == "done"
+    assert failed.failed == {0: "RuntimeError: svd did not converge"}
+    table = (tmp_path / "table.md").read_text()
+    assert (
+        "| ptq4dm | w4a8 |" in table and "**failed: RuntimeError: svd did not converge**" in table
+    )
+    run(tmp_path, ["ptq4dm", "nearest"])
+    assert len(clock) == 2
+    run(tmp_path, ["ptq4dm", "nearest"], retry=True)
+    assert names(clock)[2:] == ["ptq4dm-w4a8"]
+
+
+def test_some_seeds_may_fail(clock, tmp_path, monkeypatch):
+    quantize = Bench.quantize
+
+    def sometimes(self, config, seed):
+        if seed == 2:
+            raise CalibrationError("nan in conv_in")
+        return quantize(self, config, seed)
+
+    monkeypatch.setattr(Bench, "quantize", sometimes)
+    rows = run(tmp_path, ["nearest"], seeds=[0, 1])
+    assert rows[0].status == "done" and rows[1].status == "1 done, 1 failed"
+    assert rows[1].failed == {1: "CalibrationError: nan in conv_in"}
+    assert rows[1].spread("fid") is not None
+    assert "**1 done, 1 failed: CalibrationError" in (tmp_path / "table.md").read_text()
+
+
+def test_a_missing_package_ends_the_run(clock, tmp_path, monkeypatch):
+    def missing(*args):
+        raise ImportError("no torchmetrics")
+
+    monkeypatch.setattr("tfmq_fx.judge.image_figures", missing)
+    with pytest.raises(ImportError, match="no torchmetrics"):
+        run(tmp_path)
+    assert list((tmp_path / "cells").glob("*.json")) == []
+
+
+def test_what_was_not_run_is_marked_and_an_interrupted_run_goes_on(clock, tmp_path, monkeypatch):
+    rows = run(tmp_path, compute=False)
+    assert [row.status for row in rows] == ["not run"] * 3 and clock == []
+    assert (tmp_path / "table.md").read_text().count("**not run**") == 3
+    quantize = Bench.quantize
+
+    def interrupted(self, config, seed):
+        if clock:
+            raise KeyboardInterrupt
+        return quantize(self, config, seed)
+
+    monkeypatch.setattr(Bench, "quantize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert (tmp_path / "table.md").read_text().count("**not run**") == 1
+    data = json.loads((tmp_path / "table.json").read_text())
+    assert [row["status"] for row in data["rows"]] == ["done", "not run", "done"]
+    monkeypatch.setattr(Bench, "quantize", quantize)
+    assert [row.status for row in run(tmp_path)] == ["done"] * 3
+    assert names(clock) == ["best-w4a8", "nearest-w4a8"]
+
+
+def test_equal_time_solves_for_the_steps(clock, tmp_path):
+    rows = run(tmp_path, ["tfmq", "best"])
+    assert names(clock) == ["best-w4a8"] + ["tfmq-w4a8"] * 3
+    assert [config.reconstruction.iters for config in clock[1:]] == [4, 12, 40]
+    (result,) = rows[1].done
+    assert result["steps"] == 40 and result["target"] == 30
+    assert result["figures"]["quantize_seconds"] == 30
+    assert result["line"]["fixed"] == 10 and result["line"]["per_step"] == 0.5
+    assert clock[-1].temporal.tiar_iters == 1000
+    assert rows[1].learning == "equal-time" and rows[2].learning == "none"
+
+
+def test_equal_time_measures_the_line_once_for_all_seeds_and_best_where_it_was_not_run(
+    clock, tmp_path
+):
+    run(tmp_path, ["tfmq"], seeds=[0, 1])
+    learnt = [config.reconstruction.iters for config in clock]
+    assert names(clock) == ["best-w4a8"] + ["tfmq-w4a8"] * 3 + ["best-w4a8", "tfmq-w4a8"]
+    assert learnt == [0, 4, 12, 40, 0, 40]
+
+
+def test_other_rules_of_learning(clock, tmp_path):
+    run(tmp_path, ["brecq"], learning="published")
+    assert clock == [recipe("brecq", "w4a8")]
+    run(tmp_path, ["brecq"], learning=60)
+    assert clock[1].reconstruction.iters == 60 and len(clock) == 2
+    run(tmp_path, ["nearest"], learning=60)
+    run(tmp_path, ["nearest"], learning="published")
+    assert len(clock) == 3  # it learns nothing: one cell whatever the rule
+    own = dataclasses.replace(recipe("brecq", "w4a8"), name="own")
+    (row,) = run(tmp_path, [own])[1:]
+    assert "was given as a Config" in row.failed[0]
+
+
+def test_everything_is_written(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "draw_grid", draw_grid)
+    monkeypatch.setattr(evaluation, "draw_quality", draw_quality)
+    said = []
+    run(tmp_path, ["nearest", "best"], ["w4a8", "w8a8"], samples=10, seeds=[0, 1], say=said.append)
+    assert said[0] == "10 samples are rounded up to 16, whole batches of 8"
+    assert len(said) == 11 and said[1].startswith("tiny full precision seed 0: FID ")
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [
+        "cells", "grid-tiny.png", "quality-tiny.png", "table.json", "table.md", "timings"
+    ]  # fmt: skip
+    for name in ("grid-tiny.png", "quality-tiny.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+    table = (tmp_path / "table.md").read_text()
+    for fact in (
+        "tfmq_fx.evaluation.evaluate",
+        torch.__version__,
+        "16 images a seed",
+        "seeds 0, 1",
+    ):
+        assert fact in table
+    assert table.count("| best | w8a8 |") == 2 and "class asked for" in table
+    data = json.loads((tmp_path / "table.json").read_text())
+    assert [(r["recipe"], r["bits"]) for r in data["rows"][:2]] == [
+        (FULL_PRECISION, ""),
+        ("nearest", "w4a8"),
+    ]
+    fid = data["rows"][1]["figures"]["fid"]
+    assert fid["low"] < fid["mean"] < fid["high"]
+    assert set(data["rows"][1]["seeds"]) == {"0", "1"}
+    assert len(data["rows"][1]["seeds"]["0"]["figures"]["sqnr_by_step"]) == STEPS
+
+
+def test_a_real_recipe_from_end_to_end(tmp_path):
+    own = [quick("w8a8"), quick("w4a8")]
+    rows = run(tmp_path, own, subject=tiny_subject(classes=None))
+    assert [row.recipe for row in rows] == [FULL_PRECISION, "nearest-w8a8", "nearest-w4a8"]
+    fine, rough = (row.spread("sqnr").mean for row in rows[1:])
+    assert fine > rough + 10
+    assert rows[1].spread("class_agreement") is None and rows[0].spread("psnr") is None
+    assert rows[1].spread("bytes").mean > rows[2].spread("bytes").mean
+    assert "class asked for" not in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "cats"], "unknown model 'cats'; there are digits, glyphs-dit, glyphs-unet"),
+        (["--recipes", "bst"], "unknown recipe 'bst'; there are nearest, brecq"),
+        (["--bits", "4-8"], "bits are written as in 'w4a8', got '4-8'; usual: w8a8, w4a8"),
+        (["--samples", "1"], "samples must be a whole number of at least 2, got 1"),
+        (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),
+        (["--seeds", "1", "1"], "seeds must be different numbers of at least 0, got [1, 1]"),
+        (["--learning", "fast"], "learning must be 'published', 'equal-time' or a number"),
+        (["--backend", "openvino"], "backend must be one of inductor, eager, got 'openvino'"),
+        (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["--small", "--out", __file__], "out must be a directory that can be made"),
+    ],
+)
+def test_bad_arguments_are_told(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"tfmq-fx: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_passes_its_arguments_on_and_prints_the_table(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def instead(*, out, **options):
+        seen.append(options)
+        Path(out).mkdir(exist_ok=True)
+        (Path(out) / "table.md").write_text("the table\n")
+        if options["retry"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", instead)
+    out = str(tmp_path / "out")
+    assert main(["evaluate", "--out", out, "--quiet"]) == 0
+    assert seen[0] == {
+        "compute": True,
+        "retry": False,
+        "progress": False,
+        "command": f"tfmq-fx evaluate --out {out} --quiet",
+    }
+    assert "the table" in capsys.readouterr().out
+    assert main(["evaluate", "--small", "--samples", "128", "--table", "--out", out]) == 0
+    small = {**evaluation.SMALL, "samples": 128}
+    assert seen[1] | small == seen[1] and seen[1]["compute"] is False
+    assert main(["evaluate", "--models", "digits", "--retry", "--out", out]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert seen[2]["models"] == ["digits"]
