@@ -132,7 +132,8 @@ def draw(model: Any, count: int, *, inference_steps: int, seed: int) -> tuple[Te
 def evaluate(
     denoiser: Any, *, count: int, inference_steps: int, seed: int, grid: Path | None
 ) -> dict[str, Any]:
-    """Figures of a denoiser and the shipped classifier: Frechet distances, class agreement, distance to training."""
+    """Figures of a denoiser, judged by the shipped classifier: Frechet distances, class agreement,
+    distance to training."""
     train, _ = glyphs.make_images(TRAIN_IMAGES, seed=TRAIN_SEED)
     heldout, labels = glyphs.make_images(HELDOUT_IMAGES, seed=HELDOUT_SEED)
     model = glyphs.load_classifier()
