@@ -101,7 +101,8 @@ def reconstruct_blocks(
             if view is None:
                 declined.append(Declined(unit.path, "its outputs are not in the captured graph"))
                 continue
-            found = finished(checkpoint, unit.path, partial(learnt, unit, view))
+            make = partial(learnt, unit, view)
+            found = finished(checkpoint, unit.path, make, shared=True)
             errors[unit.path] = found.errors
             if found.note:
                 declined.append(Declined(unit.path, found.note))

@@ -91,7 +91,7 @@ def round_weights(
                     return Part({}, {})
                 return _rounded(site.name, layer, statistics, plan[site.name], spec)
 
-            found = finished(checkpoint, site.name, rounded)
+            found = finished(checkpoint, site.name, rounded, shared=True)
             errors[site.name] = found.errors
             if found.note:
                 declined.append(Declined(site.name, found.note))

@@ -158,14 +158,17 @@ class Checkpoint:
         return self.directory / f"{quote(full, safe=' ')[:180]}-{short}.safetensors"
 
 
-def finished(checkpoint: Checkpoint | None, name: str, make: Callable[[], Part]) -> Part:
+def finished(
+    checkpoint: Checkpoint | None, name: str, make: Callable[[], Part], *, shared: bool = False
+) -> Part:
     """The part `name` of the checkpoint, or else what `make` gives, which goes there.
 
-    Of many processes all call `make`, and what the first one gives is the part for all of them.
+    Of many processes the first one makes it, or with `shared` all take part in that; what the first
+    one gives is the part for all of them.
     """
     part = None if checkpoint is None else checkpoint.load(name)
     if part is None:
-        part = from_first(make(), name)
+        part = from_first(make() if shared or rank() == 0 else Part({}, {}), name)
         if checkpoint is not None:
             checkpoint.save(name, part)
     return part

@@ -67,8 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.command == "demo":
             from .demo import run
+            from .processes import started
 
-            run(chosen.out, samples=chosen.samples, progress=not chosen.quiet)
+            with started():
+                run(chosen.out, samples=chosen.samples, progress=not chosen.quiet)
         elif chosen.command == "analyze":
             from .analysis import analyze
 

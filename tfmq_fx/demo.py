@@ -22,6 +22,7 @@ from .feature_errors import temporal_errors
 from .files import write_whole
 from .modules import Converted
 from .presets import PRESETS
+from .processes import rank
 from .report import report
 
 STEPS = 20  # DDIM steps
@@ -114,6 +115,7 @@ class Judge:
             num_inference_steps=STEPS,
             seed=PAIR_SEED,
             batch_size=BATCH,
+            parallel=True,
             record=True,
         )
 
@@ -151,6 +153,7 @@ class Judge:
             num_inference_steps=STEPS,
             seed=seed,
             batch_size=BATCH,
+            parallel=True,
             progress=progress,
         )
 
@@ -161,8 +164,11 @@ def run(
     """Quantize the digits model four ways, write the table and two pictures to `out`.
 
     samples: images drawn for each FID.  say: where lines of text go.
+    Of many processes all call this; they share the work, and the first one writes.
     """
     out.mkdir(parents=True, exist_ok=True)
+    first = rank() == 0
+    say = say if first else lambda _: None
     started = time.perf_counter()
     model: Any = digits.load_unet()
     compiles, reason = True, ""
@@ -209,9 +215,10 @@ def run(
     keys = judge.scheduler.timesteps.flip(0).tolist()
     curves |= block_curves(model, judge.scheduler, progress)
     grid, plot = out / "samples.png", out / "temporal-error.png"
-    draw_grid(pictures, grid)
-    draw_curves(keys, curves, plot)
-    write_json(out / "table.json", [dataclasses.asdict(row) for row in rows])
+    if first:
+        draw_grid(pictures, grid)
+        draw_curves(keys, curves, plot)
+        write_json(out / "table.json", [dataclasses.asdict(row) for row in rows])
     say("\n" + table(rows))
     say(f"\n{samples} samples, {STEPS} DDIM steps; ms per call at batch {BATCH}.")
     say(f"Samples, same seeds side by side: {grid}")
