@@ -71,6 +71,29 @@ def test_two_processes_at_length(slow, name):
     assert [results[name] for results in slow] == ["", ""]
 
 
+@pytest.mark.slow
+def test_a_group_is_started_as_torchrun_says(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from tfmq_fx import processes\n"
+        "assert processes.world() == 1\n"
+        "with processes.started(), processes.started():\n"
+        "    found = processes.exchange(processes.rank(), 'ranks')\n"
+        "assert processes.world() == 1\n"
+        "print(found)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.splitlines() == ["[0, 1]"] * 2, done.stderr
+
+
 def test_without_a_group_there_is_one_process():
     assert (processes.rank(), processes.world(), list(processes.mine(3))) == (0, 1, [0, 1, 2])
     value = torch.ones(2)
