@@ -35,7 +35,9 @@ def coarse(bench):
 
 @pytest.fixture
 def quick_figures(monkeypatch, bench):
-    """Without what takes long and is tested by itself: intervals, captures, pictures."""
+    """Without what takes long and is tested by itself or cannot be seen: intervals, captures,
+    pictures, and the collection of garbage."""
+    monkeypatch.setattr("tfmq_fx.cell_work.free", lambda: None)
     monkeypatch.setattr("tfmq_fx.figures.bootstrap_interval", lambda *args, **options: (0.5, 1.5))
     monkeypatch.setattr(Bench, "graph", bench.graph)
     for name in ("draw_grid", "draw_quality"):

@@ -54,7 +54,7 @@ class Baseline:
 
 
 def baselines(recipes: Iterable[str | Config] | None, bits: Sequence[str] | None) -> list[Baseline]:
-    """Every recipe at all bits, narrowest change last; Configs as they are. None is all there are.
+    """Every recipe at each width, width by width; then Configs as they are. None is all there are.
 
     Raises ConfigError for unknown names and bits, for none, and for one twice.
     """

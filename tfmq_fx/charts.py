@@ -99,14 +99,14 @@ def draw_quality(title: str, points: Sequence[Point], best_fid: float | None, pa
                     axes[row][column].annotate(
                         f"{p.recipe} {p.bits}",
                         (cost, mean),
-                        xytext=(5, 3),
+                        xytext=(5, _side(p, points, row)),
                         textcoords="offset points",
                         fontsize=7,
                     )
     for column, name in enumerate(("KiB saved", "seconds of quantization")):
         axes[1][column].set_xlabel(name)
-        axes[0][column].margins(0.16)
-        axes[1][column].margins(0.16)
+        axes[0][column].margins(0.25, 0.16)
+        axes[1][column].margins(0.25, 0.16)
         if best_fid is not None:
             axes[0][column].axhline(best_fid, color="gray", linestyle="--", linewidth=1)
     for axis in axes[0]:
@@ -129,11 +129,24 @@ def draw_quality(title: str, points: Sequence[Point], best_fid: float | None, pa
     plt.close(figure)
 
 
+def _side(point: Point, points: Sequence[Point], row: int) -> int:
+    """Where a name goes, in points of text: below where the nearest value is above, and so apart
+    from that one's name."""
+
+    def value(p: Point) -> float:
+        return (p.fid, p.sqnr)[row][0]
+
+    others = [value(p) for p in points if p is not point]
+    nearest = min(others, key=lambda v: abs(v - value(point)), default=-1.0)
+    return -9 if nearest > value(point) else 3
+
+
 def _log_where_wide(axis: Any, set_scale: Callable[[str], None], values: Sequence[float]) -> None:
     """A logarithmic scale in plain numbers where values span a factor of more than 8."""
     if min(values) > 0 and max(values) > 8 * min(values):
         ticker = demo_module("matplotlib.ticker")
         set_scale("log")
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.set_minor_formatter(ticker.NullFormatter())
 

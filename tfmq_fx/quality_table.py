@@ -135,7 +135,16 @@ def _images(rows: Sequence[Row]) -> list[str]:
 
 def _models(rows: Sequence[Row]) -> list[str]:
     names = ["", "bits", "steps a block", "output SQNR dB", "pooled", "temporal error mean"]
-    names += ["worst", "KiB", "weights", "inputs", "quantize s", "of", "sampled on", "learning"]
+    names += [
+        "worst",
+        "KiB",
+        "weights",
+        "inputs",
+        "quantize s",
+        "target s",
+        "sampled on",
+        "learning",
+    ]
     lines = _head(names)
     for row in rows:
         size = row.spread("bytes")
