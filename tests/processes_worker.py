@@ -26,9 +26,11 @@ from tests.test_traps import recipe
 from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx import CalibrationError, ConfigError, api, calibrate, convert, prepare, processes, save
 from tfmq_fx.capture import capture
+from tfmq_fx.comparison import compare
 from tfmq_fx.metrics import sample, sqnr
 from tfmq_fx.observers import RangeObserver, SampleCache
 from tfmq_fx.passes import round_weights
+from tfmq_fx.presets import resolve
 
 round_module = sys.modules[round_weights.__name__]
 
@@ -190,6 +192,20 @@ def second_order(folder):
     assert files(folder / "many") == files(folder / f"alone-{dist.get_rank()}")
 
 
+def recipes(folder):
+    """Profiles, rewrites, attention's products and a budget: what the processes do not share."""
+    for name, budget in (("best-w4a8", None), ("tcaq-w4a6", None), ("w4a8", "0.2x")):
+        config = resolve(name)
+        spec = dataclasses.replace(config.reconstruction, iters=0, rounds=0, samples=12)
+        temporal = dataclasses.replace(config.temporal, tiar_iters=5)
+        config = dataclasses.replace(config, reconstruction=spec, temporal=temporal)
+        example = torch.zeros(2, *SHAPE), torch.tensor([0, 1])
+        prepared = driven(prepare(toy(), example, config=config))
+        many = convert(prepared, budget=budget, progress=False)
+        with processes.alone():
+            same_model(many, convert(prepared, budget=budget, progress=False))
+
+
 def blocks(folder):
     """Learnt blocks: the same in both processes, and near to what one learns."""
     # chunks of 5, 5, 5 and 1, so that of the last one process has none
@@ -259,6 +275,19 @@ def images(folder):
 
 def vars_of(path):
     return path.timesteps, path.inputs, path.outputs
+
+
+def compared(folder):
+    """Two denoisers compared image by image, each batch by one process."""
+    one, other = toy(), seeded(ToyUNet, seed=1).eval()
+    source = DDIMScheduler(), SHAPE
+    settings = {"samples": 5, "batch_size": 2, "num_inference_steps": 2, "progress": False}
+    many = compare(one, other, source=source, parallel=True, out=folder / "many", **settings)
+    alone = compare(one, other, source=source, **settings)
+    assert repr(many.per_image) == repr(alone.per_image)
+    assert (many.floor, many.worst) == (alone.floor, alone.worst)
+    assert all(torch.equal(a, b) for a, b in zip(many.pair, alone.pair, strict=True))
+    assert list((folder / "many").iterdir())
 
 
 def exchanged(folder):

@@ -16,6 +16,7 @@ from tfmq_fx.parcels import pack, unpack
 FAST = (
     "exchanged",
     "images",
+    "compared",
     "by_inputs",
     "by_scheduler",
     "second_order",
@@ -24,7 +25,7 @@ FAST = (
     "checkpoints",
     "blocks",
 )
-SLOW = ("rounds_and_correction", "by_pipeline", "reckless_pipeline")
+SLOW = ("recipes", "rounds_and_correction", "by_pipeline", "reckless_pipeline")
 
 
 def run(folder, names):

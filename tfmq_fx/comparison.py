@@ -7,6 +7,7 @@ not the candidate's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .errors import ConfigError
 from .metrics import psnr
 from .pairs import Comparison, ImageComparison, measure, quality
 from .pictures import pillow
+from .processes import agree, alone, in_order, rank, together
 from .progress import progress_bar
 from .seeded import Draw, Wanted, by_pipeline, by_scheduler, wanted_images
 
@@ -35,6 +37,7 @@ def compare(
     component: str | None = None,
     shared: Collection[str] = (),
     out: str | Path | None = None,
+    parallel: bool = False,
     progress: bool = True,
     **kwargs: Any,
 ) -> Comparison:
@@ -55,6 +58,8 @@ def compare(
     features: images (n, channels, height, width), float32 in [-1, 1] on the CPU, to features
     (n, d): `digits.load_classifier().features`, say.
     out: a directory that the result is saved in, as by `Comparison.save`.
+    parallel: whether processes share the batches (see `processes`), all of which call this; each
+    then has the whole result, and the first one saves it.
 
     Pipelines are copied: neither they nor their schedulers nor torch's random state change. Images
     are in [-1, 1] throughout, at the precision the pipeline has them in (output_type="pil" compares
@@ -80,9 +85,22 @@ def compare(
         kwargs, samples=samples, seed=seed, steps=num_inference_steps, shared=shared
     )
     draws = _draws(reference, candidate, source, component, wanted)
-    found = _compared(*draws, wanted, batch_size, features, progress)
-    if out is not None:
-        found.save(out)
+    if not parallel:
+        with alone():
+            found = _compared(*draws, wanted, batch_size, features, progress)
+        if out is not None:
+            found.save(out)
+        return found
+    with together("compare()"):
+        facts = {
+            "samples": wanted.samples,
+            "seed": seed,
+            "num_inference_steps": num_inference_steps,
+        }
+        agree("compare()", facts | {"batch_size": batch_size})
+        found = _compared(*draws, wanted, batch_size, features, progress)
+        if out is not None and not rank():
+            found.save(out)
     return found
 
 
@@ -136,19 +154,28 @@ def _compared(
     starts = range(0, wanted.samples, batch_size)
     batches = [range(start, min(start + batch_size, wanted.samples)) for start in starts]
     images: list[ImageComparison] = []
-    for rows in progress_bar(batches, "compare", enabled=progress):
-        expected = reference(rows)
+    floor = math.inf
+
+    def drawn(rows: range) -> tuple[Tensor, Tensor, float | None, list[ImageComparison]]:
+        """Both models' images of one batch, the floor if it is the first, and what was measured."""
+        expected, lowest = reference(rows), None
         if not bool(torch.isfinite(expected).all()):
             raise ConfigError("the reference draws images with nan: there is nothing to compare to")
         if rows.start == 0:
-            floor = float(psnr(expected, reference(rows)).min())
+            lowest = float(psnr(expected, reference(rows)).min())
         found = candidate(rows)
         if expected.shape != found.shape:
             raise ConfigError(
                 f"the reference draws images of {tuple(expected.shape[1:])} and the candidate of "
                 f"{tuple(found.shape[1:])} (channels, height, width); they must be alike"
             )
-        images += measure(expected, found, [wanted.seed + i for i in rows], features)
+        measured = measure(expected, found, [wanted.seed + i for i in rows], features)
+        return expected, found, lowest, measured
+
+    turns = in_order(progress_bar(batches, "compare", enabled=progress), drawn, "images to compare")
+    for rows, (expected, found, measured_floor, measured) in zip(batches, turns, strict=True):
+        floor = floor if measured_floor is None else measured_floor
+        images += measured
         lowest = min(range(len(images)), key=lambda i: quality(images[i]))
         if lowest in rows:
             worst = lowest
