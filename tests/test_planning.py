@@ -154,7 +154,8 @@ def test_each_layer_is_tried_alone():
     found = measure(
         model.gm,
         reference=reference,
-        options={name: [layer]},
+        names=[name],
+        options=lambda site, walk: [layer],
         chunks=chunks,
         timesteps=torch.tensor(TIMES),
     )
@@ -162,7 +163,8 @@ def test_each_layer_is_tried_alone():
     rest = measure(
         model.gm,
         reference=reference,
-        options={n: [m] for n, m in layers.items()},
+        names=list(layers),
+        options=lambda site, walk: [layers[site.name]],
         chunks=chunks,
         timesteps=torch.tensor(TIMES),
     )

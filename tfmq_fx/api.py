@@ -287,6 +287,7 @@ def convert(
             reference=reference,
             layers=plan,
             fixed={*temporal.layers, *given_bits(plan, prepared.overrides)},
+            chunks=chunks,
             timesteps=timesteps,
             budget=budget,
             checkpoint=parts("sensitivity"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
@@ -12,16 +13,20 @@ from torch import Tensor, fx
 from .backends.layer_times import LayerTime, chooser, layer_time
 from .bit_plan import BitPlan, Option, SiteBits
 from .budget import asks_for_time
-from .checkpoint import Checkpoint
+from .calibration import sample_weights
+from .checkpoint import Checkpoint, with_rounded_state
 from .config import LayerConfig
 from .errors import ConfigError
 from .graph import device_of
 from .modules import Prepared
 from .nn import QuantLayer
 from .packing import packed_size
+from .passes.round_weights import _rounded, _statistics
+from .processes import mine, rank
 from .requantized import with_weight
 from .sensitivity import measure
 from .sites import Site, find_sites
+from .walk import Walk
 
 BITS = (2, 3, 4, 5, 6, 8)
 JUDGED = 64  # samples that each option is tried on, or one for each timestep where there are more
@@ -35,6 +40,7 @@ def plan_bits(
     reference: fx.GraphModule,
     layers: Mapping[str, LayerConfig],
     fixed: Collection[str],
+    chunks: Sequence[Sequence[Tensor]],
     timesteps: Tensor,
     budget: object,
     checkpoint: Checkpoint | None = None,
@@ -42,10 +48,12 @@ def plan_bits(
 ) -> BitPlan:
     """Weight bits of every layer that is integers, but for those that are `fixed`.
 
-    Each width in `BITS` is tried in each layer alone, rounded to nearest, its input quantized as it
-    will be; under a budget of time each layer is timed as well, and may stay in floating point.
+    Each width in `BITS` is tried in each layer alone, rounded as the recipe rounds it (but for what
+    refines and learns), its input quantized as it will be; under a budget of time each layer is
+    timed as well, and may stay in floating point.
     quantized: the graph as the recipe makes it.  reference: the full-precision graph.  layers: what
-    the recipe makes of each site.  timesteps: (K,).
+    the recipe makes of each site.  chunks: calibration samples that weights are rounded on.
+    timesteps: (K,).
     Raises ConfigError where there is nothing to plan or the budget cannot be met.
     """
     timed = asks_for_time(budget)
@@ -55,21 +63,22 @@ def plan_bits(
             f"budget {budget!r}: recipe {prepared.recipe.name!r} has no layer with integer weights "
             "whose bits could be chosen; use one that quantizes weights, as 'w4a8' does"
         )
-    candidates = {site.name: _candidates(site, layers[site.name], reference) for site in sites}
     spec = prepared.recipe.reconstruction
-    seen = sum(1 for rows in prepared.cache.rows.values() if rows)
-    chunks: Sequence[Sequence[Tensor]] = prepared.cache.chunks(
-        max(JUDGED, seen),
-        batched=prepared.batched(),
-        batch_size=spec.batch_size,
-        seed=spec.seed,
-    )
+    steps = sum(1 for rows in prepared.cache.rows.values() if rows)
     found = measure(
         quantized,
         reference=reference,
-        options={name: list(made.values()) for name, made in candidates.items()},
-        chunks=chunks,
+        names=[site.name for site in sites],
+        options=_Rounded(prepared, reference, layers, chunks),
+        chunks=prepared.cache.chunks(
+            max(JUDGED, steps),
+            batched=prepared.batched(),
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+        ),
         timesteps=timesteps,
+        seen=[chunks[i] for i in mine(len(chunks))] if spec.rounding == "second-order" else (),
+        memory=spec.memory,
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -82,7 +91,7 @@ def plan_bits(
         noise = torch.where(found.rest.isnan(), torch.nan, noise)
         options = [
             Option(bits, packed_size(site.weights, bits), time.integer, tuple(values))
-            for bits, values in zip(candidates[site.name], noise.tolist(), strict=True)
+            for bits, values in zip(BITS, noise.tolist(), strict=True)
         ]
         if timed:
             weight = reference.get_submodule(site.name).weight
@@ -129,21 +138,49 @@ def _plannable(site: Site, layers: Mapping[str, LayerConfig], fixed: Collection[
     )
 
 
-def _candidates(site: Site, layer: LayerConfig, reference: fx.GraphModule) -> dict[int, QuantLayer]:
-    """The layer at each number of bits that may be chosen."""
-    original = reference.get_submodule(site.name)
-    assert isinstance(site.layer, QuantLayer) and layer.weights is not None
-    weight, bias = original.weight, original.bias
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    return {
-        bits: with_weight(
-            site.layer,
-            weight.detach(),
-            None if bias is None else bias.detach(),
-            dataclasses.replace(layer.weights, bits=bits),
+class _Rounded:
+    """Makes a layer at each number of bits, rounded on what it would read in floating point."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        reference: fx.GraphModule,
+        layers: Mapping[str, LayerConfig],
+        chunks: Sequence[Sequence[Tensor]],
+    ) -> None:
+        self.reference, self.layers, self.count = reference, layers, len(chunks)
+        self.spec = dataclasses.replace(prepared.recipe.reconstruction, refine=0)
+        self.weights = sample_weights(prepared, chunks)
+
+    def __call__(self, site: Site, walk: Walk) -> list[QuantLayer]:
+        original, config = self.reference.get_submodule(site.name), self.layers[site.name]
+        weight, bias = original.weight, original.bias
+        assert isinstance(site.layer, QuantLayer) and config.weights is not None
+        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        specs = [dataclasses.replace(config.weights, bits=bits) for bits in BITS]
+        made = [with_weight(site.layer, weight, bias, each) for each in specs]
+        if self.spec.rounding != "second-order":
+            return made
+        statistics = _statistics(
+            site, site.layer, weight, walk, walk, self.weights, self.spec.seed, self.count
         )
-        for bits in BITS
-    }
+        if rank():
+            return []  # the statistics are whole in the first process alone
+        parts = [
+            _rounded(
+                site.name,
+                layer,
+                copy.deepcopy(statistics),
+                dataclasses.replace(config, weights=each),
+                self.spec,
+            )
+            for layer, each in zip(made, specs, strict=True)
+        ]
+        return [
+            with_rounded_state(layer, part.states.get(site.name, {}))
+            for layer, part in zip(made, parts, strict=True)
+        ]
 
 
 def _times(sites: Sequence[Site], device: torch.device) -> dict[str, LayerTime]:

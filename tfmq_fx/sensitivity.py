@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +15,8 @@ from .graph import fork
 from .noise import squares
 from .ops import timestep_index, writers
 from .progress import progress_bar
-from .sites import find_sites
+from .sites import Site, find_sites
+from .spill import Spill
 from .walk import Walk
 
 
@@ -42,25 +45,36 @@ class Sensitivity:
     rest: Tensor
 
 
+Options = Callable[[Site, Walk], Sequence[nn.Module]]
+"""What a site may be. The walk has not run past it; its nodes are those of the site."""
+
+
 def measure(
     quantized: fx.GraphModule,
     *,
     reference: fx.GraphModule,
-    options: Mapping[str, Sequence[nn.Module]],
+    names: Collection[str],
+    options: Options,
     chunks: Sequence[Sequence[Tensor]],
     timesteps: Tensor,
+    seen: Sequence[Sequence[Tensor]] = (),
+    memory: int = 0,
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
 ) -> Sensitivity:
-    """Each option of each site in `options`, tried with all the other sites in floating point.
+    """Each option of each of the sites `names`, tried with all the others in floating point.
 
     quantized: the graph with these sites quantized, of which only the way they are called counts.
     reference: the full-precision graph, with a layer of the same path for each site.
-    chunks: placeholder values.  timesteps: (K,), the model's set.
+    options: of a site, made when it is its turn; modules called as it is in `quantized`.
+    chunks: placeholder values that options are tried on.  timesteps: (K,), the model's set.
+    seen: those that the walk given to `options` runs over, in floating point.  memory: bytes of its
+    values held in memory, the rest wait on disk; 0 holds all.
     checkpoint: where finished sites are found and put.
+    Of many processes the first one tries what it has options for, and tells the others.
     """
     floats = fork(quantized)
-    for name in options:
+    for name in names:
         floats.set_submodule(name, _AsFloat(reference.get_submodule(name)))
     place = [str(n.target) for n in floats.graph.find_nodes(op="placeholder")].index(
         floats.meta["timestep"]
@@ -76,8 +90,6 @@ def measure(
     def energy(i: int, values: Sequence[Tensor]) -> Tensor:
         return torch.stack([squares(v, len(steps[i])) for v in values]).sum(0)
 
-    walk = Walk(floats, chunks)
-    suffix = not writers(floats)
     with torch.no_grad():
         full = [list(_tensors(reference(*chunk))) for chunk in chunks]
         base = [list(_tensors(floats(*chunk))) for chunk in chunks]
@@ -88,26 +100,31 @@ def measure(
         differences = [[e - f for e, f in zip(*pair, strict=True)] for pair in pairs]
         return by_step([energy(i, values) for i, values in enumerate(differences)]) / signal
 
-    @torch.no_grad()
-    def tried(name: str) -> Part:
-        before = floats.get_submodule(name)
-        noise = []
-        for option in options[name]:
-            floats.set_submodule(name, option)
-            outputs = [
-                list(_tensors(walk.ahead(i) if suffix else floats(*chunk)))
-                for i, chunk in enumerate(chunks)
-            ]
-            noise.append(against(base, outputs))
-        floats.set_submodule(name, before)
-        return Part({name: {"noise": torch.stack(noise)}}, {})
+    suffix = not writers(floats)
+    found = dict[str, Tensor]()
+    with Spill(memory) if memory else nullcontext(None) as spill:
+        trial, walk = Walk(floats, chunks), Walk(floats, seen, spill=spill)
 
-    found = {}
-    sites = [site for site in find_sites(quantized)[0] if site.name in options]
-    for site in progress_bar(sites, "sensitivity", enabled=progress):
-        walk.stop_before(walk.node(site.nodes[0].name))
-        part = finished(checkpoint, site.name, lambda name=site.name: tried(name))  # type: ignore[misc]
-        found[site.name] = part.states[site.name]["noise"]
+        @torch.no_grad()
+        def tried(site: Site) -> Part:
+            name, before = site.name, floats.get_submodule(site.name)
+            noise = []
+            for option in options(site, walk):
+                floats.set_submodule(name, option)
+                outputs = [
+                    list(_tensors(trial.ahead(i) if suffix else floats(*chunk)))
+                    for i, chunk in enumerate(chunks)
+                ]
+                noise.append(against(base, outputs))
+            floats.set_submodule(name, before)
+            return Part({name: {"noise": torch.stack(noise)}} if noise else {}, {})
+
+        sites = [site for site in find_sites(quantized)[0] if site.name in names]
+        for site in progress_bar(sites, "sensitivity", enabled=progress):
+            own = replace(site, nodes=tuple(walk.node(node.name) for node in site.nodes))
+            trial.stop_before(trial.node(own.nodes[0].name))
+            part = finished(checkpoint, site.name, partial(tried, own), shared=True)
+            found[site.name] = part.states[site.name]["noise"]
     return Sensitivity(found, against(full, base))
 
 

@@ -77,7 +77,12 @@ def ranges(asked: Asked) -> Iterator[str]:
         for x, t in zip(asked.seen.inputs, asked.seen.timesteps, strict=True)
     ]
     found = measure(
-        gm, reference=asked.bench.graph, options=both, chunks=chunks, timesteps=gm.meta["timesteps"]
+        gm,
+        reference=asked.bench.graph,
+        names=list(both),
+        options=lambda site, walk: both[site.name],
+        chunks=chunks,
+        timesteps=gm.meta["timesteps"],
     )
     gains = {
         name: (noise[0].mean(), noise[1].mean(), _spread(gm, name))
