@@ -133,7 +133,10 @@ def test_what_cannot_be_is_said_before_the_long_work():
 
 
 def test_second_order_rounding_and_checkpoints_go_with_plans(tmp_path):
-    given = calibrated(seeded(ToyUNet).eval(), 8, fast("w4a8", mode="table"))
+    config = fast("w4a8", mode="table")
+    few = LayerConfig(weights=WeightSpec(bits=4, search=2), activations=ActivationSpec())
+    config = dataclasses.replace(config, layers=few)
+    given = calibrated(seeded(ToyUNet).eval(), 8, config)
     model = convert(given, budget="0.2x", checkpoint=tmp_path / "kept", progress=False)
     files = {path.name for path in (tmp_path / "kept").iterdir()}
     again = convert(given, budget="0.2x", checkpoint=tmp_path / "kept", progress=False)

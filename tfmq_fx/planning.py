@@ -159,9 +159,10 @@ class _Rounded:
         assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         specs = [dataclasses.replace(config.weights, bits=bits) for bits in BITS]
-        made = [with_weight(site.layer, weight, bias, each) for each in specs]
         if self.spec.rounding != "second-order":
-            return made
+            return [with_weight(site.layer, weight, bias, each) for each in specs]
+        first = [dataclasses.replace(each, search=1) for each in specs]  # a start, and no more
+        made = [with_weight(site.layer, weight, bias, each) for each in first]
         statistics = _statistics(
             site, site.layer, weight, walk, walk, self.weights, self.spec.seed, self.count
         )
