@@ -11,7 +11,7 @@ import torch
 
 from tests.subjects import tiny_subject
 from tests.test_judge import BATCH, STEPS, quick
-from tfmq_fx import evaluation
+from tfmq_fx import evaluation, evaluation_files
 from tfmq_fx.baselines import recipe
 from tfmq_fx.cells import FULL_PRECISION
 from tfmq_fx.charts import draw_grid, draw_quality
@@ -41,7 +41,7 @@ def quick_figures(monkeypatch, bench):
     monkeypatch.setattr("tfmq_fx.figures.bootstrap_interval", lambda *args, **options: (0.5, 1.5))
     monkeypatch.setattr(Bench, "graph", bench.graph)
     for name in ("draw_grid", "draw_quality"):
-        monkeypatch.setattr(evaluation, name, lambda *args: None)
+        monkeypatch.setattr(evaluation_files, name, lambda *args: None)
 
 
 @pytest.fixture
@@ -219,8 +219,8 @@ def test_other_rules_of_learning(clock, tmp_path):
 
 
 def test_everything_is_written(clock, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "draw_grid", draw_grid)
-    monkeypatch.setattr(evaluation, "draw_quality", draw_quality)
+    monkeypatch.setattr(evaluation_files, "draw_grid", draw_grid)
+    monkeypatch.setattr(evaluation_files, "draw_quality", draw_quality)
     said = []
     run(tmp_path, ["nearest", "best"], ["w4a8", "w8a8"], samples=10, seeds=[0, 1], say=said.append)
     assert said[0] == "10 samples are rounded up to 16, whole batches of 8"
@@ -260,6 +260,31 @@ def test_a_real_recipe_from_end_to_end(tmp_path):
     assert rows[1].spread("class_agreement") is None and rows[0].spread("psnr") is None
     assert rows[1].spread("bytes").mean > rows[2].spread("bytes").mean
     assert "class asked for" not in (tmp_path / "table.md").read_text()
+
+
+def test_a_cell_that_another_run_finished_meanwhile_is_not_computed(clock, tmp_path, monkeypatch):
+    quantize, computed = Bench.quantize, []
+
+    def other_run_first(self, config, seed):
+        if not computed:
+            computed.append(config.name)
+            run(tmp_path)
+        return quantize(self, config, seed)
+
+    monkeypatch.setattr(Bench, "quantize", other_run_first)
+    assert [row.status for row in run(tmp_path)] == ["done"] * 3
+    assert names(clock) == ["best-w4a8", "nearest-w4a8", "best-w4a8"]
+
+
+@pytest.mark.slow
+def test_a_recipe_samples_compiled(tmp_path):
+    rows = run(tmp_path, [quick("w8a8")], backend="inductor")
+    assert [row.status for row in rows] == ["done", "done"]
+    for row in rows:
+        (result,) = row.done
+        figures = result["figures"]
+        assert (figures["backend"], figures["backend_note"]) == ("inductor", None)
+    assert rows[1].spread("psnr").mean > 25
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ from tqdm import tqdm
 
 from .baselines import EQUAL_TIME, NO_LEARNING, Baseline, baselines, learning_rule
 from .cell_work import SETS_THE_TIME, compute_cell
-from .cells import DONE, FAILED, FULL_PRECISION, Cell, Cells, plain
-from .charts import Point, draw_grid, draw_quality
+from .cells import DONE, FAILED, FULL_PRECISION, Cell, Cells
 from .config import Config, to_dict
 from .equal_time import Timings
 from .errors import ConfigError
+from .evaluation_files import write_files
 from .figures import Seen, see
-from .files import write_whole
 from .judge import BATCH, STEPS, Bench, Judge, whole_batches
-from .quality_table import Row, markdown
+from .quality_table import Row
 from .suite import Subject, contents, find_subjects
 
 SAMPLES, SEEDS = 5000, (0, 1, 2)
@@ -97,10 +95,11 @@ def evaluate(
 
     try:
         if compute and (todo := [cell for cell in planned if missing(cell)]):
-            _compute(subjects, todo, cells, Timings(folder / "timings"), progress, say)
+            timings = Timings(folder / "timings")
+            _compute(subjects, todo, missing, cells, timings, progress=progress, say=say)
     finally:
         rows = gather(planned, cells)
-        _write(folder, rows, planned, cells, command)
+        write_files(folder, rows, planned, cells, command)
     return rows
 
 
@@ -138,13 +137,15 @@ def plan(
 def _compute(
     subjects: Sequence[Subject],
     todo: Sequence[Cell],
+    missing: Callable[[Cell], bool],
     cells: Cells,
     timings: Timings,
+    *,
     progress: bool,
     say: Callable[[str], None],
 ) -> None:
     """Compute cells and keep each as soon as it is done: by model and seed, what sets the time for
-    others first."""
+    others first, and none that another run has finished meanwhile."""
     real: dict[str, Seen] = {}  # two models share their reference images
     with tqdm(total=len(todo), disable=not progress, file=sys.stderr, leave=False) as bar:
         for subject in subjects:
@@ -165,10 +166,11 @@ def _compute(
                     backend=first.backend,
                 )
                 for cell in sorted((c for c in own if c.seed == seed), key=_order):
-                    result, images = compute_cell(cell, judge, timings, bar.set_description)
-                    cells.write(cell, result, images)
-                    with tqdm.external_write_mode(file=sys.stderr):
-                        say(_told(cell, result))
+                    if missing(cell):
+                        result, images = compute_cell(cell, judge, timings, bar.set_description)
+                        cells.write(cell, result, images)
+                        with tqdm.external_write_mode(file=sys.stderr):
+                            say(_told(cell, result))
                     bar.update()
 
 
@@ -206,67 +208,6 @@ def _told(cell: Cell, result: dict[str, Any]) -> str:
     parts.append(f"compiled in {figures['compile_seconds']:.0f} s")
     parts.append(f"sampled in {figures['sample_seconds']:.0f} s ({figures['backend']})")
     return f"{cell.title}: {', '.join(parts)}"
-
-
-def _write(
-    folder: Path, rows: Sequence[Row], planned: Sequence[Cell], cells: Cells, command: str
-) -> None:
-    """The table as Markdown and JSON, and the pictures of each model."""
-    facts = _facts(rows, planned[0], command)
-    write_whole(folder / "table.md", "# Evaluation\n\n" + markdown(rows, facts))
-    data = plain({"facts": facts, "rows": [row.to_dict() for row in rows]})
-    write_whole(folder / "table.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
-    for model in dict.fromkeys(row.model for row in rows):
-        own = [row for row in rows if row.model == model]
-        if points := [point for row in own if (point := _point(row)) is not None]:
-            full = own[0].spread("fid")
-            best = None if full is None else full.mean
-            draw_quality(model, points, best, folder / f"quality-{model}.png")
-        first = planned[0].seed
-        same = [cell for cell in planned if cell.model == model and cell.seed == first]
-        grid = {
-            f"{cell.recipe} {cell.bits}".strip(): images
-            for cell in same
-            if cells.read(cell) is not None and (images := cells.images(cell)) is not None
-        }
-        if grid:
-            draw_grid(grid, folder / f"grid-{model}.png")
-
-
-def _point(row: Row) -> Point | None:
-    figures = [row.spread(n) for n in ("fid", "sqnr", "bytes", "quantize_seconds")]
-    if any(figure is None for figure in figures):
-        return None
-    fid, sqnr, size, seconds = (figure for figure in figures if figure is not None)
-    return Point(
-        recipe=row.recipe,
-        bits=row.bits,
-        fid=(fid.mean, fid.low, fid.high),
-        sqnr=(sqnr.mean, sqnr.low, sqnr.high),
-        kib=size.mean / 1024,
-        seconds=seconds.mean,
-    )
-
-
-def _facts(rows: Sequence[Row], cell: Cell, command: str) -> dict[str, str]:
-    """What holds for the whole table. Machines and dates are those of the results in it."""
-    done = [r for row in rows for r in row.results.values() if r is not None]
-    machines = dict.fromkeys(
-        ", ".join(f"{name} {value}" for name, value in r["machine"].items()) for r in done
-    )
-    dates = sorted({str(r["date"]) for r in done}) or [time.strftime("%Y-%m-%d")]
-    seeds = sorted({seed for row in rows for seed in row.results})
-    return {
-        "command": f"`{command}`",
-        "machine": "; ".join(machines) or "none: nothing was run",
-        "date": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
-        "protocol": f"{cell.samples} images a seed, {cell.steps} DDIM steps, batches of "
-        f"{cell.batch}, seeds {', '.join(map(str, seeds))}; figures are means over the seeds, "
-        "lowest to highest in brackets",
-        "figures": "of the features of a classifier trained on the same data, against the images "
-        "trained on; PSNR, SSIM and feature distance against full precision's image of the same "
-        "noise; output SQNR on full precision's trajectory, in eager mode",
-    }
 
 
 def _check(

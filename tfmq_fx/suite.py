@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -63,7 +62,6 @@ def _train_digits() -> Tensor:
     return digits.load_images("train")[0]
 
 
-@functools.cache  # two subjects share them; 246 MB
 def _train_glyphs() -> Tensor:
     return glyphs.make_images(GLYPH_IMAGES, seed=0)[0]
 
