@@ -1,5 +1,5 @@
-"""What a classifier makes of images, and the figures taken from that: FID, sFID, IS, precision and
-recall, agreement, and distances image by image.
+"""All figures of a model, and those of its images: what a classifier makes of them, FID, sFID, IS,
+precision and recall, agreement, and distances image by image.
 
 Features are those of a classifier trained on the same data, not of Inception: figures compare with
 each other and with no other paper's. The Inception score is torchmetrics', which is imported when
@@ -133,6 +133,35 @@ def pair_figures(
         ssim=float(torch.cat(similar).mean()),
         feature_distance=float(torch.where(apart == 0, 0, apart / size).mean()),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Everything measured on one model; what does not apply to full precision is None.
+
+    images, pairs: see there.  sqnr, sqnr_pooled, sqnr_by_step: of its outputs in dB.
+    temporal_mean, temporal_worst: relative error of temporal features over all timesteps.
+    bytes: saved on disk.  weights, inputs: share that is quantized.
+    quantize_seconds: from prepare to convert.  compile_seconds: of the first call.
+    sample_seconds: of drawing all images.
+    backend: what sampled.  backend_note: why it is not the one asked for.
+    """
+
+    images: ImageFigures
+    pairs: PairFigures | None = None
+    sqnr: float | None = None
+    sqnr_pooled: float | None = None
+    sqnr_by_step: list[float] | None = None
+    temporal_mean: float | None = None
+    temporal_worst: float | None = None
+    bytes: int
+    weights: float | None = None
+    inputs: float | None = None
+    quantize_seconds: float | None = None
+    compile_seconds: float
+    sample_seconds: float
+    backend: str
+    backend_note: str | None = None
 
 
 def inception_score(logits: Tensor) -> float:

@@ -21,7 +21,7 @@ from . import api, artifact, backends, metrics
 from .capture import capture
 from .config import Config, LayerConfig
 from .feature_errors import temporal_errors
-from .figures import ImageFigures, PairFigures, Seen, image_figures, pair_figures, see
+from .figures import Figures, Seen, image_figures, pair_figures, see
 from .modules import Converted
 from .report import report
 from .suite import Subject, called
@@ -140,35 +140,6 @@ class Bench:
         x = torch.zeros(self.batch, *self.subject.shape, device=self.device)
         runner(x, scheduler.timesteps[0], **conditions)
         return time.perf_counter() - start
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """Everything measured on one model; what does not apply to full precision is None.
-
-    images, pairs: see there.  sqnr, sqnr_pooled, sqnr_by_step: of its outputs in dB.
-    temporal_mean, temporal_worst: relative error of temporal features over all timesteps.
-    bytes: saved on disk.  weights, inputs: share that is quantized.
-    quantize_seconds: from prepare to convert.  compile_seconds: of the first call.
-    sample_seconds: of drawing all images.
-    backend: what sampled.  backend_note: why it is not the one asked for.
-    """
-
-    images: ImageFigures
-    pairs: PairFigures | None = None
-    sqnr: float | None = None
-    sqnr_pooled: float | None = None
-    sqnr_by_step: list[float] | None = None
-    temporal_mean: float | None = None
-    temporal_worst: float | None = None
-    bytes: int
-    weights: float | None = None
-    inputs: float | None = None
-    quantize_seconds: float | None = None
-    compile_seconds: float
-    sample_seconds: float
-    backend: str
-    backend_note: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
