@@ -84,12 +84,12 @@ def round_weights(
             def rounded(
                 site: Site = site, layer: QuantLayer = layer, original: Tensor = original
             ) -> Part:
-                statistics = _statistics(
+                statistics = input_statistics(
                     site, layer, original.detach(), full, quantized, weights, spec.seed, len(chunks)
                 )
                 if rank():
                     return Part({}, {})
-                return _rounded(site.name, layer, statistics, plan[site.name], spec)
+                return round_layer(site.name, layer, statistics, plan[site.name], spec)
 
             found = finished(checkpoint, site.name, rounded, shared=True)
             errors[site.name] = found.errors
@@ -101,7 +101,7 @@ def round_weights(
     return Rewrite(gm, changed, declined, {"error": errors} | record(checkpoint))
 
 
-def _statistics(
+def input_statistics(
     site: Site,
     layer: QuantLayer,
     weight: Tensor,
@@ -164,7 +164,7 @@ def _rows(
     return seen, true, weights[picks // (total // len(weights))].to(x.device)
 
 
-def _rounded(
+def round_layer(
     name: str,
     layer: QuantLayer,
     statistics: InputStatistics,

@@ -350,7 +350,7 @@ def failures(folder):
     driven(prepared)
     with pytest.MonkeyPatch.context() as patch:
         if place == 0:
-            patch.setattr(round_module, "_rounded", lambda *_: 1 / 0)
+            patch.setattr(round_module, "round_layer", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(prepared, progress=False)
     convert(prepared, progress=False)
@@ -389,14 +389,14 @@ def disagreement(folder):
 def checkpoints(folder):
     """What two processes finished one of them takes, and the other way round."""
     place, made = dist.get_rank(), []
-    original = round_module._statistics
+    original = round_module.input_statistics
 
     def counted(site, *args):
         made.append(site.name)
         return original(site, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_module, "_statistics", counted)
+        patch.setattr(round_module, "input_statistics", counted)
         prepared = driven(ready())
         many = convert(prepared, checkpoint=folder / "many", progress=False)
         assert made

@@ -58,7 +58,9 @@ def test_time_leaves_what_it_can_in_floating_point():
 
 
 def test_what_cannot_be_met_says_the_least_that_can():
-    with pytest.raises(ConfigError, match=r"'0.04x' cannot be met: the least is 500 bytes \(0.050x"):
+    with pytest.raises(
+        ConfigError, match=r"'0.04x' cannot be met: the least is 500 bytes \(0.050x"
+    ):
         plan().within("0.04x")
     with pytest.raises(ConfigError, match=r"the least time is 0.002 ms \(0.333x time\)"):
         plan(timed=True).within("1us")
@@ -71,7 +73,7 @@ def test_editing():
     assert bits(p) == {"a.conv": 2, "b.conv": 8} and p.budget == "edited"
     with pytest.raises(ConfigError, match=r"'c.\*' matches no planned layer; they are a.conv, b.c"):
         p.with_bits({"c.*": 4})
-    with pytest.raises(ConfigError, match=r"a.conv: 3 bits was not measured; choose among 2 bits, 4"):
+    with pytest.raises(ConfigError, match=r"a.conv: 3 bits was not measured; choose among 2 bits"):
         p.with_bits({"a.conv": 3})
     with pytest.raises(ConfigError, match="float was not measured"):
         p.with_bits({"a.conv": None})
@@ -112,12 +114,14 @@ def test_a_choice_that_was_not_measured_is_no_plan():
 
 def test_layers_of_the_recipe_get_its_bits():
     eight = LayerConfig(weights=WeightSpec(bits=8), activations=ActivationSpec(bits=6))
-    made = plan(timed=True).with_bits({"b.conv": None}).layers(
-        {"a.conv": eight, "b.conv": eight, "c": eight}
+    made = (
+        plan(timed=True)
+        .with_bits({"b.conv": None})
+        .layers({"a.conv": eight, "b.conv": eight, "c": eight})
     )
     assert made["a.conv"].weights.bits == 4 and made["a.conv"].activations == eight.activations
     assert made["b.conv"] == LayerConfig() and made["c"] == eight
-    with pytest.raises(ConfigError, match="of another model or recipe: it has a layer 'b.conv'"):
+    with pytest.raises(ConfigError, match=r"of another model or recipe: it has a layer 'b\.conv'"):
         plan().layers({"a.conv": eight})
-    with pytest.raises(ConfigError, match="quantizes 'a.conv', which this recipe does not"):
+    with pytest.raises(ConfigError, match=r"quantizes 'a\.conv', which this recipe does not"):
         plan().layers({"a.conv": LayerConfig(), "b.conv": eight})

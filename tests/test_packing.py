@@ -25,7 +25,19 @@ def test_codes_come_back_in_the_bytes_announced(bits, shape, seed):
 
 @pytest.mark.parametrize(
     ("count", "bits", "size"),
-    [(7, 2, 2), (8, 2, 2), (9, 2, 3), (7, 4, 4), (8, 4, 4), (7, 3, 3), (8, 3, 3), (9, 3, 4), (5, 6, 4), (7, 8, 7), (0, 4, 0)],
+    [
+        (7, 2, 2),
+        (8, 2, 2),
+        (9, 2, 3),
+        (7, 4, 4),
+        (8, 4, 4),
+        (7, 3, 3),
+        (8, 3, 3),
+        (9, 3, 4),
+        (5, 6, 4),
+        (7, 8, 7),
+        (0, 4, 0),
+    ],
 )
 def test_sizes(count, bits, size):
     assert packed_size(count, bits) == size

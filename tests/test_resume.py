@@ -56,7 +56,9 @@ def made(monkeypatch):
         monkeypatch.setattr(module, function, call)
 
     counting(sys.modules[reconstruct_tib.__name__], "_learnt", lambda *a: "temporal block")
-    counting(sys.modules[round_weights.__name__], "_statistics", lambda *a: f"layer {a[0].name}")
+    counting(
+        sys.modules[round_weights.__name__], "input_statistics", lambda *a: f"layer {a[0].name}"
+    )
     counting(sys.modules[reconstruct_blocks.__name__], "_learnt", lambda *a: f"block {a[2].path}")
     return names
 

@@ -21,7 +21,7 @@ from .graph import device_of
 from .modules import Prepared
 from .nn import QuantLayer
 from .packing import packed_size
-from .passes.round_weights import _rounded, _statistics
+from .passes.round_weights import input_statistics, round_layer
 from .processes import mine, rank
 from .requantized import with_weight
 from .sensitivity import measure
@@ -163,13 +163,13 @@ class _Rounded:
             return [with_weight(site.layer, weight, bias, each) for each in specs]
         first = [dataclasses.replace(each, search=1) for each in specs]  # a start, and no more
         made = [with_weight(site.layer, weight, bias, each) for each in first]
-        statistics = _statistics(
+        statistics = input_statistics(
             site, site.layer, weight, walk, walk, self.weights, self.spec.seed, self.count
         )
         if rank():
             return []  # the statistics are whole in the first process alone
         parts = [
-            _rounded(
+            round_layer(
                 site.name,
                 layer,
                 copy.deepcopy(statistics),
