@@ -55,7 +55,7 @@ def test_package_data_is_listed_and_present():
         if path.is_file() and path.suffix not in (".py", ".pyc")
     ]
     assert "py.typed" in files
-    for name in ("digits-unet", "glyphs-dit"):
+    for name in ("digits-unet", "glyphs-dit", "glyphs-unet"):
         assert any(f.startswith(f"assets/{name}/") for f in files)
     assert [f for f in files if not any(fnmatch.fnmatch(f, p) for p in patterns)] == []
     for pattern in patterns:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.toys import tiny_unet2d
+from tfmq_fx import glyphs
 from tfmq_fx.digits import load_unet
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.glyphs import load_dit
@@ -34,13 +35,17 @@ def test_what_save_pretrained_wrote_comes_back(folder):
     assert same(half, tiny_unet2d().to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("name, load", [("digits", load_unet), ("glyphs", load_dit)])
+@pytest.mark.parametrize(
+    "name, load", [("digits", load_unet), ("glyphs", load_dit), ("glyphs-unet", glyphs.load_unet)]
+)
 def test_shipped_models_go_by_their_names(name, load):
     assert same(load_reference(name, torch.float32), load())
 
 
 def test_what_cannot_be_loaded_is_told(folder, tmp_path):
-    with pytest.raises(ConfigError, match="nowhere is neither digits nor glyphs, nor a directory"):
+    with pytest.raises(
+        ConfigError, match="is neither digits nor glyphs nor glyphs-unet, nor a dir"
+    ):
         load_reference(str(tmp_path / "nowhere"), torch.float32)
     with pytest.raises(ConfigError, match=r"nor a directory with the config\.json"):
         load_reference(str(folder / "config.json"), torch.float32)

@@ -33,7 +33,7 @@ def test_other_models_are_refused(models, message):
         find_subjects(models)
 
 
-@pytest.mark.parametrize("name", ["digits", "glyphs-dit"])
+@pytest.mark.parametrize("name", SUBJECTS)
 def test_a_shipped_model_takes_its_example_and_its_classifier_takes_what_it_draws(name):
     subject = SUBJECTS[name]
     example = subject.example()

@@ -10,8 +10,8 @@ from .config import Config
 from .errors import ConfigError
 from .presets import PRESETS, RECIPES, resolve
 
-NEAREST = "nearest"
-NAMES = (NEAREST, *(name for name in RECIPES if name != "best"), "best")
+NEAREST, MIXED = "nearest", "mixed"
+NAMES = (NEAREST, *(name for name in RECIPES if name != "best"), "best", MIXED)
 BITS = ("w8a8", "w4a8", "w6a6", "w4a6", "w4a4")
 PUBLISHED, EQUAL_TIME, NO_LEARNING = "published", "equal-time", "none"
 _FEWEST_TIAR = (
@@ -27,12 +27,15 @@ def nearest(bits: str) -> Config:
 
 
 def recipe(name: str, bits: str) -> Config:
-    """The recipe called `name`, one of NAMES, at `bits`, as in "w4a8". Raises ConfigError."""
+    """The recipe called `name`, one of NAMES, at `bits`, as in "w4a8"; "mixed" is "best", whose
+    weight bits are chosen layer by layer at the bytes that it takes. Raises ConfigError."""
     if name not in NAMES:
         raise ConfigError(f"unknown recipe {name!r}; there are {', '.join(NAMES)}")
     if not re.fullmatch(r"w\d+a\d+", bits):
         raise ConfigError(f"bits are written as in 'w4a8', got {bits!r}; usual: {', '.join(BITS)}")
     try:
+        if name == MIXED:
+            return dataclasses.replace(resolve(f"best-{bits}"), name=f"{MIXED}-{bits}")
         return nearest(bits) if name == NEAREST else resolve(f"{name}-{bits}")
     except ConfigError as error:
         error.add_note(f"in recipe {name!r} at {bits!r}; usual bits are {', '.join(BITS)}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .baselines import EQUAL_TIME, NO_LEARNING, PUBLISHED, capped, recipe
+from .baselines import EQUAL_TIME, MIXED, NO_LEARNING, PUBLISHED, capped, recipe
 from .cells import DONE, FAILED, Cell, digest, machine
 from .config import Config, from_dict, to_dict
 from .equal_time import Line, Timings, fit_line
@@ -44,7 +44,9 @@ def compute_cell(
                 cell, from_dict(dict(cell.config)), judge.bench, timings, within
             )
             within("quantizing")
-            converted, seconds = judge.bench.quantize(config, seeds_of(cell.seed)[0])
+            seed = seeds_of(cell.seed)[0]
+            budget = uniform_bytes(judge.bench, config, seed) if cell.recipe == MIXED else None
+            converted, seconds = judge.bench.quantize(config, seed, budget=budget)
             if cell.recipe == SETS_THE_TIME:
                 timings.keep_target(_target_key(cell, config), seconds)
             figures, images = judge.judge(converted, seconds, within)
@@ -57,6 +59,13 @@ def compute_cell(
         facts["traceback"] = traceback.format_exc(limit=-8)
     free()
     return facts | {"machine": machine(cell.device), "date": time.strftime("%Y-%m-%d")}, images
+
+
+def uniform_bytes(bench: Bench, config: Config, seed: int) -> int:
+    """Bytes that a recipe takes with the same bits in every layer, however they are rounded."""
+    spec = dataclasses.replace(config.reconstruction, rounding="nearest", refine=0, iters=0)
+    plain = dataclasses.replace(config, reconstruction=spec)
+    return bench.quantize(plain, seed)[0].nbytes()
 
 
 def _chosen(

@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check.add_argument(
         "reference",
-        help='directory written by diffusers\' save_pretrained, or "digits" or "glyphs", shipped',
+        help="directory written by diffusers' save_pretrained, or what ships: "
+        '"digits", "glyphs" or "glyphs-unet"',
     )
     check.add_argument("model", type=Path, help="directory written by tfmq_fx.save")
     check.add_argument(

@@ -12,13 +12,15 @@ from torch import nn
 from .digits import UNET_FOLDER
 from .errors import ConfigError
 from .glyphs import DIT_FOLDER
+from .glyphs import UNET_FOLDER as GLYPHS_UNET_FOLDER
 
-SHIPPED = {"digits": UNET_FOLDER, "glyphs": DIT_FOLDER}
+SHIPPED = {"digits": UNET_FOLDER, "glyphs": DIT_FOLDER, "glyphs-unet": GLYPHS_UNET_FOLDER}
 
 
 def load_reference(name: str, dtype: torch.dtype) -> nn.Module:
-    """A shipped model ("digits", "glyphs") or the one that diffusers' save_pretrained wrote to the
-    directory `name`, in eval mode and in `dtype`; nothing is downloaded.
+    """A shipped model ("digits", "glyphs", "glyphs-unet") or the one that diffusers'
+    save_pretrained wrote to the directory `name`, in eval mode and in `dtype`; nothing is
+    downloaded.
 
     Raises ConfigError where there is none, or it cannot be loaded.
     """
