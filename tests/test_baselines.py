@@ -13,7 +13,8 @@ from tfmq_fx.presets import RECIPES, resolve
 
 
 def test_every_published_recipe_and_ours_is_there_at_every_width():
-    assert set(NAMES) == {"nearest", *RECIPES} and NAMES[0] == "nearest" and NAMES[-1] == "best"
+    assert set(NAMES) == {"nearest", *RECIPES, "mixed"}
+    assert NAMES[0] == "nearest" and NAMES[-2:] == ("best", "mixed")
     found = baselines(None, None)
     assert [(b.name, b.bits) for b in found] == [(n, w) for w in BITS for n in NAMES]
     learning = {b.name for b in found if b.learns}

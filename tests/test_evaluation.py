@@ -44,14 +44,20 @@ def quick_figures(monkeypatch, bench):
         monkeypatch.setattr(evaluation_files, name, lambda *args: None)
 
 
+class Given(list):
+    """Configurations; `budgets` of each."""
+
+
 @pytest.fixture
 def clock(monkeypatch, coarse, quick_figures):
     """Quantization that takes no time: 10 s, half a second a learning step, and 30 s for `best`, by
     a clock of our own. The configurations it was given, in order."""
-    given = []
+    given, budgets = Given(), []
+    given.budgets = budgets
 
-    def quantize(self, config, seed):
+    def quantize(self, config, seed, *, budget=None):
         given.append(config)
+        budgets.append(budget)
         if config.name.startswith("ptq4dm"):
             raise RuntimeError("svd did not converge\nat all")
         if config.name.startswith("best"):
@@ -76,6 +82,14 @@ def run(out, recipes=("nearest", "best"), bits=("w4a8",), subject=None, **option
 
 def names(given):
     return [config.name for config in given]
+
+
+def test_mixed_bits_get_the_bytes_of_the_same_recipe_with_uniform_ones(tmp_path, clock, coarse):
+    run(tmp_path, ["best", "mixed"])
+    assert names(clock) == ["best-w4a8", "mixed-w4a8", "mixed-w4a8"]
+    assert clock.budgets == [None, None, coarse.nbytes()]
+    assert clock[1].reconstruction.rounding == "nearest" and clock[1].reconstruction.refine == 0
+    assert dataclasses.replace(clock[2], name="best-w4a8") == clock[0]
 
 
 def test_a_second_run_computes_nothing(clock, tmp_path):
@@ -139,10 +153,10 @@ def test_a_failure_is_a_row_with_its_error_and_is_retried_when_asked(clock, tmp_
 def test_some_seeds_may_fail(clock, tmp_path, monkeypatch):
     quantize = Bench.quantize
 
-    def sometimes(self, config, seed):
+    def sometimes(self, config, seed, *, budget=None):
         if seed == 2:
             raise CalibrationError("nan in conv_in")
-        return quantize(self, config, seed)
+        return quantize(self, config, seed, budget=budget)
 
     monkeypatch.setattr(Bench, "quantize", sometimes)
     rows = run(tmp_path, ["nearest"], seeds=[0, 1])
@@ -168,10 +182,10 @@ def test_what_was_not_run_is_marked_and_an_interrupted_run_goes_on(clock, tmp_pa
     assert (tmp_path / "table.md").read_text().count("**not run**") == 3
     quantize = Bench.quantize
 
-    def interrupted(self, config, seed):
+    def interrupted(self, config, seed, *, budget=None):
         if clock:
             raise KeyboardInterrupt
-        return quantize(self, config, seed)
+        return quantize(self, config, seed, budget=budget)
 
     monkeypatch.setattr(Bench, "quantize", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -265,11 +279,11 @@ def test_a_real_recipe_from_end_to_end(tmp_path):
 def test_a_cell_that_another_run_finished_meanwhile_is_not_computed(clock, tmp_path, monkeypatch):
     quantize, computed = Bench.quantize, []
 
-    def other_run_first(self, config, seed):
+    def other_run_first(self, config, seed, *, budget=None):
         if not computed:
             computed.append(config.name)
             run(tmp_path)
-        return quantize(self, config, seed)
+        return quantize(self, config, seed, budget=budget)
 
     monkeypatch.setattr(Bench, "quantize", other_run_first)
     assert [row.status for row in run(tmp_path)] == ["done"] * 3
