@@ -386,6 +386,28 @@ def disagreement(folder):
             driven(ready())
 
 
+def evaluated(folder):
+    """Each process computes its own results, and the table has all of them."""
+    from tests.subjects import tiny_subject
+    from tfmq_fx.evaluation import evaluate
+
+    said = []
+    usual = {"samples": 16, "seeds": [0, 1], "steps": 2, "batch": 8, "backend": "eager"}
+    rows = evaluate(
+        [tiny_subject()],
+        ["nearest"],
+        ["w4a8"],
+        out=folder / "shared",
+        progress=False,
+        say=said.append,
+        **usual,
+    )
+    assert len(said) == 2  # two of the four each
+    assert [set(row.results) for row in rows] == [{0, 1}, {0, 1}]
+    assert all(result["status"] == "done" for row in rows for result in row.results.values())
+    assert (folder / "shared" / "table.md").exists()
+
+
 def checkpoints(folder):
     """What two processes finished one of them takes, and the other way round."""
     place, made = dist.get_rank(), []

@@ -24,6 +24,7 @@ FAST = (
     "disagreement",
     "checkpoints",
     "blocks",
+    "evaluated",
 )
 SLOW = ("recipes", "rounds_and_correction", "by_pipeline", "reckless_pipeline")
 

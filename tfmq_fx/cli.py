@@ -132,6 +132,7 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Evaluate and print the table; the exit status: 130 where it was interrupted."""
     from .evaluation import SMALL, evaluate
+    from .processes import rank, started
 
     names = ("models", "recipes", "bits", "samples", "seeds", "steps", "learning", "device")
     given = {name: getattr(chosen, name) for name in (*names, "backend")}
@@ -139,18 +140,21 @@ def _evaluate(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
     if chosen.small:
         options = {**SMALL, **options}
     status = 0
-    try:
-        evaluate(
-            out=chosen.out,
-            compute=not chosen.table,
-            retry=chosen.retry,
-            progress=not chosen.quiet,
-            command=shlex.join(["tfmq-fx", *arguments]),
-            **options,
-        )
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        status = 130
+    with started():
+        try:
+            evaluate(
+                out=chosen.out,
+                compute=not chosen.table,
+                retry=chosen.retry,
+                progress=not chosen.quiet,
+                command=shlex.join(["tfmq-fx", *arguments]),
+                **options,
+            )
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on from here", file=sys.stderr)
+            status = 130
+        if rank():
+            return status
     print(f"\n{(chosen.out / 'table.md').read_text(encoding='utf-8')}")
     print(f"Tables, plots and grids: {chosen.out}")
     return status

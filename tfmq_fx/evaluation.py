@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .evaluation_files import write_files
 from .figures import Seen, see
 from .judge import BATCH, STEPS, Bench, Judge, whole_batches
+from .processes import alone, exchange, from_first, mine, rank, together
 from .quality_table import Row
 from .suite import Subject, contents, find_subjects
 
@@ -70,6 +71,7 @@ def evaluate(
     that are there are not computed again, failed ones only with `retry`; compute=False computes
     nothing.  say: where lines of text go.  command: stated in the table.
 
+    Of many processes (`torchrun`) each computes whole results, every n-th; the files are shared.
     A recipe that fails is a row with its error. An interrupted run writes the tables of what there
     is. Raises ConfigError for arguments that cannot be used, ImportError without what
     `pip install "tfmq_fx[demo,evaluate]"` brings.
@@ -94,12 +96,16 @@ def evaluate(
         return found is None or (retry and found["status"] == FAILED)
 
     try:
-        if compute and (todo := [cell for cell in planned if missing(cell)]):
-            timings = Timings(folder / "timings")
-            _compute(subjects, todo, missing, cells, timings, progress=progress, say=say)
+        with together("evaluation"):
+            todo = from_first([i for i, c in enumerate(planned) if compute and missing(c)], "cells")
+            own, timings = [planned[todo[i]] for i in mine(len(todo))], Timings(folder / "timings")
+            with alone():
+                _compute(subjects, own, missing, cells, timings, progress=progress, say=say)
     finally:
         rows = gather(planned, cells)
-        write_files(folder, rows, planned, cells, command)
+        if rank() == 0:
+            write_files(folder, rows, planned, cells, command)
+    exchange(None, "tables")
     return rows
 
 

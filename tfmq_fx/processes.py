@@ -16,6 +16,7 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -73,7 +74,9 @@ def started() -> Iterator[None]:
     cuda = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    # they wait for each other at the end of long work, of which one may have hours more
+    backend, patience = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(days=1)
+    dist.init_process_group(backend, timeout=patience)
     try:
         yield
     finally:
