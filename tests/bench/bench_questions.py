@@ -29,7 +29,7 @@ from tfmq_fx.presets import resolve
 from tfmq_fx.sensitivity import measure
 from tfmq_fx.suite import SUBJECTS
 
-SHOWN = 8  # layers in a table
+SHOWN, FEW = 8, 16  # layers in a table; samples that layers are tried on alone
 STEPS = (5, 20, 50, 100, 250, 1000)  # of the set, for the selection
 
 
@@ -73,7 +73,7 @@ def ranges(asked: Asked) -> Iterator[str]:
     both = {n: [layers["static"][n], m] for n, m in layers["per timestep"].items()}
     gm = models["per timestep"].gm
     chunks = [
-        (x, t.expand(len(x)), *asked.bench.subject.conditions(len(x)).values())
+        (x[:FEW], t.expand(FEW), *asked.bench.subject.conditions(FEW).values())
         for x, t in zip(asked.seen.inputs, asked.seen.timesteps, strict=True)
     ]
     found = measure(
