@@ -68,8 +68,8 @@ def measure(
     reference: the full-precision graph, with a layer of the same path for each site.
     options: of a site, made when it is its turn; modules called as it is in `quantized`.
     chunks: placeholder values that options are tried on.  timesteps: (K,), the model's set.
-    seen: those that the walk given to `options` runs over, in floating point.  memory: bytes of its
-    values held in memory, the rest wait on disk; 0 holds all.
+    seen: those that the walk given to `options` runs over, in floating point.  memory: bytes of
+    values between layers that are held in memory, the rest wait on disk; 0 holds all.
     checkpoint: where finished sites are found and put.
     Of many processes the first one tries what it has options for, and tells the others.
     """
@@ -103,7 +103,7 @@ def measure(
     suffix = not writers(floats)
     found = dict[str, Tensor]()
     with Spill(memory) if memory else nullcontext(None) as spill:
-        trial, walk = Walk(floats, chunks), Walk(floats, seen, spill=spill)
+        trial, walk = (Walk(floats, given, spill=spill) for given in (chunks, seen))
 
         @torch.no_grad()
         def tried(site: Site) -> Part:

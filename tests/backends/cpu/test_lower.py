@@ -410,6 +410,18 @@ def test_what_is_fused_computes_the_same(name, layers):
 
 
 @needs_kernels
+@pytest.mark.parametrize("bits", [(3, 5, 8), (2, 4, 6), (4, 3, 4)])
+def test_layers_of_one_input_may_have_different_bits(bits):
+    def at(count):
+        return dataclasses.replace(EIGHT, weights=WeightSpec(bits=count, search=1))
+
+    plan = dict(zip("qkv", map(at, bits), strict=True))
+    assert fused(joined, EIGHT, plan, **LINEARS)[1] > SAME
+    parts = {"wide.0": at(bits[0]), "wide.1": at(bits[1])}
+    assert fused(split, EIGHT, parts, **WIDE)[1] > SAME
+
+
+@needs_kernels
 def test_parts_of_a_concatenation_run_as_one_layer_on_two_segments():
     lowered, closeness = fused(split, PACKED, **WIDE)
     (layer,) = [m for m in lowered.gm.modules() if isinstance(m, ConcatLayer)]
