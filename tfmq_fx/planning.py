@@ -24,7 +24,7 @@ from .packing import packed_size
 from .passes.round_weights import input_statistics, round_layer
 from .processes import mine, rank
 from .requantized import with_weight
-from .sensitivity import measure
+from .sensitivity import Sensitivity, measure
 from .sites import Site, find_sites
 from .walk import Walk
 
@@ -63,15 +63,35 @@ def plan_bits(
             f"budget {budget!r}: recipe {prepared.recipe.name!r} has no layer with integer weights "
             "whose bits could be chosen; use one that quantizes weights, as 'w4a8' does"
         )
+    times = _times(sites, device_of(quantized)) if timed else {}
+
+    def plan(found: Sensitivity) -> BitPlan:
+        planned = {}
+        for site in sites:
+            options = _options(site, found, times.get(site.name), reference)
+            bits = layers[site.name].weights.bits  # type: ignore[union-attr]
+            planned[site.name] = SiteBits(site.weights, options, bits)
+        return BitPlan(
+            timesteps=tuple(timesteps.tolist()),
+            sites=planned,
+            rest=tuple(found.rest.tolist()),
+            fixed_bytes=_bytes_beside(quantized, sites),
+            float_bytes=prepared.nbytes(),
+            budget="the recipe",
+        )
+
+    steps = torch.zeros(len(BITS), len(timesteps))
+    nothing = Sensitivity({site.name: steps for site in sites}, steps[0])
+    plan(nothing).within(budget)  # what cannot be met is said before the long work
     spec = prepared.recipe.reconstruction
-    steps = sum(1 for rows in prepared.cache.rows.values() if rows)
+    visited = sum(1 for rows in prepared.cache.rows.values() if rows)
     found = measure(
         quantized,
         reference=reference,
         names=[site.name for site in sites],
         options=_Rounded(prepared, reference, layers, chunks),
         chunks=prepared.cache.chunks(
-            max(JUDGED, steps),
+            max(JUDGED, visited),
             batched=prepared.batched(),
             batch_size=spec.batch_size,
             seed=spec.seed,
@@ -82,38 +102,34 @@ def plan_bits(
         checkpoint=checkpoint,
         progress=progress,
     )
-    times = _times(sites, device_of(quantized)) if timed else {}
-    planned, codes = {}, 0
-    for site in sites:
-        assert isinstance(site.layer, QuantLayer)
-        time = times.get(site.name, LayerTime(0.0, 0.0, True))
-        noise = found.noise[site.name].masked_fill(~found.noise[site.name].isfinite(), _BROKEN)
-        noise = torch.where(found.rest.isnan(), torch.nan, noise)
-        options = [
-            Option(bits, packed_size(site.weights, bits), time.integer, tuple(values))
-            for bits, values in zip(BITS, noise.tolist(), strict=True)
-        ]
-        if timed:
-            weight = reference.get_submodule(site.name).weight
-            assert isinstance(weight, Tensor)
-            exact = tuple(torch.zeros(len(timesteps)).masked_fill(found.rest.isnan(), torch.nan))
-            options.append(
-                Option(None, weight.nbytes, time.floating, tuple(float(x) for x in exact))
-            )
-        bits = layers[site.name].weights.bits  # type: ignore[union-attr]
-        planned[site.name] = SiteBits(site.weights, tuple(options), bits)
-        codes += site.layer.codes.nbytes
+    return plan(found).within(budget)
+
+
+def _options(
+    site: Site, found: Sensitivity, time: LayerTime | None, reference: fx.GraphModule
+) -> tuple[Option, ...]:
+    """What a site may be: each width, and where it was timed floating point."""
+    noise = found.noise[site.name]
+    noise = noise.masked_fill(~noise.isfinite(), _BROKEN)
+    noise = torch.where(found.rest.isnan(), torch.nan, noise)  # steps without a sample
+    micros = 0.0 if time is None else time.integer
+    options = [
+        Option(bits, packed_size(site.weights, bits), micros, tuple(values))
+        for bits, values in zip(BITS, noise.tolist(), strict=True)
+    ]
+    if time is not None:
+        weight = reference.get_submodule(site.name).weight
+        assert isinstance(weight, Tensor)
+        exact = torch.zeros_like(found.rest).masked_fill(found.rest.isnan(), torch.nan)
+        options.append(Option(None, weight.nbytes, time.floating, tuple(exact.tolist())))
+    return tuple(options)
+
+
+def _bytes_beside(quantized: fx.GraphModule, sites: Sequence[Site]) -> int:
+    """Bytes of all parameters and buffers but the codes of the planned layers."""
     tensors = [*quantized.parameters(), *quantized.buffers()]
     total = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-    plan = BitPlan(
-        timesteps=tuple(timesteps.tolist()),
-        sites=planned,
-        rest=tuple(found.rest.tolist()),
-        fixed_bytes=total - codes,
-        float_bytes=prepared.nbytes(),
-        budget="the recipe",
-    )
-    return plan.within(budget)
+    return total - sum(s.layer.codes.nbytes for s in sites if isinstance(s.layer, QuantLayer))
 
 
 def given_bits(layers: Mapping[str, LayerConfig], patterns: Collection[str]) -> set[str]:
