@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -219,22 +220,31 @@ class BitPlan:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` takes it. Noise to four digits, NaN as None."""
+        """JSON-ready; `from_dict` takes it. Noise of options is in hundredths of a dB below the
+        signal, None where there is none, of timesteps that were seen."""
         data = dataclasses.asdict(self)
-        data["rest"] = _short(self.rest)
+        data["rest"] = [None if math.isnan(x) else float(f"{x:.4g}") for x in self.rest]
+        seen = [not math.isnan(x) for x in self.rest]
         for site in data["sites"].values():
             for option in site["options"]:
-                option["noise"] = _short(option["noise"])
+                option["noise"] = [_centibels(x) for x in itertools.compress(option["noise"], seen)]
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The plan that `to_dict` wrote. Raises ConfigError where it is not one."""
         try:
+            rest = tuple(math.nan if x is None else float(x) for x in data["rest"])
+
+            def noise(kept: list[int | None]) -> tuple[float, ...]:
+                values = iter(kept)
+                found = [x if math.isnan(x) else _ratio(next(values)) for x in rest]
+                return tuple(found)
+
             sites = {
                 name: SiteBits(
                     site["weights"],
-                    tuple(Option(**{**o, "noise": _long(o["noise"])}) for o in site["options"]),
+                    tuple(Option(**{**o, "noise": noise(o["noise"])}) for o in site["options"]),
                     site["chosen"],
                 )
                 for name, site in data["sites"].items()
@@ -244,12 +254,12 @@ class BitPlan:
             return cls(
                 tuple(data["timesteps"]),
                 sites,
-                _long(data["rest"]),
+                rest,
                 data["fixed_bytes"],
                 data["float_bytes"],
                 data["budget"],
             )
-        except (AttributeError, KeyError, StopIteration, TypeError) as error:
+        except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
             raise ConfigError(f"this is no bit plan: {type(error).__name__} {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -279,9 +289,10 @@ def _decibels(noise: tuple[float, ...]) -> str:
     return "exact" if mean == 0 else f"{-10 * math.log10(mean):.1f}"
 
 
-def _short(noise: tuple[float, ...]) -> list[float | None]:
-    return [None if math.isnan(x) else float(f"{x:.4g}") for x in noise]
+def _centibels(noise: float) -> int | None:
+    """Hundredths of a dB below the signal."""
+    return None if noise == 0 else round(-1000 * math.log10(noise))
 
 
-def _long(noise: list[float | None]) -> tuple[float, ...]:
-    return tuple(math.nan if x is None else x for x in noise)
+def _ratio(centibels: int | None) -> float:
+    return 0.0 if centibels is None else 10 ** (-centibels / 1000)
