@@ -39,7 +39,7 @@ def allocate(
     seen = np.isfinite(rest)
     flat = np.concatenate([site[:, seen] for site in noise])
     owner = np.repeat(np.arange(len(noise)), [len(site) for site in noise])
-    size = len(owner)
+    starts, size = np.searchsorted(owner, np.arange(len(noise))), len(owner)
     one_each = csr_array((np.ones(size), (owner, np.arange(size))), shape=(len(noise), size))
     constraints = [LinearConstraint(one_each, 1, 1)]
     prices = [np.concatenate(list(kind)).astype(float) for kind in costs]
@@ -63,13 +63,10 @@ def allocate(
         )
         if found.x is None:
             return None
-        picked = np.flatnonzero(found.x > 0.5)
-        first = np.searchsorted(owner, np.arange(len(noise)))
-        return [int(i) for i in picked - first]
+        return [int(i) for i in np.flatnonzero(found.x > 0.5) - starts]
 
     def left(chosen: Sequence[int]) -> Array:
         """(K',): the noise of a choice."""
-        starts = np.searchsorted(owner, np.arange(len(noise)))
         total: Array = flat[starts + np.array(chosen)].sum(0) + rest[seen]
         return total
 

@@ -14,9 +14,7 @@ NEAREST, MIXED = "nearest", "mixed"
 NAMES = (NEAREST, *(name for name in RECIPES if name != "best"), "best", MIXED)
 BITS = ("w8a8", "w4a8", "w6a6", "w4a6", "w4a4")
 PUBLISHED, EQUAL_TIME, NO_LEARNING = "published", "equal-time", "none"
-_FEWEST_TIAR = (
-    1000  # steps of TIAR kept where fewer of block learning are asked for: they are cheap
-)
+_FEWEST_TIAR = 1000  # steps of TIAR kept where blocks learn for fewer: they are cheap
 
 
 def nearest(bits: str) -> Config:

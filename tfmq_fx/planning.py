@@ -80,8 +80,8 @@ def plan_bits(
             budget="the recipe",
         )
 
-    steps = torch.zeros(len(BITS), len(timesteps))
-    nothing = Sensitivity({site.name: steps for site in sites}, steps[0])
+    silent = torch.zeros(len(BITS), len(timesteps))
+    nothing = Sensitivity({site.name: silent for site in sites}, silent[0])
     plan(nothing).within(budget)  # what cannot be met is said before the long work
     spec = prepared.recipe.reconstruction
     visited = sum(1 for rows in prepared.cache.rows.values() if rows)

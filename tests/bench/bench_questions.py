@@ -190,8 +190,6 @@ def coverage(asked: Asked) -> Iterator[str]:
     yield "| | weights quantized | inputs quantized | output SQNR dB | last step | KiB |"
     yield "|---|---|---|---|---|---|"
     for what, recipe, overrides in rows:
-        if not overrides and "float" in what:
-            continue
         if what in ("shortcuts", "attention's layers", "feed-forward"):
             if not overrides:
                 continue
