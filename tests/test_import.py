@@ -43,8 +43,8 @@ assert not logging.getLogger("tfmq_fx").handlers
 """
 
 
-def python(script):
-    command = [sys.executable, "-c", script]
+def python(script, *options):
+    command = [sys.executable, *options, "-c", script]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -56,10 +56,23 @@ def test_importing_changes_nothing_global_and_prints_nothing():
 
 
 def test_importing_leaves_out_what_only_some_calls_need():
-    heavy = ["diffusers", "torchao", "openvino", "matplotlib", "sklearn", "tests"]
-    done = python(f"import sys, tfmq_fx; print([n for n in {heavy} if n in sys.modules])")
+    heavy = ["diffusers", "torchao", "openvino", "matplotlib", "sklearn", "tests", "scipy"]
+    heavy += ["networkx", "torch._dynamo", "torch._inductor", "triton"]
+    heavy += ["sympy", "torch.fx.experimental.symbolic_shapes"]  # with torch, where torch has them
+    done = python(
+        "import sys, torch; before = set(sys.modules); import tfmq_fx; "
+        f"print([n for n in {heavy} if n in sys.modules.keys() - before])"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
+
+
+def test_importing_warns_of_nothing():
+    mark = "what torch says is its own\n"
+    script = f"import sys, torch; sys.stderr.write({mark!r}); import tfmq_fx"
+    done = python(script, "-W", "error")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr.partition(mark)[2]) == ("", "")
 
 
 def test_a_call_leaves_torch_as_it_was():

@@ -1,5 +1,6 @@
 """temporal: every form of every feature is measured, and the best of what fits is chosen."""
 
+import copy
 import json
 
 import pytest
@@ -12,7 +13,8 @@ from tfmq_fx.config import ActivationSpec, Config, LayerConfig, TemporalSpec, We
 from tfmq_fx.dataflow import temporal_block
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.nn import QuantLayer
-from tfmq_fx.temporal import as_input, choose_temporal, compute_rows, quantize_block
+from tfmq_fx.passes.quantize_layers import quantize_layers
+from tfmq_fx.temporal import as_input, choose_temporal, compute_rows
 
 TIMES = torch.arange(0, 1000, 125)
 W4A8 = LayerConfig(weights=WeightSpec(bits=4), activations=ActivationSpec(bits=8))
@@ -33,15 +35,15 @@ def ranges(block):
     return observe(block.graph, [(TIMES,)], TIMES)
 
 
-def choose(block, ranges, *, layers=W4A8, visits=None, **spec):
+def choose(block, ranges, *, layers=W4A8, timesteps=TIMES, visits=None, **spec):
     config = Config(layers=layers, temporal=TemporalSpec(**{"tiar_iters": 0} | spec))
     return choose_temporal(
         block,
         config=config,
         plan=dict.fromkeys(block.modules, layers),
         ranges=ranges,
-        timesteps=TIMES,
-        visits=torch.ones(len(TIMES)) if visits is None else visits,
+        timesteps=timesteps,
+        visits=torch.ones(len(timesteps)) if visits is None else visits,
     )
 
 
@@ -106,6 +108,35 @@ def test_select_reaches_every_form_as_the_budget_shrinks(block, ranges):
         choose(block, ranges, budget=sizes["cache4"] - 1)
 
 
+def test_nothing_is_learnt_where_exact_rows_fit_the_budget(block, ranges, monkeypatch):
+    full = choose(block, ranges)
+    rows = sum(f["candidates"]["table"]["bytes"] for f in full.details["features"].values())
+    assert full.details["exact_fits"] and rows <= full.details["budget"]
+    assert set(full.choice.values()) == {"table"} and not full.passes and not full.layers
+
+    def learn(*args, **kwargs):
+        raise RuntimeError("learning")
+
+    monkeypatch.setattr("tfmq_fx.temporal.reconstruct_tib", learn)
+    assert choose(block, ranges, tiar_iters=1000).choice == full.choice
+    assert choose(block, ranges, tiar_iters=1000, budget=rows).choice == full.choice
+    for given in ({"budget": rows - 1}, {"mode": "tib"}):  # here it may win
+        with pytest.raises(RuntimeError, match="learning"):
+            choose(block, ranges, tiar_iters=1000, **given)
+
+
+def test_a_block_that_loses_nothing_is_kept_where_rows_take_more(gm):
+    times = torch.arange(1000)
+    block = temporal_block(copy.deepcopy(gm))
+    for path in block.modules:
+        for parameter in block.graph.get_submodule(path).parameters():
+            parameter.data.zero_()  # as layers start that add nothing yet: nearest is exact
+    ranges = observe(block.graph, [(times,)], times)
+    result = choose(block, ranges, timesteps=times, budget=1 << 30)
+    assert result.details["exact_fits"]
+    assert set(result.choice.values()) == {"tib"} and set(result.layers) == set(block.modules)
+
+
 def test_select_takes_the_block_where_rows_would_outweigh_it(block):
     times = torch.arange(1000)
     ranges = observe(block.graph, [(times,)], times)
@@ -126,15 +157,8 @@ def test_errors_are_means_weighted_by_visits(block, ranges):
     once = torch.zeros(len(TIMES))
     once[3] = 5.0
     facts = choose(block, ranges, visits=once, cache_bits=(8,)).details["features"]
-    quantized = quantize_block(
-        block.graph,
-        config=Config(layers=W4A8, temporal=TemporalSpec(tiar_iters=0)),
-        plan=dict.fromkeys(block.modules, W4A8),
-        ranges=ranges,
-        timesteps=TIMES,
-        visits=once,
-        passes=[],
-    )
+    plan = dict.fromkeys(block.modules, W4A8)
+    quantized = quantize_layers(block.graph, plan=plan, ranges=ranges, timesteps=TIMES).gm
     with torch.no_grad():
         found = [f[3] for f in quantized(TIMES)]
     rows = [row[3] for row in compute_rows(block.graph, TIMES)]

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, vstack
 
 Array = NDArray[np.float64]
 
@@ -36,6 +34,9 @@ def allocate(
     rest: (K,), noise that no choice changes. Steps where it is NaN were not measured and do not
     count; all else is finite.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, vstack
+
     seen = np.isfinite(rest)
     flat = np.concatenate([site[:, seen] for site in noise])
     owner = np.repeat(np.arange(len(noise)), [len(site) for site in noise])

@@ -9,12 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.proxy import Proxy
 
 from .describe import Dynamic, describe_call
@@ -30,7 +27,7 @@ from .tracer import SizeTest, ValueTracer
 
 log = logging.getLogger(__name__)
 
-_INEQUALITIES = (sympy.StrictGreaterThan, sympy.GreaterThan, sympy.StrictLessThan, sympy.LessThan)
+_INEQUALITIES = ("StrictGreaterThan", "GreaterThan", "StrictLessThan", "LessThan")  # of sympy
 _TRIES = 8  # tests on sizes tried one by one for whether they matter
 
 
@@ -133,6 +130,10 @@ def _trace(
 
     exported: trace this form of the model in place of its code.
     """
+    import sympy  # type: ignore[import-untyped]
+    from torch._dynamo.source import ConstantSource  # takes longer to import than all of torch
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
     clone = structural_clone(model)
     if exported is not None:
         exported.register(clone)
@@ -231,7 +232,7 @@ def _binding(
 
     branches = [test for test in trace.tests if test.branch]
     # Those that choose a memory layout ask whether something is large; tracing again takes time.
-    large = [test for test in branches if isinstance(test.expression, _INEQUALITIES)]
+    large = [test for test in branches if type(test.expression).__name__ in _INEQUALITIES]
     free = set(large) if large and idle(large) else set()
     if not free and 1 < len(large) <= _TRIES:
         free = {test for test in large if idle([test])}

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .ops import is_heavy, op_name, size_hint
 
@@ -210,6 +209,8 @@ def _aligned(used: fx.Node, node: fx.Node, cuts: Mapping[int, Cuts]) -> Iterator
 def _reshaped(x: fx.Node, node: fx.Node, cuts: Mapping[int, Cuts]) -> Iterator[tuple[int, Cuts]]:
     """Seams of dimensions that a reshape leaves whole: of the same size, and as many elements
     behind them."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     before, after = _shape(x), _shape(node)
     for dim, positions in cuts.items():
         for other in range(len(after)):

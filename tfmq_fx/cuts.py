@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-import networkx as nx
 from torch import Tensor, fx
 
 from .graph import Declined
@@ -25,6 +24,8 @@ def minimum_cut(
     computed again.  obstacles: why a value cannot be stored.  cost: of storing a value, > 0.
     Declined are values that the rest needs and that no cut can spare it, with the obstacle.
     """
+    import networkx as nx
+
     declined, network = [], nx.DiGraph()
     stuck = dict[fx.Node, bool]()  # from a heavy operation on: is there a way to it without a cut?
     for node in graph.nodes:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
 
@@ -172,6 +171,8 @@ def _is_high_level(gm: fx.GraphModule) -> bool:
 
 def _tests(inputs: list[fx.Node], shapes: Sequence[Sequence[int | str]]) -> tuple[SizeTest, ...]:
     """The conditions on sizes that export found in the model's own code, over the free sizes."""
+    import sympy  # type: ignore[import-untyped]
+
     names: dict[Any, sympy.Symbol] = {}
     environment: Any = None
     for node, shape in zip(inputs, shapes, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 from torch import fx
 
 from .errors import CaptureError
@@ -62,6 +61,8 @@ def _operations(graph: fx.Graph) -> list[Any]:
 
 def _expression(expression: Any, source: str) -> Expression:
     """A sympy expression over sizes as plain data."""
+    import sympy  # type: ignore[import-untyped]
+
     if isinstance(expression, sympy.Symbol):
         return str(expression.name)
     if expression.is_Boolean and not expression.free_symbols:

@@ -10,10 +10,10 @@ import bisect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import networkx as nx
-from scipy.optimize import linprog
-from scipy.sparse import coo_array
+if TYPE_CHECKING:
+    import networkx as nx
 
 _SWEEPS = 12
 _LANE = 12.0  # width kept free for a line that passes a layer
@@ -46,6 +46,8 @@ def place(
 
     gap: free height between layers.
     """
+    import networkx as nx
+
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(widths)))
     graph.add_edges_from(edges)
@@ -90,6 +92,8 @@ def place(
 
 def _layers(graph: nx.DiGraph) -> dict[int, int]:
     """The longest way to each box, and then down to its first reader where no line gets longer."""
+    import networkx as nx
+
     layer = {box: n for n, found in enumerate(nx.topological_generations(graph)) for box in found}
     for box in reversed(list(nx.topological_sort(graph))):
         readers = list(graph.successors(box))
@@ -149,6 +153,9 @@ def _centres(
 ) -> dict[Item, float]:
     """Centres at which the least width is spent on slants, with nothing overlapping: a linear
     program in the centres and the slant of each link."""
+    from scipy.optimize import linprog
+    from scipy.sparse import coo_array
+
     number = {item: i for i, item in enumerate(item for row in rows for item in row)}
     centres, slants = len(number), len(links)
     beside = [pair for row in rows for pair in itertools.pairwise(row)]

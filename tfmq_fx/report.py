@@ -153,6 +153,8 @@ class Report:
             f"{temporal.get('parameters', 0)} parameters in {len(block['modules'])} layers "
             f"(shared: {', '.join(block['shared']) or 'none'})"
         ]
+        if temporal.get("exact_fits"):
+            lines.append("  exact rows of every feature fit the budget: the block was not learnt")
         for name, feature in temporal.get("features", {}).items():
             others = ", ".join(
                 f"{form} {c['error']:.2g}/{c['bytes']} B"

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .errors import ConfigError
 
@@ -49,6 +48,8 @@ def select(
     needs while it stays in the block.  module_bytes: layer -> bytes, counted once while any feature
     needs it.  Raises ConfigError naming the least budget that can be met, where `budget` cannot.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     choices = [(f, name) for f, options in candidates.items() for name in options]
     layers = sorted(set().union(*(uses[f] for f, name in choices if name == TIB)))
     position = {layer: len(choices) + i for i, layer in enumerate(layers)}

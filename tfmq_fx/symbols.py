@@ -14,13 +14,9 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._sympy.numbers import int_oo
 
 from .plain_json import decode, dtype_name, dtype_named, encode, keys
 
@@ -126,8 +122,10 @@ class SymbolWriter:
             self._saved[expression] = found
         return self._saved[expression]
 
-    def _text(self, expression: Any, env: ShapeEnv) -> str | None:
+    def _text(self, expression: Any, env: Any) -> str | None:
         """The text of an expression; None if `_evaluate` would not give the same expression."""
+        import sympy  # type: ignore[import-untyped]
+
         symbols = sorted(expression.free_symbols, key=str)
         if not all(symbol.is_integer for symbol in symbols):
             return None
@@ -160,6 +158,8 @@ class SymbolReader:
     """Restores values over fresh symbols, one for each that `SymbolWriter.table` declares."""
 
     def __init__(self, table: list[dict[str, Any]]) -> None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
         self._env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._env)
         symbols = {f"s{i}": self._fresh(f"s{i}", entry) for i, entry in enumerate(table)}
@@ -170,6 +170,10 @@ class SymbolReader:
         return decode(data, where, {"tensor": self._tensor, "symbol": self._number})
 
     def _fresh(self, name: str, entry: dict[str, Any]) -> Any:
+        from torch._dynamo.source import ConstantSource  # takes longer to import than all of torch
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+        from torch.utils._sympy.numbers import int_oo
+
         keys(entry, "symbols", "kind hint range")
         kind, hint, (low, high) = entry["kind"], entry["hint"], entry["range"]
         if kind != "int" or type(hint) is not int:

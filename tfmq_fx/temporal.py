@@ -63,8 +63,10 @@ def choose_temporal(
     """The form of every temporal feature under `config.temporal`.
 
     Every candidate that the mode allows is built and measured over the whole set: the quantized
-    block after TIAR, rows cached at each bit width, exact rows.  timesteps: (K,); visits: (K,)
-    weights of the mean error.  checkpoint: where the reconstructed block is found and put.
+    block after TIAR, rows cached at each bit width, exact rows.  Where exact rows of every feature
+    fit the budget the block is measured as rounded to nearest, since no learning could win.
+    timesteps: (K,); visits: (K,) weights of the mean error.  checkpoint: where the reconstructed
+    block is found and put.
     """
     spec = config.temporal
     names = [f.name for f in block.features]
@@ -87,31 +89,41 @@ def choose_temporal(
                 options[name][cache_name(bits)] = Candidate(error, size)
     module_bytes = {path: _float_bytes(block.graph, path) for path in block.modules}
     if spec.mode in ("select", "tib"):
-        quantized = quantize_block(
-            block.graph,
-            config=config,
-            plan=plan,
-            ranges=ranges,
-            timesteps=timesteps,
-            visits=visits,
-            passes=result.passes,
-            checkpoint=checkpoint,
-        )
-        with torch.no_grad():
-            features = quantized(as_input(quantized, timesteps))
-        errors = relative_errors(features, rows) @ share
-        for name, error in zip(names, errors.tolist(), strict=True):
-            options[name][TIB] = Candidate(error, 0)
-        for path, module in quantized.named_modules():
+        nearest = quantize_layers(block.graph, plan=plan, ranges=ranges, timesteps=timesteps).gm
+        for path, module in nearest.named_modules():
             if isinstance(module, QuantLayer):
-                result.layers[path] = module
                 scales = 4 * len(timesteps) if module.per_timestep else 0
                 module_bytes[path] = sum(b.nbytes for b in module.buffers()) + scales
     budget = spec.budget
     if budget is None:
         budget = sum(module_bytes.values()) if spec.mode == "select" else 1 << 62
+    exact_fits = spec.mode == "select" and sum(row.nbytes for row in rows) <= budget
+    if spec.mode in ("select", "tib"):
+        quantized = nearest
+        if not exact_fits:
+            learnt = reconstruct_tib(
+                nearest,
+                reference=block.graph,
+                timesteps=as_input(block.graph, timesteps),
+                visits=visits,
+                iters=spec.tiar_iters,
+                spec=config.reconstruction,
+                checkpoint=checkpoint,
+            )
+            result.passes.append(learnt)
+            quantized = learnt.gm
+        with torch.no_grad():
+            features = quantized(as_input(quantized, timesteps))
+        errors = relative_errors(features, rows) @ share
+        for name, error in zip(names, errors.tolist(), strict=True):
+            options[name][TIB] = Candidate(error, 0)
+        modules = quantized.named_modules()
+        result.layers = {path: m for path, m in modules if isinstance(m, QuantLayer)}
     result.choice = select(options, uses=block.uses, module_bytes=module_bytes, budget=budget)
+    if exact_fits and TIB not in result.choice.values():
+        result.layers = {}  # one that is called elsewhere too is rounded like any other layer
     result.details = {
+        "exact_fits": exact_fits,
         "budget": None if budget >= 1 << 62 else budget,
         "parameters": sum(p.numel() for p in block.graph.parameters()),
         "block_bytes": sum(module_bytes.values()),
@@ -141,32 +153,6 @@ def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
     """Timesteps (K,) in the dtype and on the device in which the graph takes them."""
     value = timestep_node(graph).meta["val"]
     return timesteps.to(device=value.device, dtype=value.dtype)
-
-
-def quantize_block(
-    graph: fx.GraphModule,
-    *,
-    config: Config,
-    plan: Mapping[str, LayerConfig],
-    ranges: Mapping[str, Ranges],
-    timesteps: Tensor,
-    visits: Tensor,
-    passes: list[Rewrite],
-    checkpoint: Checkpoint | None = None,
-) -> fx.GraphModule:
-    """The block as quantized modules: ranges per timestep (FSC), weights after TIAR."""
-    nearest = quantize_layers(graph, plan=plan, ranges=ranges, timesteps=timesteps)
-    learnt = reconstruct_tib(
-        nearest.gm,
-        reference=graph,
-        timesteps=as_input(graph, timesteps),
-        visits=visits,
-        iters=config.temporal.tiar_iters,
-        spec=config.reconstruction,
-        checkpoint=checkpoint,
-    )
-    passes.append(learnt)
-    return learnt.gm
 
 
 def _float_bytes(graph: fx.GraphModule, path: str) -> int:

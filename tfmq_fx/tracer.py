@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 import torch.utils._device
 from torch import Tensor, fx, nn
@@ -26,7 +25,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.proxy import Proxy
 
 from .effects import purify
@@ -36,11 +34,6 @@ from .patches import RECORDED, patched
 from .proxies import SizeProxy, Sizes, TensorProxy, source_line
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_DATA_DEPENDENT = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    GuardOnDataDependentSymNode,
-)
 TRACING = threading.RLock()  # torch.fx patches nn.Module for the whole process: one trace at a time
 
 
@@ -177,6 +170,8 @@ class ValueTracer(fx.Tracer):
 
     def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any:
         """The number that a size is at the example, which the model's code asks for."""
+        import sympy  # type: ignore[import-untyped]
+
         expression = value.node._expr.xreplace(self._names)  # converting replaces the symbol
         found = convert(value)
         equation = sympy.Eq(expression, found, evaluate=False)
@@ -328,7 +323,7 @@ class ValueTracer(fx.Tracer):
                 result = _evenly_spaced(target, args, kwargs)
                 if result is None:
                     result = target(*args, **kwargs)
-        except _DATA_DEPENDENT as error:
+        except _data_dependent() as error:
             raise CaptureError(
                 f"{self.whereabouts()}: the result of {node.target} depends on a tensor's data in "
                 f"a way that a graph cannot hold ({type(error).__name__})"
@@ -373,6 +368,8 @@ class ValueTracer(fx.Tracer):
 
     def _note_fixed(self) -> None:
         """Note the sizes that an operation fixed to the example's, or tied to one another."""
+        import sympy  # type: ignore[import-untyped]
+
         replaced = self._shapes.replacements
         for symbol in [*(self._names.keys() & replaced.keys() - self._tied)]:
             self._tied.add(symbol)
@@ -409,6 +406,13 @@ class ValueTracer(fx.Tracer):
         if not names or type(value) is tuple:
             return tuple(parts)
         return collections.namedtuple(type(value).__name__, names)(*parts)
+
+
+def _data_dependent() -> tuple[type[Exception], ...]:
+    """What torch raises where a result's shape or a branch depends on a tensor's data."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 
 
 def _expression(size: Any) -> Any:

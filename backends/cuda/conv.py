@@ -6,13 +6,14 @@ summed over one or two segments of input channels, each with scales of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op, triton_op, wrap_triton
 
 from tfmq_fx.affine import FP8, to_fp8
 from tfmq_fx.errors import BackendError
@@ -190,7 +191,15 @@ def conv2d_reference(
     return y.contiguous()
 
 
-conv2d: Any = triton_op("tfmq_fx::conv2d", conv2d_triton, mutates_args=())
+def kernel_op(name: str, launch: Callable[..., Tensor]) -> Any:
+    """An operator that launches Triton kernels. Where Triton is missing, torch's triton_op says so
+    at every import; there it is a custom operator, which nothing can call on a GPU either."""
+    if importlib.util.find_spec("triton") is None:
+        return custom_op(name, launch, mutates_args=())
+    return triton_op(name, launch, mutates_args=())
+
+
+conv2d = kernel_op("tfmq_fx::conv2d", conv2d_triton)
 conv2d.register_kernel("cpu")(conv2d_reference)
 
 

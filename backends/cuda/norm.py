@@ -6,16 +6,14 @@ q = quantize(silu(norm(x) * factor + shift)), stored with the borders that a con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op
 
 from tfmq_fx.errors import BackendError
 
-from .conv import launcher, quantize, stored_zero
+from .conv import kernel_op, launcher, quantize, stored_zero
 
 MOST_RUNS = 2  # of channels, with a grid each
 CHUNK = 256  # pixels whose statistics one program takes
@@ -168,9 +166,7 @@ def group_norm_quantize_reference(
     return torch.cat([run.float() for run in runs], 3).to(dtype).contiguous()
 
 
-group_norm_quantize: Any = triton_op(
-    "tfmq_fx::group_norm_quantize", group_norm_quantize_triton, mutates_args=()
-)
+group_norm_quantize = kernel_op("tfmq_fx::group_norm_quantize", group_norm_quantize_triton)
 group_norm_quantize.register_kernel("cpu")(group_norm_quantize_reference)
 
 
