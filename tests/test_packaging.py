@@ -2,9 +2,11 @@
 
 import fnmatch
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 LINKED = ("passes", "backends")
+LOOSE = ("pyproject.toml", "README.md", "LICENSE")
 
 
 def test_the_package_list_is_the_tree():
@@ -77,6 +80,29 @@ def test_sources_of_kernels_are_package_data():
     for package, names in found.items():
         patterns = SETUPTOOLS["package-data"][package]
         assert all(any(fnmatch.fnmatch(name, p) for p in patterns) for name in names)
+
+
+def test_building_says_nothing_and_takes_all_data(tmp_path):
+    found = [path for folder in ("tfmq_fx", *LINKED) for path in (ROOT / folder).rglob("*")]
+    files = [p.relative_to(ROOT) for p in found if p.is_symlink() or p.is_file()]
+    files = [file for file in files if "__pycache__" not in file.parts]
+    for file in (*files, *map(Path, LOOSE)):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".safetensors":
+            (tmp_path / file).touch()  # megabytes, and only the names matter
+        else:
+            shutil.copy(ROOT / file, tmp_path / file, follow_symlinks=False)
+    build = "import sys; from setuptools import build_meta as b; print(b.build_wheel('out'))"
+    command = [sys.executable, "-W", "error::UserWarning", "-c", build]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0 and "absent from the" not in done.stderr, done.stderr
+    with zipfile.ZipFile(next((tmp_path / "out").glob("*.whl"))) as wheel:
+        held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == {
+        f"tfmq_fx/{file}" if file.parts[0] in LINKED else str(file)
+        for file in files
+        if not (ROOT / file).is_symlink()
+    }
 
 
 def test_the_version_is_one():
