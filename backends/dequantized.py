@@ -7,13 +7,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from tfmq_fx.backends.cpu.kernels import limited
 from tfmq_fx.dialect import Stage
 from tfmq_fx.nn import QuantLayer
 
 
 def fast_dtype() -> torch.dtype:
     """The dtype in which the processor multiplies floats fastest."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and not limited()
+    return torch.bfloat16 if fast else torch.float32
 
 
 class DequantizedLayer(nn.Module):

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from tfmq_fx.backends import CPU
 from tfmq_fx.backends.artifact import with_artifact
+from tfmq_fx.backends.inputs import apart, formats_of, plain
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.graph import Rewrite, device_of
 
@@ -37,7 +38,7 @@ def unavailable(device: torch.device = CPU) -> str | None:
 
 
 class CpuCallable:
-    """A graph compiled for the CPU.
+    """A graph compiled for the CPU; inputs of any strides run in the same code.
 
     freezes: whether constants are folded into the code, which oneDNN's layers need and packed
     weights of floating-point layers gain from. That has to be on while Dynamo traces, which a later
@@ -53,31 +54,33 @@ class CpuCallable:
             unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
             options = {**options, "options": unguarded | (options.get("options") or {})}
         self.compiled = torch.compile(gm, fullgraph=True, **options)
-        self.freezes, self.artifact = freezes, artifact
+        self.freezes, self.artifact, self.formats = freezes, artifact, formats_of(gm)
 
     def __call__(self, *inputs: Tensor) -> Any:
         from torch._inductor import config
 
-        with torch.no_grad(), config.patch(freezing=True) if self.freezes else nullcontext():
+        given = plain(inputs, self.formats)
+        with apart(), config.patch(freezing=True) if self.freezes else nullcontext():
             if self.artifact is None:
-                return self.compiled(*inputs)
+                return self.compiled(*given)
             path, self.artifact = self.artifact, None
-            return with_artifact(path, lambda: self.compiled(*inputs))
+            return with_artifact(path, lambda: self.compiled(*given))
 
 
 class CudaCallable:
-    """A graph compiled for CUDA. Where the mode records CUDA graphs, results are copied out of
-    their memory, which the next call overwrites."""
+    """A graph compiled for CUDA; inputs of any strides run in the same code. Where the mode records
+    CUDA graphs, results are copied out of their memory, which the next call overwrites."""
 
     def __init__(self, gm: fx.GraphModule, options: dict[str, Any]) -> None:
-        self.compiled = torch.compile(gm, fullgraph=True, **options)
+        self.compiled, self.formats = torch.compile(gm, fullgraph=True, **options), formats_of(gm)
         flags = options.get("options") or {}
         recorded = options.get("mode") in ("max-autotune", "reduce-overhead")
         self.copies = recorded or bool(flags.get("triton.cudagraphs"))
 
     def __call__(self, *inputs: Tensor) -> Any:
-        with torch.no_grad():
-            found = self.compiled(*inputs)
+        given = plain(inputs, self.formats)
+        with apart():
+            found = self.compiled(*given)
             return tree_map_only(Tensor, Tensor.clone, found) if self.copies else found
 
 

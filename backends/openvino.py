@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from tfmq_fx.backends import CPU
+from tfmq_fx.backends.cpu.kernels import limited
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.backends.openvino_layers import (
     ChannelsLastNorm,
@@ -21,6 +22,7 @@ from tfmq_fx.backends.openvino_layers import (
     float_reason,
 )
 from tfmq_fx.backends.openvino_model import OpenVINOCallable
+from tfmq_fx.backends.saturation import openvino_is_exact, saturates
 from tfmq_fx.dialect import Stage
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
@@ -53,7 +55,7 @@ def lower(gm: fx.GraphModule, *, half: bool = False) -> Rewrite:
             norms += 1
         if not isinstance(layer, QuantLayer):
             continue
-        reason = float_reason(layer)
+        reason = float_reason(layer) or saturates(layer, "OpenVINO", openvino_is_exact)
         lowered: nn.Module
         if reason is None:
             lowered = IntegerLayer(layer)
@@ -82,7 +84,8 @@ def compile_graph(
     """The compiled form of a quantized graph, and what was not lowered to integers.
 
     precision: of what is not int8; "auto" is bf16 where the CPU computes in it, but f32 for models
-    with group norms, which are faster so (see `ChannelsLastNorm`).  threads: left out, as many as
+    with group norms, which are faster so (see `ChannelsLastNorm`); "bf16" is f32 where the CPU
+    does not.  threads: left out, as many as
     torch uses.  cache_dir: where OpenVINO keeps compiled models for the next start.
     The first call raises BackendError naming the operations that OpenVINO does not have, if any.
     """
@@ -96,7 +99,9 @@ def compile_graph(
         raise ConfigError(f"threads={threads}; at least 1 is needed")
     if precision == "auto":
         norms = any(type(module) is nn.GroupNorm for module in gm.modules())
-        precision = "f32" if norms or not _computes_bf16() else "bf16"
+        precision = "f32" if norms else "bf16"
+    if not _computes_bf16():
+        precision = "f32"
     lowered = lower(gm, half=precision == "bf16")
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -113,4 +118,6 @@ def compile_graph(
 def _computes_bf16() -> bool:
     import openvino
 
+    if limited():  # OpenVINO takes no notice of the limit, and fails where its kernels do
+        return False
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -62,6 +62,8 @@ def unavailable() -> str | None:
     """Why the kernels cannot run on this machine, or None where they can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"integer kernels need Linux on x86-64, this is {sys.platform} {platform.machine()}"
+    if limit := limited():
+        return f"integer kernels need AVX-512, and ATEN_CPU_CAPABILITY={limit} forbids it"
     try:
         flags = set(processor().split())
     except OSError as error:
@@ -69,6 +71,13 @@ def unavailable() -> str | None:
     if missing := [flag for flag in _FLAGS if flag not in flags]:
         return f"integer kernels need {', '.join(missing)}, which the processor lacks"
     return None
+
+
+def limited() -> str | None:
+    """What ATEN_CPU_CAPABILITY, the variable by which torch is kept from newer instructions, says
+    where it forbids AVX-512; None where it does not."""
+    asked = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    return asked if asked in ("default", "avx2") else None
 
 
 def processor() -> str:

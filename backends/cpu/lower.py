@@ -22,6 +22,7 @@ from tfmq_fx.backends.cuda.tiles import Problem, Tile
 from tfmq_fx.backends.cuda.trial import Choice, Chooser
 from tfmq_fx.backends.dequantized import DequantizedLayer, fast_dtype
 from tfmq_fx.backends.float_layer import FloatLayer
+from tfmq_fx.backends.saturation import onednn_is_exact, saturates
 from tfmq_fx.backends.torchao import to_torchao
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass, prune
@@ -109,12 +110,14 @@ def _lowered(
         return FloatLayer(layer), reason
     dtype, sizes = nodes[0].meta["val"].dtype, layer_input(nodes[0]).meta["val"].shape
     if (reason := kernel_obstacle(layer, nodes)) is not None:
-        return (FloatLayer(layer), reason) if layer.dynamic else (OnednnLayer(layer), None)
+        reason = reason if layer.dynamic else onednn_obstacle(layer)
+        return (OnednnLayer(layer), None) if reason is None else (FloatLayer(layer), reason)
     problem = problem_of(layer, [size_hint(size) for size in sizes])
     choice = choose(problem, dtype)
     if choice.engine == "float":
         return DequantizedLayer(layer, fast_dtype()), slower(choice)
-    if choice.engine == "onednn" and not layer.dynamic:  # whose patterns have no range at run time
+    ranged = layer.dynamic  # oneDNN's patterns have no range at run time
+    if choice.engine == "onednn" and not ranged and onednn_obstacle(layer) is None:
         return OnednnLayer(layer), None
     return CodesLayer(layer, dtype, problem, dataclasses.replace(choice, engine="cpu")), None
 
@@ -131,6 +134,12 @@ def kernel_obstacle(layer: QuantLayer, nodes: Sequence[fx.Node]) -> str | None:
     if len(dtypes) > 1 or not dtypes <= set(kernels.DTYPES):
         return f"its results have dtypes {', '.join(sorted(map(str, dtypes)))}"
     return None
+
+
+def onednn_obstacle(layer: QuantLayer) -> str | None:
+    """Why oneDNN's integer kernels must not run a layer on this processor, or None where they
+    compute it exactly."""
+    return saturates(layer, "oneDNN", onednn_is_exact)
 
 
 def slower(choice: Choice) -> str:

@@ -2,6 +2,7 @@
 is told."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, calibrate, compile, convert, prepare
 from tfmq_fx.backends import inductor
 from tfmq_fx.backends.cpu import kernels
+from tfmq_fx.backends.cpu import lower as lowering
 from tfmq_fx.backends.cpu import trial as trials
 from tfmq_fx.backends.cpu.lower import lower, untried
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
 from tfmq_fx.backends.cuda.layers import CodesLayer
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.backends.inductor import unavailable
+from tfmq_fx.backends.saturation import onednn_is_exact
 from tfmq_fx.dialect import Stage, stage_of
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.kernels import obstacle
@@ -50,13 +53,11 @@ def converted(model, config="w8a8", **options):
     return convert(calibrate(prepared, data(), progress=False), progress=False)
 
 
-EIGHT = LayerConfig(weights=WeightSpec(), activations=ActivationSpec())
-
-
 @functools.cache
-def whole():
-    """The net with every layer in 8 bits; lowering leaves it alone."""
-    return converted(seeded(Net).eval(), overrides={"enter": EIGHT})
+def whole(bits=8):
+    """The net with inputs of every layer in 8 bits; lowering leaves it alone."""
+    layer = LayerConfig(weights=WeightSpec(bits=bits), activations=ActivationSpec())
+    return converted(seeded(Net).eval(), overrides={"*": layer})
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ def kernel(request, monkeypatch):
     oneDNN's."""
     if request.param == "onednn":
         monkeypatch.setattr(kernels, "unavailable", lambda: "no such instructions")
+        monkeypatch.setattr(lowering, "onednn_is_exact", lambda: True)
     elif reason := kernels.unavailable():
         pytest.skip(reason)
     return request.param
@@ -79,17 +81,24 @@ LAYERS = {"ours": CodesLayer, "onednn": OnednnLayer}
 
 
 @needs_compiler
-def test_layers_become_int8_kernels_and_agree_with_eager(model, kernel, dynamo):
+@pytest.mark.parametrize("bits", [6, 8])
+def test_layers_become_int8_kernels_and_agree_with_eager(bits, kernel, dynamo, monkeypatch):
     from torch._inductor import config
     from torch._inductor.utils import run_and_get_code
 
+    monkeypatch.setattr(lowering, "onednn_is_exact", onednn_is_exact)  # of this machine
+    integer = kernel == "ours" or bits < 8 or onednn_is_exact()
+    model = whole(bits)
     before = (config.freezing, config.cpp_wrapper, torch.get_default_dtype())
     compiled = compile(model, "inductor")
-    assert compiled.backend == "inductor" and compiled.lowered == 2 and compiled.declined == []
+    assert compiled.backend == "inductor" and compiled.lowered == (2 if integer else 0)
+    assert [name for name, _ in compiled.declined] == ([] if integer else ["enter", "leave"])
     x, t = data(seed=1)[0]
     t = torch.tensor(TIMES)[[0, 2, 1, 2]]
     found, code = run_and_get_code(compiled, x, t)
-    if kernel == "onednn":
+    if not integer:
+        assert "pointwise" not in code[0].replace("_convolution_pointwise", "")
+    elif kernel == "onednn":
         assert "qconv_pointwise" in code[0] and "qlinear_pointwise" in code[0]
         assert "cpu_conv" not in code[0]
     else:
@@ -129,6 +138,28 @@ def test_weight_only_linear_layers_run_on_int8_weights():
         # one sum of 32 products, scaled after it instead of before
         terms = (x + t[:, None]).abs() @ model.gm.leave.weight.abs().T
         assert (compiled(x, t) - model(x, t)).abs().max() <= 32 * 2**-22 * terms.max()
+
+
+@needs_compiler
+def test_inputs_of_any_layout_run_in_the_same_code(model, dynamo):
+    x, t = data(seed=1)[0]
+    compiled = compile(model, "inductor", trial=False)
+    expected = compiled(x, t)
+    every = torch.zeros(4, 8, 12, 18)
+    every[:, ::2, ::2, ::3] = x
+    given = [every[:, ::2, ::2, ::3], x.clone().requires_grad_(), nn.Parameter(x.clone())]
+    for order in itertools.permutations(range(4)):
+        back = [order.index(i) for i in range(4)]
+        given.append(x.permute(order).contiguous().permute(back))
+    with torch.inference_mode():
+        given.append(x.clone())
+        assert torch.equal(compiled(x, t), expected)
+    for value in given:
+        found = compiled(value, t)
+        assert torch.equal(found, expected) and not found.requires_grad
+    spread = x[:1].expand(4, -1, -1, -1)
+    assert torch.equal(compiled(spread, t), compiled(spread.clone(), t))
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_lowering_gives_the_same_numbers_before_it_is_compiled(model, kernel):

@@ -31,6 +31,12 @@ DYNAMIC = ActivationSpec(dynamic=True, per_timestep=False)
 LACKS = "integer kernels need avx512_vnni, which the processor lacks"
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """oneDNN's products as on processors with VNNI; others are those of test_saturation."""
+    monkeypatch.setattr(lowering, "onednn_is_exact", lambda: True)
+
+
 @pytest.fixture
 def without_kernels(monkeypatch):
     """A machine that does not run the kernels of this package."""
