@@ -52,7 +52,7 @@ def onednn_is_exact() -> bool:
     images = torch.full((2, _CHANNELS, _SIZE, _SIZE), 255, dtype=torch.uint8)
     images = images.contiguous(memory_format=torch.channels_last)
     scale, zero = torch.ones(_OUT), torch.zeros(_OUT, dtype=torch.int64)
-    rest = (1.0, 0, torch.float32, "none", [], "")
+    rest: Any = (1.0, 0, torch.float32, "none", [], "")
     with torch.no_grad():
         matrix = torch.full((_OUT, _CHANNELS), 127, dtype=torch.int8)
         packed = ops.qlinear_prepack(matrix, list(rows.shape))
