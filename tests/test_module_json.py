@@ -1,11 +1,9 @@
-import sys
-import types
-
 import pytest
 import torch
 from torch import fx, nn
 
 import tfmq_fx.nn
+import tfmq_fx.tables
 from tests.test_graph_json import INPUTS, Net, make_net, round_trip, with_values
 from tests.test_plain_json import through_text
 from tfmq_fx.affine import QParams
@@ -171,39 +169,56 @@ def test_cached_tables_come_back(bits):
     assert "leaf.feature" not in tensors_of(gm)  # computed by the constructor
 
 
-def test_own_modules_need_a_spec(monkeypatch):
+SPECS = [
+    ({"rows": "2"}, "rows: expected int"),
+    ({"rows": 0}, "0 rows"),
+    ({"rows": 1 << 50}, "out of range"),
+    ({"widths": [1 << 61]}, "larger than any tensor"),
+    ({"widths": [2.5]}, "no list of sizes"),
+    ({"bits": 5}, "holds 4 or 8 bits"),
+    ({"dtype": "load"}, "damaged value"),
+    ({"dtype": "int8"}, "no floating dtype"),
+    ({"sise": 3}, "damaged: TypeError"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), SPECS, ids=lambda item: str(item)[:30])
+def test_what_our_modules_are_built_from_is_checked(change, message):
+    gm = of_module(QuantTimestepTable.from_rows(torch.tensor([1]), [torch.randn(1, 4)], bits=8))
+    gm.meta["stage"] = Stage.FOLDED
+    data = through_text(to_json(gm))
+    data["modules"]["leaf"]["spec"] |= change
+    with pytest.raises(ArtifactError, match=f"graph.modules.leaf.*{message}"):
+        from_json(data)
+
+
+def test_only_our_listed_modules_are_saved(monkeypatch):
     class Fake(nn.Module):
-        def __init__(self, size):
-            super().__init__()
-            self.register_buffer("table", torch.zeros(size, dtype=torch.uint8))
+        """Has what ours have, and is none of them."""
 
         def spec(self):
-            return {"size": len(self.table)}
+            return {}
 
         @classmethod
         def from_spec(cls, spec):
-            return cls(**spec)
+            return cls()
 
-        def forward(self, x):
-            return x + self.table
+    Fake.__module__, Fake.__qualname__ = "tfmq_fx.tables", "Fake"
+    monkeypatch.setattr(tfmq_fx.tables, "Fake", Fake, raising=False)
+    with pytest.raises(ArtifactError, match=r"may not hold a tfmq_fx.tables.Fake"):
+        to_json(of_module(Fake()))
 
-    fake = types.ModuleType("tfmq_fx.fake")
-    Fake.__module__, Fake.__qualname__ = "tfmq_fx.fake", "Fake"
-    fake.Fake = Fake
-    monkeypatch.setitem(sys.modules, "tfmq_fx.fake", fake)
-    gm = of_module(Fake(3))
-    again = round_trip(gm)
-    assert type(again.leaf) is Fake and torch.equal(again(torch.ones(3)), torch.ones(3))
-    data = to_json(gm)
-    data["modules"]["leaf"]["spec"] = {"sise": 3}
-    with pytest.raises(ArtifactError, match="damaged: TypeError"):
-        from_json(data)
-    Fake.spec = lambda self: {"size": object()}
-    with pytest.raises(ArtifactError, match=r"leaf: spec.. of tfmq_fx.fake.Fake is not JSON-ready"):
-        to_json(gm)
-    del Fake.from_spec
-    with pytest.raises(ArtifactError, match=r"modules of class tfmq_fx.fake.Fake cannot be saved"):
-        to_json(gm)
+
+def test_constructors_that_build_any_number_of_parts_are_refused():
+    data = through_text(to_json(of_module(nn.SiLU())))
+    for kind, arguments in (
+        ("transformer.Transformer", {"num_encoder_layers": 10**8}),
+        ("transformer.TransformerEncoder", {"encoder_layer": 1, "num_layers": 10**8}),
+        ("rnn.LSTM", {"input_size": 1, "hidden_size": 1, "num_layers": 10**8}),
+    ):
+        data["modules"]["leaf"] = {"class": f"torch.nn.modules.{kind}", "arguments": arguments}
+        with pytest.raises(ArtifactError, match="may not hold"):
+            from_json(data)
 
 
 def test_modules_changed_by_hand_are_refused():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfmq_fx.errors import ArtifactError, InputError
+from tfmq_fx.errors import InputError
 from tfmq_fx.signature import Argument, CallSpec, Guard, Input
 from tfmq_fx.structure import Branch, Const, Leaf, evaluate, outline, rebuild
 
@@ -138,39 +137,6 @@ def test_moved() -> None:
     moved = spec(torch.float32).moved(device="cuda", dtype=torch.float16)
     assert [item.dtype for item in moved.inputs] == [torch.float16, torch.float32, torch.float16]
     assert {item.device for item in moved.inputs} == {"cuda"}
-
-
-def test_json_round_trip() -> None:
-    guard = Guard(("not", ("gt", ("mul", "batch", 2), 8)), True, "2*batch <= 8", "unet.py:7")
-    whole = spec(guards=(guard,))
-    assert CallSpec.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
-
-
-def test_damaged_or_foreign_json() -> None:
-    data = spec().to_dict()
-    with pytest.raises(ArtifactError, match="not a call specification"):
-        CallSpec.from_dict({**data, "surprise": 1})
-    with pytest.raises(ArtifactError, match="not a call specification"):
-        CallSpec.from_dict({k: v for k, v in data.items() if k != "inputs"})
-    with pytest.raises(
-        ArtifactError, match=r"no\.such\.package:Out is not imported; pass the model"
-    ):
-        CallSpec.from_dict({**data, "output": {**data["output"], "class": "no.such.package:Out"}})
-    with pytest.raises(ArtifactError, match="os:system is not an output type"):
-        CallSpec.from_dict({**data, "output": {**data["output"], "class": "os:system"}})
-    bad = {"expression": ["system", 1], "holds": True, "text": "", "source": ""}
-    with pytest.raises(ArtifactError, match="unknown size expression"):
-        CallSpec.from_dict({**data, "guards": [bad]})
-    unsavable = spec(output=Const(object()))
-    with pytest.raises(ArtifactError, match="cannot be saved"):
-        unsavable.to_dict()
-
-
-def test_diffusers_output_class_is_imported() -> None:
-    from diffusers.models.unets.unet_2d import UNet2DOutput
-
-    whole = spec(output=Branch("object", ("sample",), (Leaf(0),), UNet2DOutput))
-    assert CallSpec.from_dict(whole.to_dict()) == whole
 
 
 nested = st.recursive(

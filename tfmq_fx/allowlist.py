@@ -1,15 +1,17 @@
 """What a saved graph may name: functions, methods, attributes and module classes.
 
 A saved graph is data from somewhere else. Nothing that it names is imported or called unless it is
-found here: tensor functions and methods, and what tfmq_fx marks as its own. The same list holds
-when saving, so that what could be saved can be loaded.
+found here: tensor functions and methods, torch.nn layers, and what tfmq_fx lists as its own. The
+same list holds when saving, so that what could be saved can be loaded.
+
+Left out is what could do harm in the hands of others: read files, run code, crash the process on
+arguments that torch does not check, change what the caller holds by more than its elements.
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
-import importlib
 import keyword
 import math
 import operator
@@ -22,9 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import ops as _registered  # noqa: F401 - torch.ops.tfmq_fx exists once it is imported
-from .dialect import Stage
+from .activation import QuantActivation
 from .effects import PURE_FORMS, inplace_, setitem_
 from .errors import ArtifactError
+from .lowrank import LowRank
+from .nn import QUANTIZED
+from .tables import QuantTimestepTable
 
 
 def _words(text: str) -> frozenset[str]:
@@ -47,21 +52,27 @@ _TORCH_PYTHON = _words(
     unravel_index
     """
 )
-_TORCH_REFUSED = {"from_file", "from_numpy", "frombuffer"}  # files and foreign memory
-_FUNCTIONAL_REFUSED = {"assert_int_or_pair", "boolean_dispatch", "handle_torch_function"}
+# By bare name, for functions, methods and operators alike.
+_REFUSED = re.compile(
+    r"from_file|from_numpy|frombuffer|from_blob|resize.*|set|set_data|rename|refine_names|names"
+    r"|requires_grad|share_memory|apply|map2?|record_stream|as_subclass|module_load|numpy|data_ptr"
+    r"|storage|untyped_storage|to_dlpack|backward|retain_grad|register_.*|reinforce|new|type|data"
+    r"|.*(sparse|_coo|_csr|_csc|_bsr|_bsc|mkldnn|cudnn|miopen|fbgemm|nested|jagged|backward).*"
+    r"|quantize_.*|quantized_.*|dequantize|q_.*|int_repr|qscheme|choose_qparams.*|fused_moving.*"
+    r"|segment_reduce|smm|hsmm|sspaddmm|hspmm|saddmm|coalesce|(col|crow|ccol|row)?_?indices|values"
+    r"|(lu|ldl)_(solve|unpack)|lobpcg|ctc_loss|embedding_bag|rnn_.*|lstm.*|gru.*|.*_renorm"
+    r"|max_unpool.*|unpack_.*|pad_sequence|pack_.*|.*_cell|multi_head_attention_forward"
+    r"|assert_int_or_pair|boolean_dispatch|handle_torch_function|get_device|init_.*|is_.*vulkan.*"
+    r"|histogramdd|native_.*_dropout|rrelu_with_noise|batch_norm_.*|factorial|comb|perm"
+)
+_INPLACE_REFUSED = _words(
+    "as_strided detach swapdims swapaxes t transpose squeeze unsqueeze renorm"
+)
 _OP_NAMESPACES = {"aten", "tfmq_fx", "quantized_decomposed", "prims"}
-_OPS_REFUSED = {"from_file"}
 _OPS_UNDERSCORED = _words(
     """
     _assert_async _assert_scalar _assert_tensor_metadata _log_softmax _softmax _to_copy
     _unsafe_view
-    """
-)
-_METHODS_REFUSED = _words(
-    """
-    apply_ as_subclass backward data_ptr map2_ map_ module_load new numpy record_stream
-    register_hook register_post_accumulate_grad_hook reinforce requires_grad_ retain_grad set_
-    share_memory_ storage to_dlpack type untyped_storage
     """
 )
 _INPLACE_DUNDERS = {f"__{form.__name__}__" for form in PURE_FORMS if not isinstance(form, str)}
@@ -72,8 +83,13 @@ _ATTRIBUTES = _words(
     """
 )
 _TORCH_NN = re.compile(r"torch\.nn\.modules(\.[a-z]\w*)+", re.ASCII)
-_OWN = re.compile(r"tfmq_fx(\.[a-z]\w*)+", re.ASCII)
-_PATH = re.compile(r"(?!__)[\w-]+(\.(?!__)[\w-]+)*", re.ASCII)  # ModuleDicts have keys like 2-1
+# Those that build any number of others, that are nothing before their first call, or that give
+# unchecked numbers to kernels.
+_NN_REFUSED = re.compile(
+    r"^(Transformer|TransformerEncoder|TransformerDecoder|Module)$|^Lazy|^MaxUnpool|^EmbeddingBag"
+    r"|^(RNN|LSTM|GRU)(Base|Cell)?|Loss|^AdaptiveLogSoftmax"
+)
+_PATH = re.compile(r"(?!__)[\w-]+(\.(?!__)[\w-]+){,63}", re.ASCII)  # ModuleDicts have keys like 2-1
 _OP = re.compile(r"torch\.ops\.([a-z]\w*)\.(\w+)\.([A-Za-z]\w*)", re.ASCII)
 
 
@@ -98,23 +114,32 @@ def function_named(name: str, where: str) -> Any:
     if op := _OP.fullmatch(name):
         namespace, packet, overload = op.groups()
         plain = packet[0] != "_" or packet in _OPS_UNDERSCORED
-        if namespace in _OP_NAMESPACES and plain and packet not in _OPS_REFUSED:
+        if namespace in _OP_NAMESPACES and plain and not is_refused(packet):
             found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
             # TorchScript has operators that are not tensor operators (aten::save writes files);
             # only those of the dispatcher are.
             qualified = f"{namespace}::{packet}.{overload}".removesuffix(".default")
             known_op = isinstance(found, torch._ops.OpOverload)
             if known_op and torch._C._dispatch_has_kernel(qualified):
+                if _writes_elsewhere(found):
+                    raise ArtifactError(f"{where}: a saved graph may not call {name}")
                 return found
             raise ArtifactError(f"{where}: there is no operator {name} here")
-    module, _, attribute = name.rpartition(".")
-    if _OWN.fullmatch(module):
-        found = vars(_import(module, where)).get(attribute)
-        if isinstance(found, types.FunctionType) and found.__module__ == module:
-            marked = isinstance(getattr(found, "stage", None), Stage)
-            if marked or found in (inplace_, setitem_):
-                return found
-    raise ArtifactError(f"{where}: a saved graph may not call {name}")
+    raise ArtifactError(f"{where}: a saved graph may not call {name:.200}")
+
+
+def is_refused(name: str) -> bool:
+    """Whether functions, methods and operators of this bare name are off the list."""
+    bare = name.rstrip("_") or name
+    writes = name.endswith("_") and not name.endswith("__")
+    return bool(_REFUSED.fullmatch(bare)) or (writes and bare in _INPLACE_REFUSED)
+
+
+def _writes_elsewhere(op: torch._ops.OpOverload) -> bool:
+    """Whether an operator writes to any other argument than its first, or has results there."""
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    return written not in ([], [0]) or any(a.is_out for a in arguments)
 
 
 @functools.cache
@@ -127,9 +152,9 @@ def _functions() -> dict[str, Any]:
         native = isinstance(value, types.BuiltinFunctionType)
         ours = isinstance(value, types.FunctionType) and value.__module__ == F.__name__
         from_c = native and value.__module__ in ("torch", "torch._C._nn")
-        if (ours or from_c) and not name.startswith("_") and name not in _FUNCTIONAL_REFUSED:
+        if (ours or from_c) and not name.startswith("_") and not is_refused(name):
             table[f"torch.nn.functional.{name}"] = value
-    tensor_functions = set(dir(torch._C._VariableFunctions)) - _TORCH_REFUSED
+    tensor_functions = set(dir(torch._C._VariableFunctions))
     # What torch.meshgrid and its like, written in Python, call.
     inner = {name: getattr(torch._C._VariableFunctions, name, None) for name in _TORCH_PYTHON}
     table |= {f"torch._VF.{name}": value for name, value in inner.items() if value is not None}
@@ -139,9 +164,10 @@ def _functions() -> dict[str, Any]:
     for space, names in sources:
         for name in names:
             value = getattr(space, name, None)
-            if isinstance(value, types.BuiltinFunctionType) and not name.startswith("_"):
+            native = isinstance(value, types.BuiltinFunctionType)
+            if native and not name.startswith("_") and not is_refused(name):
                 table.setdefault(f"{space.__name__}.{name}", value)
-    return table
+    return table | {f"tfmq_fx.effects.{f.__name__}": f for f in (inplace_, setitem_)}
 
 
 @functools.cache
@@ -151,27 +177,28 @@ def _function_names() -> dict[tuple[Any, str], str]:
     return {(function, function.__name__): name for name, function in table}
 
 
-def module_class(name: str, where: str) -> type[nn.Module]:
+@functools.cache
+def _modules() -> dict[str, type[nn.Module]]:
+    """Every module class that a graph may hold, by name."""
+    found: list[type[nn.Module]] = [*QUANTIZED.values(), QuantTimestepTable, QuantActivation]
+    found.append(LowRank)
+    for kind in vars(nn).values():
+        if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+            continue
+        if _TORCH_NN.fullmatch(kind.__module__) and not _NN_REFUSED.search(kind.__name__):
+            found.append(kind)
+    return {f"{kind.__module__}.{kind.__qualname__}": kind for kind in found}
+
+
+def module_class(name: Any, where: str) -> type[nn.Module]:
     """The module class called `name`. Raises ArtifactError if it is not allowed."""
-    module, _, attribute = name.rpartition(".")
-    own = _OWN.fullmatch(module)
-    if not own and not _TORCH_NN.fullmatch(module):
+    found = _modules().get(name) if type(name) is str else None
+    if found is None:
         raise ArtifactError(
-            f"{where}: a saved graph may not hold a {name}; only torch.nn and tfmq_fx modules"
+            f"{where}: a saved graph may not hold a {name!s:.200}; only layers of torch.nn and "
+            "tfmq_fx"
         )
-    found = vars(_import(module, where)).get(attribute)
-    if not isinstance(found, type) or not issubclass(found, nn.Module):
-        raise ArtifactError(f"{where}: there is no module class {name}")
-    if found.__module__ != module or (own and not hasattr(found, "from_spec")):
-        raise ArtifactError(f"{where}: modules of class {name} cannot be saved")
     return found
-
-
-def _import(module: str, where: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ArtifactError(f"{where}: cannot import {module} ({error})") from error
 
 
 def check_node(node: fx.Node) -> None:
@@ -184,6 +211,9 @@ def check_node(node: fx.Node) -> None:
     for key in node.kwargs:
         if not _is_word(key):
             raise ArtifactError(f"{where}: {key!r} is not a keyword argument")
+        if key == "out":
+            raise ArtifactError(f"{where}: a saved graph may not write to out={node.kwargs[key]}")
+    fx.node.map_aggregate((node.args, node.kwargs), functools.partial(_check_layout, where))
     value, name = (*node.args, None, None)[:2]
     on_value = isinstance(value, fx.Node)
     if node.op == "call_function":
@@ -210,6 +240,12 @@ def check_node(node: fx.Node) -> None:
         raise ArtifactError(f"{where}: unknown kind of node {node.op!r}")
 
 
+def _check_layout(where: str, value: Any) -> Any:
+    if isinstance(value, torch.layout) and value is not torch.strided:
+        raise ArtifactError(f"{where}: a saved graph may not make tensors of {value}")
+    return value
+
+
 def check_path(path: str, where: str) -> None:
     """Raise ArtifactError unless `path` is a dotted path of attributes, none of them internal."""
     if not _PATH.fullmatch(path):
@@ -221,6 +257,6 @@ def _is_word(text: str) -> bool:
 
 
 def _check_method(method: str, where: str) -> None:
-    hidden = method.startswith("_") or method in _METHODS_REFUSED or not method.isidentifier()
+    hidden = method.startswith("_") or is_refused(method) or not method.isidentifier()
     if hidden or not callable(getattr(Tensor, method, None)):
         raise ArtifactError(f"{where}: a saved graph may not call method {method!r}")

@@ -28,10 +28,8 @@ from .checkpoint import Checkpoint, digest
 from .config import (
     Config,
     LayerConfig,
-    PrologueSpec,
     ReconstructionSpec,
     RewriteSpec,
-    from_dict,
     to_dict,
 )
 from .correction import measure_errors
@@ -39,10 +37,10 @@ from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, ConfigError
 from .graph import Rewrite, device_of, own_modules
+from .loading import load as load
 from .merging import facts, observe
-from .modules import Compiled, Converted, ModelConfig, Prepared, removed_layers
+from .modules import Compiled, Converted, Prepared, removed_layers
 from .ops import check_timesteps
-from .origin import Origin
 from .passes.correct_outputs import correct_outputs
 from .passes.decompose_attention import decompose_attention
 from .passes.fold_timesteps import fold_timesteps as fold_pass
@@ -59,7 +57,6 @@ from .products import measure_products
 from .recall import observed, remember
 from .report import branch_weights, pass_record, product_records, site_records
 from .rewriting import profiled_ranges, rewrite_layers, unchanged_sites
-from .signature import CallSpec
 from .sites import Site, find_sites, plan_sites, weights_left
 from .temporal import choose_temporal
 
@@ -456,24 +453,6 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
         },
         origin=None if origin is None else origin.to_parts(calibration=calibration),
     )
-
-
-def load(path: str | Path) -> Converted:
-    """The model that `save` wrote, rebuilt from its own files; outputs are bit-identical.
-
-    Raises ArtifactError for a directory that is missing, foreign, truncated or of a newer format.
-    """
-    loaded = artifact.load(path)
-    config, prologue = loaded.extra["model_config"], loaded.extra.get("prologue")
-    model = Converted(
-        loaded.gm,
-        CallSpec.from_dict(loaded.call),
-        recipe=from_dict(loaded.config),
-        record=loaded.extra["record"],
-        model_config=None if config is None else ModelConfig(config),
-        origin=None if loaded.origin is None else Origin.from_parts(*loaded.origin),
-    )
-    return model if prologue is None else Bound(model, from_dict(prologue, PrologueSpec))
 
 
 def _plain(config: Any) -> dict[str, Any] | None:

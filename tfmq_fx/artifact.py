@@ -1,18 +1,23 @@
 """Saving and loading of converted models.
 
-A saved model is a directory. `tfmq_fx.json` holds the graph, what the caller wants kept, and the
-size and SHA-256 of each other file; `model.safetensors` holds the tensors. `origin.json` and
-`origin.safetensors`, which running the model does not take, hold what it was made from. Nothing in
-them can run code when it is read (see `allowlist`).
+A saved model is a directory. `tfmq_fx.json` holds the graph, what the caller wants kept, the size
+and SHA-256 of each other file, and at its end the SHA-256 of all that is before it;
+`model.safetensors` holds the tensors. `origin.json` and `origin.safetensors`, which running the
+model does not take, hold what it was made from. Other files in the directory are not read.
+
+What is read is data: nothing in it can run code (see `allowlist`), and what it claims is compared
+with the sizes of the files before anything is made of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +29,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx, nn
 
 from .directories import make_parents, present, recover, sibling, swap, sync
-from .errors import ArtifactError
+from .errors import ArtifactError, TfmqError
 from .graph_json import from_json, to_json
 from .module_json import owner_of, tensors_of
-from .plain_json import keys
+from .plain_json import dtype_named, keys, typed
+from .reading import JSON_BYTES, check_depth, open_regular, parse_json, read_json
+from .strides import laid_out
 
-FORMAT_VERSION = 3  # 1: without origin; 2: weights of 3, 5, 6 and 7 bits took a byte each
+# 1: without origin; 2: weights of 3, 5, 6 and 7 bits took a byte each; 3: no SHA-256 of the JSON
+FORMAT_VERSION = 4
 GRAPH_FILE = "tfmq_fx.json"
 TENSORS_FILE = "model.safetensors"
 ORIGIN_FILE = "origin.json"
 ORIGIN_TENSORS = "origin.safetensors"
 _FILES = {GRAPH_FILE, TENSORS_FILE, ORIGIN_FILE, ORIGIN_TENSORS}
 _KEYS = "format format_version torch tensors graph call config extra"
+_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"}')  # ends the JSON; the digest of what is before
+_SEAL_BYTES = 77
 _DTYPES = {
     torch.bool,
     torch.uint8,
@@ -110,7 +120,7 @@ def save(
                     new / ORIGIN_TENSORS, _to_store(beside, {name: {} for name in beside})
                 ),
             }
-        _write_json(new / GRAPH_FILE, document)
+        _write_json(new / GRAPH_FILE, document, seal=True)
         for path in (*new.iterdir(), new):
             sync(path)
         swap(new, target)
@@ -126,21 +136,56 @@ def load(directory: str | Path) -> Loaded:
     place = present(Path(directory).resolve(), GRAPH_FILE)
     if not place.is_dir():
         raise ArtifactError(f"{place}: there is no such directory")
+    path = place / GRAPH_FILE
     document = _read_document(place)
+    _check_listed(place, document)
     weights = place / TENSORS_FILE
+    with naming(path):
+        graph = document["graph"]
+        table = graph.get("tensors") if type(graph) is dict else None
+        if type(table) is not dict:
+            raise ArtifactError(f"graph.tensors: expected an object, found {table!r:.80}")
     with _checked(weights, document["tensors"]):
         tensors = _read_tensors(weights)
-    gm = from_json(document["graph"])
-    _fill(gm, tensors, document["graph"]["tensors"], weights)
-    call, config, extra = (_restored(document[name]) for name in ("call", "config", "extra"))
-    origin = None
-    if (files := document.get("origin")) is not None:
-        keys(files, f"{place / GRAPH_FILE}: origin", f"{ORIGIN_FILE} {ORIGIN_TENSORS}")
-        with _checked(place / ORIGIN_FILE, files[ORIGIN_FILE]):
-            data = _restored(json.loads((place / ORIGIN_FILE).read_text()))
-        with _checked(place / ORIGIN_TENSORS, files[ORIGIN_TENSORS]):
-            origin = (data, _read_tensors(place / ORIGIN_TENSORS))
-    return Loaded(gm, call, config, extra, origin)
+    with naming(path):
+        gm = from_json(graph)
+        _fill(gm, tensors, table, weights)
+        call, config, extra = (
+            _restored(document[name], name) for name in ("call", "config", "extra")
+        )
+    return Loaded(gm, call, config, extra, _read_origin(place, document))
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors in what the file at `path` says, with its name, all as ArtifactError."""
+    try:
+        yield
+    except TfmqError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    except Exception as error:  # whatever no check foresaw: a file must not choose the error
+        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _read_origin(
+    place: Path, document: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    files = document.get("origin")
+    if files is None:
+        return None
+    keys(files, f"{place / GRAPH_FILE}: origin", f"{ORIGIN_FILE} {ORIGIN_TENSORS}")
+    with _checked(place / ORIGIN_FILE, files[ORIGIN_FILE]):
+        data = _restored(read_json(place / ORIGIN_FILE), str(place / ORIGIN_FILE))
+    with _checked(place / ORIGIN_TENSORS, files[ORIGIN_TENSORS]):
+        return data, _read_tensors(place / ORIGIN_TENSORS)
+
+
+def _check_listed(place: Path, document: dict[str, Any]) -> None:
+    """Raise ArtifactError for a file of ours in the directory that the JSON says nothing of."""
+    if "origin" in document:
+        return
+    if extra := [name for name in (ORIGIN_FILE, ORIGIN_TENSORS) if (place / name).exists()]:
+        raise ArtifactError(f"{place} holds {extra}, of which {GRAPH_FILE} says nothing")
 
 
 def saved_bytes(directory: str | Path) -> int:
@@ -167,6 +212,8 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if isinstance(value, dict):
+        if set(value) == {"$float"}:
+            raise ArtifactError(f"{where}: the key '$float' stands for numbers that JSON lacks")
         for key in value:
             if type(key) is not str:
                 raise ArtifactError(f"{where}: key {key!r} is not a string")
@@ -174,26 +221,28 @@ def _plain(value: Any, where: str) -> Any:
     raise ArtifactError(f"{where}: a {type(value).__name__} cannot be written as JSON")
 
 
-def _restored(value: Any) -> Any:
+def _restored(value: Any, where: str) -> Any:
     if isinstance(value, list):
-        return [_restored(v) for v in value]
+        return [_restored(v, where) for v in value]
     if not isinstance(value, dict):
         return value
     if set(value) == {"$float"}:
+        if value["$float"] not in ("inf", "-inf", "nan"):
+            raise ArtifactError(f"{where}: {value!r:.80} is no number")
         return float(value["$float"])
-    return {k: _restored(v) for k, v in value.items()}
+    return {k: _restored(v, where) for k, v in value.items()}
 
 
 def _read_document(place: Path) -> dict[str, Any]:
     path = place / GRAPH_FILE
     try:
-        document = json.loads(path.read_text())
+        with open_regular(path, JSON_BYTES) as file:
+            content = file.read()
     except FileNotFoundError as error:
         raise ArtifactError(f"{place} is not a model saved by tfmq_fx: no {GRAPH_FILE}") from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is truncated or not JSON: {error}") from error
+    document = parse_json(content, str(path))
     if not _is_ours(document):
         raise ArtifactError(f"{path} was not written by tfmq_fx")
     version = document["format_version"]
@@ -204,7 +253,21 @@ def _read_document(place: Path) -> dict[str, Any]:
             f"{path} has format_version {version}, and this tfmq_fx reads up to {FORMAT_VERSION}; "
             "install a newer tfmq_fx"
         )
-    return keys(document, str(path), _KEYS, "origin" if version > 1 else "")
+    if version > 3:
+        _check_seal(path, content)
+    known = _KEYS + (" sha256" if version > 3 else "")
+    return keys(document, str(path), known, "origin" if version > 1 else "")
+
+
+def _check_seal(path: Path, content: bytes) -> None:
+    """Raise ArtifactError unless the JSON is, byte for byte, what was written."""
+    said = _SEAL.fullmatch(content[-_SEAL_BYTES:])
+    found = hashlib.sha256(content[:-_SEAL_BYTES]).hexdigest()
+    if said is None or said[1].decode() != found:
+        raise ArtifactError(
+            f"{path} is truncated or was altered: its sha256 is {found}, but it ends with "
+            f"{content[-_SEAL_BYTES:].decode('utf-8', 'replace')!r}; save the model again"
+        )
 
 
 def _is_ours(document: Any) -> bool:
@@ -218,9 +281,14 @@ def _is_ours(document: Any) -> bool:
 # ---------------------------------------------------------------- tensors
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """The file's fingerprint."""
-    path.write_text(json.dumps(document, separators=(",", ":"), allow_nan=False))
+def _write_json(path: Path, document: dict[str, Any], *, seal: bool = False) -> dict[str, Any]:
+    """The file's fingerprint.  seal: end it with the SHA-256 of all that is before."""
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    check_depth(text.encode(), str(path.name))
+    if seal:
+        text = text.removesuffix("}")
+        text += f',"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}'
+    path.write_text(text)
     return _fingerprint(path)
 
 
@@ -274,30 +342,41 @@ def _fill(
             f"{path} does not fit the graph: missing {sorted(wanted - set(tensors))}, "
             f"not used {sorted(set(tensors) - wanted)}"
         )
-    filled: dict[str, Tensor] = {}
-    for name, empty in tensors_of(gm).items():
-        value = tensors[table[name].get("same_as", name)]
-        if empty.is_complex() and value.shape[-1:] == (2,):
-            value = torch.view_as_complex(value)
-        if value.shape != empty.shape or value.dtype != empty.dtype:
-            raise ArtifactError(
-                f"{path}: {name} is {value.dtype} {tuple(value.shape)}, "
-                f"but the graph takes {empty.dtype} {tuple(empty.shape)}"
-            )
-        filled[name] = value
-    persistent = gm.state_dict().keys()
-    gm.load_state_dict({k: v for k, v in filled.items() if k in persistent}, assign=True)
-    for name, value in filled.items():
-        owner, leaf = owner_of(gm, name)
-        if leaf not in owner._parameters:
-            owner._buffers[leaf] = value  # also those that a state dict leaves out
     for name, entry in table.items():
+        owner, leaf = owner_of(gm, name)
+        empty = owner._parameters.get(leaf) if leaf in owner._parameters else owner._buffers[leaf]
         if "same_as" in entry:
-            (owner, leaf), (other, first) = owner_of(gm, name), owner_of(gm, entry["same_as"])
-            if isinstance(other._parameters.get(first), nn.Parameter):
-                owner._parameters[leaf] = other._parameters[first]
-            else:
-                owner._buffers[leaf] = other._buffers[first]
+            first = owner_of(gm, entry["same_as"])
+            tensor = _held(*first)
+        else:
+            tensor = _filled(tensors[name], entry, name, path)
+        if isinstance(empty, nn.Parameter):
+            made = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
+            owner._parameters[leaf] = made.requires_grad_(empty.requires_grad)
+        else:
+            owner._buffers[leaf] = tensor
+    every = itertools.chain(gm.named_parameters(), gm.named_buffers())
+    if lacking := [name for name, value in every if value.is_meta]:
+        raise ArtifactError(f"{path} holds no values for {lacking[:5]}")
+
+
+def _held(owner: nn.Module, leaf: str) -> Tensor:
+    found = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
+    assert found is not None
+    return found
+
+
+def _filled(value: Tensor, entry: dict[str, Any], name: str, path: Path) -> Tensor:
+    """A tensor of the file as the graph takes it."""
+    dtype = dtype_named(entry["dtype"], name)
+    if dtype.is_complex and value.shape[-1:] == (2,) and value.dtype is dtype.to_real():
+        value = torch.view_as_complex(value)
+    if list(value.shape) != entry["shape"] or value.dtype != dtype:
+        raise ArtifactError(
+            f"{path}: {name} is {value.dtype} {tuple(value.shape)}, "
+            f"but the graph takes {dtype} {tuple(entry['shape'])}"
+        )
+    return laid_out(value, entry["stride"]) if "stride" in entry else value
 
 
 # ---------------------------------------------------------------- files
@@ -305,17 +384,19 @@ def _fill(
 
 def _fingerprint(path: Path, size: int | None = None) -> dict[str, Any]:
     """Size and SHA-256; the file is not read where its size already differs from `size`."""
-    found = path.stat().st_size
-    if size is not None and found != size:
-        return {"bytes": found, "sha256": ""}
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        found = os.fstat(file.fileno()).st_size
+        if size is not None and found != size:
+            return {"bytes": found, "sha256": ""}
         return {"bytes": found, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 @contextlib.contextmanager
 def _checked(path: Path, expected: Any) -> Iterator[None]:
     """Read a file inside that is what was written. Raises ArtifactError, saying what is wrong."""
-    expected = keys(expected, f"{path.parent / GRAPH_FILE}: {path.name}", "bytes sha256")
+    where = f"{path.parent / GRAPH_FILE}: {path.name}"
+    expected = keys(expected, where, "bytes sha256")
+    typed(expected, where, bytes=int, sha256=str)
     try:
         found = _fingerprint(path, expected["bytes"])
         if found != expected:
@@ -327,7 +408,7 @@ def _checked(path: Path, expected: Any) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing") from error
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
@@ -348,8 +429,8 @@ def _check_replaceable(target: Path) -> None:
     if not found:
         return
     try:
-        ours = _is_ours(json.loads((target / GRAPH_FILE).read_text()))
-    except (OSError, ValueError, RecursionError):
+        ours = _is_ours(read_json(target / GRAPH_FILE))
+    except (ArtifactError, OSError):
         ours = False
     if not ours:
         raise ArtifactError(f"{target} is not empty and not a model saved by tfmq_fx; left alone")

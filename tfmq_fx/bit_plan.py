@@ -17,8 +17,9 @@ import numpy as np
 from .allocation import Array, allocate
 from .budget import asks_for_time, read_budget
 from .config import LayerConfig
-from .errors import ConfigError
+from .errors import ArtifactError, ConfigError
 from .files import write_whole
+from .reading import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,16 +251,27 @@ class BitPlan:
                 for name, site in data["sites"].items()
             }
             for site in sites.values():
-                assert site.option is not None
+                if site.option is None or not _are_numbers(site.weights, *_numbers_of(site)):
+                    raise ValueError("a site holds other than numbers")
+            if not _are_numbers(data["fixed_bytes"], data["float_bytes"], *data["timesteps"]):
+                raise ValueError("sizes and timesteps are numbers")
             return cls(
                 tuple(data["timesteps"]),
                 sites,
                 rest,
                 data["fixed_bytes"],
                 data["float_bytes"],
-                data["budget"],
+                str(data["budget"]),
             )
-        except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,  # of a generator that meets StopIteration
+            StopIteration,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ConfigError(f"this is no bit plan: {type(error).__name__} {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -270,10 +282,20 @@ class BitPlan:
     def load(cls, path: str | Path) -> Self:
         """The plan in a file. Raises ConfigError where it cannot be read or is none."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = read_json(Path(path))
+        except (ArtifactError, OSError) as error:
             raise ConfigError(f"{path} is no bit plan that can be read: {error}") from error
         return cls.from_dict(data)
+
+
+def _numbers_of(site: SiteBits) -> list[Any]:
+    chosen = [] if site.chosen is None else [site.chosen]
+    given = [n for o in site.options for n in (o.bytes, o.micros, *([o.bits] if o.bits else []))]
+    return chosen + given
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(type(value) in (int, float) for value in values)
 
 
 def _bits(bits: int | None, *, short: bool = False) -> str:

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .errors import ArtifactError
 from .files import write_whole
+from .reading import open_regular, read_json
 from .version import __version__
 
 FORMAT = 1
@@ -83,7 +85,7 @@ class Cells:
         """The result of `cell`: its `status`, "done" with `figures` or "failed" with `error`. None
         where there is none, or a damaged one."""
         try:
-            found = json.loads((self.folder / f"{cell.key}.json").read_text(encoding="utf-8"))
+            found = read_json(self.folder / f"{cell.key}.json")
             whole = json.loads(json.dumps(cell.subject)) == found["subject"]
             if found["status"] == DONE:
                 whole = (
@@ -91,7 +93,7 @@ class Cells:
                 )
             else:
                 whole = whole and found["status"] == FAILED and isinstance(found["error"], str)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ArtifactError, OSError, ValueError, KeyError, TypeError):
             return None
         return found if whole else None
 
@@ -99,8 +101,11 @@ class Cells:
         """The first images of `cell`, (n, channels, height, width) in [-1, 1], at 256 levels; None
         where there are none."""
         try:
+            open_regular(self.folder / f"{cell.key}.safetensors").close()
             levels = load_file(self.folder / f"{cell.key}.safetensors")["images"]
         except Exception:  # missing or damaged: safetensors has errors of its own kind
+            return None
+        if levels.dim() != 4 or levels.dtype != torch.uint8:
             return None
         return levels.float() / 127.5 - 1
 

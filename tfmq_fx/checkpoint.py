@@ -20,10 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ArtifactError, ConfigError
 from .files import write_whole
 from .nn import QuantLayer
+from .plain_json import keys, typed
 from .processes import from_first, rank
+from .reading import open_regular, parse_json, read_json
 
 FORMAT_VERSION = 1
 _FILE = "checkpoint.json"
@@ -53,6 +55,12 @@ def with_rounded_state(layer: QuantLayer, state: Mapping[str, Tensor]) -> QuantL
     """A new layer, as `layer` but for what `rounded_state` gave."""
     made = copy.deepcopy(layer)
     for name, value in state.items():
+        held = getattr(layer, name)
+        if held is not None and name in ("codes", "bias") and held.shape != value.shape:
+            raise ConfigError(
+                f"a part of the checkpoint is of another layer: {name} has the shape "
+                f"{tuple(value.shape)}, not {tuple(held.shape)}; delete the checkpoint"
+            )
         setattr(made, name, value.detach().to(layer.codes.device, copy=True))
     return made
 
@@ -86,10 +94,10 @@ class Checkpoint:
                 raise ConfigError(f"{self.directory} is not empty and holds no checkpoint")
             if not path.exists():
                 write_whole(path, json.dumps(wanted, indent=1).encode())
-            found = json.loads(path.read_text())
+            found = read_json(path)
         except OSError as error:
             raise ConfigError(f"no checkpoint can be kept in {self.directory}: {error}") from error
-        except ValueError as error:
+        except ArtifactError as error:
             raise ConfigError(
                 f"{self.directory / _FILE} is damaged ({error}); delete the directory to start anew"
             ) from error
@@ -121,18 +129,20 @@ class Checkpoint:
         if not path.exists():
             return None, False
         try:
+            open_regular(path).close()
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                facts = json.loads(file.metadata()["facts"])
+                facts = _facts(parse_json(file.metadata()["facts"], str(path)))
                 sound = file.metadata()["sha256"] == digest([self._group + name, facts, tensors])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                states = {layer: dict[str, Tensor]() for layer in facts["layers"]}
+                for key, value in tensors.items():
+                    layer, _, buffer = key.partition("/")
+                    states[layer][buffer] = value
+                sound = sound and all(set(state) <= set(_ROUNDED) for state in states.values())
+        except (ArtifactError, OSError, SafetensorError, ValueError, KeyError, TypeError):
             sound = False
         if not sound:
             return None, True
-        states = {layer: dict[str, Tensor]() for layer in facts["layers"]}
-        for key, value in tensors.items():
-            layer, _, buffer = key.partition("/")
-            states[layer][buffer] = value
         return Part(states, facts["errors"], facts["note"]), False
 
     def save(self, name: str, part: Part) -> None:
@@ -156,6 +166,17 @@ class Checkpoint:
         full = self._group + name
         short = hashlib.sha256(full.encode()).hexdigest()[:12]  # names differ where quotes are cut
         return self.directory / f"{quote(full, safe=' ')[:180]}-{short}.safetensors"
+
+
+def _facts(data: Any) -> dict[str, Any]:
+    """What `save` writes beside the tensors of a part. Raises ArtifactError."""
+    keys(data, "facts", "layers errors note")
+    typed(data, "facts", layers=list, errors=dict, note=str)
+    if not all(type(name) is str for name in data["layers"]):
+        raise ArtifactError("facts.layers: not all are names")
+    if not all(type(error) in (int, float) for error in data["errors"].values()):
+        raise ArtifactError("facts.errors: not all are numbers")
+    return data  # type: ignore[no-any-return]
 
 
 def finished(

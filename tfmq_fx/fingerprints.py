@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .plain_json import dtype_name, dtype_named, keys
+from .errors import ArtifactError
+from .plain_json import dtype_name, dtype_named, keys, typed
 
 _ELEMENTS = 8
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -60,6 +61,9 @@ class Fingerprint:
     def from_dict(cls, data: Mapping[str, Any], where: str) -> Self:
         """The fingerprint that `to_dict` wrote. Raises ArtifactError."""
         keys(data, where, "shape dtype sample checksum")
+        typed(data, where, shape=list, sample=list, checksum=int)
+        if not all(type(n) is int for n in (*data["shape"], *data["sample"])):
+            raise ArtifactError(f"{where}: its shape or sample holds other than whole numbers")
         dtype = dtype_named(data["dtype"], where)
         real = dtype.to_real()
         words = torch.tensor(data["sample"], dtype=_BITS[real.itemsize])

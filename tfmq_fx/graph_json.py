@@ -5,8 +5,10 @@ Nothing in a saved graph is evaluated, unpickled or imported by name unless `all
 
 from __future__ import annotations
 
+import contextlib
+import keyword
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from .allowlist import check_node, function_name, function_named
 from .dialect import Stage, check, stage_of
 from .errors import ArtifactError, GraphError
 from .module_json import (
+    install_computed,
     install_modules,
     install_tensors,
     modules_json,
@@ -24,7 +27,7 @@ from .module_json import (
     tensors_json,
     tensors_of,
 )
-from .plain_json import decode, dtype_name, dtype_named, encode, keys
+from .plain_json import decode, dtype_name, dtype_named, encode, keys, typed
 from .symbols import SymbolReader, SymbolWriter
 from .tables import FEATURE
 
@@ -72,9 +75,10 @@ def to_json(gm: fx.GraphModule) -> dict[str, Any]:
 def from_json(data: dict[str, Any]) -> fx.GraphModule:
     """The graph that `to_json` saved, its parameters and buffers empty.
 
-    Fill them with `load_state_dict(strict=True, assign=True)`. Values are FakeTensors of a fresh
-    ShapeEnv whose symbols are shared as they were. The module is in eval mode and has passed
-    `dialect.check`. Raises ArtifactError on anything that `to_json` would not have written.
+    They lie on the meta device: fill them with `load_state_dict(strict=True, assign=True)`. Values
+    are FakeTensors of a fresh ShapeEnv whose symbols are shared as they were. The module is in eval
+    mode and has passed `dialect.check`. Raises ArtifactError on anything that `to_json` would not
+    have written.
     """
     try:
         return _from_json(data)
@@ -90,14 +94,21 @@ def from_json(data: dict[str, Any]) -> fx.GraphModule:
 
 def _from_json(data: dict[str, Any]) -> fx.GraphModule:
     keys(data, "graph", "name nodes stacks modules tensors symbols meta")
+    typed(data, "graph", name=str, nodes=list, stacks=list, modules=dict, tensors=dict, meta=dict)
     symbols, graph, nodes = SymbolReader(data["symbols"]), fx.Graph(), dict[str, fx.Node]()
-    for entry in data["nodes"]:
-        _add_node(graph, entry, nodes, symbols, data["stacks"])
+    stacks = [_stack(entry, f"graph.stacks[{i}]") for i, entry in enumerate(data["stacks"])]
+    for i, entry in enumerate(data["nodes"]):
+        with _placed(f"graph.nodes[{i}]"):
+            _add_node(graph, entry, nodes, symbols, stacks)
+    outputs = [node.op for node in nodes.values()].count("output")
+    if outputs != 1 or next(reversed(nodes.values())).op != "output":
+        raise ArtifactError(f"graph.nodes: {outputs} outputs, of which the last node is to be one")
     root = nn.Module()
-    install_modules(root, data["modules"])
-    install_tensors(root, data["tensors"])
-    name = str(data["name"])
-    gm = fx.GraphModule(root, graph, name if name.isidentifier() else "GraphModule")
+    install_modules(root, data["modules"], "graph.modules")
+    install_tensors(root, data["tensors"], "graph.tensors")
+    install_computed(root)
+    name = data["name"]
+    gm = fx.GraphModule(root, graph, name if _is_class_name(name) else "GraphModule")
     if (found := set(tensors_of(gm))) != (listed := set(data["tensors"])):
         raise ArtifactError(
             f"the saved graph lists tensors it does not use ({sorted(listed - found)}) "
@@ -108,6 +119,7 @@ def _from_json(data: dict[str, Any]) -> fx.GraphModule:
             owner, leaf = owner_of(gm, tensor)
             owner._non_persistent_buffers_set.add(leaf)
     gm.meta.update(_meta(data["meta"]))
+    _check_meta(gm)
     gm.eval()
     check(gm, stage_of(gm))
     return gm
@@ -163,14 +175,15 @@ def _add_node(
     entry: dict[str, Any],
     nodes: dict[str, fx.Node],
     symbols: SymbolReader,
-    stacks: list[list[list[str]]],
+    stacks: list[dict[str, tuple[str, str]]],
 ) -> None:
     optional = " ".join(("val", "nn_module_stack", *_NODE_META))
     keys(entry, "node", "name op target args kwargs", optional)
-    name, op = str(entry["name"]), str(entry["op"])
+    typed(entry, "node", name=str, op=str, target=str, args=list, kwargs=dict)
+    name, op = entry["name"], entry["op"]
 
     def reference(other: Any) -> fx.Node:
-        if other not in nodes:
+        if type(other) is not str or other not in nodes:
             raise ArtifactError(f"{name}: uses {other!r}, which does not come before it")
         return nodes[other]
 
@@ -181,18 +194,64 @@ def _add_node(
     kwargs = {k: decode(v, where, {"node": reference}) for k, v in entry["kwargs"].items()}
     target = entry["target"]
     if op == "call_function":
-        target = function_named(str(target), name)
+        target = function_named(target, name)
     node = nodes[name] = graph.create_node(op, target, args, kwargs, name=name)
     check_node(node)
     if "val" in entry:
         node.meta["val"] = symbols.decode(entry["val"], f"{name}: meta['val']")
     if "nn_module_stack" in entry:
-        node.meta["nn_module_stack"] = {
-            str(key): (str(path), str(kind)) for path, kind, key in stacks[entry["nn_module_stack"]]
-        }
+        index = entry["nn_module_stack"]
+        if type(index) is not int or not 0 <= index < len(stacks):
+            raise ArtifactError(f"{name}: there is no module stack {index!r:.80}")
+        node.meta["nn_module_stack"] = dict(stacks[index])
     for key in _NODE_META:
         if key in entry:
             node.meta[key] = decode(entry[key], f"{name}: meta[{key!r}]")
+
+
+def _stack(entry: Any, where: str) -> dict[str, tuple[str, str]]:
+    parts = entry if type(entry) is list else [None]
+    for part in parts:
+        if type(part) is not list or [type(word) for word in part] != [str] * 3:
+            raise ArtifactError(f"{where}: {entry!r:.80} is no list of path, class and key")
+    return {key: (path, kind) for path, kind, key in parts}
+
+
+@contextlib.contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """Errors with the place at which they came up."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{where}: {error}") from error
+    except _DAMAGE as error:
+        raise ArtifactError(f"{where}: damaged: {type(error).__name__}: {error}") from error
+
+
+def _is_class_name(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name) and len(name) < 200
+
+
+def _check_meta(gm: fx.GraphModule) -> None:
+    """Raise ArtifactError unless the metadata that the library reads is of its kind."""
+    stage, keys = gm.meta.get("stage", Stage.CAPTURED), gm.meta.get("timesteps")
+    if not isinstance(stage, Stage):
+        raise ArtifactError(f"graph.meta.stage: {stage!r:.80} is no stage")
+    if keys is not None:
+        whole = isinstance(keys, Tensor) and keys.dim() == 1 and len(keys) > 0
+        if not whole or keys.dtype not in (torch.int64, torch.float64):
+            raise ArtifactError(f"graph.meta.timesteps: {keys!r:.80} is no set of timesteps")
+        if not bool((keys[1:] > keys[:-1]).all()):
+            raise ArtifactError("graph.meta.timesteps: not ascending")
+    inputs = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    timestep = gm.meta.get("timestep")
+    if timestep is not None and timestep not in inputs:
+        raise ArtifactError(f"graph.meta.timestep: {timestep!r:.80} is no input")
+    conditions = gm.meta.get("conditions", ())
+    if type(conditions) not in (tuple, list) or not {*map(repr, conditions)} <= {
+        *map(repr, inputs)
+    }:
+        raise ArtifactError(f"graph.meta.conditions: {conditions!r:.80} are no inputs")
 
 
 def _meta_json(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +274,10 @@ def _meta_json(meta: Mapping[str, Any]) -> dict[str, Any]:
 def _meta(saved: dict[str, Any]) -> dict[str, Any]:
     def values(body: Any) -> Tensor:
         dtype, numbers = body
-        return torch.tensor(decode(numbers, "gm.meta"), dtype=dtype_named(dtype, "gm.meta"))
+        return torch.tensor(decode(numbers, "graph.meta"), dtype=dtype_named(dtype, "graph.meta"))
 
-    special = {"stage": Stage, "values": values}
-    return {key: decode(value, f"gm.meta[{key!r}]", special) for key, value in saved.items()}
+    special, found = {"stage": Stage, "values": values}, dict[str, Any]()
+    for key, value in saved.items():
+        with _placed(f"graph.meta.{key}"):
+            found[key] = decode(value, "value", special)
+    return found

@@ -5,9 +5,11 @@ A torch.nn module is saved as its constructor's arguments, a tfmq_fx module as i
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import json
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +20,21 @@ from torch._subclasses import FakeTensor
 
 from .allowlist import check_path, module_class
 from .errors import ArtifactError
-from .plain_json import decode, dtype_name, dtype_named, encode, keys
+from .plain_json import decode, dtype_name, dtype_named, encode, keys, typed
+from .strides import can_lay_out, kept_strides
+from .tables import QuantTimestepTable
+
+# What our modules' constructors take, those of all of them.
+_SPEC: dict[str, Any] = {
+    **dict.fromkeys(("weight_bits", "weight_groups", "groups", "rows", "bits", "rank"), int),
+    **dict.fromkeys(("in_channels", "out_channels"), int),
+    **dict.fromkeys(("per_timestep", "bias", "dynamic", "integer_keys"), bool),
+    **dict.fromkeys(("dtype", "weight_format", "act_format", "padding_mode", "grid"), str),
+    **dict.fromkeys(("weight_shape", "stride", "dilation", "kernel_size", "widths"), list),
+    "act_bits": int | None,
+    "padding": list | str,
+}
+_LAYERS = 100  # of a recurrent network
 
 
 def modules_json(gm: fx.GraphModule) -> dict[str, Any]:
@@ -44,14 +60,36 @@ def module_json(module: nn.Module, where: str) -> dict[str, Any] | None:
         return None
 
 
-def install_modules(root: nn.Module, table: dict[str, Any]) -> None:
-    """Give `root` the modules that `modules_json` described; their tensors come later."""
+def install_modules(root: nn.Module, table: Any, where: str = "modules") -> None:
+    """Give `root` the modules that `modules_json` described, their tensors on the meta device.
+
+    Raises ArtifactError, naming `where` and the path, on anything that was not written there.
+    """
+    if type(table) is not dict:
+        raise ArtifactError(f"{where}: expected an object, found {table!r:.80}")
     for path, entry in table.items():
-        check_path(path, path)
+        check_path(path, f"{where}.{path}")
         owner, _, leaf = path.rpartition(".")
-        same = entry.get("same_as")
-        module = _build(entry, path) if same is None else root.get_submodule(same)
-        _child(root, owner).add_module(leaf, module)
+        with _damaged(f"{where}.{path}"):
+            if type(entry) is dict and "same_as" in entry:
+                first = keys(entry, f"{where}.{path}", "same_as")["same_as"]
+                if first not in table or "same_as" in table[first]:
+                    raise ArtifactError(f"{where}.{path}: there is no module {first!r:.80}")
+                module = root.get_submodule(first)
+            else:
+                module = _build(entry, f"{where}.{path}")
+            _child(root, owner).add_module(leaf, module)
+
+
+@contextlib.contextmanager
+def _damaged(where: str) -> Iterator[None]:
+    """What constructors raise on arguments that they were never given, as ArtifactError."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{where}: damaged: {type(error).__name__}: {error}") from error
 
 
 def tensors_of(gm: fx.GraphModule) -> dict[str, Tensor]:
@@ -96,6 +134,7 @@ def tensors_json(gm: fx.GraphModule) -> dict[str, Any]:
         plain = isinstance(owner, fx.GraphModule) or type(owner) is nn.Module
         if not (parameter or leaf in owner._buffers or plain):
             raise ArtifactError(f"{name}: neither a parameter nor a buffer of {_class_name(owner)}")
+        layout = kept_strides(value)
         place = (value.untyped_storage()._cdata, value.storage_offset(), value.shape)
         kind = (value.stride(), value.dtype, value.is_conj(), parameter)
         first = seen.setdefault((place, kind), name)
@@ -109,34 +148,83 @@ def tensors_json(gm: fx.GraphModule) -> dict[str, Any]:
                 "requires_grad": parameter and value.requires_grad,
                 "persistent": leaf not in owner._non_persistent_buffers_set,
             }
+            | ({} if layout is None else {"stride": layout})
         )
     return table
 
 
-def install_tensors(root: nn.Module, table: dict[str, Any]) -> None:
-    """Give every tensor of `table` its place, empty."""
+def install_computed(root: nn.Module) -> None:
+    """Give the modules of `root` the buffers that follow from their settings, in memory."""
+    for module in root.modules():
+        if isinstance(module, QuantTimestepTable):
+            module.feature = module.columns()
+
+
+def install_tensors(root: nn.Module, table: Any, where: str = "tensors") -> None:
+    """Give every tensor of `table` its place, on the meta device."""
+    if type(table) is not dict:
+        raise ArtifactError(f"{where}: expected an object, found {table!r:.80}")
     made: dict[str, Tensor] = {}
     for name, entry in table.items():
-        check_path(name, name)
+        here = f"{where}.{name}"
+        check_path(name, here)
         path, _, leaf = name.rpartition(".")
         owner = _child(root, path)
-        if "same_as" in entry:
-            tensor = made[keys(entry, name, "same_as")["same_as"]]
+        if type(entry) is dict and "same_as" in entry:
+            first = keys(entry, here, "same_as")["same_as"]
+            if type(first) is not str or first not in made:
+                raise ArtifactError(f"{here}: {first!r:.80} does not come before it")
+            tensor = made[first]
         else:
-            keys(entry, name, "shape dtype parameter requires_grad persistent")
-            dtype = dtype_named(entry["dtype"], name)
-            tensor = torch.empty([int(n) for n in entry["shape"]], dtype=dtype)
-            if entry["parameter"]:
-                tensor = nn.Parameter(tensor, requires_grad=entry["requires_grad"])
+            tensor = _empty(entry, here)
         made[name] = tensor
         parameter = isinstance(tensor, nn.Parameter)
         place: Any = owner._parameters if parameter else owner._buffers
         if leaf not in place and type(owner) is nn.Module and not hasattr(owner, leaf):
             register: Any = owner.register_parameter if parameter else owner.register_buffer
             register(leaf, tensor)
-        elif (held := place.get(leaf)) is None or (held.is_meta and held.shape != tensor.shape):
-            raise ArtifactError(f"{name}: its module has no such tensor of {tuple(tensor.shape)}")
+        else:
+            _check_held(owner, leaf, place.get(leaf), tensor, entry, here)
         place[leaf] = tensor
+
+
+def _empty(entry: Any, where: str) -> Tensor:
+    keys(entry, where, "shape dtype parameter requires_grad persistent", "stride")
+    typed(entry, where, shape=list, parameter=bool, requires_grad=bool, persistent=bool)
+    dtype, shape = dtype_named(entry["dtype"], where), _sizes(entry["shape"], f"{where}.shape")
+    if "stride" in entry:
+        strides = _sizes(entry["stride"], f"{where}.stride")
+        if len(strides) != len(shape) or not can_lay_out(shape, strides):
+            raise ArtifactError(f"{where}.stride: {strides} is no layout of {shape}")
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    if not entry["parameter"]:
+        return tensor
+    if entry["requires_grad"] and not (dtype.is_floating_point or dtype.is_complex):
+        raise ArtifactError(f"{where}: {entry['dtype']} has no gradient")
+    return nn.Parameter(tensor, requires_grad=entry["requires_grad"])
+
+
+def _check_held(
+    owner: nn.Module, leaf: str, held: Tensor | None, tensor: Tensor, entry: Any, where: str
+) -> None:
+    """Raise ArtifactError unless a module that was built has the tensor that is listed for it."""
+    found = None if held is None else tuple(held.shape)
+    if held is None or not held.is_meta or held.shape != tensor.shape:
+        raise ArtifactError(
+            f"{where}: its module has no such tensor of {tuple(tensor.shape)}, but of {found}"
+        )
+    if _is_own(type(owner)):
+        kinds = [t.dtype if not t.is_floating_point() else "float" for t in (held, tensor)]
+        if kinds[0] != kinds[1] or not entry.get("persistent", True):
+            raise ArtifactError(f"{where}: its module has {held.dtype} there, not {tensor.dtype}")
+
+
+def _sizes(data: Any, where: str) -> list[int]:
+    if type(data) is not list or not all(type(n) is int and n >= 0 for n in data):
+        raise ArtifactError(f"{where}: {data!r:.80} is no list of sizes")
+    if len(data) > 32 or math.prod(n for n in data if n) >= 1 << 60:
+        raise ArtifactError(f"{where}: {data!r:.80} is larger than any tensor")
+    return data
 
 
 def _module_json(module: nn.Module, where: str) -> dict[str, Any]:
@@ -164,18 +252,39 @@ def _module_json(module: nn.Module, where: str) -> dict[str, Any]:
     return entry
 
 
-def _build(entry: dict[str, Any], where: str) -> nn.Module:
-    """The module that `_module_json` described; its tensors come later."""
-    made = module_class(str(entry["class"]), where)
+def _build(entry: Any, where: str) -> nn.Module:
+    """The module that `_module_json` described, its tensors on the meta device: no memory, and the
+    random state is left alone."""
+    keys(entry, where, "class", "arguments spec")
+    made = module_class(entry["class"], where)
     if _is_own(made):
-        built = made.from_spec(keys(entry, where, "class spec")["spec"])  # type: ignore[attr-defined]
+        spec = keys(entry, where, "class spec")["spec"]
+        _check_spec(spec, f"{where}.spec")
+        with _damaged(f"{where}.spec"), torch.device("meta"):
+            built = made.from_spec(spec)  # type: ignore[attr-defined]
         assert isinstance(built, nn.Module)
         return built
     arguments = keys(entry, where, "class arguments")["arguments"]
-    if unknown := sorted(set(arguments) - set(_arguments(made))):
-        raise ArtifactError(f"{where}: {unknown} are not arguments of {made.__name__}")
-    with torch.device("meta"):  # no memory, and the random state is left alone
-        return made(**{k: decode(v, f"{where}.{k}") for k, v in arguments.items()})
+    keys(arguments, f"{where}.arguments", "", " ".join(_arguments(made)))
+    decoded = {k: decode(v, f"{where}.arguments.{k}") for k, v in arguments.items()}
+    if type(decoded.get("num_layers", 1)) is not int or decoded.get("num_layers", 1) > _LAYERS:
+        raise ArtifactError(f"{where}.arguments.num_layers: more than {_LAYERS}")
+    with _damaged(f"{where}.arguments"), torch.device("meta"):
+        return made(**decoded)
+
+
+def _check_spec(spec: Any, where: str) -> None:
+    """Raise ArtifactError unless the arguments of one of our modules are of the right types."""
+    if type(spec) is not dict:
+        raise ArtifactError(f"{where}: expected an object, found {spec!r:.80}")
+    typed(spec, where, **{key: kind for key, kind in _SPEC.items() if key in spec})
+    for key, value in spec.items():
+        if key == "dtype" and not dtype_named(value, f"{where}.dtype").is_floating_point:
+            raise ArtifactError(f"{where}.dtype: {value} is no floating dtype")
+        if type(value) is list:
+            _sizes(value, f"{where}.{key}")
+        if type(value) is int and not 0 <= value < 1 << 40:
+            raise ArtifactError(f"{where}.{key}: {value} is out of range")
 
 
 def _arguments(made: type[nn.Module]) -> list[str]:

@@ -60,6 +60,12 @@ class QuantLayer(nn.Module):
             raise ConfigError("ranges measured at every call have no scale per timestep")
         if weight_format == "fp8" and (weight_bits != 8 or weight_groups > 1):
             raise ConfigError("fp8 weights have 8 bits and one scale per output channel")
+        if weight_bits not in range(1, 9) or act_bits not in (None, *range(2, 17)):
+            raise ConfigError(f"no layer has weights of {weight_bits} bits, inputs of {act_bits}")
+        if {weight_format, act_format} - {"int", "fp8"} or weight_groups < 1:
+            raise ConfigError(
+                f"no layer has {weight_groups} groups of {weight_format} for {act_format} inputs"
+            )
         if act_format == "fp8" and act_bits != 8:
             raise ConfigError(f"fp8 activations have 8 bits, not {act_bits}")
         self.weight_shape, self.weight_bits = tuple(weight_shape), weight_bits

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
+from .call_json import call_from_json
 from .config import LayerConfig, from_dict, to_dict
-from .errors import ArtifactError, ConfigError
+from .errors import ArtifactError, ConfigError, TfmqError
 from .fingerprints import Fingerprint, is_readable
 from .graph_json import from_json, to_json
 from .module_json import tensors_of
 from .pipelines import SamplingPass
-from .plain_json import keys
+from .plain_json import keys, typed
+from .reading import parse_json
 from .signature import CallSpec
 from .sources import UnfusedAdapter, check_same_model, fill, tensor_at, ties
 
@@ -85,10 +87,10 @@ class Origin:
                 f"the graph of this model cannot be kept ({self.obstacle}): prepare and convert "
                 "the source anew"
             )
-        try:
-            graph = json.loads(self.graph)
-        except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"the captured graph is damaged: {error}") from error
+        graph = parse_json(self.graph, "the captured graph")
+        modules = graph.get("modules") if isinstance(graph, dict) else None
+        if not isinstance(modules, dict) or any(_is_own(entry) for entry in modules.values()):
+            raise ArtifactError("the captured graph is damaged: it holds layers of tfmq_fx")
         gm = from_json(graph)
         fill(gm, source, self.constants)
         check_same_model(graph["modules"], source, known=self.parameters, tied=self.ties)
@@ -144,33 +146,43 @@ class Origin:
         return data, tensors
 
     @classmethod
-    def from_parts(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """What `to_parts` gave. Raises ArtifactError where it is damaged."""
+    def from_parts(
+        cls, data: Any, tensors: Mapping[str, Tensor], outputs: Collection[type] = ()
+    ) -> Self:
+        """What `to_parts` gave. Raises ArtifactError where it is damaged.  outputs: see
+        `call_json.call_from_json`."""
         keys(data, "origin", _FIELDS, "samples")
+        typed(data, "origin", graph=str, obstacle=str, visits=list, calibrated=bool, complex=list)
+        typed(data, "origin", overrides=dict, fingerprints=dict, merged=dict, timesteps=list | None)
+        typed(data, "origin", parameters=list, ties=list)
+        call = call_from_json(data["call"], "origin.call", outputs)
+        _words([*data["merged"].values()], "origin.merged")
         try:
             pairs = {name: torch.view_as_complex(tensors[name]) for name in data["complex"]}
             tensors = {**tensors, **pairs}
             return cls(
-                graph=str(data["graph"]),
-                obstacle=str(data["obstacle"]),
-                call=CallSpec.from_dict(data["call"]),
+                graph=data["graph"],
+                obstacle=data["obstacle"],
+                call=call,
                 overrides={n: from_dict(v, LayerConfig) for n, v in data["overrides"].items()},
                 timesteps=_timesteps(data["timesteps"]),
                 visits={step: int(count) for step, count in data["visits"]},
                 fingerprints={
                     n: Fingerprint.from_dict(v, n) for n, v in data["fingerprints"].items()
                 },
-                parameters=tuple(data["parameters"]),
-                ties=tuple(tuple(names) for names in data["ties"]),
-                merged=dict(data["merged"]),
+                parameters=_words(data["parameters"], "origin.parameters"),
+                ties=tuple(
+                    _words(names, f"origin.ties[{i}]") for i, names in enumerate(data["ties"])
+                ),
+                merged=data["merged"],
                 constants=_under(tensors, _CONSTANT),
-                calibrated=bool(data["calibrated"]),
+                calibrated=data["calibrated"],
                 calibration=_calibration(data["samples"], tensors) if "samples" in data else None,
                 scales=_under(tensors, _SCALES),
             )
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, ArtifactError):
-                raise
+        except TfmqError:
+            raise
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"what the model was made from is damaged: {type(error).__name__}: {error}"
             ) from error
@@ -217,8 +229,20 @@ def _is_made(source: nn.Module, name: str) -> bool:
 def _timesteps(values: list[Any] | None) -> Tensor | None:
     if values is None:
         return None
+    if not values or not all(type(value) in (int, float) for value in values):
+        raise ArtifactError(f"origin.timesteps: {values!r:.80} are no timesteps")
     floating = any(isinstance(value, float) for value in values)
     return torch.tensor(values, dtype=torch.float64 if floating else torch.int64)
+
+
+def _words(values: list[Any], where: str) -> tuple[str, ...]:
+    if type(values) is not list or not all(type(value) is str for value in values):
+        raise ArtifactError(f"{where}: {values!r:.80} is no list of names")
+    return tuple(values)
+
+
+def _is_own(entry: Any) -> bool:
+    return "class" in entry and str(entry["class"]).startswith("tfmq_fx.")
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,11 @@ _TORCH_VALUES = {
     "dtype": torch.dtype,
     "memory_format": torch.memory_format,
     "layout": torch.layout,
+}
+# Read from what torch holds by now: asking a module for any other name may import things.
+_NAMED = {
+    tag: {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, kind)}
+    for tag, kind in _TORCH_VALUES.items()
 }
 _NONE: Mapping[str, Callable[[Any], Any]] = MappingProxyType({})
 
@@ -66,23 +72,56 @@ def decode(data: Any, where: str, special: Mapping[str, Callable[[Any], Any]] = 
     if tag in special:
         return special[tag](body)
     if tag in ("tuple", "size") and type(body) is list:
-        values = tuple(decode(v, where, special) for v in body)
-        return values if tag == "tuple" else torch.Size(values)
+        values = tuple([decode(v, where, special) for v in body])
+        if tag == "size":
+            return _size(values, where)
+        return values
     if tag == "dict" and type(body) is list:
-        return {decode(k, where): decode(v, where, special) for k, v in body}
-    if tag == "slice" and type(body) is list:
+        return _decoded_dict(body, where, special)
+    if tag == "slice" and type(body) is list and len(body) == 3:
         return slice(*(decode(v, where, special) for v in body))
-    if tag == "ellipsis":
+    if tag == "ellipsis" and body is True:
         return ...
-    if tag == "float" and body in ("inf", "-inf", "nan"):
+    if tag == "float" and type(body) is str and body in ("inf", "-inf", "nan"):
         return float(body)
     if tag == "device":
-        return torch.device(str(body))
-    if tag in _TORCH_VALUES:
-        value = getattr(torch, str(body), None)
-        if isinstance(value, _TORCH_VALUES[tag]):
-            return value
+        return device_named(body, where)
+    if tag in _NAMED and type(body) is str and body in _NAMED[tag]:
+        return _NAMED[tag][body]
     raise ArtifactError(f"{where}: damaged value {data!r:.80}")
+
+
+def _size(values: tuple[Any, ...], where: str) -> torch.Size:
+    try:
+        if any(type(n) is int and not -(1 << 63) <= n < 1 << 63 for n in values):
+            raise ValueError("out of range")
+        return torch.Size(values)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{where}: damaged value {values!r:.80}") from error
+
+
+def _decoded_dict(
+    pairs: list[Any], where: str, special: Mapping[str, Callable[[Any], Any]]
+) -> dict[Any, Any]:
+    if not all(type(pair) is list and len(pair) == 2 for pair in pairs):
+        raise ArtifactError(f"{where}: damaged value {pairs!r:.80}")
+    names = [decode(key, where) for key, _ in pairs]
+    try:
+        if len(set(names)) != len(names):
+            raise ArtifactError(f"{where}: a key is given twice: {names!r:.80}")
+    except TypeError as error:
+        raise ArtifactError(f"{where}: a key cannot be hashed: {names!r:.80}") from error
+    return {n: decode(v, where, special) for n, (_, v) in zip(names, pairs, strict=True)}
+
+
+def device_named(name: Any, where: str) -> torch.device:
+    """The device called `name`. Raises ArtifactError if there can be none."""
+    try:
+        if type(name) is str and len(name) < 40:
+            return torch.device(name)
+    except RuntimeError:
+        pass
+    raise ArtifactError(f"{where}: {name!r:.80} is no device")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -106,3 +145,14 @@ def keys(data: Any, where: str, required: str, optional: str = "") -> dict[str, 
     if unknown := sorted(set(data) - set(required.split()) - set(optional.split())):
         raise ArtifactError(f"{where}: unknown keys {unknown}")
     return data
+
+
+def typed(data: Mapping[str, Any], where: str, **kinds: Any) -> None:
+    """Raise ArtifactError unless the values of these keys are of these types, JSON's own: int is no
+    bool, and float takes an int as well."""
+    for key, kind in kinds.items():
+        value, allowed = data[key], typing.get_args(kind) or (kind,)
+        if type(value) in allowed or (type(value) is int and float in allowed):
+            continue
+        words = " or ".join("null" if each is type(None) else each.__name__ for each in allowed)
+        raise ArtifactError(f"{where}.{key}: expected {words}, found {value!r:.80}")

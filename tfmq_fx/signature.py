@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError, ConfigError, InputError
+from .errors import ConfigError, InputError
 from .structure import (
     Branch,
     Const,
@@ -25,14 +25,10 @@ from .structure import (
     dump_expression,
     evaluate,
     has_leaves,
-    load,
-    load_dtype,
-    load_expression,
     rebuild,
 )
 
 BATCH = "batch"
-_STRUCTURED = ("arguments", "inputs", "output", "guards", "conditions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,36 +204,6 @@ class CallSpec:
                 for guard in self.guards
             ],
         }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> CallSpec:
-        """The spec that `to_dict` wrote."""
-        try:
-            return cls(
-                arguments=tuple(
-                    Argument(**{**item, "structure": load(item["structure"])})
-                    for item in data["arguments"]
-                ),
-                inputs=tuple(
-                    Input(
-                        **{
-                            **item,
-                            "shape": tuple(item["shape"]),
-                            "dtype": load_dtype(item["dtype"]),
-                        }
-                    )
-                    for item in data["inputs"]
-                ),
-                output=load(data["output"]),
-                guards=tuple(
-                    Guard(**{**item, "expression": load_expression(item["expression"])})
-                    for item in data["guards"]
-                ),
-                conditions=tuple(data.get("conditions", ())),
-                **{key: data[key] for key in data if key not in _STRUCTURED},
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"not a call specification: {error}") from error
 
 
 def _collect(structure: Structure, value: Any, path: str, values: list[Any]) -> None:

@@ -1,11 +1,12 @@
-"""Nested values and size expressions as plain data: take apart, rebuild, evaluate, save."""
+"""Nested values and size expressions as plain data: take apart, rebuild, evaluate, save.
+
+`call_json` reads what is saved here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import operator
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,9 @@ import torch
 from torch import Tensor
 
 from .errors import ArtifactError
+from .output_classes import class_name
 
-# Packages whose output classes may be imported on loading; others must be imported already.
-_TRUSTED = ("diffusers", "transformers")
-
-_OPERATORS: dict[str, Callable[..., Any]] = {
+OPERATORS: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "mul": operator.mul,
     "truediv": operator.truediv,
@@ -52,7 +51,7 @@ def evaluate(expression: Expression, sizes: dict[str, int]) -> Any:
         return all(values)
     if expression[0] == "or":
         return any(values)
-    return _OPERATORS[expression[0]](values[0], values[1])
+    return OPERATORS[expression[0]](values[0], values[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,25 +147,10 @@ def has_leaves(structure: Structure) -> bool:
     return isinstance(structure, Leaf)
 
 
-def load_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ArtifactError(f"no dtype {name!r} in this torch ({torch.__version__})")
-    return dtype
-
-
 def dump_expression(expression: Expression) -> Any:
     if isinstance(expression, tuple):
         return [dump_expression(item) for item in expression]
     return expression
-
-
-def load_expression(data: Any) -> Expression:
-    if not isinstance(data, list):
-        return data  # type: ignore[no-any-return]
-    if not data or data[0] not in (*_OPERATORS, "and", "or", "not"):
-        raise ArtifactError(f"unknown size expression {data!r}")
-    return (data[0], *(load_expression(item) for item in data[1:]))
 
 
 def dump(structure: Structure) -> Any:
@@ -179,40 +163,12 @@ def dump(structure: Structure) -> Any:
         if not isinstance(value, (type(None), bool, int, float, str)):
             raise ArtifactError(f"a constant argument {value!r} cannot be saved")
         return {"const": value}
+    if not all(isinstance(key, (type(None), bool, int, float, str)) for key in structure.keys):
+        raise ArtifactError(f"a dict with keys {structure.keys!r:.80} cannot be saved")
     cls = structure.cls
     return {
         "kind": structure.kind,
         "keys": list(structure.keys),
         "children": [dump(child) for child in structure.children],
-        "class": f"{cls.__module__}:{cls.__qualname__}" if cls else None,
+        "class": class_name(cls) if cls else None,
     }
-
-
-def load(data: dict[str, Any]) -> Structure:
-    if "leaf" in data:
-        return Leaf(data["leaf"])
-    if "const" in data:
-        return Const(data["const"])
-    if "dtype" in data:
-        return Const(load_dtype(data["dtype"]))
-    children = tuple(load(child) for child in data["children"])
-    cls = _output_class(data["class"]) if data["class"] else None
-    return Branch(data["kind"], tuple(data["keys"]), children, cls)
-
-
-def _output_class(name: str) -> type:
-    """The dataclass or named tuple of a qualified name."""
-    package, _, qualname = name.partition(":")
-    if package not in sys.modules and package.partition(".")[0] not in _TRUSTED:
-        raise ArtifactError(
-            f"the output type {name} is not imported; pass the model, or import {package} first"
-        )
-    try:
-        found: Any = operator.attrgetter(qualname)(importlib.import_module(package))
-    except (ImportError, AttributeError) as error:
-        raise ArtifactError(f"the output type {name} cannot be imported: {error}") from error
-    if not isinstance(found, type) or not (
-        dataclasses.is_dataclass(found) or hasattr(found, "_fields")
-    ):
-        raise ArtifactError(f"{name} is not an output type")
-    return found

@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from .plain_json import decode, dtype_name, dtype_named, encode, keys
+from .errors import ArtifactError
+from .plain_json import decode, device_named, dtype_name, dtype_named, encode, keys, typed
 
 # By the names that sympy prints and those of Python's syntax tree.
 _EXPRESSIONS: dict[str, Callable[..., Any]] = {
@@ -50,9 +52,66 @@ _EXPRESSIONS: dict[str, Callable[..., Any]] = {
 _NUMBERS: dict[str, type] = {"int": int, "float": float, "bool": bool}
 
 
+# What sympy prints, and no more: a text of other characters, or of so many words that parsing it
+# could exhaust anything, is no size.
+_WORD = re.compile(r"\s*(?:\d+(?:\.\d*)?(?:e[+-]?\d+)?|[A-Za-z_]\w*|[*/]{1,2}|[<>=!]=?|[-+%(),])")
+_WORDS, _DIGITS, _POWER = 128, 20, 16
+_TERMS, _PRODUCT = 64, 1024  # of the sum that an expression, a tensor's size, is multiplied out to
+_DIMS = 32
+
+
+def _parsed(text: str) -> ast.expr:
+    """The syntax tree of an expression as sympy prints it. Raises ValueError or SyntaxError."""
+    place = count = 0
+    while place < len(text):
+        word = _WORD.match(text, place)
+        count += 1
+        if word is None or count > _WORDS or len(word[0].lstrip()) > _DIGITS:
+            raise ValueError(f"not an expression of sizes: {text!r:.80}")
+        place = word.end()
+    return ast.parse(text, mode="eval").body
+
+
+@functools.lru_cache(maxsize=4096)
+def _terms(text: str) -> int:
+    """How many terms the expression has when it is multiplied out, about. Raises ValueError where
+    these are too many, and as `_parsed`."""
+
+    def terms(tree: ast.expr) -> int:
+        found: int
+        match tree:
+            case ast.BinOp(op=ast.Pow(), left=left, right=ast.Constant(value=power)):
+                nested = any(isinstance(part, ast.Pow) for part in ast.walk(left))
+                if nested or type(power) is not int or not 0 <= power <= _POWER:
+                    raise ValueError(f"power in {text!r:.80}")
+                found = int(terms(left) ** power)
+            case ast.BinOp(op=ast.Pow()):
+                raise ValueError(f"power in {text!r:.80}")
+            case ast.BinOp(op=ast.Add() | ast.Sub(), left=left, right=right):
+                found = terms(left) + terms(right)
+            case ast.BinOp(left=left, right=right):
+                found = terms(left) * terms(right)
+            case ast.Call(args=arguments):
+                found = 1
+                for argument in arguments:
+                    terms(argument)
+            case ast.UnaryOp(operand=operand):
+                found = terms(operand)
+            case ast.Compare(left=left, comparators=[right]):
+                found = terms(left) + terms(right)
+            case _:
+                found = 1
+        if found > _TERMS:
+            raise ValueError(f"too long an expression of sizes: {text!r:.80}")
+        return found
+
+    return terms(_parsed(text))
+
+
 def _evaluate(text: str, symbols: Mapping[str, Any]) -> Any:
     """The value of an expression as sympy prints it, over `symbols`; sympy's own parser evaluates
     code. Raises ValueError, KeyError or SyntaxError on what is not such an expression."""
+    _terms(text)
 
     def value(tree: ast.expr) -> Any:
         match tree:
@@ -60,21 +119,28 @@ def _evaluate(text: str, symbols: Mapping[str, Any]) -> Any:
                 return number
             case ast.Name(id=name):
                 return symbols[name]
-            case ast.BinOp(op=ast.Pow(), right=right) if not (
-                isinstance(right, ast.Constant) and right.value in range(17)
-            ):
-                raise ValueError(f"power in {text!r:.80}")
             case ast.BinOp(left=left, op=op, right=right):
-                return _EXPRESSIONS[type(op).__name__](value(left), value(right))
+                found = _EXPRESSIONS[type(op).__name__](value(left), value(right))
             case ast.UnaryOp(op=op, operand=operand):
                 return _EXPRESSIONS[type(op).__name__](value(operand))
             case ast.Compare(left=left, ops=[op], comparators=[right]):
                 return _EXPRESSIONS[type(op).__name__](value(left), value(right))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
-                return _EXPRESSIONS[name](*map(value, arguments))
-        raise ValueError(f"not an expression of sizes: {text!r:.80}")
+                found = _EXPRESSIONS[name](*map(value, arguments))
+            case _:
+                raise ValueError(f"not an expression of sizes: {text!r:.80}")
+        if type(found) is int and found.bit_length() > 64:
+            raise ValueError(f"too large a number in {text!r:.80}")
+        return found
 
-    return value(ast.parse(text, mode="eval").body)
+    return value(_parsed(text))
+
+
+def _check_product(shape: list[Any], where: str) -> None:
+    """Raise ArtifactError where the number of elements, which torch multiplies out, is too long an
+    expression."""
+    if math.prod(_terms(n) for n in shape if type(n) is str) > _PRODUCT:
+        raise ArtifactError(f"{where}: too long expressions of sizes: {shape!r:.80}")
 
 
 class SymbolWriter:
@@ -101,6 +167,7 @@ class SymbolWriter:
 
     def _tensor(self, value: Tensor) -> dict[str, Any]:
         shape, stride = ([self._number(n) for n in part] for part in (value.shape, value.stride()))
+        _check_product(shape, f"a value of shape {tuple(value.shape)}")
         data = {"shape": shape, "dtype": dtype_name(value.dtype), "device": str(value.device)}
         running = [*itertools.accumulate(value.shape[:0:-1], operator.mul, initial=1)]
         usual = [self._number(n) for n in running[::-1][: value.dim()]]
@@ -157,9 +224,11 @@ class SymbolWriter:
 class SymbolReader:
     """Restores values over fresh symbols, one for each that `SymbolWriter.table` declares."""
 
-    def __init__(self, table: list[dict[str, Any]]) -> None:
+    def __init__(self, table: Any) -> None:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+        if type(table) is not list:
+            raise ArtifactError(f"symbols: expected a list, found {table!r:.80}")
         self._env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._env)
         symbols = {f"s{i}": self._fresh(f"s{i}", entry) for i, entry in enumerate(table)}
@@ -169,15 +238,23 @@ class SymbolReader:
         """The value that `SymbolWriter.encode` saved, its tensors FakeTensors."""
         return decode(data, where, {"tensor": self._tensor, "symbol": self._number})
 
-    def _fresh(self, name: str, entry: dict[str, Any]) -> Any:
+    def _fresh(self, name: str, entry: Any) -> Any:
         from torch._dynamo.source import ConstantSource  # takes longer to import than all of torch
         from torch.fx.experimental.symbolic_shapes import DimDynamic
         from torch.utils._sympy.numbers import int_oo
 
-        keys(entry, "symbols", "kind hint range")
-        kind, hint, (low, high) = entry["kind"], entry["hint"], entry["range"]
+        where = f"symbols: {name}"
+        keys(entry, where, "kind hint range")
+        typed(entry, where, kind=str, hint=int | float | bool | None, range=list)
+        kind, hint, limits = entry["kind"], entry["hint"], entry["range"]
+        if kind not in _NUMBERS or len(limits) != 2:
+            raise ArtifactError(f"{where}: no {kind!r:.40} of a range of {len(limits)}")
+        low, high = limits
+        typed({"low": low, "high": high}, where, low=int | None, high=int | None)
         if kind != "int" or type(hint) is not int:
             return getattr(self._env, f"create_unbacked_sym{kind}")()
+        if not (-(1 << 63) if low is None else low) <= hint <= (1 << 63 if high is None else high):
+            raise ArtifactError(f"{where}: {hint} is out of its range {limits}")
         symbol = self._env.create_symbol(
             hint,
             ConstantSource(f"saved_{name}"),
@@ -192,16 +269,37 @@ class SymbolReader:
         )
         return self._env.create_symintnode(symbol, hint=hint)
 
-    def _number(self, saved: Any) -> Any:
-        return self._evaluate(saved) if type(saved) is str else saved
+    def _number(self, saved: Any, where: str = "val") -> Any:
+        if type(saved) in (bool, float) or (type(saved) is int and abs(saved) < 1 << 63):
+            return saved
+        if type(saved) is not str:
+            raise ArtifactError(f"{where}: {saved!r:.80} is no size")
+        try:
+            return self._evaluate(saved)
+        except (ArithmeticError, KeyError, SyntaxError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{where}: {saved!r:.80} is no expression of sizes") from error
 
     def _tensor(self, data: Any) -> Tensor:
         keys(data, "val", "shape dtype device", "stride")
-        dtype, device = dtype_named(data["dtype"], "val"), torch.device(data["device"])
-        shape = [self._number(n) for n in data["shape"]]
+        typed(data, "val", shape=list)
+        dtype, device = dtype_named(data["dtype"], "val"), device_named(data["device"], "val")
+        shape = self._sizes(data["shape"])
+        _check_product(data["shape"], "val")
         # Layout tests on the way would guard on sizes; the loaded graph has no guards of its own.
         with self._mode, self._env.suppress_guards():
             if "stride" not in data:
                 return torch.empty(shape, dtype=dtype, device=device)
-            strides = [self._number(n) for n in data["stride"]]
+            typed(data, "val", stride=list)
+            strides = self._sizes(data["stride"])
+            if len(strides) != len(shape):
+                raise ArtifactError(f"val: {len(strides)} strides for {len(shape)} dimensions")
             return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    def _sizes(self, saved: list[Any]) -> list[Any]:
+        """Sizes or strides, whose product torch multiplies out."""
+        if len(saved) > _DIMS:
+            raise ArtifactError(f"val: {len(saved)} dimensions")
+        sizes = [self._number(n) for n in saved]
+        if any(type(n) is not int and not isinstance(n, torch.SymInt) for n in sizes):
+            raise ArtifactError(f"val: {saved!r:.80} are no sizes")
+        return sizes

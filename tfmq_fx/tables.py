@@ -136,6 +136,8 @@ class QuantTimestepTable(nn.Module):
         super().__init__()
         if bits not in BITS:
             raise ConfigError(f"a timestep table holds 4 or 8 bits, not {bits}")
+        if rows < 1 or not widths or min(widths) < 1:
+            raise ConfigError(f"a timestep table of {rows} rows and widths {widths!r:.80}")
         self.widths, self.bits, self.dtype = tuple(widths), bits, dtype
         width, size = sum(self.widths), (rows, len(self.widths))
         kind = torch.int64 if integer_keys else torch.float64
@@ -143,8 +145,7 @@ class QuantTimestepTable(nn.Module):
         self.register_buffer("codes", torch.empty(rows, -(-width * bits // 8), dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(size))
         self.register_buffer("zero", torch.empty(size))
-        feature = torch.repeat_interleave(torch.tensor(self.widths))  # of each column
-        self.register_buffer("feature", feature, persistent=False)
+        self.register_buffer("feature", self.columns(), persistent=False)
         self.keys: Tensor
         self.codes: Tensor
         self.scale: Tensor
@@ -169,6 +170,10 @@ class QuantTimestepTable(nn.Module):
         fused = nn.functional.pad(fused, (0, padding))
         made.codes = pack(fused, bits).view(len(keys), -1)
         return made
+
+    def columns(self) -> Tensor:
+        """(F,) int64, the feature of each column."""
+        return torch.repeat_interleave(torch.tensor(self.widths), output_size=sum(self.widths))
 
     def forward(self, t: Tensor) -> Tensor:
         """(B, F) for t (B,) or (), then B = 1."""
