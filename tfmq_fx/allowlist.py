@@ -63,7 +63,7 @@ _REFUSED = re.compile(
     r"|(lu|ldl)_(solve|unpack)|lobpcg|ctc_loss|embedding_bag|rnn_.*|lstm.*|gru.*|.*_renorm"
     r"|max_unpool.*|unpack_.*|pad_sequence|pack_.*|.*_cell|multi_head_attention_forward"
     r"|assert_int_or_pair|boolean_dispatch|handle_torch_function|get_device|init_.*|is_.*vulkan.*"
-    r"|histogramdd|native_.*_dropout|rrelu_with_noise|batch_norm_.*|factorial|comb|perm"
+    r"|histogramdd|native_.*_dropout|native_batch_norm|rrelu_with_noise|batch_norm_.*|factorial|comb|perm"
 )
 _INPLACE_REFUSED = _words(
     "as_strided detach swapdims swapaxes t transpose squeeze unsqueeze renorm"
@@ -82,6 +82,11 @@ _ATTRIBUTES = _words(
     is_xpu itemsize layout mH mT nbytes ndim real requires_grad shape type
     """
 )
+_ENUMERATIONS: dict[str, type] = {
+    "ScalarType": torch.dtype,
+    "Layout": torch.layout,
+    "MemoryFormat": torch.memory_format,
+}
 _TORCH_NN = re.compile(r"torch\.nn\.modules(\.[a-z]\w*)+", re.ASCII)
 # Those that build any number of others, that are nothing before their first call, or that give
 # unchecked numbers to kernels.
@@ -214,6 +219,8 @@ def check_node(node: fx.Node) -> None:
         if key == "out":
             raise ArtifactError(f"{where}: a saved graph may not write to out={node.kwargs[key]}")
     fx.node.map_aggregate((node.args, node.kwargs), functools.partial(_check_layout, where))
+    if isinstance(target, torch._ops.OpOverload):
+        _check_enumerations(node, target)
     value, name = (*node.args, None, None)[:2]
     on_value = isinstance(value, fx.Node)
     if node.op == "call_function":
@@ -238,6 +245,18 @@ def check_node(node: fx.Node) -> None:
         check_path(target, where)
     elif node.op != "output":
         raise ArtifactError(f"{where}: unknown kind of node {node.op!r}")
+
+
+def _check_enumerations(node: fx.Node, op: torch._ops.OpOverload) -> None:
+    """Raise ArtifactError where an operator gets a number for a dtype and the like, which torch
+    takes for one unchecked."""
+    for i, argument in enumerate(op._schema.arguments):
+        kind = _ENUMERATIONS.get(str(argument.real_type).removeprefix("Optional[").rstrip("]?"))
+        given = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+        if kind is None or given is None or isinstance(given, kind):
+            continue
+        if not (isinstance(given, fx.Node) and given.target is getattr):
+            raise ArtifactError(f"{node.name}: {argument.name} of {op} is {given!r:.80}")
 
 
 def _check_layout(where: str, value: Any) -> Any:

@@ -282,7 +282,7 @@ class BitPlan:
     def load(cls, path: str | Path) -> Self:
         """The plan in a file. Raises ConfigError where it cannot be read or is none."""
         try:
-            data = read_json(Path(path))
+            data = read_json(Path(path), nan=True)
         except (ArtifactError, OSError) as error:
             raise ConfigError(f"{path} is no bit plan that can be read: {error}") from error
         return cls.from_dict(data)

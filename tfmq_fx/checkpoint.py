@@ -94,7 +94,7 @@ class Checkpoint:
                 raise ConfigError(f"{self.directory} is not empty and holds no checkpoint")
             if not path.exists():
                 write_whole(path, json.dumps(wanted, indent=1).encode())
-            found = read_json(path)
+            found = read_json(path, nan=True)
         except OSError as error:
             raise ConfigError(f"no checkpoint can be kept in {self.directory}: {error}") from error
         except ArtifactError as error:
@@ -132,7 +132,7 @@ class Checkpoint:
             open_regular(path).close()
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                facts = _facts(parse_json(file.metadata()["facts"], str(path)))
+                facts = _facts(parse_json(file.metadata()["facts"], str(path), nan=True))
                 sound = file.metadata()["sha256"] == digest([self._group + name, facts, tensors])
                 states = {layer: dict[str, Tensor]() for layer in facts["layers"]}
                 for key, value in tensors.items():

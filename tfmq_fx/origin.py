@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from .call_json import call_from_json
 from .config import LayerConfig, from_dict, to_dict
-from .errors import ArtifactError, ConfigError, TfmqError
+from .errors import ArtifactError, ConfigError
 from .fingerprints import Fingerprint, is_readable
 from .graph_json import from_json, to_json
 from .module_json import tensors_of
@@ -180,7 +180,7 @@ class Origin:
                 calibration=_calibration(data["samples"], tensors) if "samples" in data else None,
                 scales=_under(tensors, _SCALES),
             )
-        except TfmqError:
+        except ArtifactError:
             raise
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ArtifactError(

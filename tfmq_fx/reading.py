@@ -48,18 +48,18 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
     return file
 
 
-def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
+def read_json(path: Path, limit: int = JSON_BYTES, *, nan: bool = False) -> Any:
     """The JSON value in the file at `path`. Raises ArtifactError naming the file, and OSError where
     it cannot be opened."""
     with open_regular(path, limit) as file:
-        return parse_json(file.read(), str(path))
+        return parse_json(file.read(), str(path), nan=nan)
 
 
-def parse_json(content: bytes | str, where: str) -> Any:
+def parse_json(content: bytes | str, where: str, *, nan: bool = False) -> Any:
     """The value of a JSON text as Python's own `json` writes it, in UTF-8.
 
-    Raises ArtifactError, naming `where`, on anything else: a key given twice, NaN, a number that no
-    64 bits hold, nesting deeper than 128.
+    nan: whether NaN and Infinity are numbers.  Raises ArtifactError, naming `where`, on anything
+    else: a key given twice, a number that no 64 bits hold, nesting deeper than 128.
     """
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     check_depth(data, where)
@@ -77,6 +77,8 @@ def parse_json(content: bytes | str, where: str) -> Any:
         return value
 
     def constant(text: str) -> Any:
+        if nan:
+            return float(text)
         raise ArtifactError(f"{where}: {text} is not JSON")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
