@@ -131,6 +131,39 @@ def test_late_samples_of_a_timestep_are_as_likely_as_early_ones():
     assert float(counts.min()) > 60 - 35 and float(counts.max()) < 60 + 35
 
 
+@pytest.mark.parametrize(("steps", "room"), [(4, 8), (6, 13), (7, 4)])
+def test_every_sample_is_as_likely_as_any_other_however_often_room_is_cut(steps, room):
+    """Each timestep that comes, and each larger sample, leaves less room for those before it; the
+    first half of each call stands for the unconditional one of guidance."""
+    draws, batch, counts = 600, 8, np.zeros((steps, 16))
+    for seed in range(draws):
+        cache = SampleCache(capacity=40 * room, seed=seed)
+        for step in range(steps):
+            fill(cache, [step] * 2, batch=batch)
+        for step, rows in cache.rows.items():
+            for row in rows:
+                counts[step, int(row[0][0, 0])] += 1
+    share = max(1, room // steps) * min(1, room / steps) / 16  # of 16 samples of each timestep
+    # 5.5 deviations of a binomial count: one of 16 x 7 fails by chance once in 200,000 times
+    assert np.abs(counts - draws * share).max() < 5.5 * np.sqrt(draws * share * (1 - share))
+    halves = counts.reshape(steps, 2, 2, batch // 2).sum((0, 1, 3))
+    total = halves.sum()
+    assert abs(halves[0] - total / 2) < 5 * np.sqrt(total / 4)
+
+
+def test_larger_samples_keep_to_the_capacity_and_are_as_likely_as_small_ones():
+    counts = torch.zeros(24)
+    for seed in range(400):
+        cache = SampleCache(capacity=1200, seed=seed)
+        for start, width in ((0, 8), (8, 68), (16, 8)):
+            fill(cache, [3], batch=8, width=width, start=start)
+            assert sum(v.nbytes for rows in cache.rows.values() for r in rows for v in r) <= 1200
+        for row in cache.rows[3]:
+            counts[int(row[0][0, 0])] += 1
+    # 4 of 24 each time, as 4 of the largest, of 280 bytes, fit; five deviations
+    assert float((counts - 400 / 6).abs().max()) < 5 * (400 * 1 / 6 * 5 / 6) ** 0.5
+
+
 def test_a_seed_decides_what_is_kept():
     def kept(seed):
         cache = SampleCache(capacity=40 * 8, seed=seed)

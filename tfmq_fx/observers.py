@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,9 +94,13 @@ class SampleCache:
         self.capacity = capacity
         self.visits: dict[float, int] = {}
         self._rows: dict[float, list[tuple[Tensor, ...]]] = {}
-        self._random = np.random.default_rng(seed)
+        # Of all samples ever offered of a timestep those with the smallest random keys are kept,
+        # sorted by them: whatever is cut off later, what stays is a fair sample.
+        self._keys: dict[float, list[float]] = {}
         self._rank: dict[float, float] = {}  # timesteps of low rank stay where room is short
-        self._row_bytes = 0
+        self._random = np.random.default_rng(seed)
+        self._row_bytes = 0  # of the largest sample, so that room is never gained again
+        self._share, self._left_out = 1, set[float]()
 
     @classmethod
     def holding(
@@ -103,6 +109,8 @@ class SampleCache:
         """A full cache with these samples of each timestep, visited that often."""
         made = cls(capacity=0, seed=0)
         made._rows = {step: list(samples) for step, samples in rows.items()}
+        made._keys = {step: [0.0] * len(samples) for step, samples in rows.items()}
+        made._rank = dict.fromkeys(rows, 0.0)
         made.visits = dict(visits)
         return made
 
@@ -121,31 +129,35 @@ class SampleCache:
     def offer(self, steps: Sequence[float], size: int, row: Callable[[int], Any]) -> None:
         """Offer samples of these timesteps, of `size` bytes each; `row` makes those that are kept
         of their positions, or what stands for them until they are put in their place."""
+        if size > self._row_bytes:
+            self._row_bytes = size
+            self._trim()
         for i, step in enumerate(steps):
             self.visits[step] = self.visits.get(step, 0) + 1
-            rows = self._rows.setdefault(step, [])
-            self._rank.setdefault(step, self._random.random())
-            place = len(rows) if len(rows) < self._limit() else -1
-            if place < 0:
-                place = int(self._random.integers(self.visits[step]))
-                if place >= len(rows):
-                    continue
-            self._row_bytes = size
-            rows[place : place + 1] = [row(i)]
-            self._trim()
+            if step not in self._rows:
+                self._rows[step], self._keys[step] = [], []
+                self._rank[step] = self._random.random()
+                self._trim()
+            rows, keys, key = self._rows[step], self._keys[step], self._random.random()
+            limit = self._limit(step)
+            place = bisect(keys, key)
+            if place < limit:
+                keys.insert(place, key)
+                rows.insert(place, row(i))
+                del keys[limit:], rows[limit:]
 
     def _trim(self) -> None:
-        for rows in self._rows.values():  # more timesteps leave less room for each
-            del rows[self._limit() :]
-        room = max(1, self.capacity // self._row_bytes)
-        if len(self._rows) > room:
-            for step in sorted(self._rows, key=self._rank.__getitem__)[room:]:
-                self._rows[step].clear()
+        """Share the room anew: more timesteps, or larger samples, leave less for each."""
+        room = max(1, self.capacity // max(self._row_bytes, 1))
+        self._share = max(1, room // max(len(self._rows), 1))
+        self._left_out = set(sorted(self._rank, key=self._rank.__getitem__)[room:])
+        for step, rows in self._rows.items():
+            limit = self._limit(step)
+            del self._keys[step][limit:], rows[limit:]
 
-    def _limit(self) -> int:
-        if not self._row_bytes:
-            return 1
-        return max(1, self.capacity // self._row_bytes // max(len(self._rows), 1))
+    def _limit(self, step: float) -> int:
+        """How many samples of this timestep may be kept."""
+        return 0 if step in self._left_out else self._share
 
     @property
     def rows(self) -> dict[float, list[tuple[Tensor, ...]]]:
