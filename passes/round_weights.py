@@ -37,7 +37,8 @@ from tfmq_fx.spill import Spill
 from tfmq_fx.walk import Walk
 
 ROWS = 20_000  # rows of each layer's input that its Gram matrix is made of
-NOISE = 1e-4  # of each channel's mean square; float32 sums of thousands of products are good to about 1e-6
+# of each channel's mean square; float32 sums of thousands of products are good to about 1e-6
+NOISE = 1e-4
 DAMPING = (1, 10, 100)  # times the configured damping, until factors exist and codes are finite
 
 
@@ -257,8 +258,8 @@ def _shifted_bias(made: QuantLayer, bias: Tensor, statistics: InputStatistics) -
 
 
 def _center_(statistics: InputStatistics) -> None:
-    """The statistics about the means, as if each channel of both models' inputs carried the same
-    independent noise: NOISE of its own power, so that a channel of massive mean adds none to others.
+    """The statistics about the means, as if each channel carried white noise, in both models the
+    same: NOISE of its own power, so that a channel of massive mean adds none to others.
 
     Of an input that is the same in every row (one guidance scale, a padded text) nothing is left
     about its mean but rounding, of any sign, which must not steer the weights.

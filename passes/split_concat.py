@@ -25,6 +25,7 @@ from tfmq_fx.layers import (
     sites_named,
     weight_of,
 )
+from tfmq_fx.sites import Site
 
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)
@@ -39,8 +40,9 @@ def split_concat(gm: fx.GraphModule, *, only: Collection[str]) -> Rewrite:
     details["parts"]: the paths of the parts, by site.
     """
     sites, declined = sites_named(gm, only)
-    found = seams(gm)
+    found = seams(gm)  # of the graph as it is given: one layer may read what another one gives
     parts: dict[str, list[str]] = {}
+    chosen: list[tuple[Site, list[int]]] = []
     for site in sites:
         weight, dim = weight_of(site.layer), channel_dim(site.layer)
         inputs = [layer_input(node) for node in site.nodes]
@@ -56,17 +58,23 @@ def split_concat(gm: fx.GraphModule, *, only: Collection[str]) -> Rewrite:
         if groups_of(site.layer) > 1:
             declined.append(Declined(site.name, "a grouped convolution of concatenated channels"))
             continue
-        sizes = part_sizes(cuts.pop(), weight.shape[1])
+        chosen.append((site, part_sizes(cuts.pop(), weight.shape[1])))
+    for site, sizes in chosen:
         layers = [
             layer_with(site.layer, part.clone(), None if i else bias_of(site.layer))
-            for i, part in enumerate(weight.split(sizes, 1))
+            for i, part in enumerate(weight_of(site.layer).split(sizes, 1))
         ]
         gm.set_submodule(site.name, nn.Module())
         parts[site.name] = [f"{site.name}.{i}" for i in range(len(layers))]
         for path, layer in zip(parts[site.name], layers, strict=True):
             gm.add_submodule(path, layer)
         for node in site.nodes:
-            _split(node, dim, sizes, dict(zip(parts[site.name], layers, strict=True)))
+            _split(
+                node,
+                channel_dim(site.layer),
+                sizes,
+                dict(zip(parts[site.name], layers, strict=True)),
+            )
     return Rewrite(gm, len(parts), declined, {"parts": parts})
 
 

@@ -112,10 +112,10 @@ def calibrate(
     prepared: Prepared,
     source: Any,
     *args: Any,
-    num_inference_steps: int = 50,
-    samples: int = 64,
-    batch_size: int = 32,
-    seed: int = 0,
+    num_inference_steps: int | None = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Prepared:
@@ -124,25 +124,34 @@ def calibrate(
     source: a diffusers pipeline (called with *args and **kwargs), a (scheduler, shape) pair with
     shape that of one sample (**kwargs: the model's further inputs by name, a row for each sample),
     or any iterable of inputs (tuples or dicts of arguments).
-    num_inference_steps, samples, batch_size, seed: of the sampling; an iterable brings its own, and
-    prompts, class labels or embeddings bring the number of samples.
+    num_inference_steps (50 where left out), samples (64), batch_size (32), seed (0): of the
+    sampling. An iterable brings its own, and prompts, class labels or embeddings the number of
+    samples: ConfigError where they are given as well.
     Processes of torch.distributed's group share the batches: all call this, with the same arguments
     (ConfigError where they differ), and end with what one process would have.
     Raises CalibrationError naming the layer where NaN or Inf appears.
     """
-    settings = {"samples": samples, "batch_size": batch_size, "seed": seed}
+    if not isinstance(prepared, Prepared):
+        raise ConfigError(
+            f"calibrate() takes what prepare() returned, not a {type(prepared).__name__}"
+        )
+    settings = {
+        "num_inference_steps": num_inference_steps,
+        "samples": samples,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     with together("calibrate()"):
         if world() > 1:
-            given = {"steps": num_inference_steps, "source": source, "args": args, "kwargs": kwargs}
+            given = {"source": source, "args": args, "kwargs": kwargs}
             agree("calibrate()", facts(prepared, **settings, **given))
         sampling = sampling_pass(
             source,
             args,
             kwargs,
             original=prepared.source,
-            steps=num_inference_steps,
+            settings=settings,
             progress=progress and not rank(),
-            **settings,
         )
         observe(prepared, sampling)
     prepared.sampling = sampling

@@ -29,9 +29,11 @@ class OutputCorrection:
     """What corrects the output at each of K timesteps: e is estimated by (ehat - shift) / (1 + k).
 
     k: (K,).  shift: (K, C).  variance: (K,) of the noise left in the estimate.  All float64.
-    corrected: (K,) bool; where not, k and shift are 0.  interpolated: timesteps that had no two
-    samples to compare and take after their neighbours in t.
-    before, after: mean relative squared error of samples that k and shift were not fitted on.
+    corrected: (K,) bool, where samples showed that it helps; where they showed that it does not, k
+    and shift are 0.  interpolated: timesteps that had no two samples to compare: their k and shift
+    lie between those of their neighbours in t.
+    before, after: mean relative squared error of samples that k and shift were not fitted on, over
+    the timesteps whose output is not 0 throughout; 0 where it is at all of them.
     """
 
     k: Tensor
@@ -112,14 +114,15 @@ class OutputErrors:
         # The noise is what the model leaves unexplained, whether or not it is applied.
         noise = _leftover(whole, *_fit(whole, kind)) / count / (1 + k).square()
         power = whole[..., _EE].sum(1) / count
+        comparable = self.measured & (power > 0)
         return OutputCorrection(
             k=self._filled(k),
             shift=self._filled(shift),
             variance=self._filled(noise),
             corrected=after < before,
             interpolated=self.interpolated,
-            before=float((before / power)[self.measured].mean()),
-            after=float((after / power)[self.measured].mean()),
+            before=_mean((before / power)[comparable]),
+            after=_mean((after / power)[comparable]),
         )
 
     def _held_out(self, kind: Correction) -> Tensor:
@@ -148,6 +151,11 @@ class OutputErrors:
             return torch.zeros_like(values)
         columns = [np.interp(t, t[known], column[known]) for column in rows.T]
         return torch.from_numpy(np.stack(columns, 1)).reshape(values.shape)
+
+
+def _mean(values: Tensor) -> float:
+    """The mean of values (n,), 0 of none."""
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _count(sums: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

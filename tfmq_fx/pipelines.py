@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -150,20 +151,45 @@ class SamplingPass:
     repeatable: bool
 
 
+SETTINGS = {"num_inference_steps": 50, "samples": 64, "batch_size": 32, "seed": 0}
+"""What a sampling pass goes by, and what it is where it was left out."""
+
+
+def _checked(settings: Mapping[str, int | None]) -> dict[str, int]:
+    chosen = {}
+    for name, usual in SETTINGS.items():
+        value, least = settings[name], int(name != "seed")
+        value = usual if value is None else value
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
+        chosen[name] = int(value)
+    return chosen
+
+
+def _refuse(settings: Mapping[str, int | None], names: Iterable[str], why: str) -> None:
+    """Raise ConfigError for settings that were given and would change nothing."""
+    if given := [f"{name}={settings[name]}" for name in names if settings[name] is not None]:
+        raise ConfigError(f"leave out {', '.join(given)}: {why}")
+
+
 def sampling_pass(
     source: Any,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
     original: nn.Module,
-    steps: int,
-    samples: int,
-    batch_size: int,
-    seed: int,
+    settings: Mapping[str, int | None],
     progress: bool,
 ) -> SamplingPass:
     """How `source` samples: a diffusers pipeline that holds `original`, a (scheduler, shape) pair,
-    or an iterable of inputs; the arguments are those of `tfmq_fx.calibrate`. Raises ConfigError."""
+    or an iterable of inputs; the arguments are those of `tfmq_fx.calibrate`.
+
+    settings: SETTINGS by name, None where they were left out.
+    Raises ConfigError for arguments that cannot be used, settings that `source` brings included.
+    """
+    chosen = _checked(settings)
+    steps, samples = chosen["num_inference_steps"], chosen["samples"]
+    batch_size, seed = chosen["batch_size"], chosen["seed"]
 
     def by_scheduler(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
         scheduler, shape = source
@@ -195,6 +221,13 @@ def sampling_pass(
 
     if hasattr(source, "components"):
         make = _without(source, original)  # a pass that is kept keeps neither alive
+        if args or not takes_batch_size(source):
+            _refuse(
+                settings,
+                ("samples", "batch_size"),
+                f"{type(source).__name__} draws one batch, as many as its prompts, labels or "
+                "embeddings are",
+            )
 
         def by_pipeline(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
             pipe = make(denoiser)
@@ -232,6 +265,7 @@ def sampling_pass(
         )
     if given:
         raise ConfigError(f"calibrate() with an iterable takes nothing else; got {given}")
+    _refuse(settings, SETTINGS, "an iterable brings its own calls, as many as it has")
     return SamplingPass(by_inputs, False)
 
 

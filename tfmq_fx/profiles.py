@@ -148,7 +148,7 @@ def _range(
     profile: Profile, members: list[int], spec: ActivationSpec, importance: Tensor
 ) -> Tensor:
     low, high = profile.low[members].amin(), profile.high[members].amax()
-    if spec.ranges == "minmax" or spec.bits > 8:
+    if spec.ranges == "minmax":
         return torch.stack([low, high]).cpu()
     values = torch.cat([profile.values[i] for i in members])
     channels = torch.cat([profile.channels[i] for i in members])
