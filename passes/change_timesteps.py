@@ -67,7 +67,7 @@ def change_timesteps(
         else:
             made = table.new_zeros((len(new), table.shape[1]))
             for feature, columns in _features(node):
-                made[:, columns] = rows[feature].flatten(1).to(table)
+                made[:, columns] = rows[feature].reshape(len(new), -1).to(table)
         setattr(gm, name, made)  # buffers of a fork are its own
     for name in {_buffer(node, 1) for node in tables}:
         setattr(gm, name, new.clone())
@@ -149,7 +149,7 @@ def _cached(
         features, start = [], 0
         for width in table.widths:
             none = torch.zeros(len(new), width, device=table.scale.device)  # nothing reads it
-            feature = rows[names[start]].flatten(1) if start in names else none
+            feature = rows[names[start]].reshape(len(new), -1) if start in names else none
             features.append(feature.to(none.device))
             start += width
         made = QuantTimestepTable.from_rows(new, features, bits=table.bits)

@@ -63,7 +63,7 @@ def fold_timesteps(
     by_dtype = sorted(picked, key=lambda each: str(each[0].dtype))
     for _, group in itertools.groupby(by_dtype, key=lambda each: each[0].dtype):
         features, tables = zip(*group, strict=True)
-        table = torch.cat([values.flatten(1) for values in tables], 1)
+        table = torch.cat([values.reshape(len(values), -1) for values in tables], 1)
         row = insert_timestep_row(gm, TABLE, table, keys)
         start = 0
         for feature in features:

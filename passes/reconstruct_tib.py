@@ -6,6 +6,7 @@ features = tib_q(t), rounded to nearest    ->    rounded so that all features to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +24,7 @@ from tfmq_fx.config import ReconstructionSpec
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.nn import QuantLayer
+from tfmq_fx.regions import at_timesteps
 from tfmq_fx.soft import Batch, SoftLayer, learn, start_of
 
 
@@ -73,7 +75,7 @@ def _learnt(
 ) -> Part:
     """The block's layers learnt, or none; mean relative errors of the features, and the share of
     weights that had decided."""
-    targets = reference(timesteps)
+    targets = at_timesteps(reference, timesteps)
     trained = fx.GraphModule(gm, gm.graph)
     soft = {}
     for name in sites:
@@ -83,7 +85,7 @@ def _learnt(
         trained.set_submodule(name, soft[name])
     before = feature_errors(gm, targets, timesteps)
     stopped = learn(
-        trained,
+        partial(at_timesteps, trained),
         list(soft.values()),
         [Batch((timesteps,), targets, visits / visits.mean())],
         before=float(before.square().mean()),
@@ -115,7 +117,7 @@ def _learnt(
 def feature_errors(gm: fx.GraphModule, targets: tuple[Tensor, ...], timesteps: Tensor) -> Tensor:
     """Relative L2 error of each feature at each timestep: (features, K)."""
     with torch.no_grad():
-        found = gm(timesteps)
+        found = at_timesteps(gm, timesteps)
     return relative_errors(found, targets)
 
 
@@ -123,8 +125,8 @@ def relative_errors(found: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> T
     """|found - target| / |target| for each feature (K, ...) and row: (features, K), 0/0 is 0."""
     return torch.stack(
         [
-            (f.float() - t.float()).flatten(1).norm(dim=1)
-            / t.float().flatten(1).norm(dim=1).clamp(min=1e-12)
+            (f.float() - t.float()).reshape(len(t), -1).norm(dim=1)
+            / t.float().reshape(len(t), -1).norm(dim=1).clamp(min=1e-12)
             for f, t in zip(found, targets, strict=True)
         ]
     )

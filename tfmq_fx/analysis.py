@@ -26,6 +26,7 @@ from .errors import ConfigError, InputError
 from .files import write_whole
 from .flops import node_flops
 from .graph import module_path
+from .inference import outside_inference_mode
 from .ops import is_heavy
 from .passes.merge_duplicates import merge_duplicates
 from .pipelines import find_timestep, named_inputs
@@ -73,6 +74,7 @@ class Analysis:
         return summary(self.data)
 
 
+@outside_inference_mode
 def analyze(
     model: nn.Module | str | Path,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,

@@ -37,6 +37,7 @@ from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, ConfigError
 from .graph import Rewrite, device_of, own_modules
+from .inference import outside_inference_mode
 from .loading import load as load
 from .merging import facts, observe
 from .modules import Compiled, Converted, Prepared, removed_layers
@@ -49,7 +50,7 @@ from .passes.quantize_products import quantize_products
 from .passes.quantize_tables import quantize_tables
 from .passes.reconstruct_blocks import reconstruct_blocks
 from .passes.round_weights import round_weights
-from .pipelines import find_timestep, named_inputs, sampling_pass, timestep_values
+from .pipelines import find_timestep, named_inputs, sampling_pass
 from .planning import given_bits, plan_bits
 from .presets import resolve
 from .processes import agree, from_first, rank, together, world
@@ -59,8 +60,10 @@ from .report import branch_weights, pass_record, product_records, site_records
 from .rewriting import profiled_ranges, rewrite_layers, unchanged_sites
 from .sites import Site, find_sites, plan_sites, weights_left
 from .temporal import choose_temporal
+from .timesteps import timestep_values
 
 
+@outside_inference_mode
 def prepare(
     model: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
@@ -108,6 +111,7 @@ def prepare(
     )
 
 
+@outside_inference_mode
 def calibrate(
     prepared: Prepared,
     source: Any,
@@ -151,6 +155,7 @@ def calibrate(
             kwargs,
             original=prepared.source,
             settings=settings,
+            fixed_batch=prepared.fixed_batch,
             progress=progress and not rank(),
         )
         observe(prepared, sampling)
@@ -158,6 +163,7 @@ def calibrate(
     return prepared
 
 
+@outside_inference_mode
 @together("convert()")
 def convert(
     prepared: Prepared,
@@ -374,6 +380,7 @@ def convert(
     )
 
 
+@outside_inference_mode
 def fold_timesteps(
     model: nn.Module,
     timesteps: Any,
@@ -390,6 +397,7 @@ def fold_timesteps(
     return convert(prepared, progress=False)
 
 
+@outside_inference_mode
 def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled:
     """A new callable module that runs `model` on `backend`; `model` stays the reference.
 
@@ -429,6 +437,7 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
     return compiled
 
 
+@outside_inference_mode
 @together("save()")
 def save(model: Converted, path: str | Path, *, calibration: bool = False) -> None:
     """Write `model` to the directory `path`: the graph as JSON, tensors as safetensors, no pickle.

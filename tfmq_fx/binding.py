@@ -11,6 +11,7 @@ from .api import prepare
 from .bound import Bound
 from .config import PrologueSpec
 from .errors import ConfigError
+from .inference import outside_inference_mode
 from .modules import Compiled, Converted, Prepared
 from .offload import check_offload
 from .recall import remember
@@ -18,6 +19,7 @@ from .report import site_records
 from .sites import find_sites, weights_left
 
 
+@outside_inference_mode
 def bind_request(
     model: nn.Module,
     timesteps: Any = None,

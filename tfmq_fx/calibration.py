@@ -96,7 +96,8 @@ def sample_chunks(prepared: Prepared) -> list[tuple[Tensor, ...]]:
     return prepared.cache.chunks(
         spec.samples,
         batched=prepared.batched(),
-        batch_size=spec.batch_size,
+        batch_size=prepared.fixed_batch or spec.batch_size,
+        whole=prepared.fixed_batch is not None,
         seed=spec.seed,
         center=spec.center if spec.sampling == "normal" else None,
     )

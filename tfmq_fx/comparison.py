@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .inference import outside_inference_mode
 from .metrics import psnr
 from .pairs import Comparison, ImageComparison, measure, quality
 from .pictures import pillow
@@ -24,6 +25,7 @@ from .progress import progress_bar
 from .seeded import Draw, Wanted, by_pipeline, by_scheduler, wanted_images
 
 
+@outside_inference_mode
 def compare(
     reference: Any,
     candidate: Any,

@@ -19,6 +19,7 @@ from .equal_time import Timings
 from .errors import ConfigError
 from .evaluation_files import write_files
 from .figures import Seen, see
+from .inference import outside_inference_mode
 from .judge import BATCH, STEPS, Bench, Judge, whole_batches
 from .processes import alone, exchange, from_first, mine, rank, together
 from .quality_table import Row
@@ -36,6 +37,7 @@ SMALL: dict[str, Any] = {
 """Arguments for a table within minutes."""
 
 
+@outside_inference_mode
 def evaluate(
     models: Iterable[str | Subject] | None = None,
     recipes: Iterable[str | Config] | None = None,

@@ -89,7 +89,7 @@ def feature_errors(
         form, bits = _form(model, node)
         stored = rows[name]
         if bits is not None:
-            cached = restore_rows(*cache_rows(stored.flatten(1), bits))
+            cached = restore_rows(*cache_rows(stored.reshape(len(stored), -1), bits))
             stored = cached.to(stored.dtype).view_as(stored)
         (errors,) = relative_errors((values,), (rows[name],))
         result.append(
@@ -115,10 +115,10 @@ def with_rows(node: str, rows: Tensor, timesteps: Tensor) -> Callable[[fx.GraphM
     """A change of a graph: the value of `node` looked up in `rows` (K, ...) instead."""
 
     def change(gm: fx.GraphModule) -> None:
-        row = insert_timestep_row(gm, "fixed_rows", rows.flatten(1), timesteps)
+        row = insert_timestep_row(gm, "fixed_rows", rows.reshape(len(rows), -1), timesteps)
         (old,) = [n for n in gm.graph.nodes if n.name == node]
         new = row
-        if old.meta["val"].dim() > 2:
+        if old.meta["val"].dim() != 2:
             with gm.graph.inserting_after(row):
                 new = gm.graph.call_method("reshape", (row, (-1, *rows.shape[1:])))
         old.replace_all_uses_with(new)

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from .dialect import Stage, check, stage_of
 from .errors import GraphError, TfmqError
+from .inference import ordinary
 from .ops import timestep_row
 
 P = ParamSpec("P")
@@ -57,9 +58,10 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
 
 def same_memory(module: nn.Module) -> dict[int, Any]:
     """A memo for copy.deepcopy by which copies lie on the memory of `module`: they share buffers,
-    and have Parameters of their own that want a gradient where the module's do."""
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
-    return memo | {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()}
+    and have Parameters of their own that want a gradient where the module's do. What was made in
+    inference mode is copied."""
+    memo: dict[int, Any] = {id(b): ordinary(b) if b.is_inference() else b for b in module.buffers()}
+    return memo | {id(p): nn.Parameter(ordinary(p), p.requires_grad) for p in module.parameters()}
 
 
 def own_modules(gm: fx.GraphModule) -> None:

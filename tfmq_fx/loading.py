@@ -15,6 +15,7 @@ from .bound import Bound
 from .call_json import call_from_json, check_fits
 from .config import Config, PrologueSpec, from_dict
 from .errors import ArtifactError, ConfigError
+from .inference import outside_inference_mode
 from .modules import Converted, ModelConfig
 from .origin import Origin
 from .plain_json import keys, typed
@@ -28,6 +29,7 @@ _RECORD = {
 }
 
 
+@outside_inference_mode
 def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
     """The model that `save` wrote, rebuilt from its own files; outputs are bit-identical.
 

@@ -16,6 +16,7 @@ from .dialect import stage_of
 from .errors import ConfigError, InputError
 from .graph import KEYS, Rewrite, timestep_node
 from .graph_json import from_json, to_json
+from .inference import outside_inference_mode
 from .module_json import install_modules, module_json
 from .observers import SampleCache
 from .ops import find_unknown
@@ -273,12 +274,19 @@ class Prepared(GraphModel):
             )
         return super()._apply(fn, recurse)
 
+    @outside_inference_mode  # what is kept of this call is learnt from later
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
         position = self.call.names.index(self.call.timestep)
         outputs = self.observed(*inputs)
         self.cache.add(inputs, self.batched(), position)
         return outputs
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size of every call, where the graph was captured for one alone."""
+        size = timestep_node(self.gm).meta["val"].shape[0]
+        return size if isinstance(size, int) else None
 
     def batched(self) -> list[bool]:
         """Which placeholders carry the batch in dim 0."""

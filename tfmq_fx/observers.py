@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -171,8 +172,10 @@ class SampleCache:
         batch_size: int,
         seed: int,
         center: float | None = None,
+        whole: bool = False,
     ) -> list[tuple[Tensor, ...]]:
-        """About `count` samples, mixed, in batches of `batch_size`.
+        """About `count` samples, mixed, in batches of `batch_size`; the last one may be smaller,
+        or, if it is to be `whole`, is filled up with the first samples again.
 
         Evenly over timesteps; or, with `center`, over timesteps drawn from a normal distribution
         about that share of the sorted set, with a deviation of half the set (PTQ4DM), and fewer
@@ -182,6 +185,9 @@ class SampleCache:
         shares = self._shares(count, center, random)
         picked = [row for step in sorted(shares) for row in self._rows[step][: shares[step]]]
         picked = [picked[i] for i in random.permutation(len(picked))][:count]
+        if whole:
+            lacking = -len(picked) % batch_size
+            picked += itertools.islice(itertools.cycle(list(picked)), lacking)
         return [
             tuple(
                 torch.cat([row[k] for row in part]) if b else part[0][k]

@@ -84,24 +84,6 @@ def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
     )
 
 
-def timestep_values(timesteps: Any) -> Tensor | None:
-    """The finite set meant by an int N (0 to N - 1), a tensor, a sequence or a scheduler."""
-    if timesteps is None:
-        return None
-    if isinstance(timesteps, bool):
-        raise ConfigError("timesteps must be a number, a sequence or a scheduler, not a bool")
-    if isinstance(timesteps, int):
-        return torch.arange(max(timesteps, 0))  # an empty set is refused where it is checked
-    found = getattr(timesteps, "timesteps", timesteps)  # a scheduler has them as an attribute
-    try:
-        return torch.as_tensor(found)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"timesteps must be a number, a 1-d tensor, a sequence or a scheduler, "
-            f"got {type(timesteps).__name__}"
-        ) from error
-
-
 def with_denoiser(pipeline: Any, source: nn.Module, denoiser: nn.Module) -> Any:
     """A pipeline like `pipeline` with `denoiser` for its component `source`, and a scheduler of its
     own; the given one and its scheduler stay as they are.
@@ -156,7 +138,7 @@ SETTINGS = {"num_inference_steps": 50, "samples": 64, "batch_size": 32, "seed": 
 
 
 def _checked(settings: Mapping[str, int | None]) -> dict[str, int]:
-    chosen = {}
+    chosen: dict[str, int] = {}
     for name, usual in SETTINGS.items():
         value, least = settings[name], int(name != "seed")
         value = usual if value is None else value
@@ -164,6 +146,25 @@ def _checked(settings: Mapping[str, int | None]) -> dict[str, int]:
             raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
         chosen[name] = int(value)
     return chosen
+
+
+def _fit(chosen: dict[str, int], settings: Mapping[str, int | None], batch: int) -> None:
+    """Choose what was left out so that all batches have that size. Raises ConfigError where what
+    was given has others."""
+    if settings["batch_size"] is None:
+        chosen["batch_size"] = batch
+    if settings["samples"] is None:
+        chosen["samples"] = -(-chosen["samples"] // batch) * batch
+    if chosen["batch_size"] != batch or chosen["samples"] % batch:
+        raise ConfigError(
+            f"the model was captured for batches of {batch} alone: calibrate() needs batch_size="
+            f"{batch} and samples a multiple of it, got {chosen['batch_size']} and "
+            f"{chosen['samples']}"
+        )
+
+
+def _is_pair(source: Any) -> bool:
+    return isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step")
 
 
 def _refuse(settings: Mapping[str, int | None], names: Iterable[str], why: str) -> None:
@@ -179,15 +180,19 @@ def sampling_pass(
     *,
     original: nn.Module,
     settings: Mapping[str, int | None],
+    fixed_batch: int | None = None,
     progress: bool,
 ) -> SamplingPass:
     """How `source` samples: a diffusers pipeline that holds `original`, a (scheduler, shape) pair,
     or an iterable of inputs; the arguments are those of `tfmq_fx.calibrate`.
 
-    settings: SETTINGS by name, None where they were left out.
+    settings: SETTINGS by name, None where they were left out.  fixed_batch: the batch size of every
+    call, where the model was captured for one alone.
     Raises ConfigError for arguments that cannot be used, settings that `source` brings included.
     """
     chosen = _checked(settings)
+    if fixed_batch is not None and _is_pair(source):
+        _fit(chosen, settings, fixed_batch)
     steps, samples = chosen["num_inference_steps"], chosen["samples"]
     batch_size, seed = chosen["batch_size"], chosen["seed"]
 
@@ -251,7 +256,7 @@ def sampling_pass(
 
         return SamplingPass(by_pipeline, True)
     given = ", ".join([*(type(a).__name__ for a in args), *kwargs])
-    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step"):
+    if _is_pair(source):
         if args or not all(isinstance(value, Tensor) for value in kwargs.values()):
             raise ConfigError(
                 "calibrate() with a (scheduler, shape) pair takes the model's further inputs by "

@@ -17,6 +17,7 @@ from .dataflow import temporal_block
 from .dialect import is_timestep_row
 from .errors import CalibrationError, ConfigError
 from .graph import own_modules, timestep_node
+from .inference import outside_inference_mode
 from .module_json import tensors_of
 from .modules import Compiled, Converted
 from .nn import QuantLayer
@@ -24,15 +25,16 @@ from .ops import check_timesteps
 from .origin import Origin
 from .passes.change_timesteps import change_timesteps
 from .passes.merge_duplicates import merge_duplicates
-from .pipelines import timestep_values
 from .recall import recall
 from .report import pass_record
 from .sources import shown
 from .tables import FEATURE, TABLE
 from .temporal import compute_rows
+from .timesteps import timestep_values
 from .watch import SourceWatch
 
 
+@outside_inference_mode
 def refresh(
     model: Converted,
     source: nn.Module | None = None,
@@ -83,6 +85,7 @@ def refresh(
     return bound
 
 
+@outside_inference_mode
 def check_source(model: Converted | Compiled, source: nn.Module) -> list[str]:
     """Names of the tensors of `source` that are not what `model` was made from, or that it lacks.
 

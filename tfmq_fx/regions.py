@@ -42,6 +42,18 @@ def extract(
     return made
 
 
+def at_timesteps(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
+    """The outputs (K, ...) of an extracted `graph` (t (B,) -> tuple) at `timesteps` (K,), in one
+    call, or in several where it was captured at one batch size."""
+    (t,) = graph.graph.find_nodes(op="placeholder")
+    size = t.meta["val"].shape[0]
+    if not isinstance(size, int):
+        found: tuple[Tensor, ...] = graph(timesteps)
+        return found
+    parts = [graph(part) for part in timesteps.split(size)]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
 def extract_nodes(
     gm: fx.GraphModule,
     outputs: Sequence[fx.Node],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .ops import check_timesteps
-from .pipelines import timestep_values
+from .timesteps import timestep_values
 
 
 class Schedule:
@@ -71,7 +71,8 @@ class Schedule:
         assert self._scheduler is not None
         if self._scheduler.timesteps is None:
             return
-        raw = torch.as_tensor(self._scheduler.timesteps)
+        raw = timestep_values(self._scheduler)
+        assert raw is not None
         made: tuple[Callable[[], Tensor], ...] = (
             lambda: raw,
             lambda: raw.to(self._dtype) / 1000,

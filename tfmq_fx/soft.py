@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ def with_float_inputs(layer: QuantLayer) -> QuantLayer:
 
 
 def learn(
-    forward: nn.Module,
+    forward: Callable[..., Any],
     layers: list[SoftLayer],
     batches: Sequence[Batch],
     *,

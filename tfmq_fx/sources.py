@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import ConfigError
+from .inference import ordinary
 from .module_json import module_json, owner_of, tensors_of
 
 _BASE = "base_layer"  # how adapters call the layer that they wrap
@@ -141,10 +142,10 @@ def _place(gm: fx.GraphModule, name: str, value: Tensor, made: dict[int, Tensor]
     device = _device(gm)
     if leaf in owner._parameters:
         if id(value) not in made:
-            made[id(value)] = nn.Parameter(value.detach().to(device), value.requires_grad)
+            made[id(value)] = nn.Parameter(ordinary(value).to(device), value.requires_grad)
         owner._parameters[leaf] = made[id(value)]  # type: ignore[assignment]
     else:
-        owner._buffers[leaf] = value.to(device)
+        owner._buffers[leaf] = (ordinary(value) if value.is_inference() else value).to(device)
 
 
 def _device(gm: fx.GraphModule) -> torch.device:

@@ -18,6 +18,7 @@ from .observers import Ranges
 from .packing import packed_size
 from .passes.quantize_layers import quantize_layers
 from .passes.reconstruct_tib import reconstruct_tib, relative_errors
+from .regions import at_timesteps
 from .selection import TABLE, TIB, Candidate, cache_name, select
 from .tables import cache_error
 
@@ -81,7 +82,7 @@ def choose_temporal(
             options[name][TABLE] = Candidate(0.0, row.nbytes)
     if spec.mode in ("select", "cache"):
         for name, row in zip(names, rows, strict=True):
-            flat = row.flatten(1)
+            flat = row.reshape(len(row), -1)
             for bits in spec.cache_bits:
                 error = float((cache_error(flat, bits) * share).sum())
                 scales = 2 * 4 * len(flat)  # a float32 scale and zero point for each row
@@ -113,7 +114,7 @@ def choose_temporal(
             result.passes.append(learnt)
             quantized = learnt.gm
         with torch.no_grad():
-            features = quantized(as_input(quantized, timesteps))
+            features = at_timesteps(quantized, as_input(quantized, timesteps))
         errors = relative_errors(features, rows) @ share
         for name, error in zip(names, errors.tolist(), strict=True):
             options[name][TIB] = Candidate(error, 0)

@@ -16,6 +16,7 @@ from .culprits import Culprit, Measure, find_culprits
 from .drawn_inputs import Draw, Example, batches, draw_examples, join, rows_of
 from .errors import ConfigError
 from .feature_errors import FeatureError, feature_errors
+from .inference import outside_inference_mode
 from .modules import Compiled, Converted
 from .nn import QuantLayer
 from .noise import decibels, energies, pooled
@@ -33,6 +34,7 @@ _SITES, _FIXES = 64, 16  # examples that layers and fixes are measured on
 _BATCH = 8  # examples at once, there
 
 
+@outside_inference_mode
 def verify(
     reference: nn.Module,
     model: Converted | Compiled,
