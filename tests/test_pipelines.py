@@ -13,7 +13,6 @@ from tfmq_fx.pipelines import (
     forward_parameters,
     named_inputs,
     takes_batch_size,
-    timestep_values,
     with_denoiser,
 )
 
@@ -106,22 +105,6 @@ def test_the_timestep_is_found_by_name_or_by_form(inputs, name, expected):
 def test_candidates_in_doubt_are_listed(inputs, name, message):
     with pytest.raises(ConfigError, match=message):
         find_timestep(inputs, name)
-
-
-def test_finite_sets():
-    assert timestep_values(None) is None
-    assert timestep_values(3).tolist() == [0, 1, 2]
-    assert timestep_values(0).tolist() == timestep_values(-1).tolist() == []
-    assert timestep_values([5, 1]).tolist() == [5, 1]  # order and duplicates are judged elsewhere
-    assert timestep_values((0.5,)).dtype == torch.float32
-    scheduler = types.SimpleNamespace(timesteps=torch.tensor([9, 4]))
-    assert timestep_values(scheduler) is scheduler.timesteps
-
-
-@pytest.mark.parametrize("value", [True, "abc", object(), ["a"], {}, {1, 2}])
-def test_what_is_no_finite_set_is_refused(value):
-    with pytest.raises(ConfigError, match="timesteps must be a number"):
-        timestep_values(value)
 
 
 class Pipeline:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CaptureError, ConfigError
-from .signature import BATCH, Argument, CallSpec, Input
+from .signature import BATCH, Argument, CallSpec, Input, plain_number
 from .structure import Const, Leaf, Structure, outline, per_sample
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_cond", "noise_level")
@@ -146,7 +146,7 @@ def _sample(paths: list[str], values: list[Any], timestep: int) -> int | None:
 def _batched(values: list[Any], timestep: int, sample: int | None, free: bool) -> list[Tensor]:
     """The example's tensors, a batch of one made two (torch fixes sizes of one), and the timestep
     made a tensor (batch,)."""
-    t = values[timestep]
+    t = plain_number(values[timestep])
     if isinstance(t, bool) or not isinstance(t, (int, float, Tensor)):
         raise ConfigError(f"the timestep must be a number or a tensor, got {type(t).__name__}")
     if not isinstance(t, Tensor):

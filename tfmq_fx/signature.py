@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -295,10 +296,20 @@ def _check_tensor(spec: Input, value: Any, sizes: dict[str, int]) -> None:
             )
 
 
+def plain_number(value: Any) -> Any:
+    """A number of numpy, or an array of numbers, as torch takes it; all else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.tensor(np.ascontiguousarray(value)) if value.ndim else value.item()
+    return value
+
+
 def _timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) -> Tensor:
     """The timestep as (batch,) of the captured dtype."""
     size = spec.shape[0]
     integral = not spec.dtype.is_floating_point
+    value = plain_number(value)
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.ndim > 1:
             raise InputError(

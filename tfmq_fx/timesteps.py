@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
@@ -47,7 +47,7 @@ def timestep_values(timesteps: Any) -> Tensor | None:
         raise ConfigError(f"{_WHAT}; got the number {found}. The set of it alone is [{found}]")
     if isinstance(found, Tensor):
         return found.detach()
-    if isinstance(found, (str, bytes, Mapping, type)) or not _is_many(found):
+    if isinstance(found, (str, bytes, Mapping, Set, type)) or not _is_many(found):
         raise ConfigError(f"{_WHAT}; got {_described(timesteps)}")
     if not isinstance(found, np.ndarray) and hasattr(found, "__array__"):
         found = np.asarray(found)
@@ -57,10 +57,12 @@ def timestep_values(timesteps: Any) -> Tensor | None:
 
 
 def _first(count: int) -> Tensor:
-    if not 1 <= count <= _MOST:
+    if count < 1:
+        raise ConfigError(f"timesteps are empty: {count} is to be their number, at least 1")
+    if count > _MOST:
         raise ConfigError(
-            f"timesteps={count} means a set of {count} timesteps, 0 to {count - 1}; give 1 to "
-            f"{_MOST}, or timesteps=[{count}] for that one alone"
+            f"timesteps={count} means a set of {count} timesteps, 0 to {count - 1}; give at "
+            f"most {_MOST}, or timesteps=[{count}] for that one alone"
         )
     return torch.arange(count)
 
@@ -96,7 +98,7 @@ def _number(value: Any) -> int | float:
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, Decimal)):
-        raise ConfigError(f"timesteps must be numbers, got {_described(value)} among them")
+        raise ConfigError(f"{_WHAT}; got {_described(value)} among them")
     if not isinstance(value, Integral):
         try:
             return float(value)
