@@ -93,9 +93,9 @@ def test_the_default_dtype_rounds_nothing(dtype):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (True, "truth value True"),
-        (np.bool_(False), "truth value False"),
-        (torch.tensor(True), "truth value True"),
+        (True, "not a bool; got True"),
+        (np.bool_(False), "not a bool; got False"),
+        (torch.tensor(True), "not a bool; got True"),
         ([1, True], "a bool among them"),
         (np.array([True, False]), "a bool"),
         (500.0, r"The set of it alone is \[500.0\]"),

@@ -40,7 +40,7 @@ def timestep_values(timesteps: Any) -> Tensor | None:
     if isinstance(found, (np.ndarray, Tensor)) and found.ndim == 0:
         found = found.item()
     if isinstance(found, (bool, np.bool_)):
-        raise ConfigError(f"{_WHAT}; got the truth value {found}")
+        raise ConfigError(f"{_WHAT}, not a bool; got {found}")
     if isinstance(found, Integral):
         return _first(int(found))
     if isinstance(found, (Real, Decimal)):
