@@ -54,6 +54,48 @@ def test_every_element_counts(dtype):
         assert not found.matches(other), i
 
 
+def test_the_order_of_elements_counts():
+    """Whole channels that change places, or values that cancel: a plain sum sees neither."""
+    value = values((20, 10, 3, 3), torch.float32)
+    found = Fingerprint.of(value)
+    for other in (value.flip(0), value.flip(1), value.roll(1, 0), value.transpose(2, 3)):
+        assert not found.matches(other.contiguous())
+    swapped = value.clone()
+    swapped[[7, 8]] = value[[8, 7]]  # no element of the sample
+    assert not found.matches(swapped)
+    words = torch.arange(1 << 17)  # more than one run
+    found = Fingerprint.of(words)
+    for moves in ({11: 1, 12: -1}, {11: 1, 12: -2, 13: 1}, {70_001: 5, 4_001: -5}):
+        other = words.clone()
+        for place, by in moves.items():
+            other[place] += by
+        assert not found.matches(other), moves
+    shifted = words.clone()
+    shifted[100:200], shifted[65_636:65_736] = words[65_636:65_736], words[100:200]
+    assert not found.matches(shifted)  # at the same places of two runs
+    assert found.matches(words.clone())
+
+
+def test_bytes_beyond_the_last_word_count_in_order():
+    value = torch.arange(11, dtype=torch.uint8)
+    found = Fingerprint.of(value)
+    for other in (value[[*range(8), 9, 8, 10]], value[[*range(8), 8, 9, 9]]):
+        assert not found.matches(other)
+
+
+def test_what_earlier_versions_saved_is_read():
+    value = values((5, 7), torch.float32)
+    data = Fingerprint.of(value).to_dict()
+    words = value.flatten()[:34].view(torch.int64).sum() + value.flatten()[34:].view(
+        torch.uint8
+    ).sum()
+    del data["digest"]
+    old = Fingerprint.from_dict({**data, "checksum": int(words)}, "w")
+    assert old.matches(value) and not old.matches(value + 1)
+    again = Fingerprint.from_dict(json.loads(json.dumps(old.to_dict())), "w")
+    assert again.matches(value) and not again.matches(value + 1)
+
+
 def test_the_memory_layout_does_not_count():
     value = values((20, 10, 3, 3), torch.float32)
     found = Fingerprint.of(value)

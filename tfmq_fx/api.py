@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import artifact, backends
 from .backends.auto import compile_fastest, example_inputs
+from .behaviour import behaviour
 from .bit_plan import BitPlan
 from .bound import Bound
 from .calibration import (
@@ -94,6 +95,7 @@ def prepare(
     if values is not None and values.is_floating_point():
         inputs[name] = torch.as_tensor(inputs[name]).float()
     captured = capture(model, inputs, timestep=name, dynamic=dynamic)
+    behaves = behaviour(model)
     dtype = inputs[name].dtype if isinstance(inputs[name], Tensor) else None
     return observed(
         captured.gm,
@@ -108,6 +110,7 @@ def prepare(
             "guards": [f"{g.text} is {g.holds} ({g.source})" for g in captured.call.guards],
             "notes": list(captured.notes),
         },
+        behaves=behaves,
     )
 
 

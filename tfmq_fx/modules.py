@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
+from .behaviour import Behaviour
 from .bit_plan import BitPlan
 from .config import Config, LayerConfig
 from .dialect import stage_of
@@ -231,6 +232,7 @@ class Prepared(GraphModel):
 
     observed: the graph with observers, which runs.  gm: the captured graph, which `convert` takes.
     unmerged: the graph as it was captured, each repetition in its place; left out, `gm`.
+    behaviour: how the source's modules behaved when it was captured.
     """
 
     def __init__(
@@ -245,6 +247,7 @@ class Prepared(GraphModel):
         source: nn.Module,
         model_config: Any = None,
         unmerged: fx.GraphModule | None = None,
+        behaviour: Behaviour | None = None,
     ) -> None:
         super().__init__(captured, call, model_config)
         self.observed = observed
@@ -253,6 +256,7 @@ class Prepared(GraphModel):
         # A tuple keeps modules out of this one's submodules and state_dict.
         self._source = (source,)
         self._unmerged = (captured if unmerged is None else unmerged,)
+        self.behaviour = behaviour or {}
 
     @property
     def source(self) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
+from .behaviour import Behaviour, differences, explained, portable, restored
 from .call_json import call_from_json
 from .config import LayerConfig, from_dict, to_dict
 from .errors import ArtifactError, ConfigError
@@ -57,6 +58,7 @@ class Origin:
     merged: layers that capture found equal to others.  calibrated: whether the conversion read its
     calibration; that may be gone all the same, with a save that left it out.
     scales: buffers of the graph over `timesteps`, where the model is over other ones by now.
+    behaviour: of the source's modules when they were captured.
     """
 
     graph: str
@@ -73,12 +75,13 @@ class Origin:
     calibrated: bool
     calibration: Calibration | None
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    behaviour: Behaviour = field(default_factory=dict)
 
     def captured(self, source: nn.Module) -> fx.GraphModule:
         """The captured graph on the weights of `source`, whose memory it shares.
 
-        Raises ConfigError, naming what differs, where `source` is another model or has adapters
-        that are not fused into its weights.
+        Raises ConfigError, naming what differs, where `source` is another model, behaves otherwise
+        than when it was captured, or has adapters that are not fused into its weights.
         """
         if not isinstance(source, nn.Module):
             raise ConfigError(f"the source must be a torch.nn.Module, got {type(source).__name__}")
@@ -94,10 +97,16 @@ class Origin:
         gm = from_json(graph)
         fill(gm, source, self.constants)
         check_same_model(graph["modules"], source, known=self.parameters, tied=self.ties)
+        if different := differences(self.behaviour, source):
+            raise ConfigError(
+                f"this {type(source).__name__} behaves otherwise than the one that was captured: "
+                f"{explained(different)}. Prepare and convert it anew, or set it back."
+            )
         return gm
 
     def changed(self, source: nn.Module) -> list[str]:
-        """Names of the tensors of `source` that are not what the model was made from, or gone."""
+        """Names of the tensors and attributes of `source` that are not what the model was made
+        from, or gone."""
         names = []
         for name, fingerprint in self.fingerprints.items():
             try:
@@ -106,7 +115,7 @@ class Origin:
                 value = None
             if value is None or not fingerprint.matches(value):
                 names.append(name)
-        return names
+        return names + list(differences(self.behaviour, source))
 
     def portable(self) -> Origin:
         """Without what only lives in this process."""
@@ -129,6 +138,7 @@ class Origin:
             "ties": [list(names) for names in self.ties],
             "merged": dict(self.merged),
             "calibrated": self.calibrated,
+            "behaviour": portable(self.behaviour),
         }
         tensors = {_CONSTANT + name: value for name, value in self.constants.items()}
         tensors |= {_SCALES + name: value for name, value in self.scales.items()}
@@ -151,7 +161,7 @@ class Origin:
     ) -> Self:
         """What `to_parts` gave. Raises ArtifactError where it is damaged.  outputs: see
         `call_json.call_from_json`."""
-        keys(data, "origin", _FIELDS, "samples")
+        keys(data, "origin", _FIELDS, "samples behaviour")
         typed(data, "origin", graph=str, obstacle=str, visits=list, calibrated=bool, complex=list)
         typed(data, "origin", overrides=dict, fingerprints=dict, merged=dict, timesteps=list | None)
         typed(data, "origin", parameters=list, ties=list)
@@ -179,6 +189,7 @@ class Origin:
                 calibrated=data["calibrated"],
                 calibration=_calibration(data["samples"], tensors) if "samples" in data else None,
                 scales=_under(tensors, _SCALES),
+                behaviour=restored(data.get("behaviour", {}), "origin.behaviour"),
             )
         except ArtifactError:
             raise

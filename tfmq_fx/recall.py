@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from .behaviour import Behaviour
 from .config import Config, LayerConfig
 from .errors import CalibrationError
 from .graph import timestep_node
@@ -29,10 +30,12 @@ def observed(
     source: nn.Module,
     timesteps: Tensor | None,
     facts: Mapping[str, Any],
+    behaves: Behaviour,
 ) -> Prepared:
     """A captured graph without its repetitions, with observers, that has seen nothing yet.
 
     timesteps: the finite set (K,) if it is known, sorted keys.  facts: what to report of capturing.
+    behaves: how the source did when it was captured.
     Raises ConfigError for weights that hold NaN and overrides that match nothing.
     """
     merged = merge_duplicates(captured)
@@ -58,6 +61,7 @@ def observed(
         source=source,
         model_config=getattr(source, "config", None),
         unmerged=captured,
+        behaviour=behaves,
     )
 
 
@@ -89,9 +93,10 @@ def remember(
         merged=prepared.gm.meta.get("capture", {}).get("merged", {}),
         calibrated=calibrated,
         calibration=calibration,
+        behaviour=prepared.behaviour,
         **described,
     )
-    return origin, SourceWatch(prepared.source, origin.fingerprints, held)
+    return origin, SourceWatch(prepared.source, origin.fingerprints, held, origin.behaviour)
 
 
 def recall(origin: Origin, recipe: Config, source: nn.Module, facts: Mapping[str, Any]) -> Prepared:
@@ -116,6 +121,7 @@ def recall(origin: Origin, recipe: Config, source: nn.Module, facts: Mapping[str
         source=source,
         timesteps=origin.timesteps,
         facts=facts,
+        behaves=origin.behaviour,
     )
     rows: Rows = {}
     if calibration is not None:

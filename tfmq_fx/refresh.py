@@ -87,7 +87,8 @@ def refresh(
 
 @outside_inference_mode
 def check_source(model: Converted | Compiled, source: nn.Module) -> list[str]:
-    """Names of the tensors of `source` that are not what `model` was made from, or that it lacks.
+    """Names of the tensors of `source` that are not what `model` was made from, or that it lacks,
+    and of attributes of its modules ("to_q.scaling") that are set otherwise.
 
     All elements count; in another dtype than before, some.  Layers that an adapter wraps and is not
     fused into count as changed.  Raises ConfigError where the model does not remember its origin.
@@ -153,7 +154,8 @@ def _retimed(made: Converted, values: Tensor, source: nn.Module | None) -> Conve
     if source is not None:
         captured = origin.captured(source)
         rows = _rows(captured, values, {n.meta.get(FEATURE) for n in made.gm.graph.nodes})
-        watch = watch or SourceWatch(source, origin.fingerprints, tensors_of(captured))
+        held = tensors_of(captured)
+        watch = watch or SourceWatch(source, origin.fingerprints, held, origin.behaviour)
     scales = origin.scales or _scales(made.gm)
     calibrated = (origin.timesteps, scales)
     done = change_timesteps(made.gm, timesteps=values, rows=rows, calibrated=calibrated)

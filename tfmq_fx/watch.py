@@ -1,4 +1,4 @@
-"""Notices that the model a graph was made from has got other weights since."""
+"""Notices that the model a graph was made from has got other weights, or behaves otherwise, since."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .behaviour import Behaviour, Pose, differences, explained
 from .errors import StaleError
 from .fingerprints import Fingerprint, bits
 from .sources import UnfusedAdapter, place_of, shown, tensor_at
@@ -18,16 +19,18 @@ _data_ptr: Any = Tensor.data_ptr
 
 
 class SourceWatch:
-    """Watches the tensors of `source` that a graph was made from, without keeping them alive.
+    """Watches the model that a graph was made from, without keeping it alive.
 
-    fingerprints: of each, by name; of them, parameters and buffers are watched.  held: the graph's
-    own, which are trusted to be the source's where they lie in the same memory.
+    fingerprints: of each tensor, by name; of them, parameters and buffers are watched.  held: the
+    graph's own, which are trusted to be the source's where they lie in the same memory.
+    behaviour: of its modules when it was captured.
 
     A check reads where each tensor lies, how often it was written to and, on the CPU, 8 elements of
     it (which alone tell of `p.data += delta`): 0.3 us a tensor, 2 where no cache holds any of it.
     Where anything moved, tensors are compared with their fingerprints, all elements of them; a move
     to another device or dtype is no change.  Memory of tensors that moved away is released by the
-    check that notices, or with the source.
+    check that notices, or with the source.  Settings of modules are read as they are at every
+    check; what a function or hook does, where they are others than before.
     """
 
     def __init__(
@@ -35,8 +38,10 @@ class SourceWatch:
         source: nn.Module,
         fingerprints: Mapping[str, Fingerprint],
         held: Mapping[str, Tensor],
+        behaviour: Behaviour | None = None,
     ) -> None:
         self._kind = type(source).__name__
+        self._behaviour, self._pose = behaviour or {}, list[Pose]()
         seen = self._seen = list[Sighting]()  # the last one that was fine
         self._source = weakref.ref(source, lambda _: seen.clear())
         plain = {
@@ -63,11 +68,12 @@ class SourceWatch:
         if source is None:
             return
         last = self._seen[0] if self._seen else None
-        if last is None or not last.stands(source):
+        posed = bool(self._pose) and self._pose[0].stands(source)
+        if last is None or not (posed and last.stands(source)):
             self._look(source, last)
 
     def check_contents(self) -> None:
-        """`check`, with every element of every tensor read."""
+        """`check`, with every element of every tensor read, and everything of the modules."""
         if (source := self._source()) is not None:
             self._look(source, None)
 
@@ -106,18 +112,31 @@ class SourceWatch:
     def _look(self, source: nn.Module, last: Sighting | None) -> None:
         """Compare what moved since `last`, or everything; note where all of it is now."""
         found, changed = self._compare(source, last)
+        different = differences(self._behaviour, source)
         if changed:
             note = ""
             try:
                 tensor_at(source, changed[0])
             except UnfusedAdapter as error:
                 note = f" ({error})"
+            if different:
+                note += f", and behaves otherwise: {explained(different)}"
+            remedy = "Make the model anew with tfmq_fx.refresh(model, source)"
+            if different:
+                remedy = "Prepare and convert it anew"
             raise StaleError(
                 f"the {self._kind} that this model was made from has other weights since: "
-                f"{shown(changed)}{note}. Make the model anew with tfmq_fx.refresh(model, source), "
+                f"{shown(changed)}{note}. {remedy}, "
                 "or call model.forget_source() to go on with the weights of before."
             )
+        if different:
+            raise StaleError(
+                f"the {self._kind} that this model was made from behaves otherwise since: "
+                f"{explained(different)}. Prepare and convert it anew, set it back, or call "
+                "model.forget_source() to go on with what it was."
+            )
         self._seen[:] = [Sighting(source, found)]
+        self._pose[:] = [Pose(self._behaviour, source)]
 
     def _compare(
         self, source: nn.Module, last: Sighting | None
