@@ -112,7 +112,7 @@ def test_a_change_is_refused_by_name_at_each_call(source, folded, change, tmp_pa
         assert f"behaves otherwise since: {name} was " in str(caught.value)
         assert "Prepare and convert it anew, set it back, or call" in str(caught.value)
     assert check_source(folded, source) == [name]
-    with pytest.raises(ConfigError, match="behaves otherwise than the one that|another model"):
+    with pytest.raises(ConfigError, match=r"behaves otherwise than the one that|another model"):
         refresh(folded, source)
     folded.forget_source()  # what the message says
     folded(X, T)
@@ -121,7 +121,7 @@ def test_a_change_is_refused_by_name_at_each_call(source, folded, change, tmp_pa
 def test_what_is_set_back_is_fine(source, folded):
     expected = folded(X, T)
     source.first.gain = 3.0
-    with pytest.raises(StaleError, match="first.gain was 0.5, is 3.0"):
+    with pytest.raises(StaleError, match=r"first.gain was 0.5, is 3.0"):
         folded(X, T)
     source.first.gain = 0.5
     assert torch.equal(folded(X, T), expected)
@@ -138,7 +138,7 @@ def test_a_change_between_capture_and_conversion_is_noticed(source):
     prepared = prepare(source, (X, T), timesteps=3, config="fp")
     source.first.gain = 2.0
     model = fold_timesteps(source, 3, (X, T))
-    with pytest.raises(StaleError, match="first.gain was 0.5, is 2.0"):
+    with pytest.raises(StaleError, match=r"first.gain was 0.5, is 2.0"):
         convert(prepared, progress=False)(X, T)
     with torch.no_grad():  # the remedy
         assert torch.allclose(model(X, T), source(X, T))
@@ -153,12 +153,12 @@ def test_functions_are_told_apart_by_what_they_do(source):
     source.first.shape_of = scaled(2.0)
     model(X, T)
     source.first.shape_of = scaled(3.0)
-    with pytest.raises(StaleError, match="first.shape_of"):
+    with pytest.raises(StaleError, match=r"first.shape_of"):
         model(X, T)
     source.first.shape_of = functools.partial(torch.mul, other=2.0)
     half = fold_timesteps(source, 3, (X, T))
     source.first.shape_of = functools.partial(torch.mul, other=0.5)
-    with pytest.raises(StaleError, match="first.shape_of"):
+    with pytest.raises(StaleError, match=r"first.shape_of"):
         half(X, T)
 
 
@@ -234,7 +234,7 @@ def test_what_is_recorded_is_json_and_survives_saving(source, folded, tmp_path):
     assert check_source(loaded, source) == []
     source.first.gain = 0.75
     assert check_source(loaded, source) == ["first.gain"]
-    with pytest.raises(ConfigError, match="first.gain was 0.5, is 0.75"):
+    with pytest.raises(ConfigError, match=r"first.gain was 0.5, is 0.75"):
         refresh(loaded, source)
 
 
@@ -255,7 +255,6 @@ def test_pipelines_and_diffusers_own_state_are_no_change():
     names = ("hidden_states", "timestep", "class_labels")
     call = dict(zip(names, inputs, strict=True))
 
-
     for act in (
         lambda: source(**call),
         lambda: DiTPipeline(source, None, DDIMScheduler()),
@@ -267,11 +266,11 @@ def test_pipelines_and_diffusers_own_state_are_no_change():
         model(**call)
         model.watch.check_contents()
     source.train()  # where its class labels are dropped at random
-    with pytest.raises(StaleError, match="class_embedder.training was False, is True"):
+    with pytest.raises(StaleError, match=r"class_embedder.training was False, is True"):
         model(**call)
     source.eval()
     source.register_to_config(norm_eps=1.0)
-    with pytest.raises(StaleError, match="_internal_dict"):
+    with pytest.raises(StaleError, match=r"_internal_dict"):
         model(**call)
 
 

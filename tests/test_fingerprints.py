@@ -86,9 +86,9 @@ def test_bytes_beyond_the_last_word_count_in_order():
 def test_what_earlier_versions_saved_is_read():
     value = values((5, 7), torch.float32)
     data = Fingerprint.of(value).to_dict()
-    words = value.flatten()[:34].view(torch.int64).sum() + value.flatten()[34:].view(
-        torch.uint8
-    ).sum()
+    words = (
+        value.flatten()[:34].view(torch.int64).sum() + value.flatten()[34:].view(torch.uint8).sum()
+    )
     del data["digest"]
     old = Fingerprint.from_dict({**data, "checksum": int(words)}, "w")
     assert old.matches(value) and not old.matches(value + 1)

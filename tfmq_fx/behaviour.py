@@ -1,4 +1,4 @@
-"""What a model computes besides its tensors' content: attributes, forwards and hooks of its modules.
+"""What a model computes besides its tensors: settings, forwards and hooks of its modules.
 
 A graph holds all of this as it was at capture (the scale of an adapter, an epsilon), so a change of
 it in the model is a change of the model.
@@ -11,6 +11,7 @@ import dis
 import enum
 import functools
 import hashlib
+import itertools
 import math
 import types
 from collections.abc import Mapping
@@ -24,6 +25,11 @@ from .errors import ArtifactError
 Behaviour = Mapping[str, Mapping[str, Any]]
 """JSON-ready: module path -> attribute -> what tells its value from another."""
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _CLASS, _FORWARD, _HOOKS, _TRAINING = "(class)", "(forward)", "(hooks)", "training"
 _OWN = frozenset(vars(nn.Module()))  # what every module has
 _MISSING, _OPAQUE = object(), object()
@@ -32,18 +38,18 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _MANY, _DEEP = 256, 4  # entries of a container and nesting that are looked at
 _BASE = "base_layer"  # how adapters call the layer that they wrap
 # What changes no value: where activations are kept, and what libraries note of their own.
-_IDLE = frozenset(
+_IDLE = _words(
     """inplace gradient_checkpointing _gradient_checkpointing_func _is_hf_initialized
     _hf_hook _old_forward _diffusers_hook _hf_peft_config_loaded peft_config _name_or_path
-    sample_size""".split()
+    sample_size"""
 )
 # Hooks of accelerate and diffusers that only say where weights lie.
-_PLACING = frozenset(
+_PLACING = _words(
     """AlignDevicesHook CpuOffload UserCpuOffloadHook SequentialHook GroupOffloadingHook
-    LazyPrefetchGroupOffloadingHook LayerExecutionTrackerHook""".split()
+    LazyPrefetchGroupOffloadingHook LayerExecutionTrackerHook"""
 )
-_MUTATORS = frozenset(
-    "append appendleft extend insert add update setdefault pop popleft remove clear".split()
+_MUTATORS = _words(
+    """append appendleft extend insert add update setdefault pop popleft remove clear"""
 )
 
 
@@ -144,7 +150,8 @@ class Pose:
 
 def _module(module: nn.Module) -> dict[str, Any]:
     """The behaviour of one module."""
-    kind, state = type(module), vars(module)
+    kind: Any = type(module)
+    state = vars(module)
     entry: dict[str, Any] = {_CLASS: _name(kind)}
     forward = kind.forward if _is_placed(state) else state.get("forward", kind.forward)
     entry[_FORWARD] = _token(forward)
@@ -243,13 +250,14 @@ def restored(data: Any, where: str) -> Behaviour:
 def _object(value: Any, depth: int) -> dict[str, Any]:
     """The class of an object that is no module (an attention processor), and its plain settings."""
     state = getattr(value, "__dict__", {})
-    written = _written(type(value), "__call__")
+    kind: Any = type(value)
+    written = _written(kind, "__call__")
     settings = {
         repr(name): _token(v, depth + 1)
         for name, v in state.items()
         if name not in written and name not in _IDLE and _is_simple(v)
     }
-    return {"class": _name(type(value)), **settings}
+    return {"class": _name(kind), **settings}
 
 
 def _filled(cell: Any) -> bool:
@@ -259,9 +267,9 @@ def _filled(cell: Any) -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _written(kind: type, entry: str) -> frozenset[str]:
-    """Attributes of its own that a class writes or fills when `entry` runs: its state, no setting."""
+    """Attributes that a class writes or fills itself when `entry` runs: state, no settings."""
     found, seen, todo = set[str](), set[str](), [entry]
     while todo:
         name = todo.pop()
@@ -274,7 +282,7 @@ def _written(kind: type, entry: str) -> frozenset[str]:
         todo += [other for other in code.co_names if other not in seen]
         owner = code.co_varnames[0] if code.co_argcount else ""
         steps = list(dis.get_instructions(code))
-        for before, step in zip(steps, steps[1:], strict=False):
+        for before, step in itertools.pairwise(steps):
             if step.opname == "STORE_ATTR" and (
                 before.opname == "SWAP" or owner in before.argrepr.split(", ")
             ):
@@ -284,7 +292,7 @@ def _written(kind: type, entry: str) -> frozenset[str]:
     return frozenset(found)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _class_settings(kind: type) -> tuple[str, ...]:
     """Plain attributes that instances have from their class, and may shadow."""
     classes = [each for each in kind.__mro__ if not issubclass(nn.Module, each)]
@@ -296,7 +304,7 @@ def _class_settings(kind: type) -> tuple[str, ...]:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _reads_training(kind: type) -> bool:
     """Whether the code of a class asks for its training mode."""
     classes = [each for each in kind.__mro__ if not issubclass(nn.Module, each)]
@@ -310,7 +318,8 @@ def _code_of(function: Any) -> types.CodeType | None:
 
 def _depends_on_training(module: nn.Module) -> bool:
     idle = isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
-    return not idle and _reads_training(type(module))
+    kind: Any = type(module)
+    return not idle and _reads_training(kind)
 
 
 def _is_placed(state: Mapping[str, Any]) -> bool:
@@ -362,4 +371,3 @@ def _name(kind: type) -> str:
 def _short(value: Any) -> str:
     text = "gone" if value is None else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
-

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from .behaviour import Behaviour
 from .bit_plan import BitPlan
+from .casts import cast_obstacle
 from .config import Config, LayerConfig
 from .dialect import stage_of
 from .errors import ConfigError, InputError
@@ -189,6 +190,8 @@ class GraphModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = (self.device, self.dtype)
         probe = fn(torch.empty(0, dtype=before[1], device=before[0]))
+        if probe.dtype != before[1]:
+            self._check_cast(before[1], probe.dtype)
         exact = {n: b for n, b in self.gm.named_buffers(recurse=False) if n.startswith(_EXACT)}
         super()._apply(fn, recurse)
         for name, value in exact.items():  # .half() must touch neither keys nor scales
@@ -199,6 +202,20 @@ class GraphModel(nn.Module):
             if (keys := self.timesteps) is not None:
                 self.gm.meta["timesteps"] = keys.to(probe.device)
         return self
+
+    def _check_cast(self, old: torch.dtype, new: torch.dtype) -> None:
+        """Raise ConfigError where the graph cannot be what the model would be in another dtype."""
+        origin = getattr(self, "origin", None)
+        beside: set[str] = set()
+        if isinstance(origin, Origin):
+            beside = {*origin.fingerprints, *origin.constants} - set(origin.parameters)
+        if reason := cast_obstacle(self.gm, old, beside):
+            raise ConfigError(
+                f"this model was captured in {old} and cannot be cast to {new}: {reason}, and a "
+                f"graph does not tell whether the model itself would in {new}. Cast the model and "
+                f"capture it again: model.to({new}), then prepare(), fold_timesteps() or "
+                "bind_request() with inputs of that dtype."
+            )
 
 
 def retarget(

@@ -1,4 +1,4 @@
-"""Notices that the model a graph was made from has got other weights, or behaves otherwise, since."""
+"""Notices that the model a graph was made from has other weights or behaves otherwise since."""
 
 from __future__ import annotations
 
