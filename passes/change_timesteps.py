@@ -47,12 +47,14 @@ def change_timesteps(
     old = _keys(gm, tables)
     new = check_timesteps(timesteps, timestep_node(gm).meta["val"].dtype).to(old.device)
     features = [name for node in (*tables, *caches) for name, _ in _features(node)]
+    # the part of a graph that only hands rows on does not say which features they hold
+    computed = [node for node in tables if _buffer(node, 0).startswith(TABLE)] + caches
     kept = int((timestep_index(old, new) >= 0).sum())
     details: dict[str, Any] = {"timesteps": len(new), "kept": kept, "interpolated": 0}
     details["features"] = features
     if rows is None and calibrated is None and torch.equal(old, new):
         return Rewrite(gm, 0, [], details)
-    _check_rows(features, rows, new, missing=len(new) - kept)
+    _check_rows(features or ["the temporal block"] * bool(computed), rows, new, missing=len(new) - kept)
     known, measured = calibrated or (old, {})
     for node in tables:
         name = _buffer(node, 0)
