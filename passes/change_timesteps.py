@@ -54,7 +54,9 @@ def change_timesteps(
     details["features"] = features
     if rows is None and calibrated is None and torch.equal(old, new):
         return Rewrite(gm, 0, [], details)
-    _check_rows(features or ["the temporal block"] * bool(computed), rows, new, missing=len(new) - kept)
+    _check_rows(
+        features or ["the temporal block"] * bool(computed), rows, new, missing=len(new) - kept
+    )
     known, measured = calibrated or (old, {})
     for node in tables:
         name = _buffer(node, 0)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
+from tests.adapters import Denoiser
 from tests.bound.toys import STEPS, TC, C, T, bound, captured, check, computed, draw, of
+from tests.toys import seeded
 from tfmq_fx import (
+    PRESETS,
     InputError,
     bind_request,
+    calibrate,
+    convert,
+    fold_timesteps,
+    prepare,
+    refresh,
 )
 from tfmq_fx import prologue as prologue_module
 
@@ -170,3 +179,32 @@ def test_setting_the_schedule_computes_at_once() -> None:
     assert computed(found) == {T: 1 + len(STEPS), TC: 1 + len(STEPS), C: 1}
     check(found, draw(t=0))
     assert computed(found)[TC] == 1 + len(STEPS)
+
+
+@pytest.mark.parametrize("recipe", ["fp", "w8a8-dynamic", "cache"])
+def test_rows_whose_weights_are_gone_answer_no_other_timestep(recipe: str) -> None:
+    """What a table lacks is refused, whatever part of the graph holds the table by now."""
+    source = seeded(Denoiser).eval()
+    x, steps = torch.randn(2, 4), [999.0, 500.0, 20.0, 1.0]
+    temporal = dataclasses.replace(PRESETS["w8a8-dynamic"].temporal, mode="cache")
+    config = dataclasses.replace(PRESETS["w8a8-dynamic"], temporal=temporal)
+    example = (x, torch.tensor(steps[:2]))
+    prepared = prepare(
+        source, example, timesteps=steps, config=config if recipe == "cache" else recipe
+    )
+    model = convert(calibrate(prepared, [example], progress=False), progress=False)
+    found = bind_request(model, steps)
+    for step in (500.5, 19.0, 1000.0):
+        t = torch.full((2,), step)
+        with pytest.raises(InputError, match=rf"t: {step}: .* never interpolated.*refresh\(mod"):
+            found(x, t)
+        with pytest.raises(InputError, match="never interpolated"):
+            found.set_timesteps([*steps, step])
+        found(x, torch.full((2,), 500.0))  # and stays as it was
+    made = refresh(found, source, timesteps=[*steps, 500.5])  # what the message says to do
+    t = torch.full((2,), 500.5)
+    exact = fold_timesteps(source, [500.5], example)(x, t)
+    if recipe == "fp":
+        assert torch.equal(made(x, t), exact)
+    else:
+        assert (made(x, t) - exact).norm() <= 0.03 * exact.norm()  # 30 dB: of 8-bit codes
