@@ -266,6 +266,8 @@ def test_an_origin_that_was_altered_is_refused(model, tmp_path, name):
         lambda d: d.update(samples=[[0, 9]]),
         lambda d: d.update(complex=["nowhere"]),
         lambda d: d.update(novelty=1),
+        lambda d: d.update(behaviour={"a": 1}),
+        lambda d: d.update(behaviour={"": {}}),
     ],
 )
 def test_damaged_parts_are_refused(model, change):
