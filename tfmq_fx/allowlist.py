@@ -54,16 +54,21 @@ _TORCH_PYTHON = _words(
 )
 # By bare name, for functions, methods and operators alike.
 _REFUSED = re.compile(
-    r"from_file|from_numpy|frombuffer|from_blob|resize.*|set|set_data|rename|refine_names|names"
-    r"|requires_grad|share_memory|apply|map2?|record_stream|as_subclass|module_load|numpy|data_ptr"
-    r"|storage|untyped_storage|to_dlpack|backward|retain_grad|register_.*|reinforce|new|type|data"
-    r"|.*(sparse|_coo|_csr|_csc|_bsr|_bsc|mkldnn|cudnn|miopen|fbgemm|nested|jagged|backward).*"
+    # files, foreign memory, code
+    r"from_file|from_numpy|frombuffer|from_blob|numpy|data_ptr|to_dlpack|apply|map2?|register_.*"
+    # what a tensor is rather than what it holds
+    r"|resize.*|set|set_data|data|storage|untyped_storage|share_memory|record_stream|as_subclass"
+    r"|module_load|new|type|rename|refine_names|names|requires_grad|retain_grad|reinforce"
+    # tensors of other layouts and quantized ones, whose parts nothing checks against each other
+    r"|.*(sparse|_coo|_csr|_csc|_bsr|_bsc|mkldnn|cudnn|miopen|fbgemm|nested|jagged).*|coalesce"
+    r"|smm|hsmm|sspaddmm|hspmm|saddmm|(col|crow|ccol|row)?_?indices|values"
     r"|quantize_.*|quantized_.*|dequantize|q_.*|int_repr|qscheme|choose_qparams.*|fused_moving.*"
-    r"|segment_reduce|smm|hsmm|sspaddmm|hspmm|saddmm|coalesce|(col|crow|ccol|row)?_?indices|values"
-    r"|(lu|ldl)_(solve|unpack)|lobpcg|ctc_loss|embedding_bag|rnn_.*|lstm.*|gru.*|.*_renorm"
-    r"|max_unpool.*|unpack_.*|pad_sequence|pack_.*|.*_cell|multi_head_attention_forward"
-    r"|assert_int_or_pair|boolean_dispatch|handle_torch_function|get_device|init_.*|is_.*vulkan.*"
-    r"|histogramdd|native_.*_dropout|native_batch_norm|rrelu_with_noise|batch_norm_.*|factorial|comb|perm"
+    # places, lengths and statistics that kernels take for right
+    r"|.*backward.*|segment_reduce|max_unpool.*|embedding_bag|ctc_loss|(lu|ldl)_(solve|unpack)"
+    r"|lobpcg|native_batch_norm|batch_norm_.*|rnn_.*|lstm.*|gru.*|.*_cell|pack_.*|pad_sequence"
+    r"|unpack_.*|.*_renorm|histogramdd|factorial|comb|perm"
+    # of torch.nn.functional, no functions of tensors
+    r"|assert_int_or_pair|boolean_dispatch|handle_torch_function|get_device|init_.*"
 )
 _INPLACE_REFUSED = _words(
     "as_strided detach swapdims swapaxes t transpose squeeze unsqueeze renorm"
@@ -78,7 +83,7 @@ _OPS_UNDERSCORED = _words(
 _INPLACE_DUNDERS = {f"__{form.__name__}__" for form in PURE_FORMS if not isinstance(form, str)}
 _ATTRIBUTES = _words(
     """
-    H T device dtype imag index is_cpu is_cuda is_meta is_mps is_nested is_quantized is_sparse
+    H T data device dtype imag index is_cpu is_cuda is_meta is_mps is_nested is_quantized is_sparse
     is_xpu itemsize layout mH mT nbytes ndim real requires_grad shape type
     """
 )
@@ -92,7 +97,7 @@ _TORCH_NN = re.compile(r"torch\.nn\.modules(\.[a-z]\w*)+", re.ASCII)
 # unchecked numbers to kernels.
 _NN_REFUSED = re.compile(
     r"^(Transformer|TransformerEncoder|TransformerDecoder|Module)$|^Lazy|^MaxUnpool|^EmbeddingBag"
-    r"|^(RNN|LSTM|GRU)(Base|Cell)?|Loss|^AdaptiveLogSoftmax"
+    r"|^RNNBase$|^RNNCellBase$|^CTCLoss$|^AdaptiveLogSoftmax"
 )
 _PATH = re.compile(r"(?!__)[\w-]+(\.(?!__)[\w-]+){,63}", re.ASCII)  # ModuleDicts have keys like 2-1
 _OP = re.compile(r"torch\.ops\.([a-z]\w*)\.(\w+)\.([A-Za-z]\w*)", re.ASCII)

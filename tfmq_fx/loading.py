@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -17,6 +18,7 @@ from .config import Config, PrologueSpec, from_dict
 from .errors import ArtifactError, ConfigError
 from .inference import outside_inference_mode
 from .modules import Converted, ModelConfig
+from .ops import writes_in_place
 from .origin import Origin
 from .plain_json import keys, typed
 
@@ -51,6 +53,7 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
         typed(extra, "extra", record=dict, model_config=dict | None)
         call = call_from_json(loaded.call, "call", outputs)
         check_fits(call, loaded.gm, "call")
+        call = dataclasses.replace(call, copied=writes_in_place(loaded.gm))
         config, prologue = extra["model_config"], extra.get("prologue")
         model = Converted(
             loaded.gm,

@@ -235,6 +235,11 @@ def writers(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
             yield node, found
 
 
+def writes_in_place(gm: fx.GraphModule) -> bool:
+    """Whether any node writes to memory that it did not make."""
+    return any(_written_nodes(gm, node) for node in gm.graph.nodes)
+
+
 def _written(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
     name, first = op_name(node), list(node.args[:1])
     if node.op == "call_module":

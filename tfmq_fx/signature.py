@@ -81,6 +81,8 @@ class CallSpec:
     timestep: the placeholder that holds the timestep, always a tensor (batch,).
     return_dict: forward's default of that name; None where forward has no such parameter.
     conditions: placeholders that are fixed for a whole request, judged by name.
+    copied: whether the graph gets copies of a call's tensors; a loaded graph that writes in place
+    does, as it may write to what the caller holds.
     """
 
     arguments: tuple[Argument, ...]
@@ -90,6 +92,7 @@ class CallSpec:
     return_dict: bool | None = None
     guards: tuple[Guard, ...] = ()
     conditions: tuple[str, ...] = ()
+    copied: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -145,7 +148,7 @@ class CallSpec:
                     f"the graph was captured where {guard.text} is {guard.holds} (tested at "
                     f"{guard.source}); this call has {sizes}. Capture again at these sizes."
                 )
-        return values, return_dict
+        return [value.clone() for value in values] if self.copied else values, return_dict
 
     def rebuild(self, flat: Sequence[Tensor], return_dict: bool = True) -> Any:
         """The original's output from the graph's: its own type, or with return_dict=False the
