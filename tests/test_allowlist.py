@@ -63,6 +63,61 @@ def test_functions_off_the_list_are_refused_both_ways(name, function):
             to_json(gm)
 
 
+UNSAFE = [
+    "torch.ops.aten.segment_reduce.default",
+    "torch.ops.aten.max_pool2d_with_indices_backward.default",
+    "torch.ops.aten.resize_.default",
+    "torch.ops.aten.set_data.default",
+    "torch.ops.aten.set_.source_Tensor",
+    "torch.ops.aten.sparse_coo_tensor.indices_size",
+    "torch.ops.aten.native_batch_norm.default",
+    "torch.ops.aten.add.out",
+    "torch.ops.aten.rrelu_with_noise.default",
+    "torch.ops.prims.resize.default",
+    "torch.segment_reduce",
+    "torch.sparse_csr_tensor",
+    "torch.lu_solve",
+    "torch._C._nn.max_pool2d_with_indices_backward",
+    "torch.nn.functional.embedding_bag",
+    "math.factorial",
+]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_what_can_crash_or_resize_is_off_the_list(name):
+    with pytest.raises(ArtifactError, match=r"relu: a saved graph may not call"):
+        from_json(edited(SAFE, target=name))
+
+
+@pytest.mark.parametrize(
+    "method", ["resize_", "set_", "as_strided_", "to_sparse", "storage", "type", "register_hook"]
+)
+def test_methods_that_change_more_than_elements_are_off_the_list(method):
+    for change in (
+        {"op": "call_method", "target": method},
+        {"target": "tfmq_fx.effects.inplace_", "args": [{"node": "x"}, method]},
+    ):
+        with pytest.raises(ArtifactError, match="may not call method"):
+            from_json(edited(SAFE, **change))
+
+
+def test_numbers_are_no_dtypes():
+    # torch takes any number there, and crashes
+    name = "torch.ops.aten.to.dtype"
+    for value in (100, {"node": "x"}):
+        with pytest.raises(ArtifactError, match=r"relu: dtype of aten.to.dtype is"):
+            from_json(edited(SAFE, target=name, args=[{"node": "x"}, value]))
+    again = from_json(edited(SAFE, target=name, args=[{"node": "x"}, {"dtype": "float64"}]))
+    assert again(torch.ones(1)).dtype is torch.float64
+
+
+def test_results_go_nowhere_else():
+    with pytest.raises(ArtifactError, match="relu: a saved graph may not write to out="):
+        from_json(edited(SAFE, kwargs={"out": {"node": "x"}}))
+    with pytest.raises(ArtifactError, match=r"may not make tensors of torch.sparse_coo"):
+        from_json(edited(SAFE, kwargs={"layout": {"layout": "sparse_coo"}}))
+
+
 def test_aliases_keep_their_names():
     for name in ("mm", "dsmm"):
         function = getattr(torch, name)
