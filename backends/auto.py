@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from tfmq_fx.backends import CPU, backend
-from tfmq_fx.backends.cpu import kernels
+from tfmq_fx.backends.cpu import kernels, library
 from tfmq_fx.errors import BackendError
-from tfmq_fx.files import cache_folder, write_whole
+from tfmq_fx.files import cache_folder, make_private, write_whole
 from tfmq_fx.graph import Rewrite, device_of, timestep_node
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.ops import size_hint
@@ -150,7 +150,7 @@ def _digest(gm: fx.GraphModule, names: list[str]) -> str:
     ]
     machine = kernels.processor() if device_of(gm) == CPU else ""
     settings = (str(gm), sizes, names, machine, torch.__version__, torch.get_num_threads())
-    words = "\n".join([*map(str, settings), kernels.sources()])
+    words = "\n".join([*map(str, settings), library.sources()])
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
@@ -165,7 +165,7 @@ def _read(path: Path) -> tuple[str, dict[str, float]] | None:
 
 def _write(path: Path, best: Fastest) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         write_whole(path, json.dumps({"backend": best.name, "millis": best.millis}))
     except OSError as error:
         logger.warning("the choice of a backend is not kept: %s", error)

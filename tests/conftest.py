@@ -20,6 +20,19 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 
 @pytest.fixture
+def any_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's kernels: those of the processor, or in plain C++ where it lacks instructions."""
+    from tfmq_fx.backends.cpu import kernels
+
+    if kernels.unavailable() is None:
+        kernels.load()
+        return
+    kernels.stand_in()
+    monkeypatch.setattr(kernels, "unavailable", lambda: None)
+    monkeypatch.setattr(kernels, "load", lambda: None)
+
+
+@pytest.fixture
 def dynamo() -> Iterator[Any]:
     """torch._dynamo with nothing compiled or counted, before and after."""
     import torch._dynamo.testing

@@ -28,9 +28,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx, nn
 
-from .directories import make_parents, present, recover, sibling, swap, sync
+from .directories import make_parents, present, recover, swap, sync
 from .errors import ArtifactError, TfmqError
 from .graph_json import from_json, to_json
+from .leftovers import folder_beside
 from .module_json import owner_of, tensors_of
 from .plain_json import dtype_named, keys, typed
 from .reading import JSON_BYTES, check_depth, open_regular, parse_json, read_json
@@ -109,8 +110,7 @@ def save(
         recover(target, GRAPH_FILE)
         _check_replaceable(target)
         make_parents(target.parent)
-    with sibling(target, "new") as new, _writing(target):
-        os.mkdir(new)
+    with _writing(target), folder_beside(target, "new") as new:
         document["tensors"] = _write_tensors(new / TENSORS_FILE, tensors)
         if origin is not None:
             data, beside = origin

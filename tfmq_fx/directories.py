@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import ArtifactError
-
-
-@contextlib.contextmanager
-def sibling(target: Path, purpose: str) -> Iterator[Path]:
-    """A path beside `target` that is gone afterwards, whatever happens."""
-    path = target.parent / f".{target.name}.{purpose}-{secrets.token_hex(4)}"
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def swap(new: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import gc
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from .capture import capture
 from .config import Config, LayerConfig
 from .feature_errors import temporal_errors
 from .figures import Figures, Seen, image_figures, pair_figures, see
+from .leftovers import folder_of
 from .modules import Converted
 from .report import report
 from .suite import Subject, called
@@ -270,7 +270,9 @@ def free() -> None:
 
 
 def _saved_bytes(converted: Converted) -> int:
-    with tempfile.TemporaryDirectory(prefix="tfmq_fx.") as folder:
-        path = Path(folder, "model")
-        api.save(converted, path)
-        return artifact.saved_bytes(path)
+    folder, remove = folder_of(converted, "saved")
+    try:
+        api.save(converted, folder / "model")
+        return artifact.saved_bytes(folder / "model")
+    finally:
+        remove()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import sys
-import tempfile
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from torch import Tensor
 from .conditions import same_bits
 from .config import Offload
 from .errors import ConfigError
+from .leftovers import folder_of
 
 
 def check_offload(kind: Offload, device: torch.device) -> None:
@@ -88,8 +86,7 @@ class Offloaded:
     def _mapped(self, i: int, name: str, tensor: Tensor) -> Tensor:
         """The tensor's contents as pages of a file, which is written where they are not in it."""
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="tfmq-fx-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            self._folder, _ = folder_of(self, "offload")
         path = self._folder / f"{i}.bin"
         size = tensor.numel() * tensor.element_size()
         if not size:

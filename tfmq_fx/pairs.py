@@ -7,7 +7,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .leftovers import folder_beside
 from .metrics import psnr
 from .pictures import amplification, draw_pair
 from .ssim import ssim
@@ -104,8 +104,7 @@ class Comparison:
         picture = draw_pair(*self.pair, title)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".comparison.", dir=folder) as temporary:
-                made = Path(temporary)
+            with folder_beside(folder / "comparison", "new") as made:
                 (made / "comparison.json").write_text(text, encoding="utf-8")
                 (made / "worst.png").write_bytes(picture)
                 for name in ("worst.png", "comparison.json"):

@@ -6,8 +6,7 @@ share it again, and storages start where they started (kernels choose their path
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .leftovers import folder_of
 
 _ALIGNMENT = 64  # bytes; torch's own on the CPU
 
@@ -61,16 +62,17 @@ class Spill:
     def __init__(self, limit: int | None = None) -> None:
         self.limit, self.used, self.written = limit, 0, 0
         self._memory: dict[int, _Slot] = {}  # by address
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: Path | None = None
+        self._cleanup: Callable[[], object] | None = None
         self._count = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._directory is not None:
-            self._directory.cleanup()
-            self._directory = None
+        if self._cleanup is not None:
+            self._cleanup()
+            self._directory = self._cleanup = None
 
     def pack(self, value: Any, opened: Opened, pinned: Collection[int] = ()) -> Any:
         """What `unpack` makes `value` of again: tensors, and tuples, lists and dicts of them.
@@ -143,9 +145,9 @@ class Spill:
             self.used += size
             return slot
         if self._directory is None:
-            self._directory = tempfile.TemporaryDirectory(prefix="tfmq_fx-")
+            self._directory, self._cleanup = folder_of(self, "spill")
         self._count += 1
-        slot = _Slot(size, storage.device, None, Path(self._directory.name, str(self._count)))
+        slot = _Slot(size, storage.device, None, self._directory / str(self._count))
         base = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self._write(slot, base)
         opened.bases[slot] = base, base._version  # which keeps the address its own

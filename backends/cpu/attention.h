@@ -8,50 +8,45 @@ namespace {
 
 constexpr int KEYS = 512;  // keys of one step
 
-inline __m512 dot(__m512 acc, int32_t pair, __m512i packed) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)packed);
-}
-
 // C (M, 16 N) += A (M, 2 pairs) B (pairs, 16 N, 2), A and B in bf16; S sums side by side, since each
 // product waits for the one before.
 template <int M, int N, int S>
 inline void product(
     const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_row, int64_t pairs, float* c,
     int64_t c_row, bool adds) {
-    __m512 acc[S][M][N];
-#pragma GCC unroll 4
+    Floats acc[S][M][N];
+UNROLL
     for (int s = 0; s < S; s++)
-#pragma GCC unroll 6
+UNROLL
         for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
+UNROLL
             for (int j = 0; j < N; j++)
-                acc[s][i][j] = adds && s == 0 ? _mm512_loadu_ps(c + i * c_row + 16 * j)
-                                              : _mm512_setzero_ps();
+                acc[s][i][j] = adds && s == 0 ? load(c + i * c_row + 16 * j) : floats(0.f);
     const auto step = [&](int64_t k, auto& to) {
-        __m512i w[N];
-#pragma GCC unroll 4
-        for (int j = 0; j < N; j++) w[j] = _mm512_loadu_si512(b + k * b_row + 32 * j);
-#pragma GCC unroll 6
+        Ints w[N];
+UNROLL
+        for (int j = 0; j < N; j++) w[j] = load_whole<Ints>(b + k * b_row + 32 * j);
+UNROLL
         for (int i = 0; i < M; i++) {
             int32_t pair;
             std::memcpy(&pair, a + i * a_row + 2 * k, 4);
-#pragma GCC unroll 4
-            for (int j = 0; j < N; j++) to[i][j] = dot(to[i][j], pair, w[j]);
+UNROLL
+            for (int j = 0; j < N; j++) to[i][j] = dot(to[i][j], ints(pair), w[j]);
         }
     };
     int64_t k = 0;
     for (; k + S <= pairs; k += S)
-#pragma GCC unroll 4
+UNROLL
         for (int s = 0; s < S; s++) step(k + s, acc[s]);
     for (; k < pairs; k++) step(k, acc[0]);
-#pragma GCC unroll 6
+UNROLL
     for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
+UNROLL
         for (int j = 0; j < N; j++) {
-            __m512 sum = acc[0][i][j];
-#pragma GCC unroll 4
-            for (int s = 1; s < S; s++) sum = _mm512_add_ps(sum, acc[s][i][j]);
-            _mm512_storeu_ps(c + i * c_row + 16 * j, sum);
+            Floats sum = acc[0][i][j];
+UNROLL
+            for (int s = 1; s < S; s++) sum = sum + acc[s][i][j];
+            store(c + i * c_row + 16 * j, sum);
         }
 }
 
@@ -73,10 +68,10 @@ void product_of(
 // A row of values, times a factor, as bf16.
 template <typename T>
 inline void round_row(const T* from, int64_t size, float factor, uint16_t* to) {
-    const __m512 f = _mm512_set1_ps(factor);
+    const Floats f = floats(factor);
     for (int64_t d = 0; d < size; d += 16) {
-        const __mmask16 m = first(size - d);
-        store(reinterpret_cast<at::BFloat16*>(to + d), _mm512_mul_ps(load(from + d, m), f), m);
+        const Mask m = first(size - d);
+        store(to + d, to_halves(load(from + d, m) * f), m);
     }
 }
 
@@ -97,50 +92,46 @@ template <typename T>
 void pack_values(
     const T* from, int64_t step, int64_t keys, int64_t out, int64_t wide, uint16_t* to) {
     const auto half = [&](int64_t j, int64_t d) {
-        const __mmask16 m = j < keys ? first(out - d) : 0;
-        return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load(from + j * step + d, m)));
+        const Mask m = j < keys ? first(out - d) : 0;
+        return widened(to_halves(load(from + j * step + d, m)));
     };
     for (int64_t j = 0; j < keys; j += 2)
         for (int64_t d = 0; d < out; d += 16) {
-            const __m512i both = _mm512_or_si512(half(j, d), _mm512_slli_epi32(half(j + 1, d), 16));
-            _mm512_storeu_si512(to + (j / 2 * wide + d) * 2, both);
+            const Ints both = half(j, d) | half(j + 1, d) << 16;
+            std::memcpy(to + (j / 2 * wide + d) * 2, &both, 64);
         }
 }
 
 // Scores of a row to exp2(score - most so far) as bf16; the factor by which earlier sums shrink.
 inline float soften(
-    const float* scores, int64_t count, int64_t columns, float& most, float& total, uint16_t* to) {
+    const float* scores, int64_t count, int64_t columns, float& most, float& sum, uint16_t* to) {
     const int64_t whole = count / 16 * 16, fours = count / 64 * 64;
-    const __mmask16 tail = first(count - whole);
-    __m512 peaks[4], parts[4];  // four at a time, since each waits for the one before
-    for (int k = 0; k < 4; k++) peaks[k] = _mm512_set1_ps(most), parts[k] = _mm512_setzero_ps();
+    const Mask tail = first(count - whole);
+    Floats peaks[4], parts[4];  // four at a time, since each waits for the one before
+    for (int k = 0; k < 4; k++) peaks[k] = floats(most), parts[k] = floats(0.f);
     for (int64_t j = 0; j < fours; j += 64)
-#pragma GCC unroll 4
+UNROLL
         for (int k = 0; k < 4; k++)
-            peaks[k] = _mm512_max_ps(peaks[k], _mm512_loadu_ps(scores + j + 16 * k));
-    __m512 peak = _mm512_max_ps(
-        _mm512_max_ps(peaks[0], peaks[1]), _mm512_max_ps(peaks[2], peaks[3]));
-    for (int64_t j = fours; j < whole; j += 16)
-        peak = _mm512_max_ps(peak, _mm512_loadu_ps(scores + j));
-    if (tail) peak = _mm512_mask_max_ps(peak, tail, peak, _mm512_loadu_ps(scores + whole));
-    const float now = _mm512_reduce_max_ps(peak);
-    const __m512 top = _mm512_set1_ps(now);
-    const auto weight = [&](int64_t j, __mmask16 m) {
-        const __m512 shifted = _mm512_sub_ps(_mm512_loadu_ps(scores + j), top);
-        const __m512 p = _mm512_maskz_mov_ps(m, rough_exp2(shifted));
-        _mm256_storeu_si256((__m256i*)(to + j), (__m256i)_mm512_cvtneps_pbh(p));
+            peaks[k] = max(peaks[k], load(scores + j + 16 * k));
+    Floats peak = max(max(peaks[0], peaks[1]), max(peaks[2], peaks[3]));
+    for (int64_t j = fours; j < whole; j += 16) peak = max(peak, load(scores + j));
+    if (tail) peak = select(tail, max(peak, load(scores + whole)), peak);
+    const float now = highest(peak);
+    const Floats top = floats(now);
+    const auto weight = [&](int64_t j, Mask m) {
+        const Floats p = select(m, rough_exp2(load(scores + j) - top), floats(0.f));
+        store(to + j, to_halves(p), ALL);
         return p;
     };
     for (int64_t j = 0; j < fours; j += 64)
-#pragma GCC unroll 4
+UNROLL
         for (int k = 0; k < 4; k++)
-            parts[k] = _mm512_add_ps(parts[k], weight(j + 16 * k, 0xffff));
+            parts[k] = parts[k] + weight(j + 16 * k, ALL);
     for (int64_t j = fours; j < columns; j += 16)
-        parts[0] = _mm512_add_ps(parts[0], weight(j, j < whole ? 0xffff : tail));
-    const __m512 sum = _mm512_add_ps(
-        _mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3]));
+        parts[0] = parts[0] + weight(j, j < whole ? ALL : tail);
+    const Floats each = (parts[0] + parts[1]) + (parts[2] + parts[3]);
     const float shrink = most == -INFINITY ? 0.f : std::exp2(most - now);
-    total = total * shrink + _mm512_reduce_add_ps(sum);
+    sum = sum * shrink + total(each);
     most = now;
     return shrink;
 }
@@ -177,8 +168,8 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, Ten
                 for (int i = 0; i < m; i++)
                     round_row(
                         from + (row + i) * q.stride(2), depth, unit, rows.data() + i * row_size);
-                float most[ROWS], total[ROWS];
-                std::fill(most, most + ROWS, -INFINITY), std::fill(total, total + ROWS, 0.f);
+                float most[ROWS], totals[ROWS];
+                std::fill(most, most + ROWS, -INFINITY), std::fill(totals, totals + ROWS, 0.f);
                 for (int64_t start = 0; start < keys; start += KEYS) {
                     const int64_t count = std::min<int64_t>(KEYS, keys - start);
                     const int64_t columns = (count + 15) / 16 * 16;
@@ -186,12 +177,12 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, Ten
                         rows.data(), row_size, packed_k.data() + 2 * start, padded * 2, pairs,
                         scores.data(), KEYS, columns, false);
                     for (int i = 0; i < m; i++) {
-                        const __m512 shrink = _mm512_set1_ps(soften(
-                            scores.data() + i * KEYS, count, columns, most[i], total[i],
+                        const Floats shrink = floats(soften(
+                            scores.data() + i * KEYS, count, columns, most[i], totals[i],
                             weights.data() + i * KEYS));
                         float* o = sums.data() + i * wide;
                         for (int64_t d = 0; start > 0 && d < wide; d += 16)
-                            _mm512_storeu_ps(o + d, _mm512_mul_ps(_mm512_loadu_ps(o + d), shrink));
+                            store(o + d, load(o + d) * shrink);
                     }
                     product_of(
                         weights.data(), KEYS, packed_v.data() + start * wide, wide * 2, columns / 2,
@@ -199,11 +190,10 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, Ten
                 }
                 for (int i = 0; i < m; i++) {
                     T* to = y.data_ptr<T>() + ((b * queries + row + i) * heads + h) * out;
-                    const __m512 inverse = _mm512_set1_ps(1.f / total[i]);
+                    const Floats inverse = floats(1.f / totals[i]);
                     for (int64_t d = 0; d < out; d += 16)
                         store(
-                            to + d, _mm512_mul_ps(_mm512_loadu_ps(sums.data() + i * wide + d), inverse),
-                            first(out - d));
+                            to + d, load(sums.data() + i * wide + d) * inverse, first(out - d));
                 }
             }
         }

@@ -1,4 +1,4 @@
-// Convolution of codes with its epilogue: 6 pixels by 64 outputs at a time, summed by VNNI.
+// Convolution of codes with its epilogue: 6 pixels by 64 outputs at a time, summed in int32.
 
 #pragma once
 
@@ -26,28 +26,28 @@ struct Geometry {
 template <int M, int N>
 inline void sums(
     const uint8_t* const* pixels, const int8_t* panel, const Segment& s, const Geometry& g,
-    __m512i (&acc)[ROWS][VECTORS]) {
-#pragma GCC unroll 6
+    Ints (&acc)[ROWS][VECTORS]) {
+UNROLL
     for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < N; j++) acc[i][j] = _mm512_setzero_si512();
+UNROLL
+        for (int j = 0; j < N; j++) acc[i][j] = ints(0);
     for (int64_t ky = 0; ky < g.taps_y; ky++)
         for (int64_t kx = 0; kx < g.taps_x; kx++) {
             const int64_t shift = (ky * g.dilation_y * g.width + kx * g.dilation_x) * s.pixel;
             const uint8_t* x[M];
-#pragma GCC unroll 6
+UNROLL
             for (int i = 0; i < M; i++) x[i] = pixels[i] + shift;
             for (int64_t c = 0; c < s.channels; c += 4, panel += 4 * WIDE) {
-                __m512i w[N];
-#pragma GCC unroll 4
-                for (int j = 0; j < N; j++) w[j] = _mm512_loadu_si512(panel + 64 * j);
-#pragma GCC unroll 6
+                Ints w[N];
+UNROLL
+                for (int j = 0; j < N; j++) w[j] = load_whole<Ints>(panel + 64 * j);
+UNROLL
                 for (int i = 0; i < M; i++) {
                     int32_t four;
                     std::memcpy(&four, x[i] + c, 4);
-                    const __m512i v = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-                    for (int j = 0; j < N; j++) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], v, w[j]);
+                    const Ints v = ints(four);
+UNROLL
+                    for (int j = 0; j < N; j++) acc[i][j] = dot(acc[i][j], v, w[j]);
                 }
             }
         }
@@ -57,20 +57,20 @@ template <int M, int N>
 void tile(
     const uint8_t* const* pixels, const int8_t* panel, const Segment& s, const Geometry& g,
     int64_t row, int64_t column, bool adds, float* buffer) {
-    __m512i acc[ROWS][VECTORS];
+    Ints acc[ROWS][VECTORS];
     sums<M, N>(pixels, panel, s, g, acc);
-#pragma GCC unroll 4
+UNROLL
     for (int j = 0; j < N; j++) {
-        const __mmask16 m = first(g.out - column - 16 * j);
-        const __m512 scale = load(s.weight_scale + column + 16 * j, m);
-        const __m512i offset = _mm512_maskz_loadu_epi32(m, s.offset + column + 16 * j);
-#pragma GCC unroll 6
+        const Mask m = first(g.out - column - 16 * j);
+        const Floats scale = load(s.weight_scale + column + 16 * j, m);
+        const Ints offset = load(s.offset + column + 16 * j, m);
+UNROLL
         for (int i = 0; i < M; i++) {
-            const __m512 unit = _mm512_set1_ps(s.scale[(row + i) / s.rows_per_range * s.scale_step]);
-            const __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[i][j], offset));
-            const __m512 part = _mm512_mul_ps(value, _mm512_mul_ps(unit, scale));
+            const Floats unit = floats(s.scale[(row + i) / s.rows_per_range * s.scale_step]);
+            const Floats value = to_floats(acc[i][j] + offset);
+            const Floats part = value * (unit * scale);
             float* to = buffer + i * WIDE + 16 * j;
-            _mm512_storeu_ps(to, adds ? _mm512_add_ps(_mm512_loadu_ps(to), part) : part);
+            store(to, adds ? load(to) + part : part);
         }
     }
 }
@@ -97,20 +97,19 @@ Tile tile_of(int m, int n) {
 
 // A panel of 4-bit codes less their zero points, as int8; `zeros` are the panel's 64.
 void unpack_panel(const uint8_t* packed, const uint8_t* zeros, int64_t steps, int8_t* panel) {
-    const __m512i low = _mm512_set1_epi8(15);
-    __m512i zero[4];
+    typedef uint8_t Bytes __attribute__((vector_size(64)));
+    Bytes zero[4];
     for (int j = 0; j < 4; j++) {
-        alignas(64) uint8_t four[64];
+        uint8_t four[64];
         for (int i = 0; i < 64; i++) four[i] = zeros[16 * j + i / 4];
-        zero[j] = _mm512_load_si512(four);
+        zero[j] = load_whole<Bytes>(four);
     }
     for (int64_t k = 0; k < steps; k++, packed += 128, panel += 256)
         for (int j = 0; j < 2; j++) {
-            const __m512i bytes = _mm512_loadu_si512(packed + 64 * j);
-            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-            _mm512_storeu_si512(
-                panel + 64 * j, _mm512_sub_epi8(_mm512_and_si512(bytes, low), zero[j]));
-            _mm512_storeu_si512(panel + 64 * j + 128, _mm512_sub_epi8(high, zero[j + 2]));
+            const Bytes both = load_whole<Bytes>(packed + 64 * j);
+            const Bytes low = (both & 15) - zero[j], high = (both >> 4) - zero[j + 2];
+            std::memcpy(panel + 64 * j, &low, 64);
+            std::memcpy(panel + 64 * j + 128, &high, 64);
         }
 }
 
@@ -124,35 +123,38 @@ struct Epilogue {
     Activation activation;  // before the result is written
 };
 
-// The values of `m` pixels from `row` on and up to 64 outputs from `column` on, to memory.
+// The values of `m` pixels from `row` on and up to 64 outputs from `column` on, to memory; whether
+// one that becomes a code is NaN.
 template <typename T>
-void finish(
+Mask finish(
     const float* buffer, const Epilogue& e, const Geometry& g, int64_t row, int m, int64_t column,
     void* y) {
     const int64_t per_sample = g.out_height * g.out_width;
     const int64_t wide = std::min<int64_t>(WIDE, g.out - column);
+    Mask seen = 0;
     for (int i = 0; i < m; i++)
         for (int64_t j = 0; j < wide; j += 16) {
-            const __mmask16 mask = first(wide - j);
+            const Mask mask = first(wide - j);
             const int64_t at = (row + i) * g.out + column + j;
-            __m512 v = _mm512_loadu_ps(buffer + i * WIDE + j);
-            if (e.bias) v = _mm512_add_ps(v, load(e.bias + column + j, mask));
+            Floats v = load(buffer + i * WIDE + j);
+            if (e.bias) v = v + load(e.bias + column + j, mask);
             if (e.row) {
                 const int64_t sample = (row + i) / per_sample;
                 const T* p = static_cast<const T*>(e.row) + sample * g.out + column + j;
-                v = _mm512_add_ps(v, load(p, mask));
+                v = v + load(p, mask);
             }
-            if (e.residual) v = _mm512_add_ps(v, load(static_cast<const T*>(e.residual) + at, mask));
+            if (e.residual) v = v + load(static_cast<const T*>(e.residual) + at, mask);
             if (e.activation != Activation::none) v = activate(v, e.activation);
             if (e.out_scale) {
-                const __m512 inverse = _mm512_set1_ps(1.f / e.out_scale[(row + i) / e.rows_per_out_range * e.out_scale_step]);
-                store_codes(
-                    static_cast<uint8_t*>(y) + at, v, inverse, _mm512_set1_epi32(e.out_zero),
-                    _mm512_set1_epi32(e.out_levels), mask);
+                const Floats inverse = floats(1.f / e.out_scale[(row + i) / e.rows_per_out_range * e.out_scale_step]);
+                seen |= store_codes(
+                    static_cast<uint8_t*>(y) + at, v, inverse, ints(e.out_zero),
+                    ints(e.out_levels), mask);
             } else {
                 store(static_cast<T*>(y) + at, v, mask);
             }
         }
+    return seen;
 }
 
 template <typename T>
@@ -176,6 +178,7 @@ void convolve(
     at::parallel_for(0, panels * runs, 1, [&](int64_t begin, int64_t end) {
         std::vector<int8_t> scratch(packed ? depth * WIDE : 0);
         int64_t held = -1;
+        Mask seen = 0;
         alignas(64) float buffer[ROWS * WIDE];
         for (int64_t task = begin; task < end; task++) {
             const int64_t panel = task / runs, column = panel * WIDE;
@@ -211,9 +214,10 @@ void convolve(
                     compute(pixels, w, s, g, row, column, k > 0, buffer);
                     start += size;
                 }
-                finish<T>(buffer, e, g, row, m, column, y);
+                seen |= finish<T>(buffer, e, g, row, m, column, y);
             }
         }
+        count_nans(seen);
     });
 }
 

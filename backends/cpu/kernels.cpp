@@ -1,4 +1,5 @@
-// Integer convolution, group norm and attention for CPUs with AVX-512 VNNI and BF16.
+// Integer convolution, group norm and attention for CPUs: with AVX-512 VNNI and BF16, or, where
+// TFMQ_FX_PLAIN is defined, in plain C++, which is slow and for checking.
 //
 // Every tensor is dense and channels-last. Work is cut into tasks that threads take in turn; no task
 // writes what another reads. `kernels.py` compiles this file and declares the ops.
@@ -9,8 +10,18 @@
 #include "conv.h"
 #include "norm.h"
 
-TORCH_LIBRARY_IMPL(tfmq_fx, CPU, m) {
+#ifdef TFMQ_FX_PLAIN
+#define OPS tfmq_fx_plain
+#else
+#define OPS tfmq_fx
+#endif
+
+static int64_t nan_count() { return nans.load(std::memory_order_relaxed); }
+
+TORCH_LIBRARY_IMPL(OPS, CPU, m) {
     m.impl("cpu_conv", conv);
     m.impl("cpu_norm", norm);
     m.impl("cpu_attention", attention);
 }
+
+TORCH_LIBRARY_IMPL(OPS, CompositeExplicitAutograd, m) { m.impl("cpu_nan_count", nan_count); }

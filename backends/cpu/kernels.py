@@ -1,18 +1,10 @@
-"""The kernels of `kernels.cpp` as torch operators, compiled for this machine when first used.
-
-The library is kept in `cache_folder()`, by source, compiler, torch and processor, so that it is
-compiled once a machine (about ten seconds).
-"""
+"""The kernels of `kernels.cpp` as torch operators, compiled for this machine when first used."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import os
 import platform
-import secrets
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,26 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.errors import BackendError
-from tfmq_fx.files import cache_folder
+
+from . import library
 
 WIDE = 64  # outputs of a panel of weights
-SOURCE = Path(__file__).with_name("kernels.cpp")
 DTYPES = (torch.float32, torch.bfloat16)  # that the kernels read and write
 _FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
-_OPTIONS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp")
-_LIBRARY = torch.library.Library("tfmq_fx", "FRAGMENT")
-_LIBRARY.define(
-    "cpu_conv(Tensor[] xs, Tensor[] weights, Tensor[] zeros, Tensor[] weight_scales, "
+_SCHEMAS = {
+    "cpu_conv": "(Tensor[] xs, Tensor[] weights, Tensor[] zeros, Tensor[] weight_scales, "
     "Tensor[] offsets, Tensor[] scales, Tensor? bias, Tensor? row, Tensor? residual, "
     "Tensor? out_scale, int out_zero, int out_levels, SymInt out, int[] taps, int[] stride, "
-    "int[] dilation, ScalarType dtype, str activation='none') -> Tensor"
-)
-_LIBRARY.define(
-    "cpu_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? factor, "
+    "int[] dilation, ScalarType dtype, str activation='none') -> Tensor",
+    "cpu_norm": "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? factor, "
     "Tensor? shift, bool silu, Tensor[] scales, int[] zeros, int[] sizes, int levels, int[] pads, "
-    "Tensor? more=None) -> Tensor"
-)
-_LIBRARY.define("cpu_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+    "Tensor? more=None) -> Tensor",
+    "cpu_attention": "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
+    "cpu_nan_count": "() -> int",
+}
+_LIBRARY = torch.library.Library("tfmq_fx", "FRAGMENT")
+_PLAIN = torch.library.Library("tfmq_fx_plain", "FRAGMENT")
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _PLAIN.define(_name + _schema)
 cpu_conv = torch.ops.tfmq_fx.cpu_conv.default
 """The convolution of `conv2d` (`cuda.conv`) on codes in uint8, less what tells panels apart.
 
@@ -55,6 +49,8 @@ more: (B, H, W, C'), channels that follow those of x, as if both were concatenat
 cpu_attention = torch.ops.tfmq_fx.cpu_attention.default
 """softmax(q k^T scale) v for q (B, H, L, D), k, v (B, H, K, D): (B, H, L, D), heads innermost but
 for channels. Products are of bfloat16, summed in float32, so are scores and their softmax."""
+cpu_nan_count = torch.ops.tfmq_fx.cpu_nan_count.default
+"""How often the kernels have met a NaN, and made code 0 of it, since they were loaded."""
 
 
 @functools.cache
@@ -100,63 +96,25 @@ def load() -> None:
     """
     if reason := unavailable():
         raise BackendError(reason)
-    path = _library()
-    if not path.exists():
-        _compile(path)
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise BackendError(f"{path} does not load: {error}. Remove it.") from error
+    library.load(library.NATIVE, processor())
 
 
-def sources() -> str:
-    """The text of the kernels."""
-    return "\n".join(p.read_text() for p in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+@functools.cache
+def load_plain() -> None:
+    """Compile the same kernels in plain C++ and register them as `torch.ops.tfmq_fx_plain`.
+
+    They run on any x86-64 processor and are slow: for checking the ones that are used.
+    """
+    library.load(library.PLAIN, platform.machine())
 
 
-def _compiler() -> str:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    return get_cpp_compiler()
-
-
-def _library() -> Path:
-    try:
-        compiler = _compiler()
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    except Exception as error:  # Inductor raises its own InvalidCxxCompiler, a private type
-        raise BackendError(
-            f"the CPU kernels need a C++ compiler, and none runs here ({type(error).__name__}: "
-            f"{error}). Install g++ or clang++, or set CXX."
-        ) from error
-    words = (sources(), *_OPTIONS, version, torch.__version__, processor(), sys.version)
-    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
-    return cache_folder() / f"cpu-kernels-{digest}.so"
-
-
-def _compile(path: Path) -> None:
-    root = Path(torch.__file__).parent
-    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    include, lib = root / "include", root / "lib"
-    abi = int(torch.compiled_with_cxx11_abi())
-    command = [_compiler(), *_OPTIONS, f"-I{include}", f"-I{include}/torch/csrc/api/include"]
-    command += [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", str(SOURCE), "-o", str(made)]
-    command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.touch()  # else a folder that cannot be written reads as an error of the compiler
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise BackendError(f"{SOURCE.name} does not compile:\n{done.stderr.strip()[-2000:]}")
-        os.replace(made, path)
-    except OSError as error:
-        raise BackendError(
-            f"the CPU kernels cannot be kept in {path.parent}: {error}. Set TFMQ_FX_CACHE to a "
-            "folder that can be written."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            made.unlink()
+@functools.cache
+def stand_in() -> None:
+    """Have the plain kernels run the operators too, where there are no others: for tests."""
+    load_plain()
+    for name in _SCHEMAS:
+        keys = "CompositeExplicitAutograd" if name == "cpu_nan_count" else "CPU"
+        _LIBRARY.impl(name, getattr(torch.ops.tfmq_fx_plain, name).default, keys)
 
 
 def panels(weight: Tensor) -> Tensor:

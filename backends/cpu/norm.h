@@ -47,23 +47,22 @@ void affine(
                 float* sum = partial.data() + task * 2 * c + part * x.channels[0];
                 float* square = sum + c;
                 for (int64_t j = 0, width = x.channels[part]; j < width; j += 64) {
-                    __mmask16 m[4];
-                    __m512 base[4], s[4], q[4];
-#pragma GCC unroll 4
+                    Mask m[4];
+                    Floats base[4], s[4], q[4];
+UNROLL
                     for (int k = 0; k < 4; k++) {
                         m[k] = first(width - j - 16 * k);
                         base[k] = load(start + j + 16 * k, m[k]);
-                        s[k] = q[k] = _mm512_setzero_ps();
+                        s[k] = q[k] = floats(0.f);
                     }
                     for (int64_t p = from; p < to; p++)
-#pragma GCC unroll 4
+UNROLL
                         for (int k = 0; k < 4; k++) {
-                            const __m512 x_k = load(start + p * width + j + 16 * k, m[k]);
-                            const __m512 v = _mm512_sub_ps(x_k, base[k]);
-                            s[k] = _mm512_add_ps(s[k], v);
-                            q[k] = _mm512_fmadd_ps(v, v, q[k]);
+                            const Floats v = load(start + p * width + j + 16 * k, m[k]) - base[k];
+                            s[k] = s[k] + v;
+                            q[k] = fmadd(v, v, q[k]);
                         }
-#pragma GCC unroll 4
+UNROLL
                     for (int k = 0; k < 4; k++) {
                         store(sum + j + 16 * k, s[k], m[k]);
                         store(square + j + 16 * k, q[k], m[k]);
@@ -114,13 +113,14 @@ void codes_of(
             const float* scale = scales[run].const_data_ptr<float>();
             inverses[sample * sizes.size() + run] = 1.f / scale[scales[run].size(0) > 1 ? sample * scales[run].stride(0) : 0];
         }
-    const __m512i most = _mm512_set1_epi32(static_cast<int32_t>(levels));
+    const Ints most = ints(static_cast<int32_t>(levels));
     const auto border = [&](uint8_t* to, int64_t pixels) {
         for (int64_t p = 0; p < pixels; p++)
             for (size_t run = 0; run < sizes.size(); to += sizes[run++])
                 std::memset(to, static_cast<int>(zeros[run]), sizes[run]);
     };
     at::parallel_for(0, n.batch * high, std::max<int64_t>(1, 4096 / (wide * c)), [&](int64_t begin, int64_t end) {
+        Mask seen = 0;
         for (int64_t task = begin; task < end; task++) {
             const int64_t sample = task / high, row = task % high - n.top;
             uint8_t* to = y + task * wide * c;
@@ -140,22 +140,23 @@ void codes_of(
                 const int64_t stop = std::min(end_run, end_part), width = x.channels[part];
                 const T* from = x.sample(part, sample) + row * n.width * width;
                 if (part) from -= x.channels[0];
-                const __m512 inverse = _mm512_set1_ps(inverses[sample * sizes.size() + run]);
-                const __m512i zero = _mm512_set1_epi32(static_cast<int32_t>(zeros[run]));
+                const Floats inverse = floats(inverses[sample * sizes.size() + run]);
+                const Ints zero = ints(static_cast<int32_t>(zeros[run]));
                 for (int64_t j = start; j < stop; j += 16) {
-                    const __mmask16 m = first(stop - j);
-                    __m512 factor, add;
+                    const Mask m = first(stop - j);
+                    Floats factor, add;
                     if (a) factor = load(a + sample * c + j, m), add = load(b + sample * c + j, m);
                     for (int64_t p = 0; p < n.width; p++) {
-                        __m512 v = load(from + p * width + j, m);
-                        if (a) v = _mm512_fmadd_ps(v, factor, add);
+                        Floats v = load(from + p * width + j, m);
+                        if (a) v = fmadd(v, factor, add);
                         if (n.silu) v = silu(v);
-                        store_codes(to + p * c + j, v, inverse, zero, most, m);
+                        seen |= store_codes(to + p * c + j, v, inverse, zero, most, m);
                     }
                 }
                 start = stop;
             }
         }
+        count_nans(seen);
     });
 }
 

@@ -23,7 +23,7 @@ from tfmq_fx.backends.cuda.trial import Choice, Chooser, read_choices, write_cho
 from tfmq_fx.backends.dequantized import fast_dtype
 from tfmq_fx.files import cache_folder
 
-from . import kernels
+from . import kernels, library
 
 Timer = Callable[[Callable[[], Any]], float]  # microseconds of a call
 MARGIN = 0.9  # of our kernel's time that another must stay below: ours takes sums and codes along
@@ -53,7 +53,7 @@ def by_trial(*, timer: Timer | None = None, cache: Path | None = None) -> Choose
 def cache_file() -> Path:
     """Where results for this machine, with these versions, kernels and threads, are kept."""
     threads = str(torch.get_num_threads())
-    words = (kernels.processor(), torch.__version__, kernels.sources(), threads)
+    words = (kernels.processor(), torch.__version__, library.sources(), threads)
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     return cache_folder() / f"cpu-{digest}.json"
 

@@ -2,12 +2,17 @@
 
 #pragma once
 
-#include <immintrin.h>
+#ifdef TFMQ_FX_PLAIN
+#include "plain.h"
+#else
+#include "avx512.h"
+#endif
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -21,84 +26,93 @@ using at::Tensor;
 constexpr int ROWS = 6;         // pixels (or queries) of a register tile
 constexpr int VECTORS = 4;      // vectors of 16 outputs of a register tile
 constexpr int WIDE = 64;        // outputs of a register tile: the width of a weight panel
+constexpr Mask ALL = 0xffff;
 constexpr float LOG2E = 1.4426950408889634f;
 
-inline __mmask16 first(int64_t n) {
-    return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << std::max<int64_t>(n, 0)) - 1);
+// How often tasks have met a NaN that became a code: codes cannot tell.
+std::atomic<int64_t> nans{0};
+
+inline void count_nans(Mask seen) {
+    if (seen) nans.fetch_add(1, std::memory_order_relaxed);
 }
 
-inline __m512 load(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
-
-inline __m512 load(const at::BFloat16* p, __mmask16 m) {
-    const __m256i half = _mm256_maskz_loadu_epi16(m, p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+inline Mask first(int64_t n) {
+    return n >= 16 ? ALL : static_cast<Mask>((1u << std::max<int64_t>(n, 0)) - 1);
 }
 
-inline void store(float* p, __m512 v, __mmask16 m) { _mm512_mask_storeu_ps(p, m, v); }
+template <typename V>
+inline V load_whole(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
 
-inline void store(at::BFloat16* p, __m512 v, __mmask16 m) {
-    _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));
+inline Floats load(const at::BFloat16* p, Mask m) {
+    return of_bits(widened(load(reinterpret_cast<const uint16_t*>(p), m)) << 16);
+}
+
+inline void store(at::BFloat16* p, Floats v, Mask m) {
+    store(reinterpret_cast<uint16_t*>(p), to_halves(v), m);
 }
 
 // 2^x, relative error below 2e-7 where the result is a normal number.
-inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-140.f));
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(1.53401609e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.33998830e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.61850994e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55032893e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226467e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147206e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+inline Floats exp2(Floats x) {
+    x = max(x, floats(-140.f));
+    const Floats n = round(x);
+    const Floats r = x - n;
+    Floats p = floats(1.53401609e-4f);
+    p = fmadd(p, r, floats(1.33998830e-3f));
+    p = fmadd(p, r, floats(9.61850994e-3f));
+    p = fmadd(p, r, floats(5.55032893e-2f));
+    p = fmadd(p, r, floats(2.40226467e-1f));
+    p = fmadd(p, r, floats(6.93147206e-1f));
+    p = fmadd(p, r, floats(1.0f));
+    return scaled(p, n);
 }
 
 // 2^x, relative error below 1e-4: enough for what is rounded to bfloat16.
-inline __m512 rough_exp2(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(5.51147376e-2f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.42606344e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93271458e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.99928660e-1f));
-    return _mm512_scalef_ps(p, n);
+inline Floats rough_exp2(Floats x) {
+    const Floats n = round(x);
+    const Floats r = x - n;
+    Floats p = floats(5.51147376e-2f);
+    p = fmadd(p, r, floats(2.42606344e-1f));
+    p = fmadd(p, r, floats(6.93271458e-1f));
+    p = fmadd(p, r, floats(9.99928660e-1f));
+    return scaled(p, n);
 }
 
-inline __m512 silu(__m512 v) {
-    const __m512 e = exp2(_mm512_mul_ps(v, _mm512_set1_ps(-LOG2E)));
-    return _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.f), e));
+inline Floats silu(Floats v) {
+    const Floats e = exp2(v * floats(-LOG2E));
+    return v / (floats(1.f) + e);
 }
 
 // GELU by its tanh formula, which is v * sigmoid(2 u)
-inline __m512 gelu_tanh(__m512 v) {
-    const __m512 cube = _mm512_mul_ps(v, _mm512_mul_ps(v, v));
-    const __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), v);
-    const __m512 e = exp2(_mm512_mul_ps(u, _mm512_set1_ps(-2 * 0.7978845608f * LOG2E)));
-    return _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.f), e));
+inline Floats gelu_tanh(Floats v) {
+    const Floats cube = v * (v * v);
+    const Floats u = fmadd(cube, floats(0.044715f), v);
+    const Floats e = exp2(u * floats(-2 * 0.7978845608f * LOG2E));
+    return v / (floats(1.f) + e);
 }
 
 // GELU by erf; Abramowitz and Stegun 7.1.26, absolute error of erf below 2e-7
-inline __m512 gelu(__m512 v) {
-    const __m512 one = _mm512_set1_ps(1.f);
-    const __m512 z = _mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(0.70710678f));
-    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
-    __m512 p = _mm512_set1_ps(1.061405429f);
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
-    p = _mm512_mul_ps(_mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f)), t);
-    const __m512 e = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-LOG2E)));
-    const __m512 erf = _mm512_fnmadd_ps(p, e, one);  // of |v|
-    const __mmask16 negative = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
-    const __m512 signed_erf = _mm512_mask_sub_ps(erf, negative, _mm512_setzero_ps(), erf);
-    return _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(0.5f)), _mm512_add_ps(one, signed_erf));
+inline Floats gelu(Floats v) {
+    const Floats one = floats(1.f);
+    const Floats z = abs(v) * floats(0.70710678f);
+    const Floats t = one / fmadd(z, floats(0.3275911f), one);
+    Floats p = floats(1.061405429f);
+    p = fmadd(p, t, floats(-1.453152027f));
+    p = fmadd(p, t, floats(1.421413741f));
+    p = fmadd(p, t, floats(-0.284496736f));
+    p = fmadd(p, t, floats(0.254829592f)) * t;
+    const Floats e = exp2(z * z * floats(-LOG2E));
+    const Floats erf = fnmadd(p, e, one);  // of |v|
+    const Floats signed_erf = select(below(v, floats(0.f)), floats(0.f) - erf, erf);
+    return v * floats(0.5f) * (one + signed_erf);
 }
 
 enum class Activation { none, silu, gelu, gelu_tanh };
 
-inline __m512 activate(__m512 v, Activation which) {
+inline Floats activate(Floats v, Activation which) {
     switch (which) {
         case Activation::silu: return silu(v);
         case Activation::gelu: return gelu(v);
@@ -107,15 +121,15 @@ inline __m512 activate(__m512 v, Activation which) {
     }
 }
 
-// round(v * inverse) + zero, kept in [0, levels], as bytes
-inline void store_codes(
-    uint8_t* p, __m512 v, __m512 inverse, __m512i zero, __m512i levels, __mmask16 m) {
+// round(v * inverse) + zero, kept in [0, levels], as bytes; where it is NaN, whose code is 0
+inline Mask store_codes(uint8_t* p, Floats v, Floats inverse, Ints zero, Ints levels, Mask m) {
+    v = v * inverse;
+    const Mask seen = nan(v) & m;
     // 2^30 bounds what the conversion can hold; both are far outside of the grid
-    v = _mm512_mul_ps(v, inverse);
-    v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-1073741824.f)), _mm512_set1_ps(1073741824.f));
-    __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(v), zero);
-    q = _mm512_min_epi32(_mm512_max_epi32(q, _mm512_setzero_si512()), levels);
-    _mm512_mask_cvtepi32_storeu_epi8(p, m, q);
+    v = min(max(v, floats(-1073741824.f)), floats(1073741824.f));
+    const Ints q = min(max(to_ints(v) + zero, ints(0)), levels);
+    store(p, q, m);
+    return seen;
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.affine import FP8
-from tfmq_fx.files import cache_folder, write_whole
+from tfmq_fx.files import cache_folder, make_private, write_whole
 
 from .conv import conv2d
 from .tiles import Problem, Tile, candidates, default_tile
@@ -214,7 +214,7 @@ def write_choices(path: Path, known: dict[str, Choice]) -> None:
     merged = read_choices(path) | known
     text = json.dumps({key: dataclasses.asdict(choice) for key, choice in merged.items()})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         write_whole(path, text)
     except OSError as error:
         logger.warning("kernel choices are not kept: %s", error)

@@ -10,8 +10,7 @@ from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cuda.conv import STORED_ZERO
 from tfmq_fx.backends.cuda.tiles import Tile
 
-REASON = kernels.unavailable()
-needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+needs_kernels = pytest.mark.usefixtures("any_kernels")
 
 
 def table(count, layout, generator):

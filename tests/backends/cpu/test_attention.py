@@ -37,12 +37,6 @@ def traced(module, *values):
     return gm
 
 
-@pytest.fixture(autouse=True)
-def library():
-    if kernels.unavailable() is None:
-        kernels.load()
-
-
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("module", [

@@ -1,9 +1,7 @@
 """The CPU's kernels against references in plain torch, and what is said where they cannot run."""
 
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from tests.backends.cpu.cases import (
     norm_arguments,
     norms,
 )
-from tfmq_fx.backends.cpu import kernels
+from tfmq_fx.backends.cpu import kernels, library
 from tfmq_fx.backends.cuda.conv import conv2d_reference, quantize
 from tfmq_fx.backends.cuda.norm import group_norm_quantize_reference
 from tfmq_fx.errors import BackendError
@@ -31,13 +29,6 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    """The kernels, where this machine runs them."""
-    if kernels.unavailable() is None:
-        kernels.load()
 
 
 @pytest.fixture
@@ -481,108 +472,13 @@ def test_a_system_that_does_not_tell_is_no_machine_for_them(machine, monkeypatch
     assert kernels.unavailable() == "what the processor can do is not known: no /proc"
 
 
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """An empty cache folder."""
-    monkeypatch.setenv("TFMQ_FX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def load_again():
-    kernels.load.__wrapped__()
-
-
-def compiler(monkeypatch, path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    monkeypatch.setattr(kernels, "_compiler", lambda: str(path))
-
-
-@needs_kernels
-def test_a_compiler_that_fails_is_heard(cache, monkeypatch, tmp_path):
-    compiler(monkeypatch, tmp_path / "cc", 'echo "unknown option -march" >&2; exit 1')
-    with pytest.raises(
-        BackendError, match=r"kernels\.cpp does not compile:\nunknown option -march"
-    ):
-        load_again()
-    assert [*cache.iterdir()] == []
-
-
-@needs_kernels
-def test_a_machine_without_a_compiler_says_what_to_install(cache, monkeypatch):
-    monkeypatch.setattr(kernels, "_compiler", lambda: "no-such-compiler")
-    with pytest.raises(BackendError, match=r"none runs here \(FileNotFoundError: .*Install g\+\+"):
-        load_again()
-
-
-@needs_kernels
-def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("TFMQ_FX_CACHE", str(tmp_path / "file"))
-    with pytest.raises(BackendError, match=r"cannot be kept in .*Set TFMQ_FX_CACHE"):
-        load_again()
-
-    def full(*args, **kwargs):
-        raise OSError("read-only file system")
-
-    monkeypatch.setenv("TFMQ_FX_CACHE", str(tmp_path))
-    monkeypatch.setattr(Path, "touch", full)
-    with pytest.raises(BackendError, match=r"cannot be kept in .*: read-only file system"):
-        load_again()
-
-
-@needs_kernels
-def test_what_was_compiled_is_found_again(cache, monkeypatch, tmp_path):
-    """By source, compiler and processor; a library that does not load is named."""
-    compiler(monkeypatch, tmp_path / "cc", "echo 1.0")
-    path = kernels._library()
-    assert path.parent == cache and path == kernels._library()
-    cache.mkdir()
-    path.write_bytes(b"no library")
-    with pytest.raises(BackendError, match=rf"{path.name} does not load: .*Remove it"):
-        load_again()
-    assert path.read_bytes() == b"no library"
-    compiler(monkeypatch, tmp_path / "cc", "echo 1.1")
-    assert kernels._library() != path
-    compiler(monkeypatch, tmp_path / "cc", "echo 1.0")
-    assert kernels._library() == path
-    source = tmp_path / "kernels.cpp"
-    source.write_text("int main() {}")
-    for name, value in (("SOURCE", source), ("processor", lambda: "other"), ("_OPTIONS", ("-O0",))):
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, name, value)
-            assert kernels._library() != path
-
-
-COMPILES = """
-import subprocess, sys
-from tfmq_fx.backends.cpu import kernels
-calls, run = [], subprocess.run
-kernels.subprocess.run = lambda command, **kw: (calls.append(command), run(command, **kw))[1]
-kernels.load()
-print(sum("-shared" in command for command in calls))
-import torch
-print(kernels.cpu_norm(torch.ones(1, 1, 2, 3), 0, None, None, 0.0, None, None, False,
-    [torch.ones(1)], [7], [3], 255, [0, 0, 0, 0]).unique().tolist())
-"""
-
-
-@needs_kernels
-@pytest.mark.slow
-def test_kernels_compile_once(cache):
-    for compiled in ("1", "0"):
-        done = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True)
-        assert done.stdout.split("\n")[:2] == [compiled, "[8]"], done.stderr
-    assert len([*cache.iterdir()]) == 1
-
-
 def test_rough_powers_are_as_exact_as_bfloat16_asks():
     """The polynomials of the source, evaluated in float64 over their domain."""
-    source = kernels.sources()
+    source = library.sources()
     r = torch.linspace(-0.5, 0.5, 4001, dtype=torch.float64)
     for name, bound in (("exp2", 2e-7), ("rough_exp2", 1e-4)):
-        body = source.partition(f"__m512 {name}(")[2].partition("scalef")[0]
-        terms = [float(part.partition("f)")[0]) for part in body.split("set1_ps(")[1:]]
+        body = source.partition(f"Floats {name}(")[2].partition("return scaled")[0]
+        terms = [float(part.partition("f)")[0]) for part in body.split("floats(")[1:]]
         value = torch.zeros_like(r)
         for term in (t for t in terms if t > 0):
             value = value * r + term
@@ -590,3 +486,55 @@ def test_rough_powers_are_as_exact_as_bfloat16_asks():
     assert math.log2(math.e) == pytest.approx(float(
         source.partition("LOG2E = ")[2].partition("f;")[0]
     ), rel=2**-23)  # fmt: skip
+
+
+# ---- both builds of the same source
+
+needs_both = pytest.mark.skipif(
+    kernels.unavailable() is not None, reason="this processor runs the plain build alone"
+)
+
+
+def both(name, **arguments):
+    """The results of the processor's instructions and of plain C++."""
+    kernels.load()
+    kernels.load_plain()
+    native, plain = (getattr(torch.ops, space) for space in ("tfmq_fx", "tfmq_fx_plain"))
+    return getattr(native, name)(**arguments), getattr(plain, name)(**arguments)
+
+
+@needs_both
+@pytest.mark.parametrize("requantize", [None, "row"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_builds_convolve_to_the_same_bits(activation, requantize, dtype):
+    given, _ = conv_arguments(
+        size=(7, 9), channels=(20, 8), out=70, packed=(True, False), requantize=requantize,
+        dtype=dtype,
+    )  # fmt: skip
+    native, plain = both("cpu_conv", **given, activation=activation)
+    assert torch.equal(native, plain)
+
+
+@needs_both
+@pytest.mark.parametrize("groups", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_builds_normalize_to_the_same_codes(groups, dtype):
+    given = norm_arguments(groups=groups, width=23, size=(9, 11), runs=2, dtype=dtype)
+    assert torch.equal(*both("cpu_norm", **given))
+
+
+@needs_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_builds_attend_alike(dtype):
+    """More keys than a step takes, and odd sizes. Processors may add the two products of a `dot` in
+    either order, which can round a weight to its neighbour in bfloat16: 2**-8 of it, and the result
+    is a mean of values by weights that then sum to 1 again."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 3, n, d, generator=generator).to(dtype)
+        for n, d in ((13, 40), (531, 40), (531, 23))
+    )
+    native, plain = both("cpu_attention", q=q, k=k, v=v, scale=0.2)
+    assert (native.float() - plain.float()).abs().max() <= 2**-8 * v.abs().max()
+    assert sqnr(plain.double(), native.double()) > 60
