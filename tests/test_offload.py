@@ -208,7 +208,7 @@ def test_a_bound_model_goes_on(folder: Path) -> None:
     assert not found.prologue.offloaded.is_away and plain.nbytes() == whole
     check(plain, draw(), model)
     check(found, draw(), model)
-    temporary = [path for path in folder.iterdir() if path.name.startswith("tfmq-fx-")]
+    temporary = [path for path in folder.iterdir() if path.name.startswith("tfmq_fx-offload-")]
     assert len(temporary) == 1
     del found
     gc.collect()
