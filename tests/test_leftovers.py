@@ -1,4 +1,4 @@
-"""leftovers: what a killed process leaves is removed by the next one, what a living one has is not."""
+"""leftovers: what a killed process leaves is removed by the next; what a living one has stays."""
 
 import os
 import signal

@@ -34,13 +34,16 @@ def make_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
-def distrusted(info: os.stat_result) -> str | None:
-    """Why others may have written a file or folder, or None where only this user and root can."""
+def distrusted(info: os.stat_result, writers: int = stat.S_IWGRP | stat.S_IWOTH) -> str | None:
+    """Why others may have written a file or folder, or None where only this user and root can.
+
+    writers: who else must not be able to, in bits of the mode.
+    """
     if not hasattr(os, "geteuid"):
         return None
     if info.st_uid not in (os.geteuid(), 0):
         return f"it belongs to user {info.st_uid}, not to you (user {os.geteuid()})"
-    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if info.st_mode & writers:
         return f"others can write it (mode {stat.S_IMODE(info.st_mode):04o})"
     return None
 

@@ -1,8 +1,8 @@
 """Temporary files and folders that do not outlive their process, not even where it is killed.
 
-Each is locked as long as its process needs it. The system gives up the locks of a process that ends,
-however it ends, so what has a name of ours and no lock was left, and the next process to make one
-there removes it. Where the system has no such locks (`flock`) nothing is taken for left.
+Each is locked as long as its process needs it. The system gives up the locks of a process that
+ends, however it ends, so what has a name of ours and no lock was left, and the next process to make
+one there removes it. Where the system has no such locks (`flock`) nothing is taken for left.
 """
 
 from __future__ import annotations

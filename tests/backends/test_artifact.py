@@ -1,6 +1,7 @@
 """artifact: what the compiler made is read from a file, or written to it, and files that hold
 something else are refused."""
 
+import os
 import zipfile
 
 import pytest
@@ -52,6 +53,7 @@ def written(path, caches=b"before", machine="here", libraries=()):
         file.writestr("machine", machine)
         for name in libraries:
             file.writestr(name, b"library")
+    path.chmod(0o600)
     return path
 
 
@@ -82,7 +84,7 @@ def test_a_file_is_read_and_written_again_where_it_did_not_hold_all(
 def test_a_compiler_that_kept_nothing_writes_nothing(torchs, tmp_path, caplog):
     torchs.saved = None
     assert with_artifact(tmp_path / "model.bin", compiling(1)) == "result"
-    assert [*tmp_path.iterdir()] == [] and "model.bin is not written" in caplog.text
+    assert not (tmp_path / "model.bin").exists() and "model.bin is not written" in caplog.text
 
 
 def test_libraries_are_written_that_are_loaded_or_check_the_compiler(torchs, tmp_path, monkeypatch):
@@ -110,8 +112,7 @@ def test_libraries_are_written_that_are_loaded_or_check_the_compiler(torchs, tmp
 def test_libraries_go_where_inductor_looks_on_machines_of_their_kind(
     torchs, tmp_path, machine, there
 ):
-    names = [KERNEL, CHECK, "../../evil.so", "ab/../../evil.so", "/evil.so", "ab/c.py"]
-    path = written(tmp_path / "model.bin", machine=machine, libraries=names)
+    path = written(tmp_path / "model.bin", machine=machine, libraries=[KERNEL, CHECK])
     kept = torchs.folder / CHECK
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"its own")
@@ -120,6 +121,74 @@ def test_libraries_go_where_inductor_looks_on_machines_of_their_kind(
     expected = {f"inductor/{KERNEL}"} if there else set()
     assert found == {"model.bin", f"inductor/{CHECK}"} | expected
     assert kept.read_bytes() == b"its own" and torchs.loaded == [b"before"]
+
+
+def refused(path, match):
+    """Assert that nothing of the file is used."""
+    with pytest.raises(ConfigError, match=match):
+        with_artifact(path, lambda: pytest.fail("compiled"))
+    assert not list(path.parent.rglob("*.so"))
+
+
+@pytest.mark.parametrize("name", [
+    "../../evil.so", "ab/../../evil.so", "/evil.so", "ab/c.py", "ab//evil.so", "ab\\evil.so",
+])  # fmt: skip
+def test_names_that_lead_elsewhere_are_refused(torchs, tmp_path, name):
+    path = written(tmp_path / "model.bin", libraries=[KERNEL, name])
+    refused(path, r"holds '.*', which `compile` writes into no such file\. Remove it")
+    assert torchs.loaded == []
+
+
+@pytest.mark.parametrize("key", ["/tmp/evil", "../evil", "ab/../../evil"])
+def test_names_in_torchs_bundle_that_lead_elsewhere_are_refused(torchs, tmp_path, key):
+    from torch._inductor.runtime.autotune_cache import AutotuneCacheArtifact
+    from torch.compiler._cache import CacheArtifactManager
+
+    with CacheArtifactManager.with_fresh_cache():
+        CacheArtifactManager.record_artifact(AutotuneCacheArtifact.type(), key, {"x": 1})
+        caches, _ = CacheArtifactManager.serialize()
+    refused(written(tmp_path / "model.bin", caches=caches), rf"would write to '{key}', out of")
+    assert torchs.loaded == []
+
+
+@pytest.mark.parametrize("mode", [0o602, 0o620, 0o666])
+def test_a_file_that_others_can_write_is_refused(torchs, tmp_path, mode):
+    path = written(tmp_path / "model.bin", libraries=[KERNEL])
+    path.chmod(mode)
+    refused(path, f"is code that would run.*others can write it .mode {mode:04o}.*chmod 600")
+    path.chmod(0o600)
+    assert with_artifact(path, compiling(0)) == "result"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+def test_a_file_of_somebody_else_is_refused(torchs, tmp_path):
+    path = written(tmp_path / "model.bin", libraries=[KERNEL])
+    os.chown(path, 12345, -1)
+    refused(path, "it belongs to user 12345, not to you .user 0.*chown")
+
+
+def test_a_pipe_does_not_hang(torchs, tmp_path):
+    os.mkfifo(tmp_path / "model.bin", 0o600)
+    refused(tmp_path / "model.bin", "neither a file nor a folder")
+
+
+def test_what_is_written_is_for_its_owner_alone(torchs, tmp_path):
+    before = os.umask(0o002)  # as systems with a group for each user have it
+    try:
+        path = tmp_path / "deep" / "model.bin"
+        with_artifact(path, compiling(1))
+        assert with_artifact(path, compiling(0)) == "result"
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_torchs_that_anybody_can_write_is_refused(torchs, tmp_path):
+    torchs.folder.mkdir()
+    torchs.folder.chmod(0o1777)
+    refused(tmp_path / "model.bin", "torch loads code from .*TORCHINDUCTOR_CACHE_DIR")
+    torchs.folder.chmod(0o775)
+    assert with_artifact(tmp_path / "model.bin", compiling(1)) == "result"
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(torchs, tmp_path, caplog):
@@ -148,7 +217,7 @@ def test_a_call_that_fails_writes_nothing(torchs, tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         with_artifact(tmp_path / "model.bin", fail)
-    assert [*tmp_path.iterdir()] == []
+    assert [*tmp_path.iterdir()] == [torchs.folder]
 
 
 def test_folders_are_refused_before_anything_is_compiled(tmp_path):
@@ -160,6 +229,7 @@ def test_folders_are_refused_before_anything_is_compiled(tmp_path):
 def test_files_of_something_else_are_refused_and_kept(tmp_path, content):
     path = tmp_path / "model.bin"
     path.write_bytes(content)
+    path.chmod(0o600)
     with pytest.raises(ConfigError, match=r"holds no compiled model\. Remove it, or name another"):
         with_artifact(path, lambda: pytest.fail("compiled"))
     assert path.read_bytes() == content

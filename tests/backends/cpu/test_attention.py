@@ -7,7 +7,6 @@ from torch import fx, nn
 
 from tests.backends.cpu.cases import needs_kernels
 from tests.toys import ToyDiT, seeded
-from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cpu.attention import attention, use_kernel
 from tfmq_fx.capture import capture
 from tfmq_fx.metrics import sqnr

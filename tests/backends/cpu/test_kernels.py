@@ -434,6 +434,7 @@ def machine(monkeypatch):
     """Says what the machine is, forgotten when the test ends."""
 
     def say(platform="linux", machine="x86_64", flags=FLAGS):
+        monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
         monkeypatch.setattr(sys, "platform", platform)
         monkeypatch.setattr(kernels.platform, "machine", lambda: machine)
         monkeypatch.setattr(kernels, "processor", lambda: f"Some CPU {flags}")
