@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.backends.cpu.cases import needs_kernels
-from tfmq_fx.backends.cpu import kernels, trial
+from tfmq_fx.backends.cpu import kernels, library, trial
 from tfmq_fx.backends.cpu.trial import MARGIN, by_trial, cache_file, calls
 from tfmq_fx.backends.cuda.tiles import Problem, Tile
 from tfmq_fx.backends.cuda.trial import Choice
@@ -117,7 +117,7 @@ def test_the_file_is_of_the_processor_the_threads_and_the_kernels(monkeypatch, t
     source.write_text("")
     for where, name, value in (
         (kernels, "processor", lambda: "two"),
-        (kernels, "SOURCE", source),
+        (library, "SOURCE", source),
         (torch, "get_num_threads", lambda: 77),
         (torch, "__version__", "1.0"),
     ):
