@@ -53,7 +53,9 @@ class CpuCallable:
         if "mode" not in options:  # the graph is our own: its modules and buffers do not change
             unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
             options = {**options, "options": unguarded | (options.get("options") or {})}
-        self.compiled = torch.compile(gm, fullgraph=True, **options)
+        from tfmq_fx.backends.cpu.nans import showing_nans
+
+        self.compiled = showing_nans(torch.compile(gm, fullgraph=True, **options), gm)
         self.freezes, self.artifact, self.formats = freezes, artifact, formats_of(gm)
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -175,6 +175,7 @@ void convolve(
     int64_t run = (rows + wanted - 1) / wanted;
     run = std::max<int64_t>((run + ROWS - 1) / ROWS * ROWS, packed ? 16 * ROWS : 4 * ROWS);
     const int64_t runs = (rows + run - 1) / run;
+    NanWatch watch;
     at::parallel_for(0, panels * runs, 1, [&](int64_t begin, int64_t end) {
         std::vector<int8_t> scratch(packed ? depth * WIDE : 0);
         int64_t held = -1;
@@ -217,7 +218,7 @@ void convolve(
                 seen |= finish<T>(buffer, e, g, row, m, column, y);
             }
         }
-        count_nans(seen);
+        watch.add(seen);
     });
 }
 

@@ -50,7 +50,7 @@ cpu_attention = torch.ops.tfmq_fx.cpu_attention.default
 """softmax(q k^T scale) v for q (B, H, L, D), k, v (B, H, K, D): (B, H, L, D), heads innermost but
 for channels. Products are of bfloat16, summed in float32, so are scores and their softmax."""
 cpu_nan_count = torch.ops.tfmq_fx.cpu_nan_count.default
-"""How often the kernels have met a NaN, and made code 0 of it, since they were loaded."""
+"""How many calls of these by this thread have met a NaN, of which they made code 0."""
 
 
 @functools.cache

@@ -24,7 +24,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 # products and sums are those that are written: the same results of every compiler and build
 _COMMON = ("-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp")
 NATIVE = ("-O3", "-march=native", *_COMMON)
-PLAIN = ("-O1", "-march=x86-64", "-DTFMQ_FX_PLAIN", "-Wno-psabi", *_COMMON)
+PLAIN = ("-O1", "-march=x86-64", "-msse4.1", "-DTFMQ_FX_PLAIN", "-Wno-psabi", *_COMMON)
 
 
 def load(options: tuple[str, ...], processor: str) -> None:

@@ -119,6 +119,7 @@ void codes_of(
             for (size_t run = 0; run < sizes.size(); to += sizes[run++])
                 std::memset(to, static_cast<int>(zeros[run]), sizes[run]);
     };
+    NanWatch watch;
     at::parallel_for(0, n.batch * high, std::max<int64_t>(1, 4096 / (wide * c)), [&](int64_t begin, int64_t end) {
         Mask seen = 0;
         for (int64_t task = begin; task < end; task++) {
@@ -156,7 +157,7 @@ void codes_of(
                 start = stop;
             }
         }
-        count_nans(seen);
+        watch.add(seen);
     });
 }
 

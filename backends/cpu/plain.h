@@ -5,7 +5,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #define UNROLL
@@ -124,10 +123,7 @@ inline Floats scaled(Floats p, Floats n) {
 }
 
 [[gnu::noinline]] Ints dot(Ints acc, Ints x, Ints w) {
-    uint8_t codes[64];
-    int8_t weights[64];
-    std::memcpy(codes, &x, 64), std::memcpy(weights, &w, 64);
-    for (int i = 0; i < 64; i++) acc[i / 4] += codes[i] * weights[i];
+    for (int bit = 0; bit < 32; bit += 8) acc += (x >> bit & 255) * (w << (24 - bit) >> 24);
     return acc;
 }
 [[gnu::noinline]] Floats dot(Floats acc, Ints x, Ints w) {

@@ -29,12 +29,20 @@ constexpr int WIDE = 64;        // outputs of a register tile: the width of a we
 constexpr Mask ALL = 0xffff;
 constexpr float LOG2E = 1.4426950408889634f;
 
-// How often tasks have met a NaN that became a code: codes cannot tell.
-std::atomic<int64_t> nans{0};
+// How many calls of this thread have met a NaN and made a code of it: codes cannot tell.
+thread_local int64_t nan_calls = 0;
 
-inline void count_nans(Mask seen) {
-    if (seen) nans.fetch_add(1, std::memory_order_relaxed);
-}
+// Whether the tasks of one call have met a NaN; counted when the call ends.
+class NanWatch {
+  public:
+    void add(Mask seen) {
+        if (seen) met.store(true, std::memory_order_relaxed);
+    }
+    ~NanWatch() { nan_calls += met.load(); }
+
+  private:
+    std::atomic<bool> met{false};
+};
 
 inline Mask first(int64_t n) {
     return n >= 16 ? ALL : static_cast<Mask>((1u << std::max<int64_t>(n, 0)) - 1);

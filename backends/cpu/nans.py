@@ -1,0 +1,43 @@
+"""NaN that arises inside a model on integer kernels: codes have none, so the kernels count it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tfmq_fx.backends.cuda.layers import CodesLayer
+
+from . import kernels
+
+
+def showing_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
+    """A form of `run`, which computes the lowered graph `gm`, whose results are NaN where a kernel
+    made a code of a NaN and no result shows it.
+
+    The reference answers NaN then, in part or throughout; which part is not known here, so that
+    all floating-point results become NaN. Where a result has a NaN already, as for a sample at an
+    unknown timestep, results stay as they are. Codes that torch's own operators make of a NaN,
+    not the kernels, go unseen. Calls in other threads are not mixed up.
+    """
+    if not any(isinstance(module, CodesLayer) for module in gm.modules()):
+        return run
+
+    def noticing(*inputs: Tensor) -> Any:
+        before = kernels.cpu_nan_count()
+        found = run(*inputs)
+        if kernels.cpu_nan_count() == before or any(map(_shows, tree_leaves(found))):
+            return found
+        return tree_map_only(Tensor, _nan, found)
+
+    return noticing
+
+
+def _shows(value: Any) -> bool:
+    return isinstance(value, Tensor) and bool(value.isnan().any())
+
+
+def _nan(value: Tensor) -> Tensor:
+    return value.new_full(value.shape, float("nan")) if value.is_floating_point() else value
