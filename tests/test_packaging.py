@@ -73,9 +73,9 @@ def test_sources_of_kernels_are_package_data():
         if path.is_file() and path.suffix not in (".py", ".pyc"):
             inner = path.parent.relative_to(ROOT / "backends").parts
             found.setdefault(".".join(("tfmq_fx.backends", *inner)), []).append(path.name)
-    names = ["attention.h", "conv.h", "kernels.cpp", "norm.h", "vectors.h"]
+    names = ["kernels.cpp", "attention.h", "avx512.h", "conv.h", "norm.h", "plain.h", "vectors.h"]
     assert {package: sorted(each) for package, each in found.items()} == {
-        "tfmq_fx.backends.cpu": names
+        "tfmq_fx.backends.cpu": sorted(names)
     }
     for package, names in found.items():
         patterns = SETUPTOOLS["package-data"][package]
