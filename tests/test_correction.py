@@ -222,3 +222,29 @@ def test_the_first_of_several_outputs_counts():
     assert errors.sums.shape == (2, 4, 4, 6) and errors.samples.sum(0).tolist() == [3, 3, 0, 0]
     assert not errors.k.any() and not errors.mean.any() and not errors.variance.any()
     assert not errors.correction("noise").corrected.any()  # nothing to gain
+
+
+def test_an_output_that_is_zero_at_one_timestep_has_no_share_in_the_relative_errors():
+    reference, gm = pair()
+    silent = [
+        (torch.where((t == 7)[:, None, None, None], 0.0, x), t, noise) for x, t, noise in chunks()
+    ]
+    found = measure_errors(reference, gm, silent, timesteps=TIMES).correction("noise")
+    plain = measure_errors(reference, gm, list(chunks()), timesteps=TIMES).correction("noise")
+    assert 0 < found.after < found.before < 10
+    assert found.corrected.tolist() == plain.corrected.tolist()
+
+    def zeros():
+        return ((torch.zeros_like(x), t, 0 * noise) for x, t, noise in chunks())
+
+    nothing = measure_errors(reference, gm, zeros(), timesteps=TIMES).correction("bias")
+    assert (nothing.before, nothing.after) == (0.0, 0.0)
+
+
+def test_timesteps_that_were_not_measured_lie_between_their_neighbours_and_count_as_not_corrected():
+    few = list(chunks(times=TIMES[[0, 3]]))
+    found = measure_errors(*pair(), few, timesteps=TIMES).correction("bias")
+    assert found.corrected.tolist() == [True, False, False, True]
+    # the mean at 3 is a third of the way from that at 0 to that at 9
+    between = found.shift[0] * 2 / 3 + found.shift[3] / 3
+    assert torch.allclose(found.shift[1], between, rtol=1e-12, atol=0)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfmq_fx import profiles
 from tfmq_fx.affine import levels
 from tfmq_fx.config import ActivationSpec
 from tfmq_fx.errors import CalibrationError
@@ -89,6 +90,21 @@ def test_the_searched_range_loses_no_more_than_the_whole_one(seed, bits):
     assert loss(*found) <= loss(low, high) * (1 + 1e-5)  # float32 sums of 1,200 values
     if bits == 4:
         assert loss(*found) < loss(low, high)  # heavy tails are worth clipping
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_ranges_of_least_error_are_searched_at_every_width(bits, monkeypatch):
+    asked = []
+
+    def search(values, low, high, *, bits, weights):
+        asked.append(bits)
+        return low / 2, high / 2
+
+    monkeypatch.setattr(profiles, "clipped_range", search)
+    profile = observed([(torch.tensor([[-2.0, 8.0]]), [1])], -1)
+    spec = ActivationSpec(bits=bits, ranges="mse")
+    found = input_ranges(profile, spec, torch.tensor([1]), torch.ones(2))
+    assert asked == [bits] and (float(found.low[0]), float(found.high[0])) == (-1.0, 4.0)
 
 
 def test_channels_of_no_importance_do_not_widen_the_range():

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from .arguments import check_many
 from .boxes import NAMES, plain_ops
 from .capture import Captured, capture
 from .dataflow import (
@@ -93,6 +94,7 @@ def analyze(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps must be a whole number of at least 1, got {steps!r}")
+    check_many(conditions, "conditions", "names")
     if isinstance(model, (str, Path)):
         model = skeleton(model)
     inputs = named_inputs(model, example_inputs)

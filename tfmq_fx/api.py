@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact, backends
+from .arguments import check_dynamic, check_names, path_of
 from .backends.auto import compile_fastest, example_inputs
 from .behaviour import behaviour
 from .bit_plan import BitPlan
@@ -22,6 +23,7 @@ from .calibration import (
     observed_ranges,
     resampled,
     sample_chunks,
+    sample_count,
     sample_weights,
 )
 from .capture import capture
@@ -60,7 +62,7 @@ from .recall import observed, remember
 from .report import branch_weights, pass_record, product_records, site_records
 from .rewriting import profiled_ranges, rewrite_layers, unchanged_sites
 from .sites import Site, find_sites, plan_sites, weights_left
-from .temporal import choose_temporal
+from .temporal import choose_temporal, record_shipped
 from .timesteps import timestep_values
 
 
@@ -89,6 +91,9 @@ def prepare(
     for arguments that cannot be used, CaptureError where the model cannot be captured exactly.
     """
     recipe = resolve(config)
+    check_dynamic(dynamic)
+    if overrides is not None:
+        check_names(overrides, "overrides", "LayerConfig")
     inputs = named_inputs(model, example_inputs)
     name = find_timestep(inputs, timestep)
     values = timestep_values(timesteps)
@@ -202,6 +207,12 @@ def convert(
         )
     if budget is not None and bits is not None:
         raise ConfigError("convert() takes a budget or bits=, the plan to replay, not both")
+    if bits is not None and not isinstance(bits, BitPlan):
+        raise ConfigError(
+            f"bits must be a BitPlan, as Converted.bit_plan has it, not a {type(bits).__name__}"
+        )
+    if checkpoint is not None:
+        checkpoint = path_of(checkpoint, "checkpoint")
     recipe, gm, spec = prepared.recipe, prepared.gm, prepared.recipe.reconstruction
     check_sampling(prepared)
     timesteps, visits = finite_set(prepared)
@@ -351,6 +362,7 @@ def convert(
         gm = reconstruct(prepared, spec.iters, "blocks")
     for i in range(spec.rounds if quantized else 0):
         gm = reconstruct(resampled(prepared, gm), spec.round_iters, f"round {i}")
+    record_shipped(temporal, block, gm, timesteps=timesteps, visits=visits)
     own_modules(gm)  # so that it moves alone
     gm.meta["timesteps"] = timesteps
     if recipe.correction != "none" and (quantized or recipe.attention is not None):
@@ -360,6 +372,7 @@ def convert(
         "capture": gm.meta.pop("capture", {}),
         "block": block.summary(),
         "temporal": temporal.details,
+        "samples": {"used": sample_count(prepared, chunks), "asked": spec.samples},
         "sites": site_records(gm, plan, ranges),
         "products": product_records(gm),
         "declined": [[d.site, d.reason] for d in declined],
@@ -424,6 +437,8 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
         )
     if model.watch is not None:
         model.watch.check_contents()
+    if options.get("artifact") is not None:
+        options["artifact"] = path_of(options["artifact"], "artifact")
     if backend != "auto":
         chosen = backends.backend(backend, device_of(model.gm))
         runner, lowering = chosen.compile_graph(model.runnable, **options)
@@ -456,6 +471,13 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
         raise ArtifactError(
             f"save() takes what convert() or fold_timesteps() returned, not a "
             f"{type(model).__name__}; compile after loading"
+        )
+    path = path_of(path, "path", ArtifactError)
+    known = model.origin
+    if calibration and known is not None and known.calibrated and known.calibration is None:
+        raise ArtifactError(
+            "save(calibration=True) of a model that was loaded without its calibration: there is "
+            "none to keep. Leave the option out, or convert the source again"
         )
     if model.watch is not None:
         model.watch.check_contents()

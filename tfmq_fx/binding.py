@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,11 @@ def bind_request(
         )
     if isinstance(model, Converted) and (example_inputs is not None or timestep is not None):
         raise ConfigError("a converted model is not captured again: leave out its example inputs")
+    if spec is not None and not isinstance(spec, PrologueSpec):
+        raise ConfigError(f"spec must be a PrologueSpec, not a {type(spec).__name__}")
+    known = [field.name for field in dataclasses.fields(PrologueSpec)]
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigError(f"bind_request() has no option {unknown[0]!r}; it has {', '.join(known)}")
     spec = PrologueSpec(**options) if spec is None else spec
     if isinstance(model, Bound):
         model = model.unbound()

@@ -103,6 +103,12 @@ def sample_chunks(prepared: Prepared) -> list[tuple[Tensor, ...]]:
     )
 
 
+def sample_count(prepared: Prepared, chunks: Sequence[Sequence[Tensor]]) -> int:
+    """How many samples there are in `chunks`."""
+    position = prepared.call.names.index(prepared.call.timestep)
+    return sum(len(chunk[position]) for chunk in chunks)
+
+
 def sample_weights(prepared: Prepared, chunks: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
     """The weights of the samples of each chunk, by how often calibration visited their timestep;
     None where all are the same or the timesteps were chosen."""

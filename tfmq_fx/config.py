@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
@@ -38,6 +40,27 @@ def _one_of(name: str, value: Any, choices: Any) -> None:
     )
 
 
+def _check_kinds(config: Any) -> None:
+    """Refuse a field that holds another kind of value than is declared."""
+    for each in dataclasses.fields(config):
+        kinds, value = str(each.type).split(" | "), getattr(config, each.name)
+        if value is None and "None" in kinds:
+            continue
+        if kinds[0] == "int":
+            fits = isinstance(value, Integral) and not isinstance(value, bool)
+        elif kinds[0] == "float":
+            fits = isinstance(value, Real) and not isinstance(value, bool)
+        elif kinds[0] == "bool":
+            fits = isinstance(value, bool)
+        elif kinds[0].startswith("tuple"):
+            fits = isinstance(value, Iterable) and not isinstance(value, str)
+        else:
+            fits = not isinstance(kind := globals().get(kinds[0]), type) or isinstance(value, kind)
+        _require(
+            fits, f"{type(config).__name__}.{each.name} must be of type {each.type}, got {value!r}"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpec:
     """Weights as integers or 8-bit floats, one scale (and zero point) per output channel or per
@@ -63,6 +86,7 @@ class WeightSpec:
     format: Format = "int"
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(self.bits in range(2, 9), f"WeightSpec.bits must be 2 to 8, got {self.bits}")
         _require(self.search >= 1, f"WeightSpec.search must be at least 1, got {self.search}")
         _require(
@@ -103,6 +127,7 @@ class ActivationSpec:
     dynamic: bool = False
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(
             self.bits in (4, 5, 6, 7, 8, 16),
             f"ActivationSpec.bits must be 4 to 8 or 16, got {self.bits}",
@@ -141,6 +166,7 @@ class LayerConfig:
     activations: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(
             self.weights is not None or self.activations is None,
             "LayerConfig: activations cannot be quantized with floating-point weights; "
@@ -179,6 +205,7 @@ class TemporalSpec:
     tiar_iters: int = 1000
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _one_of("TemporalSpec.mode", self.mode, TemporalMode)
         object.__setattr__(self, "cache_bits", tuple(self.cache_bits))
         _require(
@@ -220,6 +247,7 @@ class RewriteSpec:
     first_token: bool = False
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(
             self.tcr is None or self.tcr >= 1,
             f"RewriteSpec.tcr must be a limit of at least 1 or None, got {self.tcr}",
@@ -259,6 +287,7 @@ class AttentionSpec:
     probabilities: Softmax = "uniform"
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _one_of("AttentionSpec.probabilities", self.probabilities, Softmax)
         _require(
             self.activations.format == "int" and not self.activations.dynamic,
@@ -314,6 +343,7 @@ class ReconstructionSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _one_of("ReconstructionSpec.rounding", self.rounding, Rounding)
         _one_of("ReconstructionSpec.sampling", self.sampling, Sampling)
         for name in ("samples", "cache", "memory", "batch_size"):
@@ -369,6 +399,7 @@ class Config:
     correction: Correction = "none"
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _one_of("Config.correction", self.correction, Correction)
         acts = self.layers.activations
         scaling = [n for n in ("tcr", "smooth", "rotate") if getattr(self.rewrites, n) is not None]
@@ -410,6 +441,7 @@ class PrologueSpec:
     on_miss: OnMiss = "compute"
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         if self.conditions is not None:
             _require(
                 not isinstance(self.conditions, str),

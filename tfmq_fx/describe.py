@@ -152,6 +152,8 @@ def _batched(values: list[Any], timestep: int, sample: int | None, free: bool) -
     if not isinstance(t, Tensor):
         t = torch.tensor(t, dtype=torch.int64 if isinstance(t, int) else torch.float32)
     batch = max(t.numel(), 1) if sample is None else values[sample].shape[0]
+    if batch == 0:
+        raise ConfigError("example_inputs: the batch is empty; give one sample at least")
     if t.ndim > 1 or t.numel() not in (1, batch) or t.dtype == torch.bool:
         raise CaptureError(
             f"the timestep has shape {tuple(t.shape)} and {t.dtype}; expected one number for each "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .arguments import check_many, path_of
 from .baselines import EQUAL_TIME, NO_LEARNING, Baseline, baselines, learning_rule
 from .cell_work import SETS_THE_TIME, compute_cell
 from .cells import DONE, FAILED, FULL_PRECISION, Cell, Cells
@@ -78,6 +79,11 @@ def evaluate(
     is. Raises ConfigError for arguments that cannot be used, ImportError without what
     `pip install "tfmq_fx[demo,evaluate]"` brings.
     """
+    check_many(models, "models", "names")
+    check_many(recipes, "recipes", "names")
+    check_many(bits, "bits", "widths")
+    check_many(seeds, "seeds", "numbers")
+    out = path_of(out, "out")
     subjects, chosen = find_subjects(models), baselines(recipes, bits)
     rule = learning_rule(learning)
     _check(samples, seeds, steps, batch, backend, device)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from . import artifact
+from .arguments import check_many, path_of
 from .bit_plan import BitPlan
 from .bound import Bound
 from .call_json import call_from_json, check_fits
@@ -44,6 +45,8 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArtifactError(f"load() takes the path of a directory, not a {type(path).__name__}")
+    path = path_of(path, "path", ArtifactError)
+    check_many(outputs, "outputs", "classes")
     for each in outputs:
         if not isinstance(each, type):
             raise ConfigError(f"load(outputs=) takes classes, not {each!r:.80}")

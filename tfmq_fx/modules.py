@@ -299,6 +299,8 @@ class Prepared(GraphModel):
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
         position = self.call.names.index(self.call.timestep)
+        if not len(inputs[position]):
+            raise InputError("a call of a prepared model needs one sample at least, got none")
         outputs = self.observed(*inputs)
         self.cache.add(inputs, self.batched(), position)
         return outputs

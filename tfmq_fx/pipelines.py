@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_names
 from .describe import TIMESTEP_NAMES
 from .errors import ConfigError
 from .examples import example_inputs as derived_inputs
@@ -96,7 +97,7 @@ def with_denoiser(pipeline: Any, source: nn.Module, denoiser: nn.Module) -> Any:
 def _without(pipeline: Any, source: nn.Module) -> Callable[[nn.Module], Any]:
     """Makes pipelines like `pipeline` of other denoisers, and holds neither of the two."""
     components = dict(pipeline.components)
-    kind, settings = type(pipeline), _settings(pipeline)
+    kind = type(pipeline)
     name = next((name for name, component in components.items() if component is source), None)
     if name is None:
         raise ConfigError(
@@ -104,6 +105,7 @@ def _without(pipeline: Any, source: nn.Module) -> Callable[[nn.Module], Any]:
             f"(components: {', '.join(components)}). Calibrate with the pipeline it came from, or "
             "pass a (scheduler, shape) pair."
         )
+    settings = _settings(pipeline)
     del components[name]
 
     def made(denoiser: nn.Module) -> Any:
@@ -163,6 +165,16 @@ def _fit(chosen: dict[str, int], settings: Mapping[str, int | None], batch: int)
         )
 
 
+def _check_shape(shape: Any) -> None:
+    sizes = shape if isinstance(shape, Sequence) else ()
+    whole = all(isinstance(size, Integral) and size >= 1 for size in sizes)
+    if not sizes or not whole:
+        raise ConfigError(
+            "calibrate() with a (scheduler, shape) pair takes the sizes of one sample, as "
+            f"(channels, height, width); got {shape!r}"
+        )
+
+
 def _is_pair(source: Any) -> bool:
     return isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step")
 
@@ -215,6 +227,7 @@ def sampling_pass(
     def by_inputs(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
         for inputs in dealt(progress_bar(source, "calibration", enabled=progress), done):
             if isinstance(inputs, Mapping):
+                check_names(inputs, "a call", "inputs")
                 denoiser(**inputs)
             elif isinstance(inputs, (tuple, list)):
                 denoiser(*inputs)
@@ -262,6 +275,7 @@ def sampling_pass(
                 "calibrate() with a (scheduler, shape) pair takes the model's further inputs by "
                 f"name, tensors with a row for each sample; got {given}"
             )
+        _check_shape(source[1])
         return SamplingPass(by_scheduler, True)
     if not isinstance(source, Iterable):
         raise ConfigError(

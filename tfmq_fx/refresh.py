@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .api import convert
+from .arguments import check_module
 from .binding import captured_only
 from .bound import Bound
 from .dataflow import temporal_block
@@ -93,6 +94,7 @@ def check_source(model: Converted | Compiled, source: nn.Module) -> list[str]:
     All elements count; in another dtype than before, some.  Layers that an adapter wraps and is not
     fused into count as changed.  Raises ConfigError where the model does not remember its origin.
     """
+    check_module(source, "source")
     return _origin(model, "check_source()").changed(source)
 
 

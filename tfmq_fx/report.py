@@ -135,6 +135,12 @@ class Report:
             f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
             f"{100 * self.activation_coverage:.1f} % of layer inputs are quantized",
         ]
+        samples = d.get("samples", {"used": 0})
+        if samples["used"] and samples["used"] < samples["asked"]:
+            lines.append(
+                f"calibration gave {samples['used']} samples, where the recipe takes up to "
+                f"{samples['asked']}; calibrate with more (samples=, more calls) for as many"
+            )
         if (bits := d.get("bits")) is not None:
             plan = BitPlan.from_dict(bits)
             lines.append(
@@ -160,7 +166,9 @@ class Report:
                 f"{form} {c['error']:.2g}/{c['bytes']} B"
                 for form, c in feature["candidates"].items()
             )
-            lines.append(f"  {name}: {feature['chosen']} (error {feature['error']:.2g}; {others})")
+            error, weighed = feature["error"], feature["candidates"][feature["chosen"]]["error"]
+            when = "" if error == weighed else f" after later passes, chosen at {weighed:.2g}"
+            lines.append(f"  {name}: {feature['chosen']} (error {error:.2g}{when}; {others})")
         return lines
 
     def _prologue(self) -> list[str]:

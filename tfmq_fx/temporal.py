@@ -29,12 +29,14 @@ class TemporalChoice:
 
     choice: feature -> "table", "cache8", "cache4" or "tib".  layers: quantized layers of the block,
     by module path, for the features that stay in it.  passes: what was run on the block alone.
+    quantized: the block as it was weighed.
     """
 
     choice: dict[str, str]
     layers: dict[str, QuantLayer] = field(default_factory=dict)
     passes: list[Rewrite] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    quantized: fx.GraphModule | None = None
 
     @property
     def tabled(self) -> list[str]:
@@ -113,11 +115,9 @@ def choose_temporal(
             )
             result.passes.append(learnt)
             quantized = learnt.gm
-        with torch.no_grad():
-            features = at_timesteps(quantized, as_input(quantized, timesteps))
-        errors = relative_errors(features, rows) @ share
-        for name, error in zip(names, errors.tolist(), strict=True):
+        for name, error in zip(names, _errors(quantized, rows, timesteps, visits), strict=True):
             options[name][TIB] = Candidate(error, 0)
+        result.quantized = quantized
         modules = quantized.named_modules()
         result.layers = {path: m for path, m in modules if isinstance(m, QuantLayer)}
     result.choice = select(options, uses=block.uses, module_bytes=module_bytes, budget=budget)
@@ -140,6 +140,41 @@ def choose_temporal(
         },
     }
     return result
+
+
+def record_shipped(
+    choice: TemporalChoice,
+    block: TemporalBlock,
+    gm: fx.GraphModule,
+    *,
+    timesteps: Tensor,
+    visits: Tensor,
+) -> None:
+    """Put into `choice.details` the errors of the features that stay in the block as `gm`, after
+    all passes, holds it; what they were weighed at stays among the candidates."""
+    if choice.quantized is None or TIB not in choice.choice.values():
+        return
+    shipped = fx.GraphModule(choice.quantized, choice.quantized.graph)
+    shipped.meta = dict(choice.quantized.meta)
+    modules = dict(gm.named_modules())
+    for path in choice.layers:
+        if isinstance(module := modules.get(path), QuantLayer):
+            shipped.set_submodule(path, module)
+    found = _errors(shipped, compute_rows(block.graph, timesteps), timesteps, visits)
+    for feature, error in zip(block.features, found, strict=True):
+        if choice.choice[feature.name] == TIB:
+            choice.details["features"][feature.name]["error"] = error
+
+
+def _errors(
+    quantized: fx.GraphModule, rows: tuple[Tensor, ...], timesteps: Tensor, visits: Tensor
+) -> list[float]:
+    """The mean relative error of each feature; a timestep counts as often as it was visited."""
+    with torch.no_grad():
+        features = at_timesteps(quantized, as_input(quantized, timesteps))
+    share = (visits.float() / visits.sum()).to(timesteps.device)
+    errors: list[float] = (relative_errors(features, rows) @ share).tolist()
+    return errors
 
 
 def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .activation import QuantActivation
+from .arguments import check_many, check_module, check_number, check_whole
 from .bound import Bound
 from .capture import capture
 from .culprits import Culprit, Measure, find_culprits
@@ -25,6 +26,7 @@ from .passes.correct_outputs import CORRECTION
 from .passes.merge_duplicates import merge_duplicates
 from .progress import progress_bar
 from .replay import arguments
+from .signature import CallSpec
 from .site_errors import site_errors
 from .tables import QuantTimestepTable
 from .verdict import Verification
@@ -59,13 +61,22 @@ def verify(
     Layers are measured on 64 examples at most, fixes on about 16, evenly spread.
     Neither model is changed.  Raises ConfigError for a reference that is called otherwise.
     """
+    check_module(reference, "reference")
+    if not isinstance(model, (Converted, Compiled)):
+        raise ConfigError(
+            "verify(reference, model): the second is what convert(), fold_timesteps(), load() or "
+            f"compile() returned, not a {type(model).__name__}"
+        )
+    check_whole(batch, "batch", 1)
+    check_whole(conditions, "conditions", 1)
+    check_whole(seed, "seed", 0)
+    check_number(threshold, "threshold")
+    check_many(inputs, "inputs", "tuples of tensors")
     keys = _timesteps(model)
-    if conditions < 1 or batch < 1:
-        raise ConfigError(f"batch and conditions must be at least 1, got {batch}, {conditions}")
     call, lossy = model.call, _is_lossy(model)
     draw = Draw(model.gm, call, keys, seed=seed)
     full = _captured(reference, model, draw.example(0, draw.conditions()))
-    examples = [list(given) for given in inputs] if inputs is not None else []
+    examples = [_example(call, given) for given in inputs] if inputs is not None else []
     drawn: list[str] = []  # conditions that no data was asked for
     if not examples:
         draw.rows = {str(n.target): r for n in _inputs(full) if (r := rows_of(full, n))}
@@ -102,6 +113,19 @@ def verify(
         threshold=threshold,
         **outputs,
     )
+
+
+def _example(call: CallSpec, given: Any) -> Example:
+    """One of the inputs to compare on. Raises ConfigError unless there is one for each placeholder
+    that fits it."""
+    if not isinstance(given, (tuple, list)) or len(given) != len(call.names):
+        found = f"{len(given)} values" if isinstance(given, (tuple, list)) else repr(given)
+        raise ConfigError(f"inputs must be tuples ({', '.join(call.names)}), got {found:.80}")
+    for spec, value in zip(call.inputs, given, strict=True):
+        if not isinstance(value, Tensor) or value.dim() != len(spec.shape):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"inputs: {spec.path} must be a tensor {spec.shape}, got {shape}")
+    return list(given)
 
 
 def graph_of(model: Converted | Compiled) -> fx.GraphModule:

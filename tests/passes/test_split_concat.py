@@ -172,3 +172,32 @@ def test_parts_keep_the_settings_of_the_layer():
         for name in ("stride", "padding", "dilation", "padding_mode", "kernel_size", "training"):
             assert getattr(part, name) == getattr(layer, name)
         assert not part.weight.requires_grad
+
+
+class Follows(nn.Module):
+    """Layers that read what layers of concatenations give: at once, through views, and beside."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 4, 3, padding=1)
+        self.third, self.last = nn.Conv2d(6, 4, 1), nn.Linear(8, 3)
+
+    def forward(self, x, t):
+        h = self.second(self.first(torch.cat([x[:, :1], x[:, 1:]], 1)))
+        left, right = h.chunk(2, 1)
+        h = h + self.third(torch.cat([right, left, x], 1))
+        tokens = torch.cat([h, self.second(self.first(x))], 1).flatten(2).transpose(1, 2)
+        return self.last(tokens) + t.view(-1, 1, 1)
+
+
+def test_layers_that_read_one_another_are_all_split():
+    x = torch.randn(3, 2, 4, 4)
+    gm = graph_of(seeded(Follows).eval(), x)
+    done = split_concat(gm, only={site.name for site in all_sites(gm)})
+    check_exact(gm, done)
+    sizes = {
+        site: [done.gm.get_submodule(path).weight.shape[1] for path in paths]
+        for site, paths in done.details["parts"].items()
+    }
+    assert sizes["third"] == [2, 2, 2] and sizes["last"] == [4, 4]
+    assert done.changed == len(sizes) >= 2
