@@ -15,10 +15,10 @@ from tfmq_fx.evaluation import evaluate
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.e = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1), nn.Linear(1, 4)
+        self.a, self.b, self.e = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1), nn.Linear(8, 4)
 
     def forward(self, x, t):
-        e = self.e(t[:, None].to(x.dtype) / 1000)
+        e = self.e(torch.sin(t[:, None].to(x.dtype) * torch.arange(1, 9) / 20))
         return self.b((self.a(x) + e[:, :, None, None]).sigmoid())
 
 
