@@ -27,6 +27,7 @@ from .errors import BackendError as BackendError
 from .errors import CalibrationError as CalibrationError
 from .errors import CaptureError as CaptureError
 from .errors import ConfigError as ConfigError
+from .errors import CoverageWarning as CoverageWarning
 from .errors import GraphError as GraphError
 from .errors import InputError as InputError
 from .errors import StaleError as StaleError

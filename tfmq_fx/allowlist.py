@@ -158,6 +158,7 @@ def _functions() -> dict[str, Any]:
     table: dict[str, Any] = {f"builtins.{name}": getattr(builtins, name) for name in _BUILTINS}
     table |= {f"operator.{name}": getattr(operator, name) for name in _OPERATORS}
     table |= {f"torch.{name}": getattr(torch, name) for name in _TORCH_PYTHON}
+    table["torch._weight_norm"] = torch._weight_norm  # what torch.nn.utils.weight_norm calls
     for name, value in vars(F).items():
         native = isinstance(value, types.BuiltinFunctionType)
         ours = isinstance(value, types.FunctionType) and value.__module__ == F.__name__

@@ -36,6 +36,7 @@ from .config import (
     to_dict,
 )
 from .correction import measure_errors
+from .coverage import check_coverage, parameter_record
 from .dataflow import Binding, binding_times, temporal_block
 from .describe import Dynamic
 from .errors import ArtifactError, ConfigError
@@ -59,9 +60,9 @@ from .presets import resolve
 from .processes import agree, from_first, rank, together, world
 from .products import measure_products
 from .recall import observed, remember
-from .report import branch_weights, pass_record, product_records, site_records
+from .report import pass_record, product_records, site_records
 from .rewriting import profiled_ranges, rewrite_layers, unchanged_sites
-from .sites import Site, find_sites, plan_sites, weights_left
+from .sites import Site, find_sites, left_by_module, plan_sites
 from .temporal import choose_temporal, record_shipped
 from .timesteps import timestep_values
 
@@ -197,7 +198,10 @@ def convert(
     recipe, model and calibration takes them; it ends with the same bits.
     Of processes of torch.distributed's group all call this, with the same arguments; they share the
     work and end with the same model.
-    Raises CalibrationError where a layer that needs data saw none, ConfigError where the directory
+    Warns (CoverageWarning), naming modules, where a substantial part of the weights stays in
+    floating point though the recipe asks for integers.
+    Raises CalibrationError where a layer that needs data saw none, ConfigError where nothing at all
+    can be quantized, where the directory
     holds the checkpoint of another conversion, a plan is of another model, or a budget cannot be
     met, naming the least that can.
     """
@@ -231,8 +235,8 @@ def convert(
     sites, declined = find_sites(gm)
     early = _before_the_sample(gm, sites)
     plan = plan_sites(sites, recipe, early=early, overrides=prepared.overrides)
-    left = weights_left(gm, sites)
     quantized = any(layer.weights for layer in plan.values())
+    asked = quantized if plan else recipe.layers.weights is not None
     if quantized:
         # Only roundings are learnt; and torch 2.13 crashes in the backward of a channels-last
         # GroupNorm whose weight wants a gradient and whose input wants none.
@@ -368,23 +372,30 @@ def convert(
     if recipe.correction != "none" and (quantized or recipe.attention is not None):
         errors = measure_errors(reference, gm, chunks, timesteps=timesteps)
         gm = apply(correct_outputs(gm, errors=errors, kind=recipe.correction, timesteps=timesteps))
+    origin, watch = remember(
+        prepared, timesteps, calibrated=bool(ranges or chunks), sampled=bool(chunks)
+    )
+    folded = prepared.gm.meta["capture"]["folded"]
+    described = site_records(gm, plan, ranges)
+    left = left_by_module(gm, find_sites(gm)[0])
+    if asked:
+        integers = sum(s["weights"] for s in described.values() if s["weight_bits"])
+        check_coverage(integers, left, declined, stacklevel=3)
     record = {
         "capture": gm.meta.pop("capture", {}),
         "block": block.summary(),
         "temporal": temporal.details,
         "samples": {"used": sample_count(prepared, chunks), "asked": spec.samples},
-        "sites": site_records(gm, plan, ranges),
+        "sites": described,
         "products": product_records(gm),
         "declined": [[d.site, d.reason] for d in declined],
-        "left_weights": left + branch_weights(gm),
+        "left_weights": sum(left.values()),
+        "parameters": parameter_record(gm, origin, prepared.source, folded),
         "bits": None if bits is None else bits.to_dict(),
         "passes": [pass_record(rewrite) for rewrite in done],
         "float_bytes": prepared.nbytes(),
         "removed": removed_layers(reference, gm),
     }
-    origin, watch = remember(
-        prepared, timesteps, calibrated=bool(ranges or chunks), sampled=bool(chunks)
-    )
     return Converted(
         gm,
         prepared.call,

@@ -11,6 +11,7 @@ from torch import nn
 from .api import prepare
 from .bound import Bound
 from .config import PrologueSpec
+from .coverage import parameter_record
 from .errors import ConfigError
 from .inference import outside_inference_mode
 from .modules import Compiled, Converted, Prepared
@@ -76,6 +77,7 @@ def captured_only(prepared: Prepared) -> Converted:
     gm = prepared.gm
     origin, watch = remember(prepared, None, calibrated=False, sampled=False)
     sites, declined = find_sites(gm)
+    folded = gm.meta.get("capture", {}).get("folded", {})
     record = {
         "capture": gm.meta.pop("capture", {}),
         "block": {"features": [], "modules": [], "shared": [], "declined": []},
@@ -87,6 +89,7 @@ def captured_only(prepared: Prepared) -> Converted:
         "passes": [],
         "float_bytes": prepared.nbytes(),
         "removed": {},
+        "parameters": parameter_record(gm, origin, prepared.source, folded),
     }
     return Converted(
         gm,

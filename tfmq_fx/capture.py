@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ from .errors import CaptureError, StateError, TfmqError
 from .exported import Exported, export
 from .graph import prune
 from .guards import guard, same_operations
+from .outside import OUTSIDE
+from .overrides import refuse_hooks
 from .replay import arguments, replay, structural_clone
 from .signature import CallSpec
 from .structure import Branch, Const, Structure, outline
@@ -63,6 +67,31 @@ def capture(
     line, where neither gives a graph that is equal to the model bit for bit.
     """
     start = time.perf_counter()
+    refuse_hooks(model)
+    with _evaluated(model):
+        captured = _captured(model, example_inputs, timestep, dynamic)
+    seconds = time.perf_counter() - start
+    log.debug("captured %s in %.2f s", type(model).__name__, seconds)
+    return dataclasses.replace(captured, seconds=seconds)
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and then as it was: a function that a module holds may call parts of
+    the model itself, of which capturing makes copies."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _captured(
+    model: nn.Module, example_inputs: Mapping[str, Any], timestep: str, dynamic: Dynamic
+) -> Captured:
     call, examples = describe_call(model, example_inputs, timestep, dynamic)
     try:
         trace = _trace(model, call, examples)
@@ -79,9 +108,7 @@ def capture(
             refusal.add_note(f"torch.export does not help: {error}")
             raise refusal from error
         route, notes = "export", [f"captured by torch.export, since {_first_line(refusal)}", *notes]
-    seconds = time.perf_counter() - start
-    log.debug("captured %s in %.2f s", type(model).__name__, seconds)
-    return Captured(gm, call, route, seconds, tuple(notes))
+    return Captured(gm, call, route, 0.0, tuple(notes))
 
 
 def _proved(
@@ -165,11 +192,11 @@ def _trace(
         output, leaves = _flat(clone, call, proxies, samples)
         return leaves
 
-    tracer = ValueTracer(clone, mode, fakes, run, names, forced or {})
+    tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {})
     try:
         graph = tracer.run()
         if tracer.leaves_values():  # does the next call read them?
-            tracer = ValueTracer(clone, mode, fakes, run, names, forced or {})
+            tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {})
             graph = tracer.run()
     except TfmqError:
         raise
@@ -184,6 +211,9 @@ def _trace(
     gm.delete_all_unused_submodules()
     gm.recompile()
     gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep, conditions=list(call.conditions))
+    outside = tracer.outside if exported is None else exported.constants
+    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    gm.meta[OUTSIDE] = {name: weakref.ref(v) for name, v in outside.items() if name in read}
     check(gm, Stage.CAPTURED)
     return _Trace(gm, output, tracer.tests)
 

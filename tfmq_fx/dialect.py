@@ -10,6 +10,8 @@ from torch import fx, nn
 
 from .errors import GraphError
 
+REPLACED = "replaced"  # node.meta: why what a layer does is not taken as that of its class
+
 
 class Stage(enum.Enum):
     """How far a graph has come. Values are the names used in saved files."""

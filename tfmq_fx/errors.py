@@ -37,5 +37,9 @@ class ArtifactError(TfmqError, RuntimeError):
     """A saved model cannot be written or read."""
 
 
+class CoverageWarning(UserWarning):
+    """Much of a model stays in floating point though its recipe asks for integers."""
+
+
 class BackendError(TfmqError, RuntimeError):
     """A backend is unknown, not installed, or cannot run on this machine."""

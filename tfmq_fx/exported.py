@@ -51,7 +51,8 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 class Exported:
     """An exported model. tensors: placeholder -> path of the parameter or buffer it stands for.
 
-    constants: placeholder -> tensor made in forward.  output: structure of what forward returns.
+    constants: placeholder -> tensor made in forward, or read by it from elsewhere.
+    output: structure of what forward returns.
     tests: what forward asked about sizes.
     """
 
@@ -64,7 +65,7 @@ class Exported:
     def register(self, model: nn.Module) -> None:
         """Give `model`, a copy of the exported one, the constants as buffers."""
         for name, value in self.constants.items():
-            model.register_buffer(name, value, persistent=False)
+            model.register_buffer(name, value.detach().clone(), persistent=False)
 
     def run(self, tracer: ValueTracer, model: nn.Module, values: Sequence[Any]) -> tuple[Any, ...]:
         """The flat outputs, every operation recorded by the tracer."""
@@ -125,6 +126,10 @@ def export(
         for name, target in signature.inputs_to_lifted_tensor_constants.items()
     }
     tensors = {name: path.removeprefix("model.") for name, path in named.items()}
+    held = {_place(value): name for name, value in reversed([*_held(model)])}
+    own = {name: held.get(_place(value)) for name, value in constants.items()}
+    tensors |= {name: path for name, path in own.items() if path is not None}
+    constants = {name: value for name, value in constants.items() if own[name] is None}
     inputs = [
         node
         for node in program.graph_module.graph.find_nodes(op="placeholder")
@@ -146,6 +151,19 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _place(value: Tensor) -> Any:
+    """Equal for tensors on the same memory: a function that a module holds may read a parameter of
+    the model that is exported a copy of, which torch.export takes for a constant."""
+    if not value.numel() or value.is_meta:
+        return id(value)
+    return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 class _Flat(nn.Module):

@@ -61,6 +61,9 @@ def same_memory(module: nn.Module) -> dict[int, Any]:
     and have Parameters of their own that want a gradient where the module's do. What was made in
     inference mode is copied."""
     memo: dict[int, Any] = {id(b): ordinary(b) if b.is_inference() else b for b in module.buffers()}
+    for part in module.modules():  # a weight that a hook computes cannot be copied with its history
+        computed = (v for v in vars(part).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+        memo |= {id(value): value.detach() for value in computed}
     return memo | {id(p): nn.Parameter(ordinary(p), p.requires_grad) for p in module.parameters()}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
 from .allowlist import check_node, function_name, function_named
-from .dialect import Stage, check, stage_of
+from .dialect import REPLACED, Stage, check, stage_of
 from .errors import ArtifactError, GraphError
 from .module_json import (
     install_computed,
@@ -33,7 +33,7 @@ from .tables import FEATURE
 
 log = logging.getLogger(__name__)
 
-_NODE_META = ("source", FEATURE, "writes")  # kept beside "val" and "nn_module_stack"
+_NODE_META = ("source", FEATURE, "writes", REPLACED)  # kept beside "val" and "nn_module_stack"
 _DAMAGE = (
     ArithmeticError,
     AssertionError,
@@ -50,10 +50,10 @@ def to_json(gm: fx.GraphModule) -> dict[str, Any]:
     """`gm` without the contents of its tensors, as JSON-ready data for `from_json`.
 
     Kept: nodes, modules, the names, shapes and sharing of tensors, the nodes' "val",
-    "nn_module_stack", "source", "feature" and "writes", and the graph's metadata that is plain
-    data, the stage or a small tensor. Other metadata, type annotations and tensors that no node
-    uses are left out. Raises ArtifactError, naming the node, on a call or value that is not
-    allowed.
+    "nn_module_stack", "source", "feature", "writes" and "replaced", and the graph's metadata that
+    is plain data, the stage or a small tensor. Other metadata, type annotations and tensors that
+    no node uses are left out. Raises ArtifactError, naming the node, on a call or value that is
+    not allowed.
     """
     if type(gm.graph._codegen) is not CodeGen:
         raise ArtifactError(

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensor
 
 from .allowlist import check_path, module_class
 from .errors import ArtifactError
+from .overrides import has_hooks, replaced_methods
 from .plain_json import decode, dtype_name, dtype_named, encode, keys, typed
 from .strides import can_lay_out, kept_strides
 from .tables import QuantTimestepTable
@@ -232,8 +233,11 @@ def _module_json(module: nn.Module, where: str) -> dict[str, Any]:
     name = _class_name(module)
     made = module_class(name, where)
     for path, part in module.named_modules():
-        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
-            raise ArtifactError(f"{where}.{path}: a module with hooks cannot be saved")
+        if has_hooks(part) or replaced_methods(part):
+            place = f"{where}.{path}".removesuffix(".")
+            raise ArtifactError(
+                f"{place}: a module with hooks cannot be saved; take them off before prepare()"
+            )
     if _is_own(made):
         spec: Any = module.spec()  # type: ignore[operator]
         try:

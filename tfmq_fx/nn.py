@@ -19,6 +19,7 @@ from .affine import FP8, QParams, dynamic_scale, levels, symmetric_steps, to_fp8
 from .config import Format
 from .dialect import Stage
 from .errors import ConfigError
+from .overrides import is_plain
 from .packing import pack, packed_size, unpack
 
 _FLOAT_BUFFERS = ("weight_scale", "act_scale")  # keep float32 whatever the model's dtype
@@ -425,8 +426,9 @@ QUANTIZED: dict[type[nn.Module], type[QuantLinear] | type[QuantConv]] = {
 
 
 def kind_of(layer: nn.Module) -> type[QuantLinear] | type[QuantConv] | None:
-    """The quantized class for `layer`, or None where there is none (transposed convolutions)."""
+    """The quantized class for `layer`, or None where there is none: for transposed convolutions,
+    and for a layer that computes something else than its class and its settings say."""
     for kind, quantized in QUANTIZED.items():
         if isinstance(layer, kind) and type(layer).forward is kind.forward:
-            return quantized
+            return quantized if is_plain(layer) else None
     return None

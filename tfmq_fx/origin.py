@@ -18,11 +18,12 @@ from .errors import ArtifactError, ConfigError
 from .fingerprints import Fingerprint, is_readable
 from .graph_json import from_json, to_json
 from .module_json import tensors_of
+from .outside import OUTSIDE, adopted
 from .pipelines import SamplingPass
 from .plain_json import keys, typed
 from .reading import parse_json
 from .signature import CallSpec
-from .sources import UnfusedAdapter, check_same_model, fill, tensor_at, ties
+from .sources import UnfusedAdapter, check_same_model, fill, shown, tensor_at, ties
 
 Rows = Mapping[float, list[tuple[Tensor, ...]]]
 Seen = Mapping[str, Mapping[float, tuple[float, float]]]
@@ -213,6 +214,8 @@ def describe(
         graph = json.dumps(to_json(captured), separators=(",", ":"))
     except ArtifactError as error:
         obstacle = str(error)
+    if names := adopted(captured.meta.get(OUTSIDE, {})):
+        obstacle = f"{shown(names)}: its code reads weights of modules that are no parts of it"
     constants = [name for name in tensors if _is_made(source, name)]
     found = {
         "graph": graph,

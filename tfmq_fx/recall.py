@@ -14,6 +14,8 @@ from .graph import timestep_node
 from .modules import Prepared
 from .observers import RangeObserver, SampleCache
 from .origin import Calibration, Origin, Rows, describe
+from .outside import OUTSIDE, Outside
+from .passes.fold_weights import fold_weights
 from .passes.merge_duplicates import merge_duplicates
 from .passes.observe_layers import observe_layers
 from .signature import CallSpec
@@ -39,7 +41,8 @@ def observed(
     Raises ConfigError for weights that hold NaN and overrides that match nothing.
     """
     merged = merge_duplicates(captured)
-    gm = merged.gm
+    folded = fold_weights(merged.gm)
+    gm = folded.gm
     sites, _ = find_sites(gm)
     check_weights(sites)
     plan_sites(sites, recipe, overrides=overrides)  # refuse a pattern that matches nothing now
@@ -49,6 +52,7 @@ def observed(
         **facts,
         "nodes": len(gm.graph.nodes),
         "merged": merged.details["merged"],
+        "folded": folded.details["folded"],
     }
     spec = recipe.reconstruction
     return Prepared(
@@ -96,7 +100,9 @@ def remember(
         behaviour=prepared.behaviour,
         **described,
     )
-    return origin, SourceWatch(prepared.source, origin.fingerprints, held, origin.behaviour)
+    outside = Outside(prepared.unmerged.meta.get(OUTSIDE, {}))
+    watch = SourceWatch(prepared.source, origin.fingerprints, held, origin.behaviour, outside)
+    return origin, watch
 
 
 def recall(origin: Origin, recipe: Config, source: nn.Module, facts: Mapping[str, Any]) -> Prepared:

@@ -25,6 +25,7 @@ from .nn import QuantLayer
 from .ops import check_timesteps
 from .origin import Origin
 from .passes.change_timesteps import change_timesteps
+from .passes.fold_weights import fold_weights
 from .passes.merge_duplicates import merge_duplicates
 from .recall import recall
 from .report import pass_record
@@ -139,6 +140,11 @@ def _reconverted(made: Converted, origin: Origin, source: nn.Module, progress: b
             f"quantized weights cannot be made anew ({shown(layers)}). Save with save(model, path, "
             "calibration=True) before loading, or prepare, calibrate and convert the source."
         )
+    if made.watch is not None and (names := made.watch.outside.changed()):
+        raise ConfigError(
+            f"{shown(names)}: a tensor that the model's code reads from outside its modules has "
+            "changed since. Prepare and convert the source anew"
+        )
     prepared = recall(origin, made.recipe, source, made.record["capture"])
     if origin.timesteps is None:
         new = captured_only(prepared)
@@ -180,7 +186,7 @@ def _retimed(made: Converted, values: Tensor, source: nn.Module | None) -> Conve
 
 def _rows(captured: fx.GraphModule, values: Tensor, features: Container[str]) -> dict[str, Tensor]:
     """Each of `features` at each timestep, sorted, as folding computes them."""
-    gm = merge_duplicates(captured).gm
+    gm = fold_weights(merge_duplicates(captured).gm).gm
     block = temporal_block(gm)
     keys = check_timesteps(values, timestep_node(gm).meta["val"].dtype)
     rows = compute_rows(block.graph, keys)

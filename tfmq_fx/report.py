@@ -14,7 +14,6 @@ from .config import LayerConfig
 from .errors import ConfigError
 from .graph import Rewrite
 from .kernels import keeps_integer_weights, obstacle
-from .lowrank import LowRank
 from .modules import Compiled, Converted
 from .nn import QuantLayer
 from .observers import Ranges
@@ -69,12 +68,6 @@ def site_records(
                 "bytes": sum(p.nbytes for p in layer.parameters()),
             }
     return records
-
-
-def branch_weights(gm: fx.GraphModule) -> int:
-    """The number of 16-bit weights in low-rank branches."""
-    branches = [m for m in gm.modules() if isinstance(m, LowRank)]
-    return sum(p.numel() for branch in branches for p in branch.parameters())
 
 
 def product_records(gm: fx.GraphModule) -> dict[str, dict[str, Any]]:
@@ -134,6 +127,7 @@ class Report:
             f"timesteps: {d['timesteps']}{_interpolated(d)}",
             f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
             f"{100 * self.activation_coverage:.1f} % of layer inputs are quantized",
+            *_parameters(d),
         ]
         samples = d.get("samples", {"used": 0})
         if samples["used"] and samples["used"] < samples["asked"]:
@@ -226,6 +220,17 @@ def _number(site: Mapping[str, Any], side: str) -> str:
     if site.get(f"{side}_format") == "fp8":
         return "fp8"
     return str(site[f"{side}_bits"] or "float")
+
+
+def _parameters(data: Mapping[str, Any]) -> list[str]:
+    """Where the parameters of the model ended up."""
+    if (found := data.get("parameters")) is None:
+        return []
+    return [
+        f"parameters of the model: {found['model']:,}: {found['quantized']:,} quantized, "
+        f"{found['float']:,} in floating point, {found['tables']:,} replaced by tables, "
+        f"{found['unused']:,} unused; constants of the graph: {found['constants']:,}"
+    ]
 
 
 def _interpolated(data: Mapping[str, Any]) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .config import Config, LayerConfig
+from .dialect import REPLACED
 from .errors import ConfigError
-from .graph import Declined
+from .graph import Declined, module_path
 from .nn import QuantLayer, kind_of
-from .ops import is_heavy, op_name
+from .ops import is_heavy, is_random, op_name, value_inputs
+from .overrides import has_hooks, replaced_forward
 
 _FUNCTIONAL = {
     F.linear,
@@ -24,7 +27,31 @@ _FUNCTIONAL = {
     F.conv_transpose1d,
     F.conv_transpose2d,
     F.conv_transpose3d,
+    *(
+        getattr(getattr(torch.ops.aten, name), overload)
+        for name, overload in (
+            ("linear", "default"),
+            ("conv1d", "default"),
+            ("conv1d", "padding"),
+            ("conv2d", "default"),
+            ("conv2d", "padding"),
+            ("conv3d", "default"),
+            ("conv3d", "padding"),
+            ("conv_transpose1d", "default"),
+            ("conv_transpose2d", "input"),
+            ("conv_transpose3d", "input"),
+        )
+    ),
 }
+_NO_PRODUCT = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.PReLU,
+)  # modules that scale or look up with what they hold
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -48,55 +75,130 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
     ones that cannot be quantized, with the reason."""
     calls: dict[str, list[fx.Node]] = {}
     declined = []
+    fixed: set[fx.Node] | None = None
     reads = [str(node.target).rpartition(".") for node in gm.graph.find_nodes(op="get_attr")]
     read = {owner: name for owner, _, name in reads}
     for node in gm.graph.nodes:
         if node.op == "call_module":
-            layer = gm.get_submodule(str(node.target))
-            if kind_of(layer) and str(node.target) in read:
-                reason = f"its {read[str(node.target)]} is used elsewhere as well"
-                declined.append(Declined(str(node.target), reason))
-            elif kind_of(layer) and (layer._forward_hooks or layer._forward_pre_hooks):
-                declined.append(Declined(str(node.target), "it has hooks"))
-            elif kind_of(layer) or isinstance(layer, QuantLayer):
-                calls.setdefault(str(node.target), []).append(node)
-            elif isinstance(layer, _TRANSPOSED):
-                declined.append(Declined(str(node.target), "transposed convolution"))
-            elif isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                reason = f"{type(layer).__name__} has a forward of its own"
-                declined.append(Declined(str(node.target), reason))
-        elif node.op == "call_function" and node.target in _FUNCTIONAL:
-            reason = "called as a function, not as a torch.nn layer"
-            declined.append(Declined(node.name, reason))
+            layer, path = gm.get_submodule(str(node.target)), str(node.target)
+            if isinstance(layer, QuantLayer):
+                calls.setdefault(path, []).append(node)
+            elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+                continue
+            elif reason := _why_not(layer, read.get(path)):
+                declined.append(Declined(path, reason))
+            else:
+                calls.setdefault(path, []).append(node)
+        elif node.target in _FUNCTIONAL:
+            path = module_path(node) or node.name
+            fixed = _fixed(gm) if fixed is None else fixed
+            declined.append(Declined(path, node.meta.get(REPLACED) or _why_function(node, fixed)))
     sites = [Site(name, gm.get_submodule(name), tuple(nodes)) for name, nodes in calls.items()]
     return sites, list(dict.fromkeys(declined))
 
 
+def _why_not(layer: nn.Module, read: str | None) -> str | None:
+    """Why a layer that a graph calls cannot be quantized; read: its tensor that others read."""
+    if isinstance(layer, _TRANSPOSED):
+        return "transposed convolution"
+    if reason := replaced_forward(layer):
+        return reason
+    if not kind_of(layer):
+        return f"{type(layer).__name__} has a forward of its own"
+    if read is not None:
+        return f"its {read} is used elsewhere as well"
+    return "it has hooks" if has_hooks(layer) else None
+
+
+def _why_function(node: fx.Node, fixed: Collection[fx.Node]) -> str:
+    """Why a product that is called as a function is no layer; fixed: what no input decides."""
+    if "transpose" in op_name(node):
+        return "transposed convolution"
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    if weight in fixed:
+        return "called as a function, not as a torch.nn layer"
+    return f"the weight of its {op_name(node)} is computed from the inputs"
+
+
+def _fixed(gm: fx.GraphModule) -> set[fx.Node]:
+    """The values of a graph that no input reaches, not even by its shape."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        inner = node.op not in ("placeholder", "output")
+        if inner and found.issuperset(node.all_input_nodes) and not is_random(gm, node):
+            found.add(node)
+    return found
+
+
 def weights_left(gm: fx.GraphModule, sites: Collection[Site]) -> int:
     """The number of weights that matrix products and convolutions outside `sites` multiply with."""
-    names, found = {site.name for site in sites}, dict[int, int]()
+    return sum(left_by_module(gm, sites).values())
+
+
+def left_by_module(gm: fx.GraphModule, sites: Collection[Site]) -> dict[str, int]:
+    """How many weights matrix products and convolutions outside `sites` multiply with, by the path
+    of the module that does; a tensor that several use counts for the first.
+
+    Counted are the constants of the graph with two or more dimensions that such an operation reads,
+    whatever they are computed from, and the matrices of modules such as nn.MultiheadAttention.
+    """
+    names, seen = {site.name for site in sites}, set[Any]()
+    fixed, found = _fixed(gm), dict[str, int]()
     for node in gm.graph.nodes:
-        parameters: list[Tensor] = []
-        if not is_heavy(gm, node) or node.target in names:
+        if node.target in names or node in fixed:
             continue
-        if node.op == "call_module":
-            layer = gm.get_submodule(str(node.target))
-            parameters = [] if isinstance(layer, nn.Embedding) else list(layer.parameters())
-        elif op_name(node) != "embedding":
-            parameters = [p for used in node.all_input_nodes for p in _parameter(gm, used)]
-        found |= {id(p): p.numel() for p in parameters if p.dim() > 1}
-    return sum(found.values())
+        sizes = {key: size for key, size in _matrices(gm, node, fixed) if key not in seen}
+        if sizes:
+            seen |= sizes.keys()
+            path = str(node.target) if node.op == "call_module" else module_path(node) or node.name
+            found[path] = found.get(path, 0) + sum(sizes.values())
+    return found
 
 
-def _parameter(gm: fx.GraphModule, node: fx.Node) -> list[Tensor]:
-    """The parameter that a value is, cast or viewed; empty for other values."""
-    while node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    if node.op != "get_attr":
-        return []
-    owner, _, name = str(node.target).rpartition(".")
-    value = getattr(gm.get_submodule(owner), name, None)
-    return [value] if isinstance(value, nn.Parameter) else []
+def _matrices(
+    gm: fx.GraphModule, node: fx.Node, fixed: Collection[fx.Node]
+) -> Iterator[tuple[Any, int]]:
+    """The weights that a node multiplies with: something to tell each by, and its size."""
+    if node.op == "call_module":
+        for part in gm.get_submodule(str(node.target)).modules():
+            if not isinstance(part, _NO_PRODUCT):
+                own = part.parameters(recurse=False)
+                yield from ((id(p), p.numel()) for p in own if p.dim() > 1)
+    elif is_heavy(gm, node) and not op_name(node).startswith("embedding"):
+        for used in node.all_input_nodes:
+            value = used.meta.get("val")
+            if used in fixed and isinstance(value, Tensor) and value.dim() > 1:
+                yield _parameter(gm, used), int(value.numel())
+        if len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+            yield from _inside(gm, node.args[1], fixed)
+
+
+def _inside(
+    gm: fx.GraphModule, weight: fx.Node, fixed: Collection[fx.Node]
+) -> Iterator[tuple[Any, int]]:
+    """The parameters with two or more dimensions that go into a weight which inputs change too."""
+    todo, seen = [] if weight in fixed else [weight], set[fx.Node]()
+    while todo:
+        at = todo.pop()
+        if at.op == "get_attr":
+            owner, _, name = str(at.target).rpartition(".")
+            value = getattr(gm.get_submodule(owner), name, None)
+            if isinstance(value, nn.Parameter) and value.dim() > 1:
+                yield id(value), value.numel()
+        elif at not in seen and at.op != "call_module" and not is_heavy(gm, at):
+            seen.add(at)
+            todo += value_inputs(at)
+
+
+def _parameter(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """The identity of the parameter that a value is, cast or viewed; else the node."""
+    at = node
+    while at.op in ("call_function", "call_method") and len(at.all_input_nodes) == 1:
+        at = at.all_input_nodes[0]
+    if at.op != "get_attr":
+        return node
+    owner, _, name = str(at.target).rpartition(".")
+    return id(getattr(gm.get_submodule(owner), name, None))
 
 
 def plan_sites(

@@ -27,13 +27,16 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.proxy import Proxy
 
+from .dialect import REPLACED
 from .effects import purify
 from .errors import CaptureError, StateError
 from .ops import value_inputs
+from .overrides import is_plain, replaced_forward
 from .patches import RECORDED, patched
 from .proxies import SizeProxy, Sizes, TensorProxy, source_line
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 TRACING = threading.RLock()  # torch.fx patches nn.Module for the whole process: one trace at a time
 
 
@@ -53,17 +56,21 @@ class SizeTest:
 class ValueTracer(fx.Tracer):
     """Traces one model, once.
 
+    original: the model that `model` is a copy of, which forwards and hooks put on its parts may
+    refer to: what they read and call there counts as the copy's.
     inputs: fake tensors of `mode`, one for each placeholder.  call: runs the model, given a proxy
     for each input, and returns the flat outputs.  The modules of the model are changed only where
     one works in place (inplace=True) without need.
     names: symbol of a free size -> symbol with a readable name.  forced: outcomes to pretend, keyed
     by the test with held=True.
-    tests: the conditions on sizes that the model's code tested, in order.
+    tests: the conditions on sizes that the model's code tested, in order.  outside: tensors that
+    the code reads and no module of the model holds, by the names of their copies in the graph.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        original: nn.Module,
         mode: FakeTensorMode,
         inputs: dict[str, Tensor],
         call: Callable[[list[Any]], Any],
@@ -91,7 +98,14 @@ class ValueTracer(fx.Tracer):
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ]
-        self._tensors = {id(tensor): name for name, tensor in reversed(tensors)}
+        self._tensors = {
+            **{id(tensor): name for name, tensor in reversed([*_tensors_of(original)])},
+            **{id(tensor): name for name, tensor in reversed(tensors)},
+        }
+        copies = dict(model.named_modules(remove_duplicate=False))
+        self._copies = {m: copies[name] for name, m in original.named_modules() if name in copies}
+        self._replaced: list[str] = []  # why the layers that are traced are not taken as layers
+        self.outside: dict[str, Tensor] = {}
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
 
     def run(self) -> fx.Graph:
@@ -238,6 +252,8 @@ class ValueTracer(fx.Tracer):
                 f"forward, or convert the model to the dtype it shall run in."
             )
         node = super().create_node(kind, *args, **kwargs)
+        if self._replaced:
+            node.meta[REPLACED] = self._replaced[-1]
         if kind == "get_attr":
             node.meta["source"] = self._line()
             value: Any = self.root
@@ -258,14 +274,31 @@ class ValueTracer(fx.Tracer):
             a = tuple(a)
         if isinstance(a, _SYMBOLIC):
             raise CaptureError(f"{self.whereabouts()}: a size escaped the trace")
-        if isinstance(a, Tensor) and id(a) in self._tensors:
-            return self.create_node("get_attr", self._tensors[id(a)], (), {})
+        if isinstance(a, Tensor):
+            name = self._tensors.get(id(a)) or self._take_in(a)
+            return self.create_node("get_attr", name, (), {})
         return super().create_arg(a)
+
+    def _take_in(self, tensor: Tensor) -> str:
+        """Give the model a copy of a tensor that is none of its modules'; the copy's name."""
+        known = self.tensor_attrs.get(tensor)
+        name = str(known or self.get_fresh_qualname("_tensor_constant"))
+        if known is None:
+            self.outside[name] = tensor
+            copied: Any = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            setattr(self.root, name, copied)
+            self._tensors[id(copied)] = name
+        self._tensors[id(tensor)] = name
+        return name
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self._idle() or not isinstance(attr_val, Tensor):
             return attr_val
         name = self._tensors.get(id(attr_val))
+        if name is None and isinstance(attr_val, nn.Parameter):  # of a module outside the model
+            name = self._take_in(attr_val)
         if name is None:
             return attr_val
         if name not in parameter_proxy_cache:
@@ -275,9 +308,35 @@ class ValueTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # A module made inside forward, such as a slice of an nn.Sequential, has no name: its
         # children are traced under theirs.
-        if self._idle() or m not in self._paths:
+        if self._idle():
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        if m in self._copies and self._copies[m] is not self.root:
+            return self._copies[m](*args, **kwargs)
+        if m not in self._paths:
+            return forward(*args, **kwargs)
+        reason = replaced_forward(m) if isinstance(m, _LAYERS) else None
+        with self._marked(reason):
+            return super().call_module(m, forward, args, kwargs)
+
+    @contextlib.contextmanager
+    def _marked(self, reason: str | None) -> Iterator[None]:
+        """Mark what is recorded with why the layer it belongs to is not taken as one."""
+        if reason is None:
+            yield
+            return
+        self._replaced.append(reason)
+        try:
+            yield
+        finally:
+            self._replaced.pop()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # what computes a weight, and layers that compute something else, are traced
+        return (
+            super().is_leaf_module(m, module_qualified_name)
+            and not type(m).__module__.startswith("torch.nn.utils.")
+            and all(is_plain(part) for part in m.modules())
+        )
 
     def path_of_module(self, mod: nn.Module) -> str:
         return str(self._paths[mod])
@@ -434,6 +493,15 @@ def _evenly_spaced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     settings = {name: value for name, value in kwargs.items() if name in ("dtype", "device")}
     return torch.empty(steps, **settings)
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors that the modules of a model hold, by name: parameters, buffers and others."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for held in (module._parameters, module._buffers, vars(module)):
+            for leaf, value in held.items():
+                if isinstance(value, Tensor):
+                    yield f"{path}.{leaf}".removeprefix("."), value
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:

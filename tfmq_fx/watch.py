@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .behaviour import Behaviour, Pose, differences, explained
 from .errors import StaleError
 from .fingerprints import Fingerprint, bits
+from .outside import Outside
 from .sources import UnfusedAdapter, place_of, shown, tensor_at
 
 _RUN = 8  # neighbouring elements of a tensor that every check reads
@@ -23,7 +24,7 @@ class SourceWatch:
 
     fingerprints: of each tensor, by name; of them, parameters and buffers are watched.  held: the
     graph's own, which are trusted to be the source's where they lie in the same memory.
-    behaviour: of its modules when it was captured.
+    behaviour: of its modules when it was captured.  outside: what it reads besides.
 
     A check reads where each tensor lies, how often it was written to and, on the CPU, 8 elements of
     it (which alone tell of `p.data += delta`): 0.3 us a tensor, 2 where no cache holds any of it.
@@ -39,7 +40,9 @@ class SourceWatch:
         fingerprints: Mapping[str, Fingerprint],
         held: Mapping[str, Tensor],
         behaviour: Behaviour | None = None,
+        outside: Outside | None = None,
     ) -> None:
+        self.outside = outside or Outside({})
         self._kind = type(source).__name__
         self._behaviour, self._pose = behaviour or {}, list[Pose]()
         seen = self._seen = list[Sighting]()  # the last one that was fine
@@ -64,6 +67,7 @@ class SourceWatch:
 
     def check(self) -> None:
         """Raise StaleError where the source holds other weights; one that is gone holds none."""
+        self.outside.check(contents=False)
         source = self._source()
         if source is None:
             return
@@ -74,6 +78,7 @@ class SourceWatch:
 
     def check_contents(self) -> None:
         """`check`, with every element of every tensor read, and everything of the modules."""
+        self.outside.check(contents=True)
         if (source := self._source()) is not None:
             self._look(source, None)
 

@@ -1,0 +1,152 @@
+"""What was put in the place of a layer's own code: patched forwards, hooks, parametrizations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _module
+from torch.nn.utils import parametrize
+
+from .errors import CaptureError
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OF_CLASSES = ("forward", "_conv_forward")  # what layers of torch.nn compute with
+_GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_DIFFUSERS = "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(module).remove_hook"
+
+
+def replaced_forward(layer: nn.Module) -> str | None:
+    """Why the forward of a layer is not the one of its class in torch; None where it is, and for
+    layers of other classes, whose forward is their own."""
+    if "forward" in replaced_methods(layer):
+        return "its forward was replaced on the instance"
+    if _is_torchs_class(layer) and not _is_torchs(type(layer).forward):
+        return f"the forward of {type(layer).__name__} was replaced"
+    return None
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether functions run before or after a layer."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer of torch.nn computes what its class and its settings say.
+
+    Not so where a method was replaced on it or on its class, where a weight is computed at each
+    call (parametrizations), or where its padding was changed after it was made.  Hooks are not
+    looked at, but for those that compute a weight.
+    """
+    return not (
+        bool(replaced_methods(layer))
+        or any(not _is_torchs(getattr(type(layer), name, None)) for name in _OF_CLASSES)
+        or parametrize.is_parametrized(layer)
+        or any(type(hook).__module__.startswith("torch.nn.utils.") for hook in _pre_hooks(layer))
+        or not _pads_as_made(layer)
+    )
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise CaptureError, naming it and how to remove it, for a hook that no graph can hold: one
+    for all modules of the process, one that keeps state between calls, moves weights or casts them.
+    """
+    for hook in (hook for name in _GLOBAL for hook in getattr(_module, name).values()):
+        raise CaptureError(
+            f"the hook {_name(hook)} is registered for all modules of this process "
+            "(torch.nn.modules.module.register_module_forward_hook or _pre_hook), those of the "
+            "converted model too, on whose layers it would act again: call .remove() on the "
+            "handle that registering gave, or register it on the modules that it is for"
+        )
+    for path, part in model.named_modules():
+        where = path or "the model"
+        registry = vars(part).get("_diffusers_hook")
+        for name, hook in getattr(registry, "hooks", {}).items():
+            if reason := _obstacle(hook):
+                raise CaptureError(f"{where}: its hook {name!r} ({type(hook).__name__}) {reason}")
+        for hook in _accelerates(vars(part).get("_hf_hook")):
+            if getattr(hook, "offload", False):
+                raise CaptureError(
+                    f"{where}: its hook {type(hook).__name__} keeps the weights elsewhere between "
+                    "calls. Load them with accelerate.hooks.remove_hook_from_submodules(model), "
+                    "or prepare the model before it is offloaded"
+                )
+
+
+def replaced_methods(layer: nn.Module) -> list[str]:
+    """Names of the methods of a layer in whose place the instance has something else; one that was
+    put back is the method of its class again."""
+    found = []
+    for name, value in vars(layer).items():
+        own = getattr(type(layer), name, None)
+        if callable(value) and callable(own):
+            restored = getattr(value, "__func__", None) is own
+            if not (restored and getattr(value, "__self__", None) is layer):
+                found.append(name)
+    return found
+
+
+def _obstacle(hook: Any) -> str:
+    """Why a hook of diffusers cannot be captured, and what to do; "" where it can."""
+    kind = type(hook).__name__
+    if kind == "LayerwiseCastingHook":
+        return (
+            f"stores the weights as {hook.storage_dtype} and casts them at each call. Prepare the "
+            "model before apply_layerwise_casting(), or load it anew in the dtype to compute in"
+        )
+    if "GroupOffload" in kind:
+        return (
+            "moves the weights at each call. Prepare the model before group offloading is enabled"
+            f", or remove it with {_DIFFUSERS}('group_offloading', recurse=True)"
+        )
+    if getattr(hook, "_is_stateful", False):
+        return (
+            "keeps values from one call for the next, so one call changes the next. Turn it off "
+            f"(model.disable_cache()), or remove it with {_DIFFUSERS}(name)"
+        )
+    return ""
+
+
+def _accelerates(hook: Any) -> Iterator[Any]:
+    """A hook of accelerate, or the hooks that it consists of."""
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))
+
+
+def _pre_hooks(layer: nn.Module) -> Iterator[Any]:
+    yield from layer._forward_pre_hooks.values()
+
+
+def _pads_as_made(layer: nn.Module) -> bool:
+    """Whether a convolution pads as its `padding` says, in a mode other than zeros too."""
+    widths = getattr(layer, "_reversed_padding_repeated_twice", None)
+    if widths is None or getattr(layer, "padding_mode", "zeros") == "zeros":
+        return True
+    layer_: Any = layer
+    if isinstance(layer_.padding, str):
+        total = [d * (k - 1) for d, k in zip(layer_.dilation, layer_.kernel_size, strict=True)]
+        both = [(n // 2, n - n // 2) if layer_.padding == "same" else (0, 0) for n in total]
+    else:
+        both = [(n, n) for n in layer_.padding]
+    return list(widths) == [width for pair in reversed(both) for width in pair]
+
+
+def _is_torchs_class(layer: nn.Module) -> bool:
+    return type(layer).__module__.startswith("torch.nn.")
+
+
+def _is_torchs(function: Callable[..., Any] | None) -> bool:
+    """Whether a method is as torch wrote it; what wraps one is not."""
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(_TORCH):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
