@@ -41,7 +41,8 @@ def fold_weights(gm: fx.GraphModule) -> Rewrite:
 
     A layer is called like the module whose forward multiplies, or after that and the operation
     where one module multiplies with several weights.  What a replaced forward does stays as it is.
-    details["folded"]: the path of each layer -> names of the tensors that its weight is made of.
+    details["folded"]: the path of each layer -> names of the tensors that its "weight" and its
+    "bias" are computed from.
     """
     constants = _Constants(gm)
     found: dict[Any, tuple[nn.Module, list[fx.Node], dict[str, Any]]] = {}
@@ -56,7 +57,13 @@ def fold_weights(gm: fx.GraphModule) -> Rewrite:
                 continue
             found[key] = (layer, [], given)
         found[key][1].append(node)
-    sources = {layer: constants.sources(given["weight"]) for layer, _, given in found.values()}
+    sources = {
+        layer: {
+            name: constants.sources(given[name]) if given.get(name) is not None else []
+            for name in _OPERANDS[1:]
+        }
+        for layer, _, given in found.values()
+    }
     calls: dict[nn.Module, list[fx.Node]] = {}
     for i, (layer, nodes, _) in enumerate(found.values()):
         gm.add_submodule(f"folded_weights_{i}", layer)

@@ -103,8 +103,10 @@ def test_an_exported_model_goes_all_the_way(tmp_path: object) -> None:
         prepared(torch.randn(6, 4, 8, 8), torch.full((6,), step))
     done = convert(prepared, progress=False)
     assert done.record["capture"]["route"] == "export"
-    assert {"conv", "out"} <= done.record["sites"].keys()
-    assert ["mix", "its weight is used elsewhere as well"] in done.record["declined"]
+    assert {"conv", "mix", "linear", "out"} == done.record["sites"].keys()
+    folded = {"linear": {"weight": ["mix.weight"], "bias": []}}
+    assert done.record["capture"]["folded"] == folded
+    assert not done.record["declined"]
     save(done, f"{tmp_path}/model")
     with torch.no_grad():
         assert torch.equal(load(f"{tmp_path}/model")(x, t), done(x, t))
@@ -195,13 +197,13 @@ def test_both_routes_give_the_same_model(make, monkeypatch: pytest.MonkeyPatch) 
     equal(getattr(expected, "sample", expected), getattr(found, "sample", found))
 
 
-def test_weights_inside_autocast_count_as_left() -> None:
+def test_weights_inside_autocast_are_quantized() -> None:
     model = toys.seeded(toys.Autocasts).eval()
     prepared = prepare(model, small_inputs(), timesteps=20, config="w8a8")
     prepared(**small_inputs(4))
     facts = report(convert(prepared, progress=False))
-    assert facts.data["sites"] == {} and facts.data["left_weights"] == 16
-    assert facts.weight_coverage == 0
+    assert facts.data["sites"].keys() == {"linear"} and facts.data["left_weights"] == 0
+    assert facts.weight_coverage == 1
 
 
 def test_threads_may_trace_and_export_at_once() -> None:

@@ -18,7 +18,10 @@ _SUBSTANTIAL = 0.1  # share of the weights that may stay in floating point witho
 
 
 def parameter_record(
-    gm: fx.GraphModule, origin: Origin, source: nn.Module, folded: Mapping[str, list[str]]
+    gm: fx.GraphModule,
+    origin: Origin,
+    source: nn.Module,
+    folded: Mapping[str, Mapping[str, list[str]]],
 ) -> dict[str, int]:
     """How many parameters of `source` each place has: JSON-ready facts for a report.
 
@@ -26,14 +29,16 @@ def parameter_record(
     reads since tables hold its results.  unused: what no call of the model reads.  constants:
     numbers of the graph that are none of the model's parameters, as its code made them or read
     them from elsewhere.
-    gm: the converted graph.  folded: path of a layer -> names of what its weight is computed from.
+    gm: the converted graph.  folded: path of a layer -> what its weight and bias are computed from,
+    by name.
     """
     used = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
     integers = {n for n in used if isinstance(gm.get_submodule(n), QuantLayer)}
     kept = {name.rpartition(".")[0] for name in integers} | integers  # a layer may come in parts
     weights: dict[str, list[str]] = {}  # name of a parameter -> layers whose weight it makes
+    biases = {name for path in used & set(folded) for name in folded[path]["bias"]}
     for path in used | set(folded) | kept:
-        for name in folded.get(path, [f"{path}.weight"]):
+        for name in folded[path]["weight"] if path in folded else [f"{path}.weight"]:
             weights.setdefault(name, []).append(path)
     for gone, serving in origin.merged.items():
         weights.setdefault(f"{gone}.weight", []).append(serving)
@@ -50,7 +55,12 @@ def parameter_record(
         if any(path in integers or f"{path}." in _prefixes(integers) for path in layers):
             return "quantized"
         owner = origin.merged.get(name.rpartition(".")[0], name.rpartition(".")[0])
-        if name in present or owner in used or any(path in used for path in layers):
+        if (
+            name in present
+            or name in biases
+            or owner in used
+            or any(path in used for path in layers)
+        ):
             return "float"
         return "tables" if name in origin.fingerprints else "unused"
 
