@@ -111,7 +111,7 @@ def example_inputs(gm: fx.GraphModule, timesteps: Tensor | None) -> list[Tensor]
         if node is t and timesteps is not None:
             value = timesteps[len(timesteps) // 2].expand(sizes)
         elif like.is_floating_point():
-            value = torch.randn(sizes, generator=generator)
+            value = torch.randn(sizes, dtype=torch.float32, generator=generator)
         else:
             value = torch.full(sizes, like.dtype == torch.bool)
         values.append(value.to(device=like.device, dtype=like.dtype))

@@ -152,7 +152,9 @@ def _cached(
         names = {columns.start: feature for feature, columns in _features(node)}
         features, start = [], 0
         for width in table.widths:
-            none = torch.zeros(len(new), width, device=table.scale.device)  # nothing reads it
+            none = torch.zeros(
+                len(new), width, dtype=torch.float32, device=table.scale.device
+            )  # nothing reads it
             feature = rows[names[start]].reshape(len(new), -1) if start in names else none
             features.append(feature.to(none.device))
             start += width

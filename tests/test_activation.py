@@ -151,3 +151,19 @@ def test_gradients_pass_straight_through():
     # the value is at most 2**0.5 off, and so is its slope; 0 and what is clipped have none
     assert bool(torch.isfinite(x.grad).all()) and x.grad[0, 1] == 0 and x.grad[0, 3] == 0
     assert 2**-0.51 < float(x.grad[0, 0]) < 2**0.51
+
+
+@pytest.mark.parametrize("grid", ["uniform", "log2", "adaptive"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_stays_so(grid, bad):
+    module = made(grid, per_timestep=grid == "adaptive", scale=0.1, zero=0)
+    rows = (torch.full((2,), 0.1), torch.tensor([0.0, 1.0])) if grid == "adaptive" else ()
+    x = torch.rand(2, 5)
+    x[0, 3] = x[1, 2] = bad
+    assert torch.equal(module(x, *rows).isfinite(), x.isfinite())
+    x[0, 3] = x[1, 2] = 3e38  # large, and finite
+    assert module(x, *rows).isfinite().all()
+
+
+def test_a_scale_below_the_smallest_has_a_finite_inverse():
+    assert made(scale=1e-42)(torch.zeros(3)).isfinite().all()

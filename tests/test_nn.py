@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tfmq_fx.affine import weight_groups, weight_qparams
+from tfmq_fx.affine import activation_scales, quantize, weight_groups, weight_qparams
 from tfmq_fx.config import WeightSpec
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.nn import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, kind_of
@@ -383,3 +383,46 @@ def test_grouped_weights_stand_for_what_their_runs_of_channels_round_to(layer, b
 
 def test_a_group_size_that_divides_no_input_keeps_one_scale_per_channel():
     assert weight_groups((5, 7), WeightSpec(bits=4, group_size=3)) == 1
+
+
+@pytest.mark.parametrize("how", ["static", "per timestep", "dynamic", "fp8", "fp8 dynamic"])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_stays_so(how, bad):
+    """No code stands for an infinity: clipped to the largest it would look like a number."""
+    layer = nn.Linear(6, 4)
+    format = "fp8" if "fp8" in how else "int"
+    made = QuantLinear.from_float(
+        layer,
+        weight_bits=8,
+        act_bits=8,
+        per_timestep=how == "per timestep",
+        dynamic="dynamic" in how,
+        act_format=format,
+    )
+    grid = weight_qparams(layer.weight, WeightSpec(bits=8))
+    made.set_weight(quantize(layer.weight.detach(), *grid.over(6), 8), grid)
+    made.set_static_range(0.1, 0 if format == "fp8" or "dynamic" in how else 100)
+    if "dynamic" in how and format == "int":
+        made.set_static_range(0.1, 128)
+    x = torch.randn(3, 5, 6)
+    x[1, 2, 3] = bad
+    scale = (torch.full((3,), 0.1),) if how == "per timestep" else ()
+    y = made(x, *scale)
+    hit = torch.zeros(3, 5, dtype=torch.bool)
+    hit[1, 2] = True
+    assert torch.equal(~y.isfinite(), hit[..., None].expand(y.shape))
+    x[1, 2, 3] = 1e30  # large, and finite: clipped
+    assert made(x, *scale).isfinite().all()
+
+
+def test_a_scale_below_the_smallest_has_a_finite_inverse():
+    layer = nn.Linear(6, 4)
+    made = QuantLinear.from_float(layer, weight_bits=8, act_bits=8, per_timestep=False)
+    grid = weight_qparams(layer.weight, WeightSpec(bits=8))
+    made.set_weight(quantize(layer.weight.detach(), *grid.over(6), 8), grid)
+    made.set_static_range(1e-42, 3)
+    assert made(torch.zeros(2, 6)).isfinite().all()
+    low, high = torch.tensor([0.0, -1e-41]), torch.tensor([1e-41, 0.0])
+    for format in ("int", "fp8"):
+        scales, _ = activation_scales(low, high, bits=8, format=format)
+        assert (1 / scales).isfinite().all()

@@ -200,3 +200,49 @@ def test_no_options_are_none_or_an_empty_dict(captured: Any) -> None:
                     bind(x, t, of=made, cond=cond(), **{name: value})
         with pytest.raises(InputError, match=name):
             bind(x, t, of=made, cond=cond(), **{name: {"scale": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "t", "message"),
+    [
+        (
+            torch.int64,
+            2**70,
+            r"captured for torch\.int64, which cannot hold 1180591620717411303424",
+        ),
+        (torch.int64, -(2**70), "cannot hold -1180591620717411303424"),
+        (torch.int64, 1e300, r"cannot hold 1e\+300. Give a timestep that it holds, or capture"),
+        (torch.int32, 2**31, "cannot hold 2147483648"),
+        (torch.float32, 1e300, r"captured for torch\.float32, which cannot hold 1e\+300"),
+        (torch.float16, 70000, "cannot hold 70000"),
+        (torch.bfloat16, 999, "cannot hold 999"),  # 1000 would be its neighbour
+        (torch.bfloat16, torch.tensor(999), "cannot hold 999"),
+        (torch.float32, torch.tensor([0, 2**24 + 1, 1]), "cannot hold 16777217"),
+        (torch.int64, torch.tensor([1 + 2j, 1, 1]), r"got a torch\.complex64 tensor"),
+        (torch.float32, torch.tensor(1 + 0j), r"got a torch\.complex64 tensor"),
+    ],
+)
+def test_a_timestep_that_the_dtype_cannot_hold_is_refused(
+    dtype: torch.dtype, t: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        bind(torch.zeros(3, 4), t, cond=cond(), of=spec(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "t"),
+    [
+        (torch.bfloat16, 1000),
+        (torch.bfloat16, 2**40),
+        (torch.float16, 2048),
+        (torch.float32, 2**24),
+        (torch.float32, 0.1),
+        (torch.float32, float("inf")),
+        (torch.int64, 2**63 - 1),
+        (torch.float64, 1e300),
+        (torch.bfloat16, torch.tensor([0, 500, 1000])),
+    ],
+)
+def test_a_timestep_that_the_dtype_holds_arrives(dtype: torch.dtype, t: Any) -> None:
+    found = bind(torch.zeros(3, 4), t, cond=cond(), of=spec(dtype))[1]
+    assert torch.equal(found, torch.as_tensor(t).to(dtype).expand(3))

@@ -12,13 +12,12 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from .affine import levels
+from .affine import TINY_SCALE, finite_only, levels, rounded
 from .dialect import Stage
 from .errors import ConfigError
 
 Grid = Literal["uniform", "log2", "adaptive"]
 _EXACT = ("act_scale",)  # keeps float32 whatever the model's dtype
-_TINY = 2.0**-126  # the smallest normal float32
 
 
 class QuantActivation(nn.Module):
@@ -44,14 +43,16 @@ class QuantActivation(nn.Module):
             raise ConfigError("a grid that adapts to the timestep needs a scale per timestep")
         self.bits, self.per_timestep = bits, per_timestep
         self.grid: Grid = grid
-        self.register_buffer("act_scale", torch.ones(()))
+        self.register_buffer("act_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("act_zero", torch.zeros((), dtype=torch.int32))
         self.act_scale: Tensor
         self.act_zero: Tensor
 
     def set_static_range(self, scale: float, zero: int) -> None:
         """Use one range for every timestep (or, with per_timestep, the shared zero point)."""
-        self.act_scale = torch.tensor(float(scale), device=self.act_scale.device)
+        self.act_scale = torch.tensor(
+            max(float(scale), TINY_SCALE), dtype=torch.float32, device=self.act_scale.device
+        )
         self.act_zero = torch.tensor(int(zero), dtype=torch.int32, device=self.act_zero.device)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, log2: Tensor | None = None) -> Tensor:
@@ -71,17 +72,17 @@ class QuantActivation(nn.Module):
         Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale.
         """
         zero = self.act_zero.to(torch.float32)
-        codes = (_round(x.float() * (1.0 / scale)) + zero).clamp(0, levels(self.bits))
-        return (codes - zero) * scale
+        codes = (rounded(x.float() * (1.0 / scale)) + zero).clamp(0, levels(self.bits))
+        return finite_only(codes - zero, x.float()) * scale
 
     def logarithmic(self, x: Tensor, scale: Tensor) -> Tensor:
         """The nearest power of two times `scale`, judged by logarithms, or 0; in float32."""
         top = levels(self.bits)
         share = x.float() / scale
         # bounded below: the gradient of log2 at 0 is infinite, and no smaller code is of use
-        codes = _round(-torch.log2(share.clamp(min=_TINY))).clamp(0, top)
+        codes = rounded(-torch.log2(share.clamp(min=TINY_SCALE))).clamp(0, top)
         empty = (share <= 0) | (codes == top)
-        return torch.where(empty, 0.0, torch.exp2(-codes) * scale)
+        return finite_only(torch.where(empty, 0.0, torch.exp2(-codes) * scale), x.float())
 
     def spread(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """`rows` (B,), each repeated for the rows of x (n B, ...) that are its sample's."""
@@ -116,10 +117,3 @@ class QuantActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits {self.grid}, {self.range_kind()}"
-
-
-def _round(x: Tensor) -> Tensor:
-    """round(x), with the gradient of x."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x.round()
-    return x + (x.round() - x).detach()

@@ -17,7 +17,7 @@ from .config import Format, WeightSpec
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest e4m3 float
-TINY_SCALE = 2.0**-126  # the least dynamic scale: 1 / it is finite
+TINY_SCALE = 2.0**-126  # the least scale of an input: 1 / it is finite
 SEARCH_POWER = 2.4  # exponent of the range search in TFMQ-DM's released settings
 _SHRINK = 0.01  # each further candidate of the search clips one hundredth of the range more
 
@@ -57,6 +57,15 @@ def to_fp8(x: Tensor) -> Tensor:
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
+def rounded_to_fp8(x: Tensor) -> Tensor:
+    """`to_fp8` in x's own dtype, with the gradient of clipping: straight through the rounding."""
+    found = to_fp8(x).to(x.dtype)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return found
+    clipped = x.clamp(-FP8_MAX, FP8_MAX)
+    return found.detach() + (clipped - clipped.detach())
+
+
 def symmetric_steps(bits: int, format: Format) -> float:
     """Steps from 0 to the bound of a symmetric range: its bound over this is its scale."""
     return FP8_MAX if format == "fp8" else 2.0 ** (bits - 1) - 1
@@ -67,7 +76,20 @@ def dynamic_scale(x: Tensor, dims: tuple[int, ...], steps: float) -> Tensor:
 
     steps: from 0 to its largest magnitude, see `symmetric_steps`.
     """
-    return (x.float().abs().amax(dims, keepdim=True) / steps).clamp(min=TINY_SCALE)
+    largest = x.detach().float().abs().amax(dims, keepdim=True)
+    return (largest / steps).clamp(min=TINY_SCALE)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """round(x), with the gradient of x: straight through."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.round()
+    return x + (x.round() - x).detach()  # exactly round(x)
+
+
+def finite_only(codes: Tensor, x: Tensor) -> Tensor:
+    """`codes`, but NaN where x is NaN or infinite: no code stands for either."""
+    return codes + (x - x).detach()
 
 
 def qparams(low: Tensor, high: Tensor, *, bits: int) -> QParams:
@@ -172,8 +194,8 @@ def activation_scales(
     scale = torch.maximum(-low.double(), high.double()) / FP8_MAX
     seen = scale > 0
     if not bool(seen.any()):
-        return torch.ones(len(low), device=low.device), 0
-    return torch.where(seen, scale, scale[seen].median()).float(), 0
+        return torch.ones(len(low), dtype=torch.float32, device=low.device), 0
+    return torch.where(seen, scale, scale[seen].median()).float().clamp(min=TINY_SCALE), 0
 
 
 def shared_zero_scales(
@@ -192,7 +214,7 @@ def shared_zero_scales(
     span = high - low
     seen = span > 0
     if not bool(seen.any()):
-        return torch.ones(len(low), device=low.device), 0
+        return torch.ones(len(low), dtype=torch.float32, device=low.device), 0
     zeros = _zero_candidates(low[seen], high[seen], top)
     negative = -low[seen][:, None] / zeros.clamp(min=0.5)  # z = 0 only stands where low is 0
     positive = high[seen][:, None] / (top - zeros).clamp(min=0.5)
@@ -202,13 +224,15 @@ def shared_zero_scales(
     pick = int(error.argmin())
     scale = torch.full_like(span, float(scales[:, pick].median()))
     scale[seen] = scales[:, pick]
-    return scale.float(), int(zeros[pick])
+    return scale.float().clamp(min=TINY_SCALE), int(zeros[pick])
 
 
 def _zero_candidates(low: Tensor, high: Tensor, top: int) -> Tensor:
     """Zero points worth trying: the whole grid for small bit widths, else the ideal ones and 257
     spread over the grid, for timesteps that disagree and for ideals that an end rules out."""
-    candidates = torch.linspace(0, top, min(top, 256) + 1, device=low.device).double().round()
+    candidates = torch.linspace(
+        0, top, min(top, 256) + 1, dtype=torch.float64, device=low.device
+    ).round()
     if top > 255:
         ideal = (-low / (high - low) * top).round()
         candidates = torch.unique(torch.cat([candidates, ideal]))

@@ -4,7 +4,7 @@ a request begins, and read at its steps."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -26,6 +26,11 @@ class Bound(Converted):
     `gm` is the whole graph, as it is saved and verified; `step` and the parts of `prologue` are cut
     from it and share its modules.  Values are computed without gradients.
     """
+
+    why_no_gradient = (
+        "no gradient with respect to what a request fixes, whose values are kept. Detach it, or "
+        "call model.unbound()"
+    )
 
     def __init__(
         self, model: Converted, spec: PrologueSpec, schedule: Schedule | None = None
@@ -59,6 +64,11 @@ class Bound(Converted):
     @property
     def lookup_keys(self) -> Tensor | None:
         return self.timesteps if has_lookups(self.step) else None
+
+    def without_gradient(self) -> Sequence[str]:
+        parts = [kept.part for kept in self.prologue.parts]
+        stepped = (self.call.timestep,) if any(part.stepped for part in parts) else ()
+        return (*stepped, *dict.fromkeys(name for part in parts for name in part.conditions))
 
     def run(self, inputs: list[Tensor]) -> Any:
         if torch.compiler.is_compiling():  # somebody compiles the whole: nothing may be kept

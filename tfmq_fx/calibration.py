@@ -30,10 +30,12 @@ def finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:
                 "tfmq_fx.calibrate(prepared, ...) or give prepare() the timesteps."
             )
         position = prepared.call.names.index(prepared.call.timestep)
-        given = check_timesteps(torch.tensor(list(seen)), prepared.call.inputs[position].dtype)
+        given = check_timesteps(list(seen), prepared.call.inputs[position].dtype)
         given = given.to(prepared.device)
-    visits = torch.tensor([float(seen.get(step, 0)) for step in given.tolist()])
-    return given, visits if bool(visits.sum() > 0) else torch.ones(len(given))
+    visits = torch.tensor(
+        [float(seen.get(step, 0)) for step in given.tolist()], dtype=torch.float32
+    )
+    return given, visits if bool(visits.sum() > 0) else torch.ones(len(given), dtype=torch.float32)
 
 
 def check_sampling(prepared: Prepared) -> None:

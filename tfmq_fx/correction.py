@@ -100,8 +100,8 @@ class OutputErrors:
         whole = self.sums.sum(0)
         if kind == "noise":
             self._check_slopes(_fit(whole, kind)[0])
-        count, none = _count(whole), torch.zeros(())
-        k, shift = torch.zeros(len(whole)).double(), torch.zeros_like(whole[..., _D])
+        count, none = _count(whole), torch.zeros((), dtype=torch.float32)
+        k, shift = torch.zeros(len(whole), dtype=torch.float64), torch.zeros_like(whole[..., _D])
         before = _leftover(whole, none, none) / count
         after = before
         for each in _TRIED[kind]:
@@ -203,7 +203,9 @@ def measure_errors(
     """
     samples = torch.zeros(2, len(timesteps), dtype=torch.int64)
     if obstacle(gm):
-        return OutputErrors(timesteps, samples, torch.zeros(2, len(timesteps), 0, 6).double())
+        return OutputErrors(
+            timesteps, samples, torch.zeros(2, len(timesteps), 0, 6, dtype=torch.float64)
+        )
     channels = int(channel_count(first_output(gm)))
     sums = torch.zeros(2, len(timesteps), channels, 6, dtype=torch.float64)
     position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))

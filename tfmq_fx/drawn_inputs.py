@@ -69,11 +69,11 @@ class Draw:
 
     def value(self, spec: Input) -> Tensor:
         """A value of one placeholder."""
-        sizes, made = self.sizes[spec.name], torch.zeros(())
+        sizes, made = self.sizes[spec.name], torch.zeros((), dtype=torch.float32)
         if spec.dtype.is_floating_point:
-            made = torch.randn(sizes, generator=self.generator)
+            made = torch.randn(sizes, dtype=torch.float32, generator=self.generator)
         elif spec.dtype == torch.bool or ("mask" in spec.path and spec.name not in self.rows):
-            made = torch.ones(sizes)
+            made = torch.ones(sizes, dtype=torch.float32)
         else:
             made = torch.randint(self.rows.get(spec.name, 1), sizes, generator=self.generator)
         return made.to(device=spec.device, dtype=spec.dtype)

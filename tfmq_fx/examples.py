@@ -299,7 +299,9 @@ def rotary(make: Maker) -> tuple[Tensor, Tensor] | None:
         tokens *= side // patch
     if make.get("sample_frames"):
         tokens *= -(-make.frames() // (make.get("patch_size_t") or 1))
-    rates = 10000.0 ** -(torch.arange(width // 2, device=make.device) / (width // 2))
+    rates = 10000.0 ** -(
+        torch.arange(width // 2, dtype=torch.float32, device=make.device) / (width // 2)
+    )
     angles = torch.arange(tokens, device=make.device)[:, None] * rates[None]
     angles = angles.repeat_interleave(2, dim=1)
     return angles.cos(), angles.sin()

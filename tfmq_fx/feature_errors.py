@@ -107,7 +107,7 @@ def temporal_errors(
     """
     found = feature_errors(reference, model, timesteps)
     if not found:
-        return [], torch.zeros(0, len(timesteps))
+        return [], torch.zeros(0, len(timesteps), dtype=torch.float32)
     return [f.name for f in found], torch.stack([f.errors for f in found])
 
 

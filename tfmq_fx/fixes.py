@@ -129,8 +129,12 @@ def requantized(
                 continue
             old = tables[leaf.column[0]][:, leaf.column[1]]
             groups = [[i for i in seen if old[i] == s] for s in old[list(seen)].unique()]
-        low = torch.tensor([min(seen[i][0] for i in group) for group in groups])
-        high = torch.tensor([max(seen[i][1] for i in group) for group in groups])
+        low = torch.tensor(
+            [min(seen[i][0] for i in group) for group in groups], dtype=torch.float32
+        )
+        high = torch.tensor(
+            [max(seen[i][1] for i in group) for group in groups], dtype=torch.float32
+        )
         scale, zero = activation_scales(low, high, bits=bits, format=made.act_format)
         made.set_static_range(float(scale.max()), zero)
         if made.per_timestep and leaf.column is not None:

@@ -136,7 +136,7 @@ class Bench:
         given = self.subject.conditions(self.batch)
         conditions = {name: value.to(self.device) for name, value in given.items()}
         start = time.perf_counter()
-        x = torch.zeros(self.batch, *self.subject.shape, device=self.device)
+        x = torch.zeros(self.batch, *self.subject.shape, dtype=torch.float32, device=self.device)
         runner(x, scheduler.timesteps[0], **conditions)
         return time.perf_counter() - start
 

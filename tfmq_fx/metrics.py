@@ -218,7 +218,9 @@ def initial_noise(shape: Sequence[int], *, seed: int) -> Tensor:
     if len(shape) < 2 or min(shape) < 1:
         raise ConfigError(f"shape must be (n, ...) with no empty dimension, got {tuple(shape)}")
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(*shape[1:], generator=generator) for _ in range(shape[0])])
+    return torch.stack(
+        [torch.randn(*shape[1:], dtype=torch.float32, generator=generator) for _ in range(shape[0])]
+    )
 
 
 @overload

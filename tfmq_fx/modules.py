@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from .casts import cast_obstacle
 from .config import Config, LayerConfig
 from .dialect import stage_of
 from .errors import ConfigError, InputError
+from .gradients import refusing
 from .graph import KEYS, Rewrite, timestep_node
 from .graph_json import from_json, to_json
 from .inference import outside_inference_mode
@@ -85,6 +86,9 @@ class GraphModel(nn.Module):
 
     gm: fx.GraphModule
     watch: SourceWatch | None = None  # of the model that the graph was made from
+    why_no_gradient = (
+        "no gradient with respect to the timestep, whose values are read from a table. Detach it"
+    )
 
     def __init__(self, gm: fx.GraphModule, call: CallSpec, model_config: Any = None) -> None:
         super().__init__()
@@ -110,7 +114,16 @@ class GraphModel(nn.Module):
             if self.watch is not None:
                 self.watch.check()
             self.check_timesteps(inputs)
-        return self.call.rebuild(self.run(inputs), return_dict)
+        outputs = self.run(inputs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            lost = self.without_gradient()
+            given = [v for n, v in zip(self.call.names, inputs, strict=True) if n in lost]
+            outputs = refusing(outputs, given, f"{', '.join(lost)}: {self.why_no_gradient}")
+        return self.call.rebuild(outputs, return_dict)
+
+    def without_gradient(self) -> Sequence[str]:
+        """The placeholders with respect to which outputs have no gradient: a table is constant."""
+        return () if self.lookup_keys is None else (self.call.timestep,)
 
     def run(self, inputs: list[Tensor]) -> Any:
         """The graph's flat outputs."""
@@ -161,7 +174,7 @@ class GraphModel(nn.Module):
         for spec in self.call.inputs:
             if spec.dtype.is_floating_point and spec.name != self.call.timestep:
                 return spec.dtype
-        return torch.get_default_dtype()
+        return torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -246,11 +259,17 @@ def retarget(
 
 class Prepared(GraphModel):
     """A captured model that records ranges and sample inputs at each call, and answers as before.
+    Its answers have no gradient.
 
     observed: the graph with observers, which runs.  gm: the captured graph, which `convert` takes.
     unmerged: the graph as it was captured, each repetition in its place; left out, `gm`.
     behaviour: how the source's modules behaved when it was captured.
     """
+
+    why_no_gradient = (
+        "a prepared model only observes and has no gradient. Call the model itself, or the "
+        "converted one"
+    )
 
     def __init__(
         self,
@@ -296,6 +315,9 @@ class Prepared(GraphModel):
         return super()._apply(fn, recurse)
 
     @outside_inference_mode  # what is kept of this call is learnt from later
+    def without_gradient(self) -> Sequence[str]:
+        return self.call.names
+
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
         position = self.call.names.index(self.call.timestep)
@@ -402,9 +424,16 @@ class Compiled(GraphModel):
     """A converted model that runs on a backend. Called like the original; not saved itself (save
     the converted model and compile after loading).
 
+    Its answers have no gradient, and say so when one is asked for: the converted model has one.
+
     backend: its name.  lowered: how many layers run as integers.  declined: [layer, reason] of
     those that do not.  millis: of a call, by backend, where several were tried.
     """
+
+    why_no_gradient = (
+        "a compiled model is for inference and has no gradient. Call the converted model that it "
+        "was compiled from, whose gradient passes straight through the rounding"
+    )
 
     def __init__(
         self,
@@ -428,6 +457,9 @@ class Compiled(GraphModel):
     @property
     def lookup_keys(self) -> Tensor | None:
         return self._lookup_keys
+
+    def without_gradient(self) -> Sequence[str]:
+        return self.call.names
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:

@@ -15,7 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .affine import FP8, QParams, dynamic_scale, levels, symmetric_steps, to_fp8
+from .affine import (
+    FP8,
+    TINY_SCALE,
+    QParams,
+    dynamic_scale,
+    finite_only,
+    levels,
+    rounded,
+    rounded_to_fp8,
+    symmetric_steps,
+    to_fp8,
+)
 from .config import Format
 from .dialect import Stage
 from .errors import ConfigError
@@ -78,10 +89,10 @@ class QuantLayer(nn.Module):
             "codes", torch.empty(packed_size(count, weight_bits), dtype=torch.uint8)
         )
         grid = (out,) if weight_groups == 1 else (out, weight_groups)
-        self.register_buffer("weight_scale", torch.empty(grid))
+        self.register_buffer("weight_scale", torch.empty(grid, dtype=torch.float32))
         self.register_buffer("weight_zero", torch.empty(grid, dtype=torch.uint8))
         self.register_buffer("bias", torch.empty(out, dtype=dtype) if bias else None)
-        self.register_buffer("act_scale", torch.ones(()))
+        self.register_buffer("act_scale", torch.ones((), dtype=torch.float32))
         middle = 2 ** (act_bits - 1) if dynamic and act_bits and act_format == "int" else 0
         self.register_buffer("act_zero", torch.tensor(middle, dtype=torch.int32))
         self.codes: Tensor
@@ -140,21 +151,24 @@ class QuantLayer(nn.Module):
 
     def set_static_range(self, scale: float, zero: int) -> None:
         """Use one range for every timestep (or, with per_timestep, the shared zero point)."""
-        self.act_scale = torch.tensor(float(scale), device=self.act_scale.device)
+        self.act_scale = torch.tensor(
+            max(float(scale), TINY_SCALE), dtype=torch.float32, device=self.act_scale.device
+        )
         self.act_zero = torch.tensor(int(zero), dtype=torch.int32, device=self.act_zero.device)
 
     def input_codes(self, x: Tensor, scale: Tensor) -> Tensor:
         """Input codes less the zero point, as float32; `scale` broadcasts to x.
 
-        Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale.
+        Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale; gradients pass
+        straight through it, within the range.  NaN and infinities are NaN.
         """
         assert self.act_bits is not None
+        x = x.float()  # half precision holds neither all codes nor a product with 1 / scale
         if self.act_format == "fp8":
-            return to_fp8(x.float() * (1.0 / scale)).float()
+            return finite_only(rounded_to_fp8(x * (1.0 / scale)), x)
         zero = self.act_zero.to(torch.float32)
-        # x.float(): half precision holds neither all codes nor a product with 1 / scale
-        codes = (torch.round(x.float() * (1.0 / scale)) + zero).clamp(0, levels(self.act_bits))
-        return codes - zero
+        codes = (rounded(x * (1.0 / scale)) + zero).clamp(0, levels(self.act_bits))
+        return finite_only(codes - zero, x)
 
     def broadcast_scale(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """`scale` (B,) shaped to multiply x (B, ...), or the scales x has by itself."""

@@ -69,7 +69,9 @@ class RangeObserver(nn.Module):
         low = np.interp(wanted, steps, [self.seen[s][0] for s in steps])
         high = np.interp(wanted, steps, [self.seen[s][1] for s in steps])
         missing = int((~np.isin(wanted, steps)).sum())
-        return Ranges(torch.tensor(low).float(), torch.tensor(high).float(), missing)
+        return Ranges(
+            torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32), missing
+        )
 
 
 def sample_row(inputs: Sequence[Tensor], batched: Sequence[bool], i: int) -> tuple[Tensor, ...]:
@@ -216,7 +218,9 @@ class SampleCache:
         counts = Counter(steps)
         mean = sum(self.visits[step] for step in counts) / len(steps)
         return [
-            torch.tensor([self.visits[s] / counts[s] / mean for s in part.tolist()])
+            torch.tensor(
+                [self.visits[s] / counts[s] / mean for s in part.tolist()], dtype=torch.float32
+            )
             for part in timesteps
         ]
 

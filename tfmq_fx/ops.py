@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -83,7 +84,8 @@ def check_timesteps(values: Tensor | Sequence[int | float], dtype: torch.dtype) 
     keys are the values that the model receives.  Raises ConfigError if the set is empty, holds NaN
     or Inf, holds a value twice (after rounding), or holds one that an integer `dtype` cannot.
     """
-    given = torch.as_tensor(values).detach()
+    # as numpy reads it: torch would round Python's floats to the default dtype
+    given = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).detach()
     if given.dim() != 1:
         raise ConfigError(f"timesteps must be one-dimensional, got shape {tuple(given.shape)}")
     if len(given) == 0:

@@ -80,7 +80,7 @@ def plan_bits(
             budget="the recipe",
         )
 
-    silent = torch.zeros(len(BITS), len(timesteps))
+    silent = torch.zeros(len(BITS), len(timesteps), dtype=torch.float32)
     nothing = Sensitivity({site.name: silent for site in sites}, silent[0])
     plan(nothing).within(budget)  # what cannot be met is said before the long work
     spec = prepared.recipe.reconstruction

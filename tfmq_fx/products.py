@@ -294,7 +294,7 @@ def _groups(acts: ActivationSpec, count: int) -> Tensor:
 
 
 def _per_group(values: Tensor, groups: Tensor, reduce: str) -> Tensor:
-    shared = torch.zeros(int(groups.max()) + 1).scatter_reduce(
+    shared = torch.zeros(int(groups.max()) + 1, dtype=values.dtype).scatter_reduce(
         0, groups, values, reduce, include_self=False
     )
     return shared[groups]

@@ -16,7 +16,7 @@ from .errors import CalibrationError
 from .observers import Ranges
 
 _VALUES = 4096  # of a layer's input kept for each timestep
-_SHARES = torch.linspace(1.0, 0.25, 31)  # of a range's end tried by the search
+_SHARES = torch.linspace(1.0, 0.25, 31, dtype=torch.float32)  # of a range's end tried by the search
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class ProfileObserver(nn.Module):
         the lowest ranks are a fair sample."""
         total, count = rows.numel(), min(rows.numel(), _VALUES)
         picks = torch.randint(total, (count,), generator=self._generator)
-        ranks = torch.rand(count, generator=self._generator) * (count / total)
+        ranks = torch.rand(count, dtype=torch.float32, generator=self._generator) * (count / total)
         picks, ranks = picks.to(rows.device), ranks.to(rows.device)
         return [rows.flatten()[picks], picks % rows.shape[1], ranks]
 

@@ -220,7 +220,8 @@ class _CorrectedDDIM(_Corrected):
         if clipped:  # the noise is predicted again from the clipped sample
             s = -math.sqrt(alpha / (1 - alpha)) * q * inside
         c = math.sqrt(previous) * q * inside + math.sqrt(max(1 - previous - variance, 0.0)) * s
-        brought = torch.as_tensor(c * c * self.variance_at(timestep))
+        found = c * c * self.variance_at(timestep)
+        brought = found if isinstance(found, Tensor) else torch.tensor(found, dtype=torch.float32)
         return (1 - brought / variance).clamp(min=0).sqrt() if variance > 0 else brought * 0
 
 

@@ -272,7 +272,9 @@ def by_scheduler(
             for n, v in wanted.arguments(rows).items()
         }
         own.set_timesteps(wanted.steps, device=device)
-        x = torch.cat([torch.randn(1, *shape, generator=generator) for generator in lent])
+        x = torch.cat(
+            [torch.randn(1, *shape, dtype=torch.float32, generator=generator) for generator in lent]
+        )
         x = x.to(device) * getattr(own, "init_noise_sigma", 1.0)
         with _global_seed(wanted.seed + rows.start):
             for t in own.timesteps:

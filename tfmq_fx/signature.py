@@ -7,6 +7,7 @@ traced by torch.compile(fullgraph=True).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -314,7 +315,7 @@ def _timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) -> Te
     integral = not spec.dtype.is_floating_point
     value = plain_number(value)
     if isinstance(value, Tensor):
-        if value.dtype == torch.bool or value.ndim > 1:
+        if value.dtype == torch.bool or value.is_complex() or value.ndim > 1:
             raise InputError(
                 f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got a "
                 f"{value.dtype} tensor of shape {tuple(value.shape)}"
@@ -341,10 +342,43 @@ def _timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) -> Te
     if rows != 1 and rows != batch:
         raise InputError(f"{spec.path}: {rows} timesteps for a batch of {batch}")
     if not isinstance(value, Tensor):
+        if not torch.compiler.is_compiling() and not _can_hold(spec.dtype, value):
+            raise InputError(_not_held(spec, value))
         number = int(value) if integral else float(value)
         return torch.full((batch,), number, dtype=spec.dtype, device=device or spec.device)
     row = value.reshape(rows).to(device=device, dtype=spec.dtype)
+    # on a device this would wait for it
+    if not value.dtype.is_floating_point and row.dtype.is_floating_point and _is_at_hand(row):
+        for found, given in zip(row.tolist(), value.reshape(rows).tolist(), strict=True):
+            if found != given:
+                raise InputError(_not_held(spec, given))
     return row if rows == batch else row.expand(batch).contiguous()
+
+
+def _can_hold(dtype: torch.dtype, value: int | float) -> bool:
+    """Whether a dtype holds a number: an integer as it is, others rounded but in range."""
+    if not dtype.is_floating_point:
+        return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
+    limits = torch.finfo(dtype)
+    if not math.isfinite(value):
+        return True
+    if abs(value) > limits.max:
+        return False
+    odd = abs(value) // max(value & -value, 1) if isinstance(value, int) else 0
+    return odd < 2 / limits.eps
+
+
+def _not_held(spec: Input, value: int | float) -> str:
+    return (
+        f"{spec.path}: captured for {spec.dtype}, which cannot hold {value!r}. Give a timestep "
+        "that it holds, or capture again with one of another dtype."
+    )
+
+
+def _is_at_hand(value: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return type(value) is Tensor and value.device.type == "cpu"
 
 
 def _describe(value: Any) -> str:

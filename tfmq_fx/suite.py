@@ -51,7 +51,7 @@ class Subject:
         """Inputs by name for two samples."""
         generator = torch.Generator().manual_seed(0)
         inputs = {
-            self.sample_name: torch.randn(2, *self.shape, generator=generator),
+            self.sample_name: torch.randn(2, *self.shape, dtype=torch.float32, generator=generator),
             "timestep": torch.tensor([1, 1]),
             **self.conditions(2),
         }

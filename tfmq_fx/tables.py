@@ -143,8 +143,8 @@ class QuantTimestepTable(nn.Module):
         kind = torch.int64 if integer_keys else torch.float64
         self.register_buffer("keys", torch.empty(rows, dtype=kind))
         self.register_buffer("codes", torch.empty(rows, -(-width * bits // 8), dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(size))
-        self.register_buffer("zero", torch.empty(size))
+        self.register_buffer("scale", torch.empty(size, dtype=torch.float32))
+        self.register_buffer("zero", torch.empty(size, dtype=torch.float32))
         self.register_buffer("feature", self.columns(), persistent=False)
         self.keys: Tensor
         self.codes: Tensor

@@ -71,7 +71,7 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     p = problem
     x = torch.randint(0, 256, (p.batch, p.height, p.width, p.channels), dtype=torch.uint8)
     filters = torch.randint(-127, 128, (p.out_channels, *p.taps, p.channels), dtype=torch.int8)
-    scale, one = torch.rand(p.out_channels), torch.ones(1)
+    scale, one = torch.rand(p.out_channels, dtype=torch.float32), torch.ones(1, dtype=torch.float32)
     stride, dilation = list(p.stride), list(p.dilation)
     images, weights = x.permute(0, 3, 1, 2), filters.permute(0, 3, 1, 2).contiguous()
     dtype = fast_dtype()

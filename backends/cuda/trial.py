@@ -101,7 +101,7 @@ def arguments(problem: Problem, device: torch.device) -> dict[str, Any]:
 
     def codes(*shape: int) -> Tensor:
         if is_float:
-            return torch.randn(shape, device=device).to(FP8)
+            return torch.randn(shape, dtype=torch.float32, device=device).to(FP8)
         return torch.randint(-128, 128, shape, device=device, dtype=torch.int8)
 
     weight = codes(p.out_channels, *p.taps, p.channels)
@@ -113,10 +113,10 @@ def arguments(problem: Problem, device: torch.device) -> dict[str, Any]:
         "xs": [codes(p.batch, p.height, p.width, p.channels)],
         "weights": [weight],
         "zeros": [torch.full((p.out_channels,), 8, dtype=torch.uint8, device=device)],
-        "weight_scales": [torch.rand(p.out_channels, device=device)],
+        "weight_scales": [torch.rand(p.out_channels, dtype=torch.float32, device=device)],
         "offsets": [torch.zeros(p.out_channels, dtype=torch.int32, device=device)],
-        "scales": [torch.rand(p.batch, device=device)],
-        "bias": torch.randn(p.out_channels, device=device),
+        "scales": [torch.rand(p.batch, dtype=torch.float32, device=device)],
+        "bias": torch.randn(p.out_channels, dtype=torch.float32, device=device),
         "row": None,
         "residual": None,
         "out_scale": None,
@@ -181,7 +181,7 @@ def _torch_call(
     weight = given["weights"][0].reshape(problem.out_channels, problem.channels).t()
     if problem.format == "int8":
         return lambda: torch._int_mm(codes, weight).to(dtype)
-    one = torch.ones((), device=codes.device)
+    one = torch.ones((), dtype=torch.float32, device=codes.device)
     return lambda: torch._scaled_mm(codes, weight, one, one, out_dtype=torch.bfloat16).to(dtype)
 
 
