@@ -99,7 +99,7 @@ def compile_graph(
     than bf16 stays in floating point; None does so on CUDA alone.
     artifact: a file for what the compiler makes of the graph on the CPU. Where it is there, the
     first call reads it and compiles nothing that it holds; where it is not, or does not fit this
-    model, machine and torch, the first call writes it.
+    model, machine and torch, the first call writes it. It is code: what is in it runs.
     options: passed on to torch.compile.
     """
     device = device_of(gm)  # `unavailable` has passed it

@@ -86,7 +86,8 @@ def compile_graph(
     precision: of what is not int8; "auto" is bf16 where the CPU computes in it, but f32 for models
     with group norms, which are faster so (see `ChannelsLastNorm`); "bf16" is f32 where the CPU
     does not.  threads: left out, as many as
-    torch uses.  cache_dir: where OpenVINO keeps compiled models for the next start.
+    torch uses.  cache_dir: where OpenVINO keeps compiled models for the next start; they are code,
+    so a folder of your own.
     The first call raises BackendError naming the operations that OpenVINO does not have, if any.
     """
     if unknown:

@@ -459,5 +459,13 @@ def test_a_process_killed_between_the_renames_loses_nothing(saved, net):
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 
+def test_what_a_killed_save_left_is_removed_by_the_next(saved, net):
+    left = saved.parent / f".model.new-{'0' * 16}"
+    left.mkdir()
+    (left / TENSORS_FILE).write_bytes(b"half")
+    save(saved, gm=net, **BESIDE)
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
 def test_the_saved_graph_is_what_to_json_gives(saved, net):
     assert json.loads((saved / GRAPH_FILE).read_text())["graph"] == to_json(net)
