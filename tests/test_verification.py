@@ -299,7 +299,7 @@ def test_weights_that_are_away_are_looked_at_where_they_were(folded_dit):
 def test_other_seeds_and_batches_are_possible(toy, folded):
     assert verify(toy, folded, batch=2, seed=5).ok
     for options in ({"batch": 0}, {"conditions": 0}):
-        with pytest.raises(ConfigError, match="batch and conditions must be at least 1"):
+        with pytest.raises(ConfigError, match="must be a whole number, at least 1, got 0"):
             verify(toy, folded, **options)
 
 

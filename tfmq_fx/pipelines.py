@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
     scalar = [
         name
         for name, value in inputs.items()
-        if (isinstance(value, (int, float)) and not isinstance(value, bool))
+        if (isinstance(value, Real) and not isinstance(value, bool))
         or (isinstance(value, Tensor) and value.dim() <= 1)
     ]
     if not named and len(scalar) == 1:

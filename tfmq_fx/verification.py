@@ -43,10 +43,10 @@ def verify(
     inputs: Iterable[Sequence[Any]] | None = None,
     *,
     batch: int = 8,
-    conditions: int = 3,
+    conditions: int | None = None,
     fixes: bool = True,
     threshold: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = False,
 ) -> Verification:
     """Compare `model` with the model it was made from, over its whole set of timesteps.
@@ -54,8 +54,8 @@ def verify(
     inputs: (sample, timestep, ...) tuples to compare on, placeholder by placeholder; left out, they
     are drawn (see `drawn_inputs.Draw`), one for each timestep.
     batch: examples at once; an exact model is given each of them alone as well.
-    conditions: how many values are drawn of the inputs besides sample and timestep; an exact model
-    is compared at every timestep with each, a lossy one takes them in turn.
+    conditions: how many values are drawn (3) of the inputs besides sample and timestep; an exact
+    model is compared at every timestep with each, a lossy one takes them in turn.
     fixes: whether to measure what would fix the culprits.
     threshold: the output SQNR in dB, pooled over all examples, that a lossy model must reach.
     Layers are measured on 64 examples at most, fixes on about 16, evenly spread.
@@ -68,6 +68,9 @@ def verify(
             f"compile() returned, not a {type(model).__name__}"
         )
     check_whole(batch, "batch", 1)
+    if inputs is not None and (conditions, seed) != (None, None):
+        raise ConfigError("conditions and seed are of inputs that are drawn; these are given")
+    conditions, seed = 3 if conditions is None else conditions, 0 if seed is None else seed
     check_whole(conditions, "conditions", 1)
     check_whole(seed, "seed", 0)
     check_number(threshold, "threshold")
@@ -77,6 +80,8 @@ def verify(
     draw = Draw(model.gm, call, keys, seed=seed)
     full = _captured(reference, model, draw.example(0, draw.conditions()))
     examples = [_example(call, given) for given in inputs] if inputs is not None else []
+    if inputs is not None and not examples:
+        raise ConfigError("inputs are empty: leave them out to have some drawn")
     drawn: list[str] = []  # conditions that no data was asked for
     if not examples:
         draw.rows = {str(n.target): r for n in _inputs(full) if (r := rows_of(full, n))}
