@@ -225,7 +225,7 @@ WRONG = {
         lambda h: tfmq_fx.verify(h.net, h.model, [h.inputs], conditions=3),
         lambda h: tfmq_fx.verify(h.net, h.model, batch=0),
         lambda h: tfmq_fx.verify(h.net, h.model, batch="a"),
-        lambda h: tfmq_fx.verify(h.net, h.model, conditions=None),
+        lambda h: tfmq_fx.verify(h.net, h.model, conditions="a"),
         lambda h: tfmq_fx.verify(h.net, h.model, seed="a"),
         lambda h: tfmq_fx.verify(h.net, h.model, threshold="high"),
         lambda h: tfmq_fx.compare(5, 5),
