@@ -188,7 +188,7 @@ def test_a_branch_on_the_batch_becomes_a_guard() -> None:
 
 def test_a_loop_over_the_batch_fixes_it() -> None:
     captured = capture(toys.LoopsOverBatch(), small_inputs(), timestep="t")
-    assert any("replayed at {'batch': 2} only" in note for note in captured.notes)
+    assert any("batch is fixed: captured where Eq(batch, 2)" in note for note in captured.notes)
     with pytest.raises(InputError, match=r"Eq\(batch, 2\)"):
         call(captured, **small_inputs(3))
 

@@ -27,7 +27,7 @@ def described(inputs):
             {
                 "sample": (2, 4, 128, 128),
                 "timestep": (2,),
-                "encoder_hidden_states": (2, 16, 2048),
+                "encoder_hidden_states": (2, 77, 2048),
                 "added_cond_kwargs": {"text_embeds": (2, 1280), "time_ids": (2, 6)},
             },
         ),
@@ -36,7 +36,7 @@ def described(inputs):
             {
                 "sample": (2, 4, 16, 16),
                 "timestep": (2,),
-                "encoder_hidden_states": (2, 16, 768),
+                "encoder_hidden_states": (2, 77, 768),
                 "controlnet_cond": (2, 3, 128, 128),
             },
         ),

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from tests.toys import tiny_unet2d
+from tfmq_fx.admission import forward_parameters
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.pipelines import (
     find_timestep,
-    forward_parameters,
     named_inputs,
     takes_batch_size,
     with_denoiser,

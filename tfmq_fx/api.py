@@ -76,7 +76,7 @@ def prepare(
     timestep: str | None = None,
     config: str | Config = "w8a8",
     overrides: Mapping[str, LayerConfig] | None = None,
-    dynamic: Dynamic = ("batch",),
+    dynamic: Dynamic | None = None,
 ) -> Prepared:
     """A captured, analysed and observed form of `model`, which is never changed.
 
@@ -85,8 +85,9 @@ def prepare(
     (0 to N - 1), a 1-d tensor or sequence of integers or floats, or a scheduler; left out, the
     steps that calibration visits.  timestep: the name of that input; left out, it is found by name.
     config: a preset name or a Config.  overrides: module name patterns (fnmatch) -> LayerConfig.
-    dynamic: the sizes the graph leaves free: "batch" and, if wanted, "spatial"; or, one by one,
-    {input: {dim: name}}.
+    dynamic: the sizes the graph leaves free: of "batch", "text" (the number of its tokens) and
+    "spatial" (height and width) those that are named; or, one by one, {input: {dim: name}}.  Left
+    out, "batch", and "text" too where the example inputs are derived.
 
     Calls of the result answer like the original and record ranges and samples.  Raises ConfigError
     for arguments that cannot be used, CaptureError where the model cannot be captured exactly.
@@ -100,6 +101,8 @@ def prepare(
     values = timestep_values(timesteps)
     if values is not None and values.is_floating_point():
         inputs[name] = torch.as_tensor(inputs[name]).float()
+    if dynamic is None:  # nobody said how long the text will be
+        dynamic = ("batch", "text") if example_inputs is None else ("batch",)
     captured = capture(model, inputs, timestep=name, dynamic=dynamic)
     behaves = behaviour(model)
     dtype = inputs[name].dtype if isinstance(inputs[name], Tensor) else None

@@ -25,7 +25,7 @@ def call_from_json(data: Any, where: str, outputs: Collection[type] = ()) -> Cal
     outputs: classes that it may name besides those of libraries (see `output_classes`).
     Raises ArtifactError, naming `where` and the place in it.
     """
-    keys(data, where, "arguments inputs timestep output return_dict guards", "conditions")
+    keys(data, where, "arguments inputs timestep output return_dict guards", "conditions fixed")
     typed(data, where, arguments=list, inputs=list, timestep=str, guards=list)
     typed(data, where, return_dict=bool | None)
     inputs = tuple(_input(item, f"{where}.inputs[{i}]") for i, item in enumerate(data["inputs"]))
@@ -43,6 +43,7 @@ def call_from_json(data: Any, where: str, outputs: Collection[type] = ()) -> Cal
             for i, item in enumerate(data["guards"])
         ),
         conditions=_names(data.get("conditions", []), f"{where}.conditions"),
+        fixed=_names(data.get("fixed", []), f"{where}.fixed"),
     )
     _check_sound(made, where)
     return made

@@ -16,16 +16,20 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import Proxy
 
+from .admission import check_model
+from .attribute_names import check_names
 from .describe import Dynamic, describe_call
 from .dialect import Stage, check
-from .errors import CaptureError, StateError, TfmqError
+from .errors import CaptureError, InputError, StateError, TfmqError
 from .exported import Exported, export
+from .freedom import held_sizes, less_batch, mixes_batch, sizes_without
 from .graph import prune
 from .guards import guard, same_operations
 from .outside import OUTSIDE
 from .overrides import refuse_hooks
-from .replay import arguments, replay, structural_clone
-from .signature import CallSpec
+from .plain_transformers import plain_transformers
+from .replay import arguments, replay, runs, structural_clone
+from .signature import BATCH, CallSpec
 from .structure import Branch, Const, Structure, outline
 from .tracer import SizeTest, ValueTracer
 
@@ -66,13 +70,16 @@ def capture(
     Traced, or exported by torch.export and traced then; raises CaptureError, naming module and
     line, where neither gives a graph that is equal to the model bit for bit.
     """
+    check_model(model)
     start = time.perf_counter()
     refuse_hooks(model)
-    with _evaluated(model):
-        captured = _captured(model, example_inputs, timestep, dynamic)
+    with _evaluated(model), plain_transformers(model) as transformers:
+        found = _free(model, example_inputs, timestep, dynamic)
+    if (refusal := _refusal(found.call, example_inputs)) is not None:
+        raise CaptureError(f"the graph would refuse the example itself: {refusal}") from refusal
     seconds = time.perf_counter() - start
     log.debug("captured %s in %.2f s", type(model).__name__, seconds)
-    return dataclasses.replace(captured, seconds=seconds)
+    return dataclasses.replace(found, seconds=seconds, notes=(*found.notes, *transformers))
 
 
 @contextlib.contextmanager
@@ -89,10 +96,62 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _captured(
+def _free(
     model: nn.Module, example_inputs: Mapping[str, Any], timestep: str, dynamic: Dynamic
 ) -> Captured:
+    """The graph with the sizes that `dynamic` frees, less those that the model's code fixes.
+
+    An input that has as many rows as there are samples need not have one for each: where the graph
+    says otherwise, it keeps its own size."""
     call, examples = describe_call(model, example_inputs, timestep, dynamic)
+
+    def attempt(free: Mapping[str, Mapping[int, str]]) -> Captured:
+        return _either(model, *describe_call(model, example_inputs, timestep, free))
+
+    def settled(found: Captured) -> bool:
+        return BATCH not in held_sizes(found.call, examples) and not mixes_batch(found.gm)
+
+    refusal: CaptureError | None = None
+    found: Captured | None = None
+    try:
+        found = _either(model, call, examples)
+    except StateError:
+        raise
+    except CaptureError as error:
+        if runs(model, call, examples):
+            raise
+        refusal = error
+    if found is None or not settled(found):
+        for free in less_batch(call):
+            with contextlib.suppress(CaptureError):
+                if settled(other := attempt(free)):
+                    found = other
+                    break
+    if found is None:
+        assert refusal is not None
+        raise refusal
+    held = held_sizes(found.call, examples)
+    if BATCH not in held and _refusal(found.call, example_inputs) is not None:
+        held[BATCH] = "the batch is that of the example, of which the model asks"
+    if not held:
+        return found
+    notes = [f"{name} is fixed: captured where {reason}" for name, reason in held.items()]
+    fixed = attempt(sizes_without(found.call, held))
+    call = dataclasses.replace(fixed.call, fixed=tuple(held.values()))
+    return dataclasses.replace(fixed, call=call, notes=(*notes, *fixed.notes))
+
+
+def _refusal(call: CallSpec, example_inputs: Mapping[str, Any]) -> InputError | None:
+    """Why the graph would not take the example that it was captured with; None where it does."""
+    try:
+        call.bind((), dict(example_inputs))
+    except InputError as error:
+        return error
+    return None
+
+
+def _either(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Captured:
+    """The graph by the tracer, or where that refuses by torch.export."""
     try:
         trace = _trace(model, call, examples)
         binding = _binding(model, call, examples, trace)
@@ -105,7 +164,7 @@ def _captured(
             trace = _export(model, call, examples)
             gm, call, notes = _proved(model, call, examples, trace, trace.tests)
         except CaptureError as error:
-            refusal.add_note(f"torch.export does not help: {error}")
+            refusal.add_note(f"torch.export does not help: {_first_line(error)}")
             raise refusal from error
         route, notes = "export", [f"captured by torch.export, since {_first_line(refusal)}", *notes]
     return Captured(gm, call, route, 0.0, tuple(notes))
@@ -205,6 +264,7 @@ def _trace(
             f"{tracer.last}: tracing {type(model).__name__} failed: {type(error).__name__}: {error}"
         ) from error
     _check_output(output)
+    check_names(graph)
     gm = fx.GraphModule(clone, graph, type(model).__name__)
     gm.eval()
     prune(gm.graph)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import inspect
-import keyword
 import re
 from collections.abc import Collection, Mapping
+from keyword import kwlist
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.graph import _custom_builtins as _GLOBALS
 
 from .errors import CaptureError, ConfigError
 from .signature import BATCH, Argument, CallSpec, Input, plain_number
@@ -18,6 +20,15 @@ from .structure import Const, Leaf, Structure, outline, per_sample
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_cond", "noise_level")
 _SPATIAL = "spatial"
+_TEXT = "text"
+# Inputs that have a row for each token of the text, and the dim of the tokens.
+_TEXT_DIMS = {
+    "encoder_hidden_states": 1,
+    "encoder_attention_mask": 1,
+    "encoder_hidden_states_mask": 1,
+    "txt_ids": -2,
+}
+_KNOWN = {BATCH, _SPATIAL, _TEXT}
 _STEPWISE = ("residual", "block_samples")  # in the names of what a ControlNet adds at every step
 
 Dynamic = Collection[str] | Mapping[str, Mapping[int, str]]
@@ -28,11 +39,13 @@ def describe_call(
 ) -> tuple[CallSpec, list[Tensor]]:
     """How forward is called, its output left open, and the example's tensors in order.
 
-    Arguments as for `capture`.  Raises ConfigError for names that are not there, CaptureError for a
-    timestep that does not fit the sample.
+    Arguments as for `capture`; free sizes of one are two in the tensors.  Raises ConfigError for
+    names that are not there, CaptureError for a timestep that does not fit the sample.
     """
-    if not isinstance(dynamic, Mapping) and (wrong := set(dynamic) - {BATCH, _SPATIAL}):
-        raise ConfigError(f"dynamic: unknown {sorted(wrong)}; known are {BATCH}, {_SPATIAL}")
+    if not isinstance(dynamic, Mapping) and (wrong := set(dynamic) - _KNOWN):
+        raise ConfigError(
+            f"dynamic: unknown {sorted(wrong)}; known are {', '.join(sorted(_KNOWN))}"
+        )
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(model.forward).parameters.items()
@@ -83,11 +96,17 @@ def describe_call(
         leaves += found
     paths = [path for path, _ in leaves]
     at = paths.index(timestep)
-    tensors = [value for _, value in leaves]
-    sample = _sample(paths, tensors, at)
-    rows = 0 if sample is None else tensors[sample].shape[0]
-    tensors = _batched(tensors, at, sample, _frees_batch(dynamic))
-    inputs = _inputs(paths, tensors, at, sample, dynamic)
+    values = [value for _, value in leaves]
+    sample = _sample(paths, values, at)
+    rows = 0 if sample is None else values[sample].shape[0]
+    tensors = _tensors(values, at, sample)
+    free = (
+        _named_sizes(paths, tensors, at, dynamic)
+        if isinstance(dynamic, Mapping)
+        else _usual_sizes(paths, tensors, sample, dynamic)
+    )
+    inputs = _inputs(paths, tensors, free)
+    tensors = [_doubled(tensor, sizes) for tensor, sizes in zip(tensors, free, strict=True)]
     if sample is not None and inputs[sample].shape[0] == BATCH:
         declared = [
             dataclasses.replace(argument, structure=per_sample(argument.structure, rows))
@@ -119,12 +138,6 @@ def _conditions(inputs: tuple[Input, ...], timestep: int, sample: int | None) ->
     )
 
 
-def _frees_batch(dynamic: Dynamic) -> bool:
-    if isinstance(dynamic, Mapping):
-        return any(BATCH in sizes.values() for sizes in dynamic.values())
-    return BATCH in dynamic
-
-
 def _sample(paths: list[str], values: list[Any], timestep: int) -> int | None:
     """The input whose dim 0 is the batch: the first image-like one, else the one with most dims.
 
@@ -143,9 +156,8 @@ def _sample(paths: list[str], values: list[Any], timestep: int) -> int | None:
     return max(found, key=lambda i: found[i].ndim, default=None)
 
 
-def _batched(values: list[Any], timestep: int, sample: int | None, free: bool) -> list[Tensor]:
-    """The example's tensors, a batch of one made two (torch fixes sizes of one), and the timestep
-    made a tensor (batch,)."""
+def _tensors(values: list[Any], timestep: int, sample: int | None) -> list[Tensor]:
+    """The example's tensors, the timestep made a tensor (batch,)."""
     t = plain_number(values[timestep])
     if isinstance(t, bool) or not isinstance(t, (int, float, Tensor)):
         raise ConfigError(f"the timestep must be a number or a tensor, got {type(t).__name__}")
@@ -159,9 +171,6 @@ def _batched(values: list[Any], timestep: int, sample: int | None, free: bool) -
             f"the timestep has shape {tuple(t.shape)} and {t.dtype}; expected one number for each "
             f"of the {batch} samples, or one for all"
         )
-    if free and batch == 1 and sample is not None:
-        batch = 2
-        values = [v.repeat(2, *[1] * (v.ndim - 1)) if _rows(v) == 1 else v for v in values]
     tensors = [value.detach() if isinstance(value, Tensor) else value for value in values]
     device = t.device if sample is None else tensors[sample].device
     row = t.detach().reshape(-1).to(device)
@@ -169,30 +178,37 @@ def _batched(values: list[Any], timestep: int, sample: int | None, free: bool) -
     return tensors
 
 
+def _doubled(tensor: Tensor, free: Mapping[int, str]) -> Tensor:
+    """`tensor` with two of what it has one of where that is free: torch fixes sizes of one."""
+    times = [2 if i in free and size == 1 else 1 for i, size in enumerate(tensor.shape)]
+    return tensor.repeat(times) if 2 in times else tensor
+
+
 def _rows(value: Any) -> int | None:
     return value.shape[0] if isinstance(value, Tensor) and value.ndim else None
 
 
 def _inputs(
-    paths: list[str], tensors: list[Tensor], timestep: int, sample: int | None, dynamic: Dynamic
+    paths: list[str], tensors: list[Tensor], free: list[dict[int, str]]
 ) -> tuple[Input, ...]:
-    free = (
-        _named_sizes(paths, tensors, timestep, dynamic)
-        if isinstance(dynamic, Mapping)
-        else _usual_sizes(tensors, sample, dynamic)
-    )
     inputs: list[Input] = []
     for path, tensor, sizes in zip(paths, tensors, free, strict=True):
         shape = tuple(sizes.get(i, size) for i, size in enumerate(tensor.shape))
         name = re.sub(r"\W", "_", path)
-        if keyword.iskeyword(name) or name in {spec.name for spec in inputs}:
+        if _is_taken(name) or name in {spec.name for spec in inputs}:
             name = f"{name}_{len(inputs)}"
         inputs.append(Input(name, path, shape, tensor.dtype, tensor.device.type))
     return tuple(inputs)
 
 
+def _is_taken(name: str) -> bool:
+    """Whether the code of a graph may use the name for something else than an argument."""
+    used = {*kwlist, *dir(builtins), *_GLOBALS, "self", "math", "operator"} - {"input"}
+    return name in used
+
+
 def _usual_sizes(
-    tensors: list[Tensor], sample: int | None, dynamic: Collection[str]
+    paths: list[str], tensors: list[Tensor], sample: int | None, dynamic: Collection[str]
 ) -> list[dict[int, str]]:
     """Dim -> name of the size, for each input, of the sizes that `dynamic` frees."""
     free: list[dict[int, str]] = [{} for _ in tensors]
@@ -210,7 +226,19 @@ def _usual_sizes(
         elif len(shape) == 3:
             same = [i for i in range(min(tensor.ndim - 1, 2)) if tensor.shape[i] == shape[1]]
             sizes |= {i: "tokens" for i in same if i not in sizes}
+    if _TEXT in dynamic:
+        _free_text(paths, tensors, free)
     return free
+
+
+def _free_text(paths: list[str], tensors: list[Tensor], free: list[dict[int, str]]) -> None:
+    """Free the tokens of the text, where the example has as many in all inputs that hold them."""
+    dims = {i: _TEXT_DIMS[path] for i, path in enumerate(paths) if path in _TEXT_DIMS}
+    dims = {i: dim % tensors[i].ndim for i, dim in dims.items() if tensors[i].ndim >= 2}
+    counts = {tensors[i].shape[dim] for i, dim in dims.items()}
+    if len(counts) == 1 and counts != {1}:
+        for i, dim in dims.items():
+            free[i][dim] = _TEXT
 
 
 def _named_sizes(

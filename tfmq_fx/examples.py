@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 
 TEXT_TOKENS = 16
+CLIP_TOKENS = 77  # what pipelines give the models that are conditioned on CLIP's text
 GRID = 16  # side in tokens of packed latents, side in pixels of latents whose config has no size
 FRAMES = 3
 
@@ -43,6 +44,7 @@ FRAMES_FIRST = (  # (batch, frames, channels, ...), where other videos have chan
     "ConsisIDTransformer3DModel",
     "UNetSpatioTemporalConditionModel",
 )
+CLIP_TEXT = ("UNet2DConditionModel", "ControlNetModel")
 IMAGE_TOKENS = {"UNetSpatioTemporalConditionModel": 1}  # conditioned on an image, not on text
 
 
@@ -107,7 +109,8 @@ class Maker:
 
     def tokens(self) -> int:
         """Number of tokens in encoder_hidden_states."""
-        length = self.get("text_len", "max_text_seq_length") or TEXT_TOKENS
+        usual = CLIP_TOKENS if self.kind in CLIP_TEXT else TEXT_TOKENS
+        length = self.get("text_len", "max_text_seq_length") or usual
         return IMAGE_TOKENS.get(self.kind, int(length))
 
 

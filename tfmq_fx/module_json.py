@@ -249,6 +249,8 @@ def _module_json(module: nn.Module, where: str) -> dict[str, Any]:
     for key in _arguments(made):
         if key in module._parameters:
             arguments[key] = module._parameters[key] is not None
+        elif key == "bias" and isinstance(module, nn.MultiheadAttention):
+            arguments[key] = module.in_proj_bias is not None
         elif hasattr(module, key):
             arguments[key] = encode(getattr(module, key), f"{where}.{key}")
     entry = {"class": name, "arguments": arguments}

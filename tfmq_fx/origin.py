@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
+from .admission import check_model
 from .behaviour import Behaviour, differences, explained, portable, restored
 from .call_json import call_from_json
 from .config import LayerConfig, from_dict, to_dict
@@ -86,6 +87,7 @@ class Origin:
         """
         if not isinstance(source, nn.Module):
             raise ConfigError(f"the source must be a torch.nn.Module, got {type(source).__name__}")
+        check_model(source)
         if self.obstacle:
             raise ConfigError(
                 f"the graph of this model cannot be kept ({self.obstacle}): prepare and convert "

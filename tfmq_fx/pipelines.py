@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .admission import check_model, forward_parameters, unwrapped
 from .arguments import check_names
 from .describe import TIMESTEP_NAMES
 from .errors import ConfigError
@@ -23,13 +24,6 @@ from .progress import progress_bar
 from .skipping import Skipped, can_skip
 
 
-def forward_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters of model.forward that can be given by name."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in kinds]
-
-
 def named_inputs(
     model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -37,8 +31,7 @@ def named_inputs(
 
     Raises ConfigError where they were not given and cannot be derived.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     if isinstance(example_inputs, Mapping):
         return dict(example_inputs)
     if example_inputs is not None:
@@ -50,12 +43,26 @@ def named_inputs(
             )
         names = forward_parameters(model)
         if len(example_inputs) > len(names):
+            instead = _named_otherwise(model, len(example_inputs))
             raise ConfigError(
                 f"{len(example_inputs)} example_inputs given, but {type(model).__name__}.forward "
-                f"takes {len(names)}: {', '.join(names)}"
+                f"takes {len(names)}: {', '.join(names)}{instead}"
             )
         return dict(zip(names, example_inputs, strict=False))
     return derived_inputs(model)
+
+
+def _named_otherwise(model: nn.Module, count: int) -> str:
+    """What else could be passed, where forward does not take so many inputs by name."""
+    fits = [n for n, part in model.named_children() if len(forward_parameters(part)) >= count]
+    if len(fits) == 1 and isinstance(model, nn.Sequential):
+        return f". To prepare the model that it holds, pass model[{fits[0]}]"
+    if len(fits) == 1:
+        return f". To prepare the model that it holds, pass model.{fits[0]}"
+    takes_names = inspect.Parameter.VAR_KEYWORD in {
+        p.kind for p in inspect.signature(model.forward).parameters.values()
+    }
+    return ". Give them by name, as a dict" if takes_names else ""
 
 
 def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
@@ -98,7 +105,7 @@ def _without(pipeline: Any, source: nn.Module) -> Callable[[nn.Module], Any]:
     """Makes pipelines like `pipeline` of other denoisers, and holds neither of the two."""
     components = dict(pipeline.components)
     kind = type(pipeline)
-    name = next((name for name, component in components.items() if component is source), None)
+    name = next((name for name, part in components.items() if unwrapped(part) is source), None)
     if name is None:
         raise ConfigError(
             f"the prepared model is not a component of this {kind.__name__} "
@@ -246,6 +253,7 @@ def sampling_pass(
                 f"{type(source).__name__} draws one batch, as many as its prompts, labels or "
                 "embeddings are",
             )
+        _check_prompts(source, args, kwargs)
 
         def by_pipeline(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
             pipe = make(denoiser)
@@ -286,6 +294,16 @@ def sampling_pass(
         raise ConfigError(f"calibrate() with an iterable takes nothing else; got {given}")
     _refuse(settings, SETTINGS, "an iterable brings its own calls, as many as it has")
     return SamplingPass(by_inputs, False)
+
+
+def _check_prompts(pipeline: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a pipeline that draws what a text says and is given none."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if "prompt" in parameters and not args and not kwargs:
+        raise ConfigError(
+            f'a {type(pipeline).__name__} needs prompts: calibrate(prepared, pipe, ["a photo of '
+            f'...", ...]), with as many as there shall be samples'
+        )
 
 
 def _drawn(

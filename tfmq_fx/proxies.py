@@ -187,8 +187,18 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
     def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise CaptureError(
+                f"{self.tracer.whereabouts()}: forward puts other data into a tensor "
+                f"({self.node.name}.data = ...). Use the new tensor in its place, or copy_()."
+            )
+        super().__setattr__(name, value)
+
     def _attribute(self, name: str) -> Any:
         """An attribute or method of torch.Tensor."""
+        if name == "data":  # the same memory, and gradients are off here
+            return self
         found = getattr(self.value, name)
         if callable(found):
             return lambda *args, **kwargs: self._method(name, *args, **kwargs)

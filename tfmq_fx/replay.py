@@ -39,6 +39,24 @@ def arguments(call: CallSpec, values: list[Any], samples: int) -> dict[str, Any]
     }
 
 
+def runs(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> bool:
+    """Whether the model itself runs at the example's sizes."""
+    return _fault(model, call, examples) is None
+
+
+def _fault(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exception | None:
+    """What the model itself raises at the example's sizes, in a first call or in a second."""
+    reference, sizes = structural_clone(model), _sizes(call, examples)
+    devices = [value.device for value in examples if value.is_cuda][:1]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        for seed in (0, 1):
+            try:
+                reference(**_inputs(call, examples, sizes, seed, True))
+            except Exception as error:
+                return error
+    return None
+
+
 def replay(
     model: nn.Module, gm: fx.GraphModule, call: CallSpec, examples: list[Tensor]
 ) -> list[str]:
@@ -47,8 +65,10 @@ def replay(
         return ["not replayed: tensors on the meta device have no data"]
     sizes = _sizes(call, examples)
     if not _equal(model, gm, call, examples, sizes, seed=0):
+        fault = _fault(model, call, examples)
         raise CaptureError(
-            f"at the example's sizes: {type(model).__name__} cannot run there itself"
+            f"at the example's sizes {sizes}: {type(model).__name__} cannot be called twice "
+            f"itself: {type(fault).__name__}: {fault}"
         )
     for n, others in enumerate(_other_sizes(call, sizes), start=1):
         if _equal(model, gm, call, examples, others, seed=n):
@@ -105,12 +125,13 @@ def _equal(
             if seed == 0:  # what a call leaves behind must not show in the next
                 reference(**_inputs(call, examples, sizes, seed - 1, want_dict))
             torch.manual_seed(seed)
-            expected = reference(**copy.copy(kwargs))
+            expected = reference(**kwargs)
         except Exception as error:
             log.debug("%s cannot run at %s: %s", type(model).__name__, sizes, error)
             return False
         torch.manual_seed(seed)
-        bound, _ = call.bind((), kwargs)
+        # again: the model may have taken things out of its lists and dicts
+        bound, _ = call.bind((), _inputs(call, examples, sizes, seed, want_dict))
         try:
             found = call.rebuild(gm(*bound), want_dict)
         except Exception as error:

@@ -82,6 +82,7 @@ class CallSpec:
     timestep: the placeholder that holds the timestep, always a tensor (batch,).
     return_dict: forward's default of that name; None where forward has no such parameter.
     conditions: placeholders that are fixed for a whole request, judged by name.
+    fixed: what the model's code holds sizes to that are numbers in `inputs` for that reason.
     copied: whether the graph gets copies of a call's tensors; a loaded graph that writes in place
     does, as it may write to what the caller holds.
     """
@@ -93,6 +94,7 @@ class CallSpec:
     return_dict: bool | None = None
     guards: tuple[Guard, ...] = ()
     conditions: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     copied: bool = dataclasses.field(default=False, compare=False)
 
     @property
@@ -133,7 +135,7 @@ class CallSpec:
         device = None
         for spec, value in zip(self.inputs, values, strict=True):
             if spec.name != self.timestep:
-                _check_tensor(spec, value, sizes)
+                _check_tensor(spec, value, sizes, self.fixed)
                 device = value.device if device is None else device
         for i, spec in enumerate(self.inputs):
             if spec.name == self.timestep:
@@ -178,7 +180,11 @@ class CallSpec:
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         order = [argument.name for argument in self.arguments if argument.positional]
         if len(args) > len(order):
-            raise InputError(f"{len(args)} positional arguments given, at most {len(order)} taken")
+            names = ", ".join(argument.name for argument in self.arguments[len(order) :])
+            raise InputError(
+                f"{len(args)} positional arguments given, at most {len(order)} taken"
+                + (f"; give the others by name: {names}" if names else "")
+            )
         given = dict(zip(order, args, strict=False))
         known = [argument.name for argument in self.arguments]
         for name, value in kwargs.items():
@@ -204,6 +210,7 @@ class CallSpec:
             "output": dump(self.output),
             "return_dict": self.return_dict,
             "conditions": list(self.conditions),
+            **({"fixed": list(self.fixed)} if self.fixed else {}),
             "guards": [
                 {**_fields(guard), "expression": dump_expression(guard.expression)}
                 for guard in self.guards
@@ -265,7 +272,7 @@ def _no_options(structure: Structure, value: Any, path: str) -> bool:
     return path.endswith("_kwargs") and (empty or none) and nothing
 
 
-def _check_tensor(spec: Input, value: Any, sizes: dict[str, int]) -> None:
+def _check_tensor(spec: Input, value: Any, sizes: dict[str, int], fixed: Sequence[str]) -> None:
     if not isinstance(value, Tensor):
         raise InputError(f"{spec.path}: expected a tensor, got {_describe(value)}")
     if value.ndim != len(spec.shape):
@@ -295,8 +302,8 @@ def _check_tensor(spec: Input, value: Any, sizes: dict[str, int]) -> None:
                 )
         elif found != expected:
             raise InputError(
-                f"{spec.path}: dimension {i} was captured as {expected}, got {found}. "
-                f"Capture again, or with that dimension dynamic."
+                f"{spec.path}: dimension {i} was captured as {expected}, got {found}. Capture "
+                f"again with an example of that size{_freeing(spec, i, fixed)}."
             )
 
 
@@ -307,6 +314,15 @@ def plain_number(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.tensor(np.ascontiguousarray(value)) if value.ndim else value.item()
     return value
+
+
+def _freeing(spec: Input, dim: int, fixed: Sequence[str]) -> str:
+    """How else a dimension can be other than it was, or why it cannot."""
+    if fixed:
+        return f"; the graph was captured where {' and '.join(fixed)}"
+    if len(spec.shape) >= 4 and dim >= len(spec.shape) - 2:
+        return f", or with dynamic={(BATCH, 'text', 'spatial')}, which frees height and width"
+    return f", or free it: dynamic={{{spec.path!r}: {{{dim}: 'a name', ...}}, ...}}"
 
 
 def _timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) -> Tensor:

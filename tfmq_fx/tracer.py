@@ -305,6 +305,11 @@ class ValueTracer(fx.Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Layers of torch.nn, but not the transformers among them, which are made of others."""
+        made = type(m).__module__ == "torch.nn.modules.transformer"
+        return not made and bool(super().is_leaf_module(m, module_qualified_name))
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # A module made inside forward, such as a slice of an nn.Sequential, has no name: its
         # children are traced under theirs.
@@ -383,9 +388,13 @@ class ValueTracer(fx.Tracer):
                 if result is None:
                     result = target(*args, **kwargs)
         except _data_dependent() as error:
+            name = getattr(node.target, "__name__", str(node.target))
+            what = "size" if isinstance(error, DynamicOutputShapeException) else "value"
             raise CaptureError(
-                f"{self.whereabouts()}: the result of {node.target} depends on a tensor's data in "
-                f"a way that a graph cannot hold ({type(error).__name__})"
+                f"{self.whereabouts()}: the {what} of what {name} returns depends on a tensor's "
+                f"data, and a graph has no such {what}s. Compute all positions and mask those that "
+                f"do not count (torch.where), or compute {name} outside of the model and pass its "
+                f"result as an input."
             ) from error
         finally:
             self.computing = False

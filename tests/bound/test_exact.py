@@ -139,7 +139,7 @@ def check_nan(found: Bound, values: Inputs, model: nn.Module) -> None:
     try:
         given = outline(found(**values))[1]
     except InputError as error:  # the model's code goes another way at this batch size
-        assert "Capture again at these sizes" in str(error)
+        assert "Capture again" in str(error)
         return
     wanted = outline(model(**values))[1]
     for (path, a), (_, b) in zip(wanted, given, strict=True):
