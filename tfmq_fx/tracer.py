@@ -305,11 +305,6 @@ class ValueTracer(fx.Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Layers of torch.nn, but not the transformers among them, which are made of others."""
-        made = type(m).__module__ == "torch.nn.modules.transformer"
-        return not made and bool(super().is_leaf_module(m, module_qualified_name))
-
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # A module made inside forward, such as a slice of an nn.Sequential, has no name: its
         # children are traced under theirs.
@@ -336,9 +331,11 @@ class ValueTracer(fx.Tracer):
             self._replaced.pop()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # what computes a weight, and layers that compute something else, are traced
+        # what computes a weight, layers that compute something else, and those made of others are
+        # traced
         return (
-            super().is_leaf_module(m, module_qualified_name)
+            type(m).__module__ != "torch.nn.modules.transformer"
+            and super().is_leaf_module(m, module_qualified_name)
             and not type(m).__module__.startswith("torch.nn.utils.")
             and all(is_plain(part) for part in m.modules())
         )
