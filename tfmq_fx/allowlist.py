@@ -145,7 +145,7 @@ def is_refused(name: str) -> bool:
     return bool(_REFUSED.fullmatch(bare)) or (writes and bare in _INPLACE_REFUSED)
 
 
-def _writes_elsewhere(op: torch._ops.OpOverload) -> bool:
+def _writes_elsewhere(op: Any) -> bool:
     """Whether an operator writes to any other argument than its first, or has results there."""
     arguments = op._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]

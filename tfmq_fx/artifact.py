@@ -352,7 +352,8 @@ def _fill(
             tensor = _filled(tensors[name], entry, name, path)
         if isinstance(empty, nn.Parameter):
             made = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
-            owner._parameters[leaf] = made.requires_grad_(empty.requires_grad)
+            made.requires_grad_(empty.requires_grad)
+            owner._parameters[leaf] = made
         else:
             owner._buffers[leaf] = tensor
     every = itertools.chain(gm.named_parameters(), gm.named_buffers())

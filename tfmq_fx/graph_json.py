@@ -210,7 +210,7 @@ def _add_node(
 
 
 def _stack(entry: Any, where: str) -> dict[str, tuple[str, str]]:
-    parts = entry if type(entry) is list else [None]
+    parts: list[Any] = entry if type(entry) is list else [None]
     for part in parts:
         if type(part) is not list or [type(word) for word in part] != [str] * 3:
             raise ArtifactError(f"{where}: {entry!r:.80} is no list of path, class and key")

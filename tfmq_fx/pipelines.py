@@ -174,7 +174,7 @@ def _fit(chosen: dict[str, int], settings: Mapping[str, int | None], batch: int)
 
 def _check_shape(shape: Any) -> None:
     sizes = shape if isinstance(shape, Sequence) else ()
-    whole = all(isinstance(size, Integral) and size >= 1 for size in sizes)
+    whole = all(isinstance(size, Integral) and int(size) >= 1 for size in sizes)
     if not sizes or not whole:
         raise ConfigError(
             "calibrate() with a (scheduler, shape) pair takes the sizes of one sample, as "

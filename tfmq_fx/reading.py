@@ -13,8 +13,9 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import ArtifactError
 
@@ -26,7 +27,7 @@ _BRACKETS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
 
 
-def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
+def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
     """The file at `path`, open for reading; links are followed.
 
     Raises ArtifactError where it is a pipe, a device or a directory, where it is mostly holes, or
@@ -34,7 +35,7 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
     """
     _check_regular(path, os.stat(path).st_mode)  # opening a device may already do something
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    file: BinaryIO = os.fdopen(descriptor, "rb")
+    file: BufferedReader = os.fdopen(descriptor, "rb")
     try:
         found = os.fstat(file.fileno())
         _check_regular(path, found.st_mode)
