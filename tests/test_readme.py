@@ -53,13 +53,14 @@ def check_first(given: dict[str, Any], backends: set[str]) -> None:
         pipe("a", num_inference_steps=20, height=96, width=64)
 
 
+@pytest.mark.slow
 def test_the_first_example_runs_word_for_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One backend that compiles in place of a trial of all, and little to learn: minutes otherwise.
-    monkeypatch.setattr(auto, "CANDIDATES", ("openvino",))
+    monkeypatch.setattr(auto, "CANDIDATES", ("inductor",))
     monkeypatch.setitem(tfmq_fx.PRESETS, "w4a8", fast("w4a8"))
-    check_first(run(BLOCKS[:1], tmp_path, monkeypatch), {"openvino"})
+    check_first(run(BLOCKS[:1], tmp_path, monkeypatch), {"inductor"})
 
 
 @pytest.mark.slow
