@@ -80,6 +80,8 @@ UNSAFE = [
     "torch._C._nn.max_pool2d_with_indices_backward",
     "torch.nn.functional.embedding_bag",
     "math.factorial",
+    "torch.lcm",
+    "torch.ops.prims.div.default",
 ]
 
 
@@ -114,6 +116,8 @@ def test_numbers_are_no_dtypes():
 def test_results_go_nowhere_else():
     with pytest.raises(ArtifactError, match="relu: a saved graph may not write to out="):
         from_json(edited(SAFE, kwargs={"out": {"node": "x"}}))
+    with pytest.raises(ArtifactError, match=r"may not round by 'trunc'"):
+        from_json(edited(SAFE, target="torch.div", kwargs={"rounding_mode": "trunc"}))
     with pytest.raises(ArtifactError, match=r"may not make tensors of torch.sparse_coo"):
         from_json(edited(SAFE, kwargs={"layout": {"layout": "sparse_coo"}}))
 

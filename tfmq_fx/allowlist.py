@@ -66,7 +66,7 @@ _REFUSED = re.compile(
     # places, lengths and statistics that kernels take for right
     r"|.*backward.*|segment_reduce|max_unpool.*|embedding_bag|ctc_loss|(lu|ldl)_(solve|unpack)"
     r"|lobpcg|native_batch_norm|batch_norm_.*|rnn_.*|lstm.*|gru.*|.*_cell|pack_.*|pad_sequence"
-    r"|unpack_.*|.*_renorm|histogramdd|factorial|comb|perm"
+    r"|unpack_.*|.*_renorm|histogramdd|rrelu_with_noise|lcm|factorial|comb|perm"
     # of torch.nn.functional, no functions of tensors
     r"|assert_int_or_pair|boolean_dispatch|handle_torch_function|get_device|init_.*"
 )
@@ -124,7 +124,8 @@ def function_named(name: str, where: str) -> Any:
     if op := _OP.fullmatch(name):
         namespace, packet, overload = op.groups()
         plain = packet[0] != "_" or packet in _OPS_UNDERSCORED
-        if namespace in _OP_NAMESPACES and plain and not is_refused(packet):
+        truncates = (namespace, packet) == ("prims", "div")
+        if namespace in _OP_NAMESPACES and plain and not is_refused(packet) and not truncates:
             found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
             # TorchScript has operators that are not tensor operators (aten::save writes files);
             # only those of the dispatcher are.
@@ -224,6 +225,9 @@ def check_node(node: fx.Node) -> None:
             raise ArtifactError(f"{where}: {key!r} is not a keyword argument")
         if key == "out":
             raise ArtifactError(f"{where}: a saved graph may not write to out={node.kwargs[key]}")
+        if key == "rounding_mode" and node.kwargs[key] not in (None, "floor"):
+            # The smallest integer over -1 ends the process.
+            raise ArtifactError(f"{where}: a saved graph may not round by {node.kwargs[key]!r:.40}")
     fx.node.map_aggregate((node.args, node.kwargs), functools.partial(_check_layout, where))
     if isinstance(target, torch._ops.OpOverload):
         _check_enumerations(node, target)
