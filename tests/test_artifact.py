@@ -221,6 +221,13 @@ def saved(net, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("name", ["\0", "x" * 300, "loop"])
+def test_names_of_no_directory_are_named(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ArtifactError, match=r"is no directory|there is no such directory"):
+        load(tmp_path / name)
+
+
 def test_missing_files_are_named(saved, tmp_path):
     with pytest.raises(ArtifactError, match="nowhere: there is no such directory"):
         load(tmp_path / "nowhere")
@@ -321,6 +328,8 @@ def test_values_that_are_not_json_are_named(net, tmp_path):
         ({"extra": {"a": [1, torch.zeros(1)]}}, r"extra\['a'\]\[1\]: a Tensor cannot"),
         ({"config": {"a": {3: 1}}}, r"config\['a'\]: key 3 is not a string"),
         ({"call": {"a": {1}}}, r"call\['a'\]: a set cannot"),
+        ({"extra": {"a": 1 << 70}}, r"extra\['a'\]: .* does not fit into 64 bits"),
+        ({"extra": {"a": {"$float": 1}}}, r"extra\['a'\]: the key '\$float' stands for"),
     ):
         with pytest.raises(ArtifactError, match=text):
             save(tmp_path / "a", gm=net, **(BESIDE | beside))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -125,3 +126,29 @@ def test_layers_of_the_recipe_get_its_bits():
         plan().layers({"a.conv": eight})
     with pytest.raises(ConfigError, match=r"quantizes 'a\.conv', which this recipe does not"):
         plan().layers({"a.conv": LayerConfig(), "b.conv": eight})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sites": {"a": {"weights": 1, "options": [], "chosen": 8}}},
+        {"sites": {"a": {"weights": "x", "options": [], "chosen": None}}},
+        {"rest": [0.1, 0.2], "sites": {"a": {"weights": 1, "chosen": 8, "options": [
+            {"bits": 8, "bytes": 1, "micros": 0, "noise": []}]}}},
+        {"rest": [0.1], "sites": {"a": {"weights": 1, "chosen": 8, "options": [
+            {"bits": 8, "bytes": 1, "micros": 0, "noise": [-(10**9)]}]}}},
+        {"timesteps": ["a"]},
+        {"fixed_bytes": None},
+    ],
+)  # fmt: skip
+def test_damaged_plans_are_named(change):
+    whole = {"timesteps": [1], "sites": {}, "rest": [0.1], "fixed_bytes": 1, "float_bytes": 1}
+    BitPlan.from_dict({**whole, "budget": "x"})
+    with pytest.raises(ConfigError, match="this is no bit plan"):
+        BitPlan.from_dict({**whole, "budget": "x", **change})
+
+
+def test_a_pipe_is_no_plan(tmp_path):
+    os.mkfifo(tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match=r"no bit plan that can be read: .*is a pipe"):
+        BitPlan.load(tmp_path / "plan.json")

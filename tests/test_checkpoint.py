@@ -1,6 +1,7 @@
 """checkpoint: parts come back whole or not at all, and only to the conversion they belong to."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -190,3 +191,19 @@ def test_random_numbers_of_a_part_depend_on_the_seed_and_its_name_alone():
         for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))
     ]
     assert drawn[0] == drawn[1] and len({tuple(d) for d in drawn}) == 3
+
+
+def test_a_part_sets_nothing_but_what_rounding_decides(tmp_path):
+    Checkpoint(tmp_path, {}).save("a", Part({"layer": {"forward": torch.zeros(1)}}, {}))
+    again = Checkpoint(tmp_path, {})
+    assert again.load("a") is None and again.damaged == ["a"]
+
+
+def test_pipes_and_deep_nesting_are_no_checkpoints(tmp_path):
+    os.mkfifo(tmp_path / "checkpoint.json")
+    with pytest.raises(ConfigError, match=r"checkpoint.json is damaged .*is a pipe"):
+        Checkpoint(tmp_path, {})
+    (tmp_path / "checkpoint.json").unlink()
+    (tmp_path / "checkpoint.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"nested deeper"):
+        Checkpoint(tmp_path, {})

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -298,6 +299,15 @@ def test_loaded_models_answer_the_same_bits(bases, tmp_path, name):
     model = tfmq_fx.load(bases(name))
     tfmq_fx.save(model, tmp_path / "again")
     assert torch.equal(call(tfmq_fx.load(tmp_path / "again")), call(model))
+
+
+def test_a_pickled_model_has_every_tensor(bases):
+    model = tfmq_fx.load(bases("channels last"))
+    names = [n.target for n in model.gm.graph.nodes if n.op == "get_attr"]
+    model.gm.register_buffer(names[0], getattr(model.gm, names[0]), persistent=False)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(call(again), call(model))
+    assert not any(value.is_meta for value in again.tensors())
 
 
 @pytest.mark.parametrize("seed", [0, 1])

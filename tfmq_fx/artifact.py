@@ -133,12 +133,11 @@ def load(directory: str | Path) -> Loaded:
     Raises ArtifactError, saying which, if the directory or a file is missing, is not one of ours,
     comes from a newer version, is truncated or altered, or names something a graph may not hold.
     """
-    place = present(Path(directory).resolve(), GRAPH_FILE)
-    if not place.is_dir():
-        raise ArtifactError(f"{place}: there is no such directory")
+    place = _place(directory)
     path = place / GRAPH_FILE
     document = _read_document(place)
-    _check_listed(place, document)
+    with naming(path):
+        _check_listed(place, document)
     weights = place / TENSORS_FILE
     with naming(path):
         graph = document["graph"]
@@ -154,6 +153,17 @@ def load(directory: str | Path) -> Loaded:
             _restored(document[name], name) for name in ("call", "config", "extra")
         )
     return Loaded(gm, call, config, extra, _read_origin(place, document))
+
+
+def _place(directory: str | Path) -> Path:
+    try:
+        place = present(Path(directory).resolve(), GRAPH_FILE)
+        found = place.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL, too long a name
+        raise ArtifactError(f"{str(directory)!r:.200} is no directory: {error}") from error
+    if not found:
+        raise ArtifactError(f"{place}: there is no such directory")
+    return place
 
 
 @contextlib.contextmanager
@@ -205,6 +215,8 @@ def saved_bytes(directory: str | Path) -> int:
 
 def _plain(value: Any, where: str) -> Any:
     """`value` in JSON's own types, with a tag for the floats that JSON lacks."""
+    if type(value) is int and abs(value) >= 1 << 64:
+        raise ArtifactError(f"{where}: {value!r:.40} does not fit into 64 bits")
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:

@@ -20,7 +20,7 @@ from .gradients import refusing
 from .graph import KEYS, Rewrite, timestep_node
 from .graph_json import from_json, to_json
 from .inference import outside_inference_mode
-from .module_json import install_modules, module_json
+from .module_json import install_modules, module_json, owner_of, tensors_of
 from .observers import SampleCache
 from .ops import find_unknown
 from .origin import Origin
@@ -388,7 +388,7 @@ class Converted(GraphModel):
         # As it is saved: torch's own pickle of a graph traces it again and loses its metadata.
         origin = None if self.origin is None else self.origin.portable()
         settings = (self.call, self.recipe, self.record, self.model_config, origin)
-        return _unpickled, (to_json(self.gm), self.gm.state_dict(), *settings)
+        return _unpickled, (to_json(self.gm), tensors_of(self.gm), *settings)
 
     @property
     def runnable(self) -> fx.GraphModule:
@@ -414,7 +414,10 @@ def _unpickled(
     origin: Origin | None,
 ) -> Converted:
     gm = from_json(graph)
-    gm.load_state_dict(tensors, strict=True, assign=True)
+    for name, value in tensors.items():  # those too that a state_dict leaves out
+        owner, leaf = owner_of(gm, name)
+        place: Any = owner._parameters if leaf in owner._parameters else owner._buffers
+        place[leaf] = value
     return Converted(
         gm, call, recipe=recipe, record=record, model_config=model_config, origin=origin
     )
