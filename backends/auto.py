@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor, fx
 
 from tfmq_fx.backends import CPU, backend
 from tfmq_fx.backends.cpu import kernels, library
+from tfmq_fx.backends.proven import Made, make, options_of, refusal, warn
+from tfmq_fx.backends.self_check import Check, Reference
 from tfmq_fx.errors import BackendError
 from tfmq_fx.files import cache_folder, make_private, write_whole
 from tfmq_fx.graph import Rewrite, device_of, timestep_node
@@ -43,6 +45,7 @@ class Fastest:
     lowering: Rewrite
     millis: dict[str, float] = field(default_factory=dict)
     missing: list[tuple[str, str]] = field(default_factory=list)
+    check: Check | None = None
 
 
 def compile_fastest(
@@ -53,14 +56,17 @@ def compile_fastest(
     progress: bool = True,
     timer: Timer | None = None,
     cache: Path | None = None,
+    reference: Reference | None = None,
 ) -> Fastest:
-    """The graph on the backend that runs it fastest here.
+    """The graph on the backend that runs it fastest here, of those that answer as the reference.
 
     On the CPU a quantized graph is compiled and timed on each of `CANDIDATES` that can run it, or,
     once that was done, compiled by the winner alone. Elsewhere, and for a graph without integers,
     which must stay exact, it is inductor; where nothing else can run, eager.
-    inputs: values to time with.  options: of inductor.  timer: of a call; None takes the least
-    of `CALLS`.  cache: file of the choice; None is the one of this graph and machine.
+    inputs: values to time with.  options: each goes to the backends that take it.  timer: of a
+    call; None takes the least of `CALLS`.  cache: file of the choice; None is the one of this graph
+    and machine.  reference: what backends are compared with; None compares nothing.
+    Raises ConfigError for an option that none of the backends takes.
     """
     device = device_of(gm)
     quantized = any(isinstance(module, QuantLayer) for module in gm.modules())
@@ -72,58 +78,94 @@ def compile_fastest(
             able.append(name)
         except BackendError as error:
             missing.append((name, str(error)))
+    wanted = options_of(names, options)
+    if "inductor" in wanted:
+        wanted["inductor"] = {"trial": True} | wanted["inductor"]
     path = cache or cache_folder() / f"auto-{_digest(gm, able)}.json"
     known = _read(path)
+    wrong: list[tuple[str, str]] = []
     if known is not None and known[0] in able:
-        able = [known[0]]
-    best: Fastest | None = None
+        kept = _tried(known[:1], gm, wanted, reference, missing, wrong)
+        if kept:
+            return _chosen(kept[0], known[1], missing)
+        able.remove(known[0])
+    best: Made | None = None
     millis: dict[str, float] = {}
     for name in progress_bar(able, "Timing backends", enabled=progress and len(able) > 1):
-        given = _taken(name, options)
-        try:
-            runner, lowering = backend(name, device).compile_graph(gm, **given)
+        for made in _tried([name], gm, wanted, reference, missing, wrong):
             if len(able) > 1:
-                millis[name] = _time(runner, inputs(), timer or _least_millis)
+                try:
+                    millis[name] = _time(made.runner, inputs(), timer or _least_millis)
+                except BackendError as error:
+                    missing.append((name, str(error)))
+                    continue
+            if best is None or millis[name] < millis[best.name]:
+                best = made
+    if best is None:
+        best = make("eager", gm, {}, None)
+    if wrong:
+        warn(wrong[0][1], best.name)
+    found = _chosen(best, millis, missing)
+    if len(millis) > 1:
+        _write(path, found)
+    return found
+
+
+def _tried(
+    names: Sequence[str],
+    gm: fx.GraphModule,
+    options: dict[str, dict[str, Any]],
+    reference: Reference | None,
+    missing: list[tuple[str, str]],
+    wrong: list[tuple[str, str]],
+) -> list[Made]:
+    """The graph on those of some backends that compile it and answer rightly; of the others, the
+    reasons go to `missing`, and of those that answer wrongly to `wrong` as well."""
+    found = []
+    for name in names:
+        try:
+            made = make(name, gm, options[name], reference)
         except BackendError as error:
             missing.append((name, str(error)))
             continue
-        if best is None or millis[name] < millis[best.name]:
-            best = Fastest(name, runner, lowering)
-    if best is None:
-        runner, lowering = backend("eager", device).compile_graph(gm)
-        return Fastest("eager", runner, lowering, missing=missing)
-    best.millis, best.missing = millis, missing
-    if len(millis) > 1:
-        _write(path, best)
-    elif known is not None and known[0] == best.name:
-        best.millis = known[1]
-    return best
+        if made.is_right:
+            found.append(made)
+        else:
+            wrong.append((name, refusal(made)))
+            missing.append(wrong[-1])
+    return found
 
 
-def example_inputs(gm: fx.GraphModule, timesteps: Tensor | None) -> list[Tensor]:
-    """Values for the placeholders of a graph in the sizes of its capture: floats standard normal,
-    the timestep one that is known, integers 0, booleans true."""
+def _chosen(made: Made, millis: dict[str, float], missing: list[tuple[str, str]]) -> Fastest:
+    return Fastest(made.name, made.runner, made.lowering, dict(millis), missing, made.check)
+
+
+def example_inputs(
+    gm: fx.GraphModule,
+    timesteps: Tensor | None,
+    *,
+    timestep: Tensor | None = None,
+    factor: float = 1.0,
+) -> list[Tensor]:
+    """Values for the placeholders of a graph in the sizes of its capture: floats standard normal
+    times `factor`, the timestep as given or the middle one of those known, integers 0, booleans
+    true."""
+    if timestep is None and timesteps is not None:
+        timestep = timesteps[len(timesteps) // 2]
     generator, t = torch.Generator().manual_seed(0), timestep_node(gm)
     values = []
     for node in gm.graph.find_nodes(op="placeholder"):
         like = node.meta["val"]
         sizes = [size_hint(size) for size in like.shape]
-        if node is t and timesteps is not None:
-            value = timesteps[len(timesteps) // 2].expand(sizes)
+        if node is t and timestep is not None:
+            value = timestep.expand(sizes)
         elif like.is_floating_point():
             value = torch.randn(sizes, dtype=torch.float32, generator=generator)
+            value = value * (1.0 if node is t else factor)
         else:
             value = torch.full(sizes, like.dtype == torch.bool)
         values.append(value.to(device=like.device, dtype=like.dtype))
     return values
-
-
-def _taken(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options, all of them inductor's, that a backend takes too."""
-    if name == "inductor":
-        return {"trial": True} | options
-    rest = {key: value for key, value in options.items() if key != "trial"}
-    return rest if name == "float" else {}
 
 
 def _time(runner: Callable[..., Any], inputs: list[Tensor], timer: Timer) -> float:

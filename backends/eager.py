@@ -12,6 +12,8 @@ from tfmq_fx.errors import ConfigError
 from tfmq_fx.graph import Declined, Rewrite
 from tfmq_fx.nn import QuantLayer
 
+OPTIONS: tuple[str, ...] = ()
+
 
 def unavailable(device: torch.device = CPU) -> str | None:
     """None: it runs everywhere."""

@@ -12,11 +12,13 @@ from torch import Tensor, fx
 from tfmq_fx.backends import CPU
 from tfmq_fx.backends.attention import pad_attention
 from tfmq_fx.backends.dequantized import DequantizedLayer, fast_dtype
-from tfmq_fx.backends.inductor import CpuCallable
+from tfmq_fx.backends.inductor import TORCH_OPTIONS, CpuCallable, check_options
 from tfmq_fx.backends.inductor import unavailable as no_compiler
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.nn import QuantLayer
+
+OPTIONS = ("artifact", *TORCH_OPTIONS)
 
 
 def unavailable(device: torch.device = CPU) -> str | None:
@@ -47,9 +49,11 @@ def compile_graph(
     artifact: as of inductor; packed weights keep torch from writing much of it.
     options: passed on to torch.compile.
     """
+    check_options("float", options, OPTIONS)
     dtype = fast_dtype()
     lowered = dequantize(gm, dtype=dtype)
     path = None if artifact is None else Path(artifact)
+    lowered.gm.meta["precision"] = "bf16" if dtype == torch.bfloat16 else "f32"
     pad_attention(lowered.gm)
     compiled = CpuCallable(lowered.gm, options, freezes=True, artifact=path)
     (output,) = gm.graph.find_nodes(op="output")

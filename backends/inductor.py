@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from torch.utils._pytree import tree_map_only
 from tfmq_fx.backends import CPU
 from tfmq_fx.backends.artifact import with_artifact
 from tfmq_fx.backends.inputs import apart, formats_of, plain
+from tfmq_fx.backends.layer_check import Alone
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.graph import Rewrite, device_of
+
+TORCH_OPTIONS = ("dynamic", "mode", "options", "disable")  # of torch.compile
+OPTIONS = ("trial", "artifact", *TORCH_OPTIONS)
 
 
 def unavailable(device: torch.device = CPU) -> str | None:
@@ -91,6 +96,7 @@ def compile_graph(
     *,
     trial: bool | None = None,
     artifact: str | Path | None = None,
+    refused: Mapping[str, str] | None = None,
     **options: Any,
 ) -> tuple[CpuCallable | CudaCallable, Rewrite]:
     """The compiled form of a quantized graph, and what was not lowered to integers.
@@ -100,24 +106,52 @@ def compile_graph(
     artifact: a file for what the compiler makes of the graph on the CPU. Where it is there, the
     first call reads it and compiles nothing that it holds; where it is not, or does not fit this
     model, machine and torch, the first call writes it. It is code: what is in it runs.
+    refused: layers whose kernels were found wrong here, and how: they run in floating point.
     options: passed on to torch.compile.
     """
+    check_options("inductor", options, OPTIONS)
     device = device_of(gm)  # `unavailable` has passed it
     if device.type == "cpu":
         from tfmq_fx.backends.cpu.lower import freezes, lower, untried
         from tfmq_fx.backends.cpu.trial import by_trial
 
-        lowered = lower(gm, choose=by_trial() if trial else untried)
+        lowered = lower(gm, choose=by_trial() if trial else untried, refused=refused)
         path = None if artifact is None else Path(artifact)
         frozen = freezes(lowered.gm)
         return CpuCallable(lowered.gm, options, freezes=frozen, artifact=path), lowered
     if artifact is not None:
         raise ConfigError("artifact= keeps what is compiled for the CPU; this model is on CUDA")
     from tfmq_fx.backends.cuda.lower import lower as lower_for_cuda
-    from tfmq_fx.backends.cuda.trial import by_trial as by_trial_on_cuda
-    from tfmq_fx.backends.cuda.trial import untried as untried_on_cuda
 
-    capability = torch.cuda.get_device_capability(device)
-    choose = untried_on_cuda if trial is False else by_trial_on_cuda(device)
-    lowered = lower_for_cuda(gm, choose=choose, capability=capability)
+    choose, capability = _on_cuda(device, trial)
+    lowered = lower_for_cuda(gm, choose=choose, capability=capability, refused=refused)
     return CudaCallable(lowered.gm, options), lowered
+
+
+def check_options(name: str, options: dict[str, Any], known: Sequence[str]) -> None:
+    """Raise ConfigError naming options that torch.compile does not take here."""
+    if unknown := sorted(set(options) - set(TORCH_OPTIONS)):
+        raise ConfigError(
+            f"backend {name!r} has no option {', '.join(unknown)}; it takes {', '.join(known)}"
+        )
+
+
+def alone(device: torch.device, trial: bool | None = None) -> Alone:
+    """What makes the kernel of this package for a single layer on `device`, or None where it runs
+    on another. trial: as of `compile_graph`."""
+    if device.type == "cpu":
+        from tfmq_fx.backends.cpu.lower import alone as alone_on_cpu
+
+        return alone_on_cpu
+    from tfmq_fx.backends.cuda.lower import alone as alone_on_cuda
+
+    choose, capability = _on_cuda(device, trial)
+    return lambda layer, node: alone_on_cuda(layer, node, choose, capability)
+
+
+def _on_cuda(device: torch.device, trial: bool | None) -> tuple[Any, tuple[int, int]]:
+    """How kernels are chosen on a GPU, and its compute capability."""
+    from tfmq_fx.backends.cuda.trial import by_trial, untried
+
+    choose = untried if trial is False else by_trial(device)
+    return choose, torch.cuda.get_device_capability(device)

@@ -29,7 +29,7 @@ from tfmq_fx.graph import Declined, Rewrite, graph_pass
 from tfmq_fx.nn import QuantLayer, QuantLinear
 
 Precision = Literal["auto", "f32", "bf16"]
-_OPTIONS = ("precision", "threads", "cache_dir")
+OPTIONS = ("precision", "threads", "cache_dir")
 
 
 def unavailable(device: torch.device = CPU) -> str | None:
@@ -92,7 +92,7 @@ def compile_graph(
     """
     if unknown:
         raise ConfigError(
-            f"backend 'openvino' has no option {', '.join(unknown)}; it takes {', '.join(_OPTIONS)}"
+            f"backend 'openvino' has no option {', '.join(unknown)}; it takes {', '.join(OPTIONS)}"
         )
     if precision not in get_args(Precision):
         raise ConfigError(f"precision={precision!r}; choose from {', '.join(get_args(Precision))}")
@@ -113,6 +113,7 @@ def compile_graph(
     }
     if cache_dir is not None:
         settings["CACHE_DIR"] = str(cache_dir)
+    lowered.gm.meta["precision"] = precision
     return OpenVINOCallable(lowered.gm, settings), lowered
 
 

@@ -24,6 +24,7 @@ from .config import TemporalSpec as TemporalSpec
 from .config import WeightSpec as WeightSpec
 from .errors import ArtifactError as ArtifactError
 from .errors import BackendError as BackendError
+from .errors import BackendWarning as BackendWarning
 from .errors import CalibrationError as CalibrationError
 from .errors import CaptureError as CaptureError
 from .errors import ConfigError as ConfigError

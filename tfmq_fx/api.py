@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from . import artifact, backends
 from .arguments import check_dynamic, check_names, path_of
 from .backends.auto import compile_fastest, example_inputs
+from .backends.proven import make_right
+from .backends.self_check import Reference
 from .behaviour import behaviour
 from .bit_plan import BitPlan
 from .bound import Bound
@@ -428,7 +430,9 @@ def fold_timesteps(
 
 
 @outside_inference_mode
-def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled:
+def compile(
+    model: Converted, backend: str = "auto", *, check: bool = True, **options: Any
+) -> Compiled:
     """A new callable module that runs `model` on `backend`; `model` stays the reference.
 
     backend: "inductor" (torch.compile, integer kernels on CPU and CUDA), "openvino" (CPU), "float"
@@ -438,11 +442,19 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
     CUDA, take inductor; where nothing can compile it is eager. `.millis` has what was measured,
     `.declined` why a backend was not tried. On CUDA, and with "auto", each layer's kernel is chosen
     by timing it as well.
-    options: of the backend (`artifact`, `trial`, and torch.compile's mode, dynamic, ... for
-    inductor; `precision`, `threads`, `cache_dir` for openvino). But for "auto", compiling happens
-    at the first call.
-    Raises BackendError where the backend is unknown or cannot run here, StaleError where the model
-    that this one was made from has other weights since.
+    check: compares what was compiled with the model itself, at the sizes of capture and the first,
+    the middle and the last of its timesteps, and each kernel of this package with its layer. A
+    layer whose kernel is wrong runs in floating point; a backend that is further off than rounding
+    explains (see `backends.self_check`) is not used but the next one, with a BackendWarning, and
+    `.declined` says why. `.check` has the figures. It compiles at once, and costs about five calls
+    of the model, one more for each further backend of "auto". Without, nothing is compared, and
+    compiling happens at the first call, but for "auto".
+    options: of the backend (`artifact`, `trial`, and torch.compile's mode, dynamic, options for
+    inductor; `precision`, `threads`, `cache_dir` for openvino); with "auto" each goes to those
+    backends that take it.
+    Raises BackendError where the backend is unknown or cannot run here, ConfigError for an option
+    that it does not take, StaleError where the model that this one was made from has other weights
+    since.
     """
     if not isinstance(model, Converted):
         raise ConfigError(
@@ -454,19 +466,45 @@ def compile(model: Converted, backend: str = "auto", **options: Any) -> Compiled
     if options.get("artifact") is not None:
         options["artifact"] = path_of(options["artifact"], "artifact")
     if backend != "auto":
-        chosen = backends.backend(backend, device_of(model.gm))
-        runner, lowering = chosen.compile_graph(model.runnable, **options)
-        return Compiled(model, runner, lowering, backend)
-
-    def inputs() -> list[Tensor]:
-        values = example_inputs(model.gm, model.timesteps)
-        return values if model.feed is None else model.feed(values)
-
-    found = compile_fastest(model.runnable, inputs, options=options)
-    compiled = Compiled(model, found.runner, found.lowering, found.name, millis=found.millis)
-    notes = [["the whole model", reason] for _, reason in found.missing]
-    compiled.declined[:0] = notes
+        backends.backend(backend, device_of(model.gm))  # before the reference is run
+    reference = _reference(model) if check and backend != "eager" else None
+    if backend != "auto":
+        made, reasons = make_right(backend, model.runnable, options, reference)
+        compiled = Compiled(model, made.runner, made.lowering, made.name, check=made.check)
+    else:
+        found = compile_fastest(
+            model.runnable, lambda: _inputs(model)[0], options=options, reference=reference
+        )
+        compiled = Compiled(
+            model, found.runner, found.lowering, found.name, millis=found.millis, check=found.check
+        )
+        reasons = [reason for _, reason in found.missing]
+    compiled.declined[:0] = [["the whole model", reason] for reason in reasons]
     return compiled
+
+
+def _reference(model: Converted) -> Reference:
+    """What backends of a model are compared with."""
+    keys = model.timesteps
+    steps: list[Tensor | None] = [None]
+    if keys is not None:
+        steps = [keys[i] for i in sorted({0, len(keys) // 2, len(keys) - 1})]
+    return Reference(
+        model.runnable,
+        lambda factor: _inputs(model, steps, factor),
+        [None if step is None else float(step) for step in steps],
+    )
+
+
+def _inputs(
+    model: Converted, steps: Sequence[Tensor | None] = (None,), factor: float = 1.0
+) -> list[list[Tensor]]:
+    """Example inputs of the graph that a backend compiles, for each of some timesteps."""
+    found = []
+    for step in steps:
+        given = example_inputs(model.gm, model.timesteps, timestep=step, factor=factor)
+        found.append(given if model.feed is None else model.feed(given))
+    return found
 
 
 @outside_inference_mode

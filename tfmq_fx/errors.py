@@ -43,3 +43,8 @@ class CoverageWarning(UserWarning):
 
 class BackendError(TfmqError, RuntimeError):
     """A backend is unknown, not installed, or cannot run on this machine."""
+
+
+class BackendWarning(UserWarning):
+    """A backend does not answer as the reference does, and another one runs the model; or it could
+    not be compared."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
+from .backends.nonfinite import batched, is_finite, with_nan
+from .backends.self_check import Check
 from .behaviour import Behaviour
 from .bit_plan import BitPlan
 from .casts import cast_obstacle
@@ -429,8 +432,13 @@ class Compiled(GraphModel):
 
     Its answers have no gradient, and say so when one is asked for: the converted model has one.
 
+
+    On the CPU, NaN and Inf in an input are answered by the converted model, while that is in
+    memory; after that, samples with NaN in an input are NaN as a whole.
+
     backend: its name.  lowered: how many layers run as integers.  declined: [layer, reason] of
-    those that do not.  millis: of a call, by backend, where several were tried.
+    those that do not.  millis: of a call, by backend, where several were tried.  check: how near
+    its answers were to the reference's, or None where they were not compared.
     """
 
     why_no_gradient = (
@@ -446,15 +454,18 @@ class Compiled(GraphModel):
         backend: str,
         *,
         millis: Mapping[str, float] | None = None,
+        check: Check | None = None,
     ) -> None:
         super().__init__(lowering.gm, converted.call, converted.model_config)
         self.gm.meta["timesteps"] = converted.timesteps
-        self.runner, self.backend = runner, backend
+        self.runner, self.backend, self.check = runner, backend, check
         self.millis = dict(millis or {})
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
         self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch
         self._feed, self._lookup_keys = converted.feed, converted.lookup_keys
+        self._reference = weakref.ref(converted)
+        self._batched = batched(converted.gm, converted.call.timestep)
         install_removed(self.gm, self.record.get("removed", {}))
 
     @property
@@ -466,7 +477,15 @@ class Compiled(GraphModel):
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
+        if self.backend == "eager" or inputs[0].device.type != "cpu" or is_finite(inputs):
+            return self._run(inputs)
+        if (reference := self._reference()) is not None:
+            return reference.run(inputs)
+        return with_nan(self._run(inputs), inputs, self._batched)
+
+    def _run(self, inputs: list[Tensor]) -> Any:
         return self.runner(*(inputs if self._feed is None else self._feed(inputs)))
 
     def extra_repr(self) -> str:
-        return f"backend={self.backend}, {self.lowered} integer layers"
+        checked = "not compared" if self.check is None else str(self.check)
+        return f"backend={self.backend}, {self.lowered} integer layers, to the reference: {checked}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,6 +145,10 @@ class Report:
         if merged := capture.get("merged", {}):
             first, kept = next(iter(merged.items()))
             lines.append(f"merged with equal ones: {len(merged)} layers ({first} with {kept}, ...)")
+        if (compiled := d.get("compiled")) is not None:
+            checked = compiled["check"] or "not compared with the reference"
+            lines.append(f"backend {compiled['backend']}: {checked}")
+            lines += [f"  {site}: {why}" for site, why in compiled["declined"]]
         return lines + [f"  left in floating point: {site}: {why}" for site, why in d["declined"]]
 
     def _temporal(self) -> list[str]:
@@ -239,6 +244,17 @@ def _interpolated(data: Mapping[str, Any]) -> str:
     return f" ({count} between those of calibration: scales interpolated)" if count else ""
 
 
+def _compiled(model: Compiled) -> dict[str, Any]:
+    """What became of a model on its backend."""
+    check = model.check
+    return {
+        "backend": model.backend,
+        "check": None if check is None else str(check),
+        "steps": [] if check is None else [dataclasses.asdict(step) for step in check.steps],
+        "declined": model.declined,
+    }
+
+
 def report(model: Converted | Compiled) -> Report:
     """What was done to `model`, and why not elsewhere."""
     if not isinstance(model, (Converted, Compiled)):
@@ -250,6 +266,7 @@ def report(model: Converted | Compiled) -> Report:
             "recipe": model.recipe.name,
             "bytes": model.nbytes(),
             "timesteps": span,
+            "compiled": _compiled(model) if isinstance(model, Compiled) else None,
             "prologue": model.prologue.summary() if isinstance(model, Bound) else None,
             **model.record,
         }

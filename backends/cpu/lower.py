@@ -8,7 +8,7 @@ be fused into what computes x
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -41,9 +41,12 @@ MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
 
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
-def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
+def lower(
+    gm: fx.GraphModule, *, choose: Chooser, refused: Mapping[str, str] | None = None
+) -> Rewrite:
     """The graph with every quantized layer on what `choose` gives it.
 
+    refused: layers whose kernels are not to be used, and why.
     Declined: layers that run in floating point, with the reason.
     details: "integer", the layers on integer kernels, and of these "onednn", those on oneDNN's;
     "weight_only", linear layers on torchao's int8 weights; "fused", what was fused, by kind;
@@ -58,10 +61,14 @@ def lower(gm: fx.GraphModule, *, choose: Chooser) -> Rewrite:
         kernels.load()
     declined, weight_only, on_onednn, lowered = [], [], [], 0
     micros: dict[str, Any] = {}
+    made: nn.Module
     for name, nodes in calls.items():
         layer = gm.get_submodule(name)
         assert isinstance(layer, QuantLayer)
-        made, reason = _lowered(layer, nodes, choose)
+        if (reason := (refused or {}).get(name)) is not None:
+            made = FloatLayer(layer)
+        else:
+            made, reason = _lowered(layer, nodes, choose)
         if reason is not None:
             declined.append(Declined(name, f"runs in floating point: {reason}"))
         gm.set_submodule(name, made)
@@ -134,6 +141,17 @@ def kernel_obstacle(layer: QuantLayer, nodes: Sequence[fx.Node]) -> str | None:
     if len(dtypes) > 1 or not dtypes <= set(kernels.DTYPES):
         return f"its results have dtypes {', '.join(sorted(map(str, dtypes)))}"
     return None
+
+
+def alone(layer: QuantLayer, node: fx.Node) -> CodesLayer | None:
+    """The kernel of this package for a layer that a node calls, weights not yet in panels; None
+    where there is none."""
+    if obstacle(layer, "cpu") or kernel_obstacle(layer, [node]):
+        return None
+    kernels.load()
+    sizes = [size_hint(size) for size in layer_input(node).meta["val"].shape]
+    problem, dtype = problem_of(layer, sizes), node.meta["val"].dtype
+    return CodesLayer(layer, dtype, problem, Choice("cpu", Tile()))
 
 
 def onednn_obstacle(layer: QuantLayer) -> str | None:

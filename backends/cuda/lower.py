@@ -6,8 +6,8 @@ be fused into what computes x
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,18 @@ _FP8_SINCE, _INT8_SINCE = (8, 9), (8, 0)
 
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
-def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -> Rewrite:
+def lower(
+    gm: fx.GraphModule,
+    *,
+    choose: Chooser,
+    capability: tuple[int, int],
+    refused: Mapping[str, str] | None = None,
+) -> Rewrite:
     """The graph with every quantized layer on the kernel that `choose` gives it.
 
     Linear layers whose input is in floating point, or ranged at every call, run on torchao's
-    tensors where it has one.  capability: of the device.
+    tensors where it has one.  capability: of the device.  refused: layers whose
+    kernels are not to be used, and why.
     Declined: layers that run in floating point, with the reason.
     details: "integer", the layers on kernels; "torchao", those on its tensors; "fused", what was
     fused, by kind; "micros", what was measured, by layer.
@@ -54,7 +61,8 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
             gm.set_submodule(name, made)
             on_torchao.append(name)
             continue
-        reason = obstacle(layer, "cuda") or _obstacle(layer, nodes, capability)
+        reason = (refused or {}).get(name) or obstacle(layer, "cuda")
+        reason = reason or _obstacle(layer, nodes, capability)
         if reason is None:
             dtype = nodes[0].meta["val"].dtype
             sizes = layer_input(nodes[0]).meta["val"].shape
@@ -80,11 +88,27 @@ def lower(gm: fx.GraphModule, *, choose: Chooser, capability: tuple[int, int]) -
     return Rewrite(gm, lowered + len(on_torchao), declined, details)
 
 
+def alone(
+    layer: QuantLayer, node: fx.Node, choose: Chooser, capability: tuple[int, int]
+) -> CodesLayer | None:
+    """The kernel of this package for a layer that a node calls; None where it runs on another."""
+    if _on_torchao(layer) or obstacle(layer, "cuda") or _obstacle(layer, [node], capability):
+        return None
+    sizes = [size_hint(size) for size in layer_input(node).meta["val"].shape]
+    problem, dtype = problem_of(layer, sizes), node.meta["val"].dtype
+    choice = choose(problem, dtype)
+    return None if choice.engine == "float" else CodesLayer(layer, dtype, problem, choice)
+
+
 def _torchao_layer(layer: QuantLayer) -> nn.Linear | None:
     """The layer on a torchao tensor, if it is one without a static range that has such a tensor."""
+    return to_torchao(layer) if _on_torchao(layer) else None
+
+
+def _on_torchao(layer: QuantLayer) -> TypeGuard[QuantLinear]:
     if not isinstance(layer, QuantLinear) or not (layer.act_bits is None or layer.dynamic):
-        return None
-    return None if torchao_obstacle(layer, layer.codes.device.type) else to_torchao(layer)
+        return False
+    return torchao_obstacle(layer, layer.codes.device.type) is None
 
 
 def _obstacle(

@@ -10,7 +10,7 @@ from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, compile, fold_timesteps
 from tfmq_fx.backends import auto, float, inductor, openvino
 from tfmq_fx.backends.auto import CANDIDATES, compile_fastest, example_inputs
-from tfmq_fx.errors import BackendError
+from tfmq_fx.errors import BackendError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_choice_that_cannot_be_kept_is_made_all_the_same(model, tmp_path, capl
     assert found.name == "inductor" and "is not kept" in caplog.text
 
 
-def test_options_are_those_of_inductor(model, tmp_path, monkeypatch):
+def test_each_option_goes_to_the_backends_that_take_it(model, tmp_path, monkeypatch):
     seen = {}
     for module in (inductor, openvino, float):
 
@@ -93,12 +93,16 @@ def test_options_are_those_of_inductor(model, tmp_path, monkeypatch):
             raise BackendError("recorded")
 
         monkeypatch.setattr(module, "compile_graph", record)
-    options = {"dynamic": True, "artifact": "file", "trial": False}
+    options = {"dynamic": True, "artifact": "file", "trial": False, "threads": 2}
     assert fastest(model, Timer(), tmp_path / "choice.json", **options).name == "eager"
     kept = {"dynamic": True, "artifact": "file"}
-    assert seen == {"inductor": options, "openvino": {}, "float": kept}
+    assert seen == {"inductor": kept | {"trial": False}, "openvino": {"threads": 2}, "float": kept}
     fastest(model, Timer(), tmp_path / "choice.json")
     assert seen == {"inductor": {"trial": True}, "openvino": {}, "float": {}}
+    with pytest.raises(
+        ConfigError, match="takes sped, treads; inductor, openvino, float take arti"
+    ):
+        fastest(model, Timer(), tmp_path / "choice.json", threads=2, treads=2, sped=3)
 
 
 def test_a_graph_without_integers_stays_exact(tmp_path):
@@ -131,12 +135,12 @@ def test_example_inputs_are_what_the_model_takes(model):
 
 
 def test_a_compiled_model_tells_what_was_measured(model, monkeypatch):
-    def chosen(gm, inputs, *, options):
+    def chosen(gm, inputs, *, options, reference):
         runner, lowering = openvino.compile_graph(gm)
         assert [v.shape for v in inputs()] == [(4, 4, 6, 6), (4,)]
         return auto.Fastest("openvino", runner, lowering, {"openvino": 1.0}, [("float", "why")])
 
     monkeypatch.setattr("tfmq_fx.api.compile_fastest", chosen)
-    compiled = compile(model)
+    compiled = compile(model, check=False)
     assert compiled.backend == "openvino" and compiled.millis == {"openvino": 1.0}
     assert compiled.declined[0] == ["the whole model", "why"]

@@ -1,0 +1,56 @@
+"""Calls with NaN or Inf in their inputs, whose codes mean nothing to integer kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+
+def is_finite(inputs: Sequence[Tensor]) -> bool:
+    """Whether no floating-point input holds NaN or Inf; reads each of them once.
+
+    A sum in float64 of other floats is finite if they are.
+    """
+    for x in inputs:
+        if x.dtype == torch.float64:
+            if not x.isfinite().all():
+                return False
+        elif x.is_floating_point() and not math.isfinite(x.sum(dtype=torch.float64).item()):
+            return False
+    return True
+
+
+def batched(gm: fx.GraphModule, timestep: str) -> list[bool]:
+    """Which placeholders carry the batch, the timestep's first dimension, in theirs."""
+    shapes = {n.name: n.meta["val"].shape for n in gm.graph.find_nodes(op="placeholder")}
+    batch = str(shapes[timestep][0]) if shapes.get(timestep) else ""
+    return [len(shape) > 0 and str(shape[0]) == batch for shape in shapes.values()]
+
+
+def with_nan(outputs: Any, inputs: Sequence[Tensor], batched: Sequence[bool]) -> Any:
+    """Outputs that are NaN in every sample that has a NaN in an input: the most that the model
+    itself may answer so. NaN in an input of no single sample is in all of them."""
+    size = next((len(x) for x, b in zip(inputs, batched, strict=True) if b), 0)
+    rows = torch.zeros(size, dtype=torch.bool)
+    whole = False
+    for x, of_samples in zip(inputs, batched, strict=True):
+        if not x.is_floating_point():
+            continue
+        if of_samples:
+            rows |= x.isnan().flatten(1).any(1) if x.dim() > 1 else x.isnan()
+        else:
+            whole = whole or bool(x.isnan().any())
+
+    def marked(y: Tensor) -> Tensor:
+        if not y.is_floating_point():
+            return y
+        if whole or y.dim() == 0 or len(y) != size:
+            return y.masked_fill(rows.any() | whole, math.nan)
+        return y.masked_fill(rows.view(-1, *[1] * (y.dim() - 1)), math.nan)
+
+    return tree_map_only(Tensor, marked, outputs)

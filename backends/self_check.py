@@ -1,0 +1,301 @@
+"""Whether what a backend made of a model answers as the model does, before it is handed out.
+
+Where is the bound from? A backend adds in another order, and in places in bfloat16. Values then
+differ by little, but codes of those beside a boundary differ by one, which moves more codes of the
+layers behind. How far that goes depends on the model, so it is measured on it:
+
+- `nearby`: the power of what the output changes by where every value that a layer reads is moved by
+  some units in its last place (`UNITS` of the dtype's, more than another order of sums does), and
+  where the backend computes in bfloat16, by as much as that rounds. Two such draws differ by a few
+  times each other, since few codes may move: four times is allowed.
+- `apart`: the same where every value is moved by up to half a step before it is rounded: two
+  roundings that have nothing in common, which is where any such chain of codes ends. In deep models
+  one unit in the last place is enough to get there, so one and a half times this is all that is
+  allowed. An eighth of it is always: in small models one code may move that did not in the other
+  draw.
+
+Both are of the middle timestep and, as shares of the output's power, taken for the first and the
+last as well, four times as wide.
+
+In deep models a fault of one layer may thus be below the noise of rounding. So kernels of this
+package are looked at layer by layer first, where there is no such noise (`layer_check`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from tfmq_fx.activation import QuantActivation
+from tfmq_fx.backends.cpu.attention import attention
+from tfmq_fx.backends.dequantized import DequantizedLayer
+from tfmq_fx.backends.layer_check import Alone, LayerByLayer
+from tfmq_fx.graph import device_of
+from tfmq_fx.nn import QuantLayer
+
+UNITS = 8
+CLIPPED = 1 / 4
+_HALF = 2.0**-8  # of bfloat16: a rounding or two
+_TF32 = 2.0**-10
+_SHARE, _TIMES, _MOST, _ELSEWHERE = 1 / 8, 4.0, 1.5, 4.0
+Runner = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepCheck:
+    """One timestep: how near the answer is to the reference's, and has to be, in dB (signal to
+    difference, of the worst output).  passed: whether it is."""
+
+    timestep: float | None
+    sqnr: float
+    least: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What comparing a backend with the reference found.  notes: what could not be compared."""
+
+    backend: str
+    steps: tuple[StepCheck, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every timestep did."""
+        return all(step.passed for step in self.steps)
+
+    def __str__(self) -> str:
+        words = [
+            f"t = {step.timestep:g}: " * (step.timestep is not None)
+            + f"{step.sqnr:.1f} dB (at least {step.least:.1f})"
+            for step in self.steps
+        ]
+        return "; ".join([*words, *self.notes])
+
+
+class Reference:
+    """What a graph answers at a few timesteps, computed when first asked for.
+
+    inputs: of a factor by which values of the sample and the conditions are multiplied, what the
+    graph takes at each of `timesteps`; the middle one is measured closely. Where more than
+    `CLIPPED` of the codes there are at an end of their range, smaller values are taken: all that
+    rounds to the end alike shows nothing.
+    Costs a call of the graph for each timestep, one for `apart`, and one for each kind of backend
+    that is compared: five in all for three timesteps and one backend. Layers with kernels of this
+    package run on these once as well.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Callable[[float], Sequence[list[Tensor]]],
+        timesteps: Sequence[float | None],
+    ) -> None:
+        self.gm, self.make_inputs = gm, inputs
+        self.timesteps, self.middle = list(timesteps), len(timesteps) // 2
+        self.wrong: dict[str, str] | None = None
+        self.inputs: list[list[Tensor]] = []
+        self.answers: list[list[Tensor]] = []
+        self.apart: list[float] = []  # power, by output
+        self.nearby: dict[Any, list[float]] = {}
+
+    def wrong_layers(self, alone: Alone) -> dict[str, str]:
+        """How far off the kernels of this package are, by layer, where they are wrong.
+
+        alone: makes the kernel of a layer, or None where it has none.
+        """
+        if self.wrong is None:
+            self.wrong = self._measure(alone)
+        return self.wrong
+
+    def _measure(self, alone: Alone | None) -> dict[str, str]:
+        """Run the graph, and layers on their kernels if these are given."""
+        with torch.no_grad():
+            for factor in (1.0, 1 / 4, 1 / 16):
+                self.inputs = list(self.make_inputs(factor))
+                run = LayerByLayer(self.gm, alone)
+                middle = _outputs(run.run(*self.inputs[self.middle]))
+                if run.clipped() <= CLIPPED:
+                    break
+            if not self.answers:
+                self.answers = [
+                    middle if i == self.middle else _outputs(self.gm(*given))
+                    for i, given in enumerate(self.inputs)
+                ]
+                self.apart = self._moved(Apart(self.gm))
+        return run.wrong
+
+    def check(self, backend: str, runner: Runner, lowered: fx.GraphModule) -> Check:
+        """How near what `runner` answers is to the reference.  lowered: the graph it runs."""
+        if not self.answers:
+            self._measure(None)
+        with torch.no_grad():
+            bounds = self._bounds(lowered)
+            found = [_outputs(runner(*given)) for given in self.inputs]
+        steps, notes = [], []
+        for i, step in enumerate(self.timesteps):
+            wide = 1.0 if i == self.middle else _ELSEWHERE
+            made, note = _compared(step, self.answers[i], found[i], [wide * b for b in bounds])
+            steps.append(made)
+            notes += note
+        return Check(backend, tuple(steps), tuple(dict.fromkeys(notes)))
+
+    def _bounds(self, lowered: fx.GraphModule) -> list[float]:
+        """The power by which each output may differ, as a share of the output's own."""
+        coarse = coarse_parts(lowered)
+        if coarse not in self.nearby:
+            self.nearby[coarse] = self._moved(Nearby(self.gm, *coarse))
+        near = self.nearby[coarse]
+        allowed = [
+            min(_SHARE * a + _TIMES * n, max(_MOST * a, 2 * n))
+            for a, n in zip(self.apart, near, strict=True)
+        ]
+        powers = [_power(_finite(y)) for y in self.answers[self.middle]]
+        return [_ratio(a, p) for a, p in zip(allowed, powers, strict=True)]
+
+    def _moved(self, moved: fx.Interpreter) -> list[float]:
+        """The power of what each output changes by where a graph is run so."""
+        found = _outputs(moved.run(*self.inputs[self.middle]))
+        return [
+            _power(_finite(y).double() - _finite(z).double())
+            for y, z in zip(self.answers[self.middle], found, strict=True)
+        ]
+
+
+class Apart(fx.Interpreter):
+    """Runs a graph with every value moved by up to half a step before it is rounded."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, QuantLayer) and module.act_bits is not None:
+            dithered = self._dithered(module, "input_codes", module.act_format == "fp8")
+            return dithered(*args, **kwargs)
+        if isinstance(module, QuantActivation):
+            return self._dithered(module, "uniform", False)(*args, **kwargs)
+        return super().call_module(target, args, kwargs)
+
+    def _dithered(self, module: nn.Module, rounds: str, relative: bool) -> nn.Module:
+        exact, made = getattr(module, rounds), copy.copy(module)
+
+        def rounded(x: Tensor, scale: Tensor) -> Tensor:
+            draw = _like(x, self.generator, torch.rand) - 0.5
+            step = x.float().abs() / 8 if relative else scale  # fp8 has three bits after the first
+            y: Tensor = exact(x.float() + step * draw, scale)
+            return y
+
+        object.__setattr__(made, rounds, rounded)
+        return made
+
+
+class Nearby(fx.Interpreter):
+    """Runs a graph as a backend may: values that modules and attention read are moved a little.
+
+    layers: those that read inputs in bfloat16, which they do not round further.  nodes: attention
+    in bfloat16.
+    """
+
+    def __init__(self, gm: fx.GraphModule, layers: frozenset[str], nodes: frozenset[str]) -> None:
+        super().__init__(gm)
+        self.layers, self.nodes = layers, nodes
+        self.generator = torch.Generator().manual_seed(0)
+        cuda = device_of(gm).type == "cuda"
+        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        self.least = _TF32 if cuda and tf32 else 0.0
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target is F.scaled_dot_product_attention:
+            return self._move(result, _HALF if n.name in self.nodes or "" in self.nodes else 0.0)
+        return result
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        coarse = target in self.layers or "" in self.layers
+        args = tuple(self._move(x, _HALF if coarse else 0.0) for x in args[:1]) + args[1:]
+        if coarse and isinstance(module, QuantLayer):
+            x = args[0] if args else kwargs["input"]
+            return module.apply_op(x, module.weight.to(x.dtype), module.bias)
+        return module(*args, **kwargs)
+
+    def _move(self, x: Any, by: float) -> Any:
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            return x
+        eps = torch.finfo(x.dtype).eps
+        by = max(by, self.least, min(UNITS * eps, _HALF) if eps < 1e-5 else eps / 2)
+        return (x.float() * (1 + by * _like(x, self.generator, torch.randn))).to(x.dtype)
+
+
+def coarse_parts(lowered: fx.GraphModule) -> tuple[frozenset[str], frozenset[str]]:
+    """The layers, and the nodes of attention, that a lowered graph computes in bfloat16; "" stands
+    for all of them."""
+    if lowered.meta.get("precision") == "bf16":
+        return frozenset([""]), frozenset([""])
+    modules = lowered.named_modules()
+    layers = {name for name, module in modules if isinstance(module, DequantizedLayer)}
+    nodes = {n.name for n in lowered.graph.find_nodes(op="call_function", target=attention)}
+    return frozenset(layers), frozenset(nodes)
+
+
+def _compared(
+    step: float | None, wanted: list[Tensor], found: list[Tensor], shares: list[float]
+) -> tuple[StepCheck, list[str]]:
+    """One timestep, judged by the output that is furthest off; and what is to be said of it."""
+    at = "" if step is None else f" at t = {step:g}"
+    if [y.shape for y in found] != [y.shape for y in wanted]:
+        return StepCheck(step, -math.inf, math.inf, False), [f"other shapes of outputs{at}"]
+    worst, notes = StepCheck(step, math.inf, math.inf, True), []
+    margin = math.inf
+    for i, (y, z, share) in enumerate(zip(wanted, found, shares, strict=True)):
+        known = y.isfinite()
+        if not torch.equal(known, z.isfinite()):
+            notes.append(f"output {i} is NaN or Inf{at} at other places than the reference's")
+            return StepCheck(step, -math.inf, math.inf, False), notes
+        if not known.all():
+            notes.append(f"the reference's output {i} has NaN or Inf{at}: the rest is compared")
+        power, error = _power(_finite(y)), _power(_finite(y).double() - _finite(z).double())
+        passed, sqnr, least = error <= share * power, _db(power, error), _db(1.0, share)
+        if not passed or sqnr - least <= margin:
+            margin = sqnr - least
+            worst = StepCheck(step, sqnr, least, passed)
+        if not passed:
+            break
+    return worst, notes
+
+
+def _outputs(found: Any) -> list[Tensor]:
+    return [y for y in tree_leaves(found) if isinstance(y, Tensor)]
+
+
+def _finite(y: Tensor) -> Tensor:
+    return torch.where(y.isfinite(), y, torch.zeros_like(y))
+
+
+def _power(y: Tensor) -> float:
+    return float(y.double().square().sum())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else (math.inf if part else 0.0)
+
+
+def _db(signal: float, noise: float) -> float:
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal and noise < math.inf else -math.inf
+
+
+def _like(x: Tensor, generator: torch.Generator, draw: Callable[..., Tensor]) -> Tensor:
+    return draw(x.shape, generator=generator).to(x.device)
