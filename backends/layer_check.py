@@ -33,7 +33,8 @@ class LayerByLayer(fx.Interpreter):
 
     alone: makes the kernel of a layer called by a node, its weights not yet in panels, or None;
     None is where kernels are not looked at.
-    wrong: layer -> how far off its kernel is.  shares: of codes at an end of their range, by call.
+    wrong: layer -> how far off its kernel is.  shares: of values beyond their range, by
+    call.
     """
 
     def __init__(self, gm: fx.GraphModule, alone: Alone | None) -> None:
@@ -43,7 +44,7 @@ class LayerByLayer(fx.Interpreter):
         self.shares: list[float] = []
 
     def clipped(self) -> float:
-        """The share of codes at an end of their range, over layers whose ranges are fixed."""
+        """The share of values beyond their range, over layers whose ranges are fixed."""
         return sum(self.shares) / max(1, len(self.shares))
 
     def run_node(self, n: fx.Node) -> Any:
@@ -57,9 +58,9 @@ class LayerByLayer(fx.Interpreter):
             assert self.node is not None
             x, scale = _given(*args, **kwargs)
             if not layer.dynamic and layer.act_format == "int":
-                codes = layer.input_codes(x, layer.broadcast_scale(x, scale)) + layer.act_zero
-                ends = (codes <= 0) | (codes >= levels(layer.act_bits))
-                self.shares.append(float(ends.float().mean()))
+                codes = torch.round(x.float() / layer.broadcast_scale(x, scale)) + layer.act_zero
+                beyond = (codes < 0) | (codes > levels(layer.act_bits))
+                self.shares.append(float(beyond.float().mean()))
             kernel = None
             if self.alone is not None and target not in self.wrong:
                 kernel = self.alone(layer, self.node)

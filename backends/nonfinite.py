@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
+from tfmq_fx.graph import timestep_node
+
 
 def is_finite(inputs: Sequence[Tensor]) -> bool:
     """Whether no floating-point input holds NaN or Inf; reads each of them once.
@@ -25,11 +27,11 @@ def is_finite(inputs: Sequence[Tensor]) -> bool:
     return True
 
 
-def batched(gm: fx.GraphModule, timestep: str) -> list[bool]:
+def batched(gm: fx.GraphModule) -> list[bool]:
     """Which placeholders carry the batch, the timestep's first dimension, in theirs."""
-    shapes = {n.name: n.meta["val"].shape for n in gm.graph.find_nodes(op="placeholder")}
-    batch = str(shapes[timestep][0]) if shapes.get(timestep) else ""
-    return [len(shape) > 0 and str(shape[0]) == batch for shape in shapes.values()]
+    times = timestep_node(gm).meta["val"].shape
+    shapes = [node.meta["val"].shape for node in gm.graph.find_nodes(op="placeholder")]
+    return [len(shape) > 0 and str(shape[:1]) == str(times[:1]) for shape in shapes]
 
 
 def with_nan(outputs: Any, inputs: Sequence[Tensor], batched: Sequence[bool]) -> Any:

@@ -87,8 +87,8 @@ class Reference:
 
     inputs: of a factor by which values of the sample and the conditions are multiplied, what the
     graph takes at each of `timesteps`; the middle one is measured closely. Where more than
-    `CLIPPED` of the codes there are at an end of their range, smaller values are taken: all that
-    rounds to the end alike shows nothing.
+    `CLIPPED` of what layers read there is beyond their range, smaller values are taken: all that
+    is rounded to the end alike shows nothing.
     Costs a call of the graph for each timestep, one for `apart`, and one for each kind of backend
     that is compared: five in all for three timesteps and one backend. Layers with kernels of this
     package run on these once as well.

@@ -486,6 +486,8 @@ def compile(
 def _reference(model: Converted) -> Reference:
     """What backends of a model are compared with."""
     keys = model.timesteps
+    if isinstance(model, Bound) and model.prologue.schedule:  # which may refuse others
+        keys = torch.tensor(sorted(model.prologue.schedule.values()), dtype=torch.float64)
     steps: list[Tensor | None] = [None]
     if keys is not None:
         steps = [keys[i] for i in sorted({0, len(keys) // 2, len(keys) - 1})]

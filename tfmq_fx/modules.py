@@ -465,7 +465,7 @@ class Compiled(GraphModel):
         self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch
         self._feed, self._lookup_keys = converted.feed, converted.lookup_keys
         self._reference = weakref.ref(converted)
-        self._batched = batched(converted.gm, converted.call.timestep)
+        self._batched = batched(converted.gm)
         install_removed(self.gm, self.record.get("removed", {}))
 
     @property
