@@ -40,6 +40,7 @@ from tfmq_fx.backends.dequantized import DequantizedLayer
 from tfmq_fx.backends.layer_check import Alone, LayerByLayer
 from tfmq_fx.graph import device_of
 from tfmq_fx.nn import QuantLayer
+from tfmq_fx.ops import timestep_row
 
 UNITS = 8
 CLIPPED = 1 / 4
@@ -201,10 +202,11 @@ class Apart(fx.Interpreter):
 
 
 class Nearby(fx.Interpreter):
-    """Runs a graph as a backend may: values that modules and attention read are moved a little.
+    """Runs a graph as a backend may: values that modules read and attention gives are moved a
+    little, and in half precision all that is rounded to it.
 
     layers: those that read inputs in bfloat16, which they do not round further.  nodes: attention
-    in bfloat16.
+    in bfloat16.  "" among them: everything is in bfloat16.
     """
 
     def __init__(self, gm: fx.GraphModule, layers: frozenset[str], nodes: frozenset[str]) -> None:
@@ -218,8 +220,24 @@ class Nearby(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.target is F.scaled_dot_product_attention:
-            return self._move(result, _HALF if n.name in self.nodes or "" in self.nodes else 0.0)
+            return self._move(result, _HALF if {n.name, ""} & self.nodes else 0.0)
+        if n.op in ("placeholder", "get_attr", "output") or n.target is timestep_row:
+            return result
+        if isinstance(result, Tensor) and result.is_floating_point():
+            rounds = "" in self.nodes or torch.finfo(result.dtype).bits < 32
+            by = _HALF if "" in self.nodes else 0.0
+            if rounds and n.op == "call_module":
+                return self._move(result, by)
+            if rounds and self._is_fresh(n, result):  # in place, for what may be written to later
+                result.copy_(self._move(result, by))
         return result
+
+    def _is_fresh(self, n: fx.Node, result: Tensor) -> bool:
+        """Whether a node made the memory of its result, and that alone."""
+        given = tree_leaves(self.fetch_args_kwargs_from_env(n))
+        memory = {v.untyped_storage().data_ptr() for v in given if isinstance(v, Tensor)}
+        own = result.untyped_storage().data_ptr() not in memory
+        return own and not any(s == 0 for s in result.stride())
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
