@@ -319,7 +319,8 @@ def test_options_reach_openvino(model, tmp_path):
 
 
 def test_half_precision_models_keep_their_dtype():
-    model = net(overrides={"enter": EIGHT}).to(torch.bfloat16)
+    calls = [(x.bfloat16(), t) for x, t in data()]
+    model = converted(seeded(Net).bfloat16().eval(), calls, overrides={"enter": EIGHT})
     runner = compiled(model, precision="auto")
     assert runner.lowered == sum(integer(8, 8))
     for x, t in data(seed=1):
