@@ -432,7 +432,6 @@ class Compiled(GraphModel):
 
     Its answers have no gradient, and say so when one is asked for: the converted model has one.
 
-
     On the CPU, NaN and Inf in an input are answered by the converted model, while that is in
     memory; after that, samples with NaN in an input are NaN as a whole.
 
