@@ -29,7 +29,7 @@ def test_the_answer_is_the_models(backend, value):
     expected, found = model(spoiled(value), T), compiled(spoiled(value), T)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
-    assert expected.isnan().any() == math.isnan(value)
+    assert expected.isnan().any() or not math.isnan(value)
     others = [0, 2, 3]
     step = model.gm.activation_scales.max() * model.gm.leave.weight.abs().max()
     if openvino_is_exact():
