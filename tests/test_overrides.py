@@ -224,19 +224,6 @@ def test_a_convolution_with_other_weights_or_padding_is_quantized_as_it_is(patch
     check_answers(net, refresh(model, net, progress=False))
 
 
-def test_weights_of_foreign_modules_cannot_be_made_anew():
-    net = Net().eval()
-    up = low_rank(net)
-    with pytest.warns(CoverageWarning):
-        model = quantized(net)
-    with pytest.raises(ValueError, match=r"no parts of it\): prepare and convert the source anew"):
-        refresh(model, net, progress=False)
-    with torch.no_grad():
-        up.mul_(2)
-    with pytest.raises(ValueError, match="changed since"):
-        refresh(model, net, progress=False)
-
-
 def test_a_class_whose_forward_was_replaced(monkeypatch):
     old = nn.Conv2d.forward
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: 2 * old(self, x))

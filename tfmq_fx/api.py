@@ -385,7 +385,7 @@ def convert(
     left = left_by_module(gm, find_sites(gm)[0])
     if asked:
         integers = sum(s["weights"] for s in described.values() if s["weight_bits"])
-        check_coverage(integers, left, declined, stacklevel=3)
+        check_coverage(integers, left, declined, stacklevel=4)
     record = {
         "capture": gm.meta.pop("capture", {}),
         "block": block.summary(),

@@ -25,7 +25,7 @@ from .exported import Exported, export
 from .freedom import held_sizes, less_batch, mixes_batch, sizes_without
 from .graph import prune
 from .guards import guard, same_operations
-from .outside import OUTSIDE
+from .outside import BAKED, OUTSIDE
 from .overrides import refuse_hooks
 from .plain_transformers import plain_transformers
 from .replay import arguments, replay, runs, structural_clone
@@ -273,6 +273,7 @@ def _trace(
     gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep, conditions=list(call.conditions))
     outside = tracer.outside if exported is None else exported.constants
     read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    gm.meta[BAKED] = sorted(tracer.baked)
     gm.meta[OUTSIDE] = {name: weakref.ref(v) for name, v in outside.items() if name in read}
     check(gm, Stage.CAPTURED)
     return _Trace(gm, output, tracer.tests)

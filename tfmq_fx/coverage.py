@@ -12,6 +12,7 @@ from .graph import Declined
 from .module_json import tensors_of
 from .nn import QuantLayer
 from .origin import Origin
+from .outside import BAKED
 from .sources import shown
 
 _SUBSTANTIAL = 0.1  # share of the weights that may stay in floating point without a word
@@ -42,7 +43,7 @@ def parameter_record(
             weights.setdefault(name, []).append(path)
     for gone, serving in origin.merged.items():
         weights.setdefault(f"{gone}.weight", []).append(serving)
-    present = {*tensors_of(gm)}
+    present, baked = {*tensors_of(gm)}, {*gm.meta.get(BAKED, ())}
     found = dict.fromkeys(("model", "quantized", "float", "tables", "unused", "constants"), 0)
     names: dict[int, list[str]] = {}
     sizes: dict[int, int] = {}
@@ -57,6 +58,7 @@ def parameter_record(
         owner = origin.merged.get(name.rpartition(".")[0], name.rpartition(".")[0])
         if (
             name in present
+            or name in baked
             or name in biases
             or owner in used
             or any(path in used for path in layers)

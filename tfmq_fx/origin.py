@@ -19,7 +19,7 @@ from .errors import ArtifactError, ConfigError
 from .fingerprints import Fingerprint, is_readable
 from .graph_json import from_json, to_json
 from .module_json import tensors_of
-from .outside import OUTSIDE, adopted
+from .outside import BAKED, OUTSIDE, adopted
 from .pipelines import SamplingPass
 from .plain_json import keys, typed
 from .reading import parse_json
@@ -218,6 +218,10 @@ def describe(
         obstacle = str(error)
     if names := adopted(captured.meta.get(OUTSIDE, {})):
         obstacle = f"{shown(names)}: its code reads weights of modules that are no parts of it"
+    baked = {name: tensor_at(source, name) for name in captured.meta.get(BAKED, ())}
+    if baked:
+        obstacle = f"{shown([*baked])}: its code computes constants of them that no graph follows"
+    tensors |= {name: value for name, value in baked.items() if value is not None}
     constants = [name for name in tensors if _is_made(source, name)]
     found = {
         "graph": graph,

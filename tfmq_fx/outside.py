@@ -13,6 +13,8 @@ from .fingerprints import Fingerprint, is_readable
 
 OUTSIDE = "outside"  # gm.meta of a captured graph: such tensors, weakly, by the graph's names
 
+BAKED = "baked"  # gm.meta: names of the model's tensors that its code made constants of
+
 
 class Outside:
     """What such tensors held when a model was converted.

@@ -65,6 +65,8 @@ class ValueTracer(fx.Tracer):
     by the test with held=True.
     tests: the conditions on sizes that the model's code tested, in order.  outside: tensors that
     the code reads and no module of the model holds, by the names of their copies in the graph.
+    baked: names of the model's tensors that its code computed constants of, which a graph cannot
+    follow (a function that holds a weight by itself).
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class ValueTracer(fx.Tracer):
         self._copies = {m: copies[name] for name, m in original.named_modules() if name in copies}
         self._replaced: list[str] = []  # why the layers that are traced are not taken as layers
         self.outside: dict[str, Tensor] = {}
+        self.baked: set[str] = set()
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
 
     def run(self) -> fx.Graph:
@@ -201,7 +204,11 @@ class ValueTracer(fx.Tracer):
         if not self._idle() and func in RECORDED:
             with contextlib.suppress(NotImplementedError):  # arguments no graph can hold: numpy
                 return self.create_proxy("call_function", func, args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and not isinstance(result, Proxy) and not self._idle():
+            given = [a for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter)]
+            self.baked |= {self._tensors[id(a)] for a in given if id(a) in self._tensors}
+        return result
 
     def whereabouts(self) -> str:
         """Module path and source line of what is being traced."""
