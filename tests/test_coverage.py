@@ -59,7 +59,7 @@ def test_scales_with_two_dimensions_are_no_matrices_and_every_parameter_is_count
 
 
 def test_a_small_part_that_stays_is_no_warning():
-    check_coverage(1000, {"up": 100}, [], stacklevel=1)
+    check_coverage(1000, {"up": 100}, [])
     with pytest.warns(CoverageWarning, match=r"120 of 1120 weights .*: up \(why\)"):
-        check_coverage(1000, {"up": 120}, [Declined("up", "why")], stacklevel=1)
-    check_coverage(0, {}, [], stacklevel=1)  # a model without matrices
+        check_coverage(1000, {"up": 120}, [Declined("up", "why")])
+    check_coverage(0, {}, [])  # a model without matrices

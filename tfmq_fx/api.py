@@ -62,9 +62,9 @@ from .presets import resolve
 from .processes import agree, from_first, rank, together, world
 from .products import measure_products
 from .recall import observed, remember
-from .report import pass_record, product_records, site_records
+from .report import branch_weights, pass_record, product_records, site_records
 from .rewriting import profiled_ranges, rewrite_layers, unchanged_sites
-from .sites import Site, find_sites, left_by_module, plan_sites
+from .sites import Site, find_sites, left_by_module, plan_sites, still_there
 from .temporal import choose_temporal, record_shipped
 from .timesteps import timestep_values
 
@@ -240,6 +240,7 @@ def convert(
     sites, declined = find_sites(gm)
     early = _before_the_sample(gm, sites)
     plan = plan_sites(sites, recipe, early=early, overrides=prepared.overrides)
+    left = left_by_module(gm, sites)
     quantized = any(layer.weights for layer in plan.values())
     asked = quantized if plan else recipe.layers.weights is not None
     if quantized:
@@ -382,10 +383,10 @@ def convert(
     )
     folded = prepared.gm.meta["capture"]["folded"]
     described = site_records(gm, plan, ranges)
-    left = left_by_module(gm, find_sites(gm)[0])
+    left = still_there(gm, left)
     if asked:
         integers = sum(s["weights"] for s in described.values() if s["weight_bits"])
-        check_coverage(integers, left, declined, stacklevel=4)
+        check_coverage(integers, left, declined)
     record = {
         "capture": gm.meta.pop("capture", {}),
         "block": block.summary(),
@@ -394,7 +395,7 @@ def convert(
         "sites": described,
         "products": product_records(gm),
         "declined": [[d.site, d.reason] for d in declined],
-        "left_weights": sum(left.values()),
+        "left_weights": sum(left.values()) + branch_weights(gm),
         "parameters": parameter_record(gm, origin, prepared.source, folded),
         "bits": None if bits is None else bits.to_dict(),
         "passes": [pass_record(rewrite) for rewrite in done],

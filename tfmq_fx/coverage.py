@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 
@@ -15,6 +18,7 @@ from .origin import Origin
 from .outside import BAKED
 from .sources import shown
 
+_OURS = (os.path.dirname(__file__) + os.sep, contextlib.__file__)
 _SUBSTANTIAL = 0.1  # share of the weights that may stay in floating point without a word
 
 
@@ -78,9 +82,7 @@ def _prefixes(paths: set[str]) -> set[str]:
     return {f"{path.rpartition('.')[0]}." for path in paths}
 
 
-def check_coverage(
-    quantized: int, left: Mapping[str, int], declined: list[Declined], *, stacklevel: int
-) -> None:
+def check_coverage(quantized: int, left: Mapping[str, int], declined: list[Declined]) -> None:
     """Warn where a substantial part of a model's weights stays in floating point, naming modules.
 
     quantized: how many weights are integers.  left: how many are not though a recipe asks for
@@ -102,5 +104,13 @@ def check_coverage(
         f"{total} of {total + quantized} weights stay in floating point: {shown(why)}. "
         "report(model) names all of them",
         CoverageWarning,
-        stacklevel=stacklevel + 1,
+        stacklevel=_callers_level(),
     )
+
+
+def _callers_level() -> int:
+    """How far up the stack, seen from the caller of this, code outside this package is."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -15,6 +15,7 @@ from .config import LayerConfig
 from .errors import ConfigError
 from .graph import Rewrite
 from .kernels import keeps_integer_weights, obstacle
+from .lowrank import LowRank
 from .modules import Compiled, Converted
 from .nn import QuantLayer
 from .observers import Ranges
@@ -69,6 +70,12 @@ def site_records(
                 "bytes": sum(p.nbytes for p in layer.parameters()),
             }
     return records
+
+
+def branch_weights(gm: fx.GraphModule) -> int:
+    """The number of 16-bit weights in low-rank branches."""
+    branches = [m for m in gm.modules() if isinstance(m, LowRank)]
+    return sum(p.numel() for branch in branches for p in branch.parameters())
 
 
 def product_records(gm: fx.GraphModule) -> dict[str, dict[str, Any]]:

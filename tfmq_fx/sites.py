@@ -155,6 +155,13 @@ def left_by_module(gm: fx.GraphModule, sites: Collection[Site]) -> dict[str, int
     return found
 
 
+def still_there(gm: fx.GraphModule, left: Mapping[str, int]) -> dict[str, int]:
+    """Those of `left_by_module` that a later form of the graph still multiplies with."""
+    heavy = [node for node in gm.graph.nodes if is_heavy(gm, node)]
+    there = {str(n.target) if n.op == "call_module" else module_path(n) or n.name for n in heavy}
+    return {path: count for path, count in left.items() if path in there}
+
+
 def _matrices(
     gm: fx.GraphModule, node: fx.Node, fixed: Collection[fx.Node]
 ) -> Iterator[tuple[Any, int]]:
