@@ -322,3 +322,24 @@ def test_a_thousand_mutations_are_refused_or_consistent(capfd):
     found: Counter[str] = mutations.main(1000)
     assert all(not kind.split()[0].isupper() for kind in found), capfd.readouterr().out
     assert sum(found.values()) == 1000
+
+
+class Positions(torch.nn.Module):
+    """Writes through `.data` into a tensor of its own, as position embeddings in diffusers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.t = torch.nn.Linear(8, 8), torch.nn.Linear(1, 8)
+
+    def forward(self, x, timestep):
+        places = x.new_zeros(1, x.shape[1], 8)
+        places.data[:, 2:].copy_(torch.ones(1, x.shape[1] - 2, 8))
+        return self.lin(x + places) + self.t(timestep[:, None].float())[:, None]
+
+
+def test_writes_through_data_are_saved(tmp_path):
+    example = {"x": torch.randn(2, 6, 8), "timestep": torch.tensor([5, 5])}
+    model = tfmq_fx.fold_timesteps(Positions().eval(), [1, 5], example)
+    tfmq_fx.save(model, tmp_path / "model")
+    again = tfmq_fx.load(tmp_path / "model")
+    assert torch.equal(again(**example), model(**example))
