@@ -1,6 +1,7 @@
 # make demo       quantize the digits model four ways and compare, with pictures
 # make test       the default test suite
 # make test-slow  the rest: thousands of random models, every resolution, compiled models
+# make test-slow-sample  one of each kind of those, in minutes
 # make test-gpu   what needs a CUDA device; without Triton, what does not launch kernels
 # make test-triton  the CUDA kernels without a GPU: interpreted, and compiled to machine code
 # make check      linters, types, import layers
@@ -11,7 +12,7 @@ VENV ?= .venv
 TRITON ?= .triton
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu test-triton check venv clean
+.PHONY: demo test test-slow test-slow-sample test-gpu test-triton check venv clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tfmq-fx demo
@@ -21,6 +22,9 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
+
+test-slow-sample: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'slow and sample'
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 8 --dist worksteal -m gpu tests/gpu

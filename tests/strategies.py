@@ -35,6 +35,7 @@ class GraphBuilder:
     def __init__(self, *, timestep_dtype: torch.dtype = torch.int64) -> None:
         self.root, self.graph = nn.Module(), fx.Graph()
         self.fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.fake.cache_enabled = False  # as in `capture`
         self._generator = torch.Generator().manual_seed(0)
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
         sample = self.fake.from_tensor(

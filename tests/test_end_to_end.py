@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -365,7 +366,7 @@ def schedule(kind: str) -> Any:
     "name, kind",
     [
         ("sd15", DDIM),
-        pytest.param("sd15", EULER, marks=pytest.mark.slow),
+        pytest.param("sd15", EULER, marks=[pytest.mark.slow, pytest.mark.sample]),
         pytest.param("dit-xl-2", DDIM, marks=pytest.mark.slow),
         ("dit-xl-2", EULER),
         pytest.param("sdxl", DDIM, marks=pytest.mark.slow),
@@ -442,8 +443,13 @@ def test_one_graph_for_a_whole_loop(name: str, dynamo: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name, recipe",
+    [
+        pytest.param(*case, marks=[pytest.mark.sample] if case == ("dit-xl-2", "w8a8") else [])
+        for case in itertools.product(NAMES, RECIPES)
+    ],
+)
 def test_integer_kernels_for_a_whole_loop(name: str, recipe: str, dynamo: Any) -> None:
     done = converted(name, recipe)
     compiled = compile(done, "inductor")

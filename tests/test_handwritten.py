@@ -92,7 +92,10 @@ TYPED += [(name, torch.float32) for name in ("openai", "guided", "ddim")]
 
 
 # long to trace, and each but a variant of the others
-SLOW = ("openai-checkpoint", "openai-odd-width", "openai-pooling", "openai-self-attention")
+SLOW = {
+    name: [pytest.mark.slow]
+    for name in ("openai-checkpoint", "openai-odd-width", "openai-self-attention")
+} | {"openai-pooling": [pytest.mark.slow, pytest.mark.sample]}
 
 
 @pytest.fixture(
@@ -101,7 +104,7 @@ SLOW = ("openai-checkpoint", "openai-odd-width", "openai-pooling", "openai-self-
         pytest.param(
             (name, dtype),
             id=f"{name}-{dtype}",
-            marks=[pytest.mark.slow] if name in SLOW else [],
+            marks=SLOW.get(name, []),
         )
         for name, dtype in TYPED
     ],

@@ -74,6 +74,7 @@ def test_two_processes_at_length(slow, name):
 
 
 @pytest.mark.slow
+@pytest.mark.sample
 def test_a_group_is_started_as_torchrun_says(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

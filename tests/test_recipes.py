@@ -108,10 +108,17 @@ def toy():
     return seeded(ToyUNet, seed=1).eval()
 
 
+# What each layer alone keeps in dB, by the bits of its weights: 2 less than the least measured, as
+# processors differ by tenths. Where one weight scale is 1.3 times too large it is 10.
+SITE = {4: 19.5, 6: 19.5, 8: 19.5}
+
+
 @pytest.mark.parametrize(
     "name",  # those that differ from another one in one setting are slow tests
     [
-        pytest.param(n, marks=[pytest.mark.slow] if n in ("ptqd", "tfmq-cache") else [])
+        pytest.param(
+            n, marks=[pytest.mark.slow, pytest.mark.sample] if n in ("ptqd", "tfmq-cache") else []
+        )
         for n in RECIPES
     ],
 )
@@ -128,14 +135,49 @@ def test_every_recipe_converts_saves_and_tells_what_it_did(name, toy, tmp_path):
     assert str(report(again)) == str(told)
     found = tfmq_fx.verify(toy, converted)
     assert not found.exact and found.ok and len(found.sites) >= 20
-    passes = [p["name"] for p in converted.record["passes"]]
     recipe = converted.recipe
+    least = min((value, site) for site, value, _ in found.sites)
+    assert least > (SITE[recipe.layers.weights.bits],), least
+    passes = [p["name"] for p in converted.record["passes"]]
+    did = {p["name"]: (p["changed"], p["details"]) for p in converted.record["passes"]}
+    if recipe.rewrites.tcr is not None:
+        changed, details = did["scale_channels"]
+        assert changed and details["largest"] > 1.05  # channels were really scaled
+    if recipe.attention is not None:
+        assert did["quantize_products"][0] == len(did["quantize_products"][1]["products"]) > 0
     assert ("split_concat" in passes) == recipe.rewrites.split_concat
     assert ("scale_channels" in passes) == (recipe.rewrites.tcr is not None)
     assert ("quantize_products" in passes) == (recipe.attention is not None)
     assert ("correct_outputs" in passes) == (recipe.correction != "none")
     learnt = 1 + recipe.reconstruction.rounds if recipe.reconstruction.iters else 0
     assert passes.count("reconstruct_blocks") == learnt
+
+
+def test_learning_does_what_a_recipe_names_it_for(toy):
+    """TIAR and block reconstruction, for more than the moment that the others learn."""
+    recipe = short(resolve("tfmq"), iters=20)
+    spec = dataclasses.replace(recipe.reconstruction, learning_rate=3e-2)  # as 20,000 steps of 1e-3
+    temporal = dataclasses.replace(recipe.temporal, tiar_iters=200)
+    recipe = dataclasses.replace(recipe, reconstruction=spec, temporal=temporal)
+    converted = quantized(toy, recipe)
+    did = {p["name"]: (p["changed"], p["details"]) for p in converted.record["passes"]}
+    changed, details = did["reconstruct_tib"]
+    assert changed and details["error_after"] < 0.8 * details["error_before"]
+    changed, details = did["reconstruct_blocks"]
+    gained = [e["after"] / e["before"] for e in details["error"].values()]
+    assert changed > len(gained) / 2 and sorted(gained)[len(gained) // 2] < 0.9
+    before = dataclasses.replace(
+        recipe,
+        reconstruction=dataclasses.replace(spec, iters=0),
+        temporal=dataclasses.replace(temporal, tiar_iters=0),
+    )
+    nearest = quantized(toy, before)
+    assert error_of(toy, converted) > error_of(toy, nearest) + 1
+    learnt, given = (
+        {n: m.weight_codes() for n, m in each.gm.named_modules() if isinstance(m, QuantLayer)}
+        for each in (converted, nearest)
+    )
+    assert sum(not torch.equal(codes, given[name]) for name, codes in learnt.items()) > 10
 
 
 REWRITES = {
@@ -190,11 +232,21 @@ def test_ranges_of_groups_are_shared_by_their_timesteps(toy):
     assert not torch.equal(scales[1], scales[2])
 
 
+# Output SQNR in dB that the small model keeps at each width: 1.5 dB less than the least of what was
+# measured over symmetric or not, grouped or not; processors differ by some tenths. A weight scale
+# of one layer that is half too large leaves 10 dB and less.
+KEPT = {
+    (2, 8): 12.2,
+    (3, 4): 19.2,
+    (4, 16): 27,
+    (5, 5): 28.1,
+    (6, 6): 33.2,
+    (7, 7): 40,
+    (8, 4): 23.9,
+}
 BITS = [
     (w, a, symmetric, group)
-    for (w, a), symmetric, group in itertools.product(
-        [(2, 8), (3, 4), (4, 16), (5, 5), (6, 6), (7, 7), (8, 4)], (False, True), (None, 4)
-    )
+    for (w, a), symmetric, group in itertools.product(KEPT, (False, True), (None, 4))
 ]
 
 
@@ -205,7 +257,7 @@ def test_every_width_of_weights_and_activations_works(w, a, symmetric, group):
     weights = WeightSpec(bits=w, symmetric=symmetric, group_size=group)
     layers = LayerConfig(weights=weights, activations=ActivationSpec(bits=a))
     converted = quantized(model, plain(layers=layers), shape=(4, 4, 4))
-    assert error_of(model, converted, (4, 4, 4)) > 3
+    assert error_of(model, converted, (4, 4, 4)) > KEPT[w, a]
     told = report(converted)
     for name, site in told.data["sites"].items():
         assert (site["weight_bits"], site["act_bits"]) == (w, a)

@@ -103,7 +103,7 @@ def test_one_dimensional_convolutions_are_quantized():
     layers = quantized(done)
     assert set(layers) == {"enter", "mix", "leave"}  # time became a table
     assert layers["mix"].weight_bits == 4 and report(done).weight_coverage == 1.0
-    assert relative_error(done, model, batches()) < 0.05  # one 4-bit layer of 24 dB
+    assert relative_error(done, model, batches()) < 1.2e-3  # 32 dB measured, less 3
 
 
 def test_blocks_are_reconstructed_in_execution_order(toy):

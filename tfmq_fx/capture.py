@@ -226,6 +226,7 @@ def _trace(
     # No sizes that come from data: neither guards nor binding times could speak of them.
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # with free sizes, to look a result up takes longer than to make it
     sizes: dict[str, Any] = {}
     names: dict[sympy.Symbol, sympy.Symbol] = {}
     fakes: dict[str, Tensor] = {}

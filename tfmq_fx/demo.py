@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import api, artifact, backends, digits, metrics
 from .capture import capture
@@ -20,7 +20,7 @@ from .config import ActivationSpec, Config, LayerConfig, WeightSpec
 from .errors import BackendError
 from .feature_errors import temporal_errors
 from .files import write_whole
-from .modules import Converted
+from .modules import Converted, Prepared
 from .presets import PRESETS
 from .processes import rank
 from .report import report
@@ -122,7 +122,6 @@ class Judge:
     @torch.no_grad()
     def judge(self, row: Row, runner: Callable[[Tensor, Tensor], Any]) -> Tensor:
         """Fill in the row's figures; returns the images of the paired seeds."""
-        shape = (self.samples, 1, digits.IMAGE_SIZE, digits.IMAGE_SIZE)
         outputs = [
             _tensor(runner(x, t))
             for x, t in zip(self.trajectory.inputs, self.trajectory.timesteps, strict=True)
@@ -130,9 +129,15 @@ class Judge:
         found = metrics.output_sqnr(self.trajectory.outputs, torch.stack(outputs))
         row.sqnr, row.sqnr_pooled = found.mean, found.pooled
         row.sqnr_by_step = list(found.per_step)
-        images = self.draw(runner, (PAIRS, *shape[1:]), PAIR_SEED, progress=False)
+        images = self.draw(runner, PAIRS, PAIR_SEED, progress=False)
         row.psnr = float(metrics.psnr(self.pairs, images).mean())
-        drawn = self.draw(runner, shape, SAMPLE_SEED, progress=self.progress)
+        self.judge_images(row, runner)
+        return images
+
+    @torch.no_grad()
+    def judge_images(self, row: Row, runner: Callable[[Tensor, Tensor], Any]) -> None:
+        """Fill in the figures that need no full precision to compare with."""
+        drawn = self.draw(runner, self.samples, SAMPLE_SEED, progress=self.progress)
         features = self.classifier.features(drawn)
         row.fid = metrics.frechet_distance(features, self.real)
         generator = torch.Generator().manual_seed(0)
@@ -140,16 +145,15 @@ class Judge:
             features, self.real, generator=generator
         )
         row.confident = metrics.confident_share(self.classifier(drawn))
-        return images
 
     def draw(
-        self, runner: Callable[[Tensor, Tensor], Any], shape: Any, seed: int, *, progress: bool
+        self, runner: Callable[[Tensor, Tensor], Any], count: int, seed: int, *, progress: bool
     ) -> Tensor:
         """Images sampled with `runner`."""
         return metrics.sample(
             runner,
             self.scheduler,
-            shape,
+            (count, 1, digits.IMAGE_SIZE, digits.IMAGE_SIZE),
             num_inference_steps=STEPS,
             seed=seed,
             batch_size=BATCH,
@@ -182,8 +186,8 @@ def run(
     judge = Judge(samples, _runner(full), progress)
     base = Row("full precision", sum(p.nbytes for p in model.parameters()))
     base.backend = "inductor" if compiles else "eager"
-    pictures = {base.name: judge.judge(base, _runner(full))}
-    base.sqnr = base.sqnr_pooled = base.psnr = float("inf")
+    pictures = {base.name: judge.pairs}  # which it is compared with: exact
+    judge.judge_images(base, _runner(full))
     base.ms = milliseconds(_runner(full))
     rows = [base]
     curves: dict[str, list[float]] = {}
@@ -213,7 +217,7 @@ def run(
         rows.append(row)
         say(line(row))
     keys = judge.scheduler.timesteps.flip(0).tolist()
-    curves |= block_curves(model, judge.scheduler, progress)
+    curves |= block_curves(model, reference, judge.scheduler, progress)
     grid, plot = out / "samples.png", out / "temporal-error.png"
     if first:
         draw_grid(pictures, grid)
@@ -233,6 +237,12 @@ def quantize(
 ) -> tuple[Converted, float]:
     """The converted model, and the seconds from prepare to convert."""
     start = time.perf_counter()
+    converted = api.convert(calibrated(model, config, scheduler, progress), progress=progress)
+    return converted, time.perf_counter() - start
+
+
+def calibrated(model: nn.Module, config: Config, scheduler: Any, progress: bool) -> Prepared:
+    """The model prepared for `config`, with its ranges."""
     prepared = api.prepare(model, config=config)
     shape = (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE)
     api.calibrate(
@@ -244,12 +254,15 @@ def quantize(
         seed=CALIBRATION_SEED,
         progress=progress,
     )
-    converted = api.convert(prepared, progress=progress)
-    return converted, time.perf_counter() - start
+    return prepared
 
 
-def block_curves(model: nn.Module, scheduler: Any, progress: bool) -> dict[str, list[float]]:
-    """Temporal feature error by timestep of the forms that the four variants did not choose."""
+def block_curves(
+    model: nn.Module, reference: fx.GraphModule, scheduler: Any, progress: bool
+) -> dict[str, list[float]]:
+    """Temporal feature error by timestep of the forms that the four variants did not choose.
+
+    reference: the captured model. All forms are made from one calibration, of the same layers."""
     temporal = PRESETS["w4a8"].temporal
     nearest = PRESETS["w4a8"].reconstruction
     plain = dataclasses.replace(nearest, rounding="nearest", iters=0)
@@ -258,12 +271,12 @@ def block_curves(model: nn.Module, scheduler: Any, progress: bool) -> dict[str, 
         "int8 cache": dataclasses.replace(temporal, mode="cache", cache_bits=(8,)),
         "int4 cache": dataclasses.replace(temporal, mode="cache", cache_bits=(4,)),
     }
-    example = {"sample": torch.randn(2, 1, 16, 16), "timestep": torch.tensor([1, 1])}
-    reference = capture(model, example, timestep="timestep").gm
+    config = dataclasses.replace(PRESETS["w4a8"], reconstruction=plain)
+    prepared = calibrated(model, config, scheduler, progress)
     curves = {}
     for name, form in forms.items():
-        config = dataclasses.replace(PRESETS["w4a8"], temporal=form, reconstruction=plain)
-        converted, _ = quantize(model, config, scheduler, progress)
+        prepared.recipe = dataclasses.replace(config, temporal=form)
+        converted = api.convert(prepared, progress=progress)
         assert converted.timesteps is not None
         _, errors = temporal_errors(reference, converted.gm, converted.timesteps)
         curves[name] = errors.mean(0).tolist()

@@ -231,6 +231,7 @@ class SymbolReader:
             raise ArtifactError(f"symbols: expected a list, found {table!r:.80}")
         self._env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._env)
+        self._mode.cache_enabled = False  # as in `capture`
         symbols = {f"s{i}": self._fresh(f"s{i}", entry) for i, entry in enumerate(table)}
         self._evaluate = functools.cache(functools.partial(_evaluate, symbols=symbols))
 

@@ -91,6 +91,7 @@ class ValueTracer(fx.Tracer):
         self._sizes: dict[Any, Any] = {}
         self._tied: set[Any] = set()
         self._known: dict[Any, dict[str, Any]] = {}  # likeness of a node -> layout of its value
+        self._numbers: dict[Any, int] = {}  # expression of a size -> what stands for it there
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
         self._writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         # Reversed: of several names for one module or tensor, the first counts.
@@ -428,12 +429,19 @@ class ValueTracer(fx.Tracer):
             layouts = tuple((p.shape, p.stride(), p.dtype) for p in parameters)
             target = (type(module), repr(module), layouts)
 
+        def named(value: Any) -> str:
+            if not isinstance(value, _SYMBOLIC):
+                return str(value)
+            # To print an expression takes longer than most operations take on fake tensors.
+            key = type(value), value.node.expr
+            return f"<{self._numbers.setdefault(key, len(self._numbers))}>"
+
         def layout(argument: fx.Node) -> str:
             value = argument.meta["val"]
             if not isinstance(value, Tensor):
-                return str(_expression(value))
+                return named(value)
             sizes = (*value.shape, *value.stride(), value.storage_offset())
-            return str((*map(_expression, sizes), value.dtype, value.device))
+            return f"({', '.join(map(named, sizes))}, {value.dtype}, {value.device})"
 
         arguments: Any = fx.node.map_arg((node.args, node.kwargs), layout)  # type: ignore[arg-type]
         return node.op, target, repr(arguments)
@@ -485,10 +493,6 @@ def _data_dependent() -> tuple[type[Exception], ...]:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, _SYMBOLIC) else size
 
 
 def _shares_memory(value: Tensor, others: list[fx.Node]) -> bool:

@@ -73,6 +73,7 @@ def test_where_it_runs(monkeypatch):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.sample
 def test_the_compiled_model_is_near_the_quantized_one(dynamo):
     model = quantized("w4a8")
     run, _ = compile_graph(model.gm)

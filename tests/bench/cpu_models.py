@@ -72,19 +72,25 @@ class Made:
     kernels: Callable[[], dict[str, int]] | None = None
 
 
-def cifar10(width: int = 128) -> nn.Module:
-    """The denoiser of DDPM on CIFAR-10 (35.7M parameters at width 128), random weights."""
+def cifar10(*, small: bool = False) -> nn.Module:
+    """The denoiser of DDPM on CIFAR-10 (35.7M parameters), random weights.
+
+    small: a quarter as wide, and the levels with attention and the one above it alone.
+    """
     from diffusers import UNet2DModel
 
+    down, up = ["DownBlock2D", "AttnDownBlock2D"], ["AttnUpBlock2D", "UpBlock2D"]
+    if not small:
+        down, up = [*down, "DownBlock2D", "DownBlock2D"], ["UpBlock2D", "UpBlock2D", *up]
     torch.manual_seed(0)
     return UNet2DModel(
         sample_size=32,
         in_channels=3,
         out_channels=3,
-        layers_per_block=2,
-        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1 if small else 2,
+        block_out_channels=(32, 64) if small else (128, 256, 256, 256),
+        down_block_types=down,
+        up_block_types=up,
     ).eval()
 
 
@@ -94,7 +100,7 @@ def job(
     """The model `name` and its inputs; equal arguments give equal weights and inputs."""
     case = tiny(CASES[name]) if small else CASES[name]
     if name.startswith("cifar10"):
-        model = cifar10(32 if small else 128)
+        model = cifar10(small=small)
     else:
         model = build(case, "cpu", full=not small, dtype=torch.float32)
         model = model.to(memory_format=torch.contiguous_format)

@@ -62,9 +62,12 @@ def test_one_graph_for_prompts_and_steps(quantized: bool, dynamo: Any) -> None:
     assert counter.frame_count == 1 and not dynamo.utils.counters["graph_break"]
 
 
+LOOPS = [("flux-dev", "fp"), pytest.param("dit-xl-2", "w8a8", marks=pytest.mark.sample)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-@pytest.mark.parametrize("name, recipe", [("flux-dev", "fp"), ("dit-xl-2", "w8a8")])
+@pytest.mark.parametrize("name, recipe", LOOPS)
 def test_compiled_loops(name: str, recipe: str, dynamo: Any) -> None:
     """Six steps of two prompts in one graph; as near to eager as without a prologue."""
     source: Any = bind_request(zoo.model(name), example_inputs=zoo.inputs(name, zoo.model(name)))

@@ -45,7 +45,9 @@ def test_learning_all_layers_jointly_lowers_the_feature_error(block):
     assert after.mean() < before.mean() * 0.8
     assert done.details["error_before"] == pytest.approx(float(before.mean()))
     assert done.details["error_after"] == pytest.approx(float(after.mean()))
-    assert 0.5 < done.details["decided"] <= 1
+    assert (
+        0.95 <= done.details["decided"] <= 1
+    )  # 0.998 measured, with the regularization of presets
 
 
 def test_an_fp8_block_keeps_its_weights_and_learns_its_biases(block):
