@@ -41,7 +41,7 @@ def negate(gm: fx.GraphModule) -> Rewrite:
     return Rewrite(gm, len(layers))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(gm=captured_graphs())
 def test_a_fork_computes_the_same_and_owns_its_graph(gm):
     copy = fork(gm)

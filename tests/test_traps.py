@@ -162,8 +162,8 @@ def test_an_all_zero_and_a_constant_output_channel_survive(name, iters):
         model.mid1.conv2.bias.zero_()
     done = converted(model, recipe(name, iters=iters))
     assert all(bool(torch.isfinite(v).all()) for v in done.state_dict().values())
-    # 8 bits leave below 1 % of the power, 4 bits some 16^2 times what 8 bits leave
-    assert relative_error(done, model, batches()) < (0.01 if name == "w8a8" else 0.25)
+    # 36.1 and 25.8 dB measured, less 3; a scale of one layer half too large costs more
+    assert relative_error(done, model, batches()) < (5e-4 if name == "w8a8" else 5.3e-3)
 
 
 @pytest.mark.parametrize("name", ["w4a16", "w8a16"])

@@ -79,7 +79,7 @@ def scaled(net):
 # ---------------------------------------------------------------- features
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(gm=captured_graphs(), seed=st.integers(0, 99))
 def test_given_rows_make_what_folding_for_these_timesteps_makes(gm, seed):
     done = change_timesteps(
@@ -96,7 +96,7 @@ def test_given_rows_make_what_folding_for_these_timesteps_makes(gm, seed):
             assert torch.equal(found, wanted)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(gm=captured_graphs(), picks=st.sets(st.sampled_from(STEPS.tolist()), min_size=1))
 def test_rows_of_a_subset_are_selected(gm, picks):
     folded = fold_timesteps(gm, timesteps=STEPS)

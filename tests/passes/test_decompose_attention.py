@@ -1,5 +1,7 @@
 """decompose_attention: fused attention as single steps, the same function."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,10 +111,15 @@ def test_options_may_all_be_given_by_position():
     check_same(captured(seeded(Positional)), *inputs())
 
 
+@functools.cache  # of a number of tokens; any batch goes through one graph
+def of_tokens(tokens, causal):
+    return captured(seeded(Attends, is_causal=causal), tokens=tokens)
+
+
 @settings(deadline=None, max_examples=12)
-@given(tokens=st.integers(1, 9), batch=st.integers(1, 4), causal=st.booleans())
+@given(tokens=st.sampled_from((1, 2, 9)), batch=st.integers(1, 4), causal=st.booleans())
 def test_any_batch_goes_through(tokens, batch, causal):
-    gm = captured(seeded(Attends, is_causal=causal), tokens=tokens)
+    gm = of_tokens(tokens, causal)
     check_same(gm, *inputs(tokens=tokens, batch=batch))
 
 
