@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -166,3 +167,14 @@ def test_samples_look_like_digits_to_the_classifier(unet, train):
     assert metrics.confident_share(logits) > 0.6
     assert near < far / 4
     assert logits.argmax(1).unique().numel() == 10
+
+
+def test_loading_the_shipped_models_says_nothing_and_leaves_logging_as_it_was():
+    script = (
+        "import logging; from tfmq_fx import digits; digits.load_unet(); digits.make_scheduler(); "
+        "assert logging.root.manager.disable == logging.NOTSET"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")

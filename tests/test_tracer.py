@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # capture imports it when first used, and it registers effects of its own
 from torch import Tensor, fx, nn
 
 from tests import toys

@@ -11,6 +11,7 @@ scikit-learn, diffusers and safetensors are imported when first needed; they com
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -46,6 +47,20 @@ def demo_module(name: str) -> Any:
         package = name.partition(".")[0]
         error.add_note(f'the shipped models need {package}: pip install "tfmq_fx[demo]"')
         raise
+
+
+def diffusers_class(name: str) -> Any:
+    """A class of diffusers. Raises ImportError without it.
+
+    What packages that diffusers imports have to log on the way is not for whoever runs the shipped
+    models: torchao names each library of other devices that it could not load.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return getattr(demo_module("diffusers"), name)
+    finally:
+        logging.disable(before)
 
 
 def split_indices(labels: Tensor, split: Split) -> Tensor:
@@ -135,7 +150,7 @@ def load_unet() -> UNet2DModel:
     `make_scheduler`. The weights were rounded to fp16 once, on disk. Raises ImportError without
     diffusers.
     """
-    model = demo_module("diffusers").UNet2DModel.from_pretrained(UNET_FOLDER, local_files_only=True)
+    model = diffusers_class("UNet2DModel").from_pretrained(UNET_FOLDER, local_files_only=True)
     return cast("UNet2DModel", model.float().eval())
 
 
@@ -160,7 +175,7 @@ def make_scheduler(
         raise ConfigError(
             f"num_inference_steps must be 1 to {TRAINING_STEPS}, got {num_inference_steps}"
         )
-    scheduler = demo_module("diffusers").DDIMScheduler(
+    scheduler = diffusers_class("DDIMScheduler")(
         num_train_timesteps=TRAINING_STEPS,
         beta_start=1e-4,
         beta_end=0.02,

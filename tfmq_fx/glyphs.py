@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from . import digits
-from .digits import ASSETS, CLASSES, TRAINING_STEPS, ImageClassifier, demo_module
+from .digits import (
+    ASSETS,
+    CLASSES,
+    TRAINING_STEPS,
+    ImageClassifier,
+    demo_module,
+    diffusers_class,
+)
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -189,7 +196,7 @@ def load_dit() -> DiTTransformer2DModel:
     velocity of the schedule in `make_scheduler`. The weights were rounded to fp16 once, on disk.
     Raises ImportError without diffusers.
     """
-    model = demo_module("diffusers").DiTTransformer2DModel.from_pretrained(
+    model = diffusers_class("DiTTransformer2DModel").from_pretrained(
         DIT_FOLDER, local_files_only=True
     )
     return cast("DiTTransformer2DModel", model.float().eval())
@@ -198,7 +205,7 @@ def load_dit() -> DiTTransformer2DModel:
 def load_unet() -> UNet2DModel:
     """The shipped UNet, float32 and in eval mode: inputs, output, weights and errors as in
     `load_dit`."""
-    model = demo_module("diffusers").UNet2DModel.from_pretrained(UNET_FOLDER, local_files_only=True)
+    model = diffusers_class("UNet2DModel").from_pretrained(UNET_FOLDER, local_files_only=True)
     return cast("UNet2DModel", model.float().eval())
 
 
