@@ -183,6 +183,7 @@ print(torch.ops.tfmq_fx_plain.cpu_norm(torch.ones(1, 1, 2, 3), 0, None, None, 0.
 
 
 @pytest.mark.slow
+@pytest.mark.sample
 def test_kernels_compile_once(cache):
     for compiled in ("1", "0"):
         done = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True)
