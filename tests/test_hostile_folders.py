@@ -318,6 +318,7 @@ def test_a_few_mutations_are_refused_or_consistent(bases, capfd, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.sample
 def test_a_thousand_mutations_are_refused_or_consistent(capfd):
     found: Counter[str] = mutations.main(1000)
     assert all(not kind.split()[0].isupper() for kind in found), capfd.readouterr().out
