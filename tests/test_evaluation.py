@@ -274,14 +274,9 @@ def test_a_real_recipe_from_end_to_end(tmp_path):
     assert rows[1].spread("class_agreement") is None and rows[0].spread("psnr") is None
     assert rows[1].spread("bytes").mean > rows[2].spread("bytes").mean
     assert "class asked for" not in (tmp_path / "table.md").read_text()
-    full, eight, four = (row.done[0]["figures"] for row in rows)
-    assert eight["pairs"]["psnr"] > four["pairs"]["psnr"] and four["sqnr"] > 0
-    assert eight["weights"] == four["weights"] == 1 and full["weights"] is None
-    for found in (full, eight, four):
-        images = found["images"]
-        assert images["fid_low"] <= images["fid"] <= images["fid_high"]
-        assert found["sample_seconds"] > 0 and found["backend"] == "eager"
-    assert (tmp_path / "grid-tiny.png").read_bytes().startswith(PNG)
+    eight, four = (row.done[0]["figures"] for row in rows[1:])
+    # 4 bits more of the weights are 24 dB less noise of theirs; that of 8-bit inputs stays
+    assert eight["pairs"]["psnr"] > four["pairs"]["psnr"] + 6 and four["sqnr"] > 0
 
 
 def test_a_cell_that_another_run_finished_meanwhile_is_not_computed(clock, tmp_path, monkeypatch):
