@@ -83,13 +83,13 @@ def _fault(
     known = wanted.isfinite()  # codes have no NaN: where it arises is told for a call as a whole
     if not sums[known].isfinite().all():
         return "its kernel answers NaN or Inf where the layer does not"
-    error, whole = _power((wanted - sums)[known]), _power(wanted[known])
+    off, whole = _power((wanted - sums)[known]), _power(wanted[known])
     if expected.dtype != torch.float32:  # which is rounded with the bias
         whole = max(whole, _power(expected[known]))
     least = _LEAST_FP8 if layer.act_format == "fp8" else _LEAST[expected.dtype]
-    if error <= whole * 10 ** (-least / 10):
+    if off <= whole * 10 ** (-least / 10):
         return None
-    sqnr = 10 * math.log10(whole / error) if whole else -math.inf
+    sqnr = 10 * math.log10(whole / off) if whole else -math.inf
     return f"its kernel is {sqnr:.1f} dB from the layer, at least {least:.0f} are needed"
 
 
@@ -110,11 +110,7 @@ def run_alone(layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | 
 
 
 def _power(y: Tensor) -> float:
-    """The sum of squares of what is finite."""
-    return float(y.double().nan_to_num(0.0, 0.0, 0.0).square().sum())
-
-
-def _power(y: Tensor) -> float:
+    """The sum of squares."""
     return float(y.double().square().sum())
 
 

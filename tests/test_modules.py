@@ -82,7 +82,9 @@ def test_the_users_model_is_no_part_of_the_prepared_one(prepared, toy):
 
 def test_prepared_models_compute_without_gradients(prepared):
     x, t = data(8)[0]
-    assert not prepared(x.clone().requires_grad_(), t).requires_grad
+    assert not prepared(x, t).requires_grad
+    with pytest.raises(InputError, match="gradient"):
+        prepared(x.clone().requires_grad_(), t).sum().backward()
 
 
 @pytest.mark.parametrize("move", [{"dtype": torch.bfloat16}, {"device": "meta"}])
@@ -217,7 +219,8 @@ def test_compiled_models_answer_as_their_converted_one(model):
     assert compiled.timesteps.tolist() == list(TIMES)
     x, t = data(8)[0]
     assert torch.equal(compiled(x, t), model(x, t))
-    assert not compiled(x.clone().requires_grad_(), t).requires_grad
+    with pytest.raises(InputError, match="gradient"):
+        compiled(x.clone().requires_grad_(), t).sum().backward()
 
 
 def test_without_a_finite_set_every_timestep_is_taken(toy):
