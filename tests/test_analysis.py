@@ -107,7 +107,7 @@ def test_operations_are_counted_at_the_batch_of_the_example(dit):
     data = analyze(seeded(ToyDiT).eval(), one).data
     assert data["batch"] == 1 and 2 * data["flops"] == dit.data["flops"]
     apart = analyze(BranchesOnBatch(), (torch.randn(1, 4), torch.ones(1))).data
-    assert apart["batch"] == 2  # the graph is not for a batch of one
+    assert apart["batch"] == 1  # its code reads the batch as a number: the graph is for one alone
 
 
 def test_rows_and_savings_are_those_by_hand(dit):

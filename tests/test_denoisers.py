@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, event, given, note, reject, settings
 from torch import Tensor, fx, nn
 
-from tests.denoisers import FLOATS, INTEGERS, Spec, build, denoisers, inputs
+from tests.denoisers import FLOATS, INTEGERS, Sample, Spec, build, denoisers, inputs
 from tfmq_fx.api import compile, convert, load, prepare, save
 from tfmq_fx.capture import capture
 from tfmq_fx.dataflow import RANDOM, WRITTEN, binding_times, temporal_block
@@ -311,7 +311,7 @@ def test_files_and_the_eager_backend_change_nothing(spec: Spec, tmp_path_factory
     folded = convert(prepared(spec, spatial=False), progress=False)
     path = tmp_path_factory.mktemp("saved") / "model"
     save(folded, path)
-    loaded: Converted = load(path)
+    loaded: Converted = load(path, outputs=[Sample])
     compiled, pickled = compile(folded, backend="eager"), pickle.loads(pickle.dumps(folded))
     given = inputs(spec, 2, seed=4)
     with torch.no_grad():

@@ -329,13 +329,14 @@ def pipeline(name: str, model: nn.Module, scheduler: Any) -> tuple[Any, dict[str
     if name == "dit-xl-2":
         pipe = diffusers.DiTPipeline(model, vae, scheduler, id2label={1: "tench"})
         return pipe, common | {"class_labels": [1, 207, 360], "output_type": "pt"}
-    texts = {"prompt_embeds": draw(2, 16, 32), "output_type": "latent"}
+    tokens = zoo.inputs(name, model)["encoder_hidden_states"].shape[1]
+    texts = {"prompt_embeds": draw(2, tokens, 32), "output_type": "latent"}
     if name == "flux-dev":
         absent |= {"text_encoder_2": None, "tokenizer_2": None}
         pipe = diffusers.FluxPipeline(scheduler, vae, transformer=model, **absent)
         size = {"height": 32, "width": 32, "pooled_prompt_embeds": draw(2, 32)}
         return pipe, common | texts | size
-    texts |= {"negative_prompt_embeds": draw(2, 16, 32), "height": 16, "width": 16}
+    texts |= {"negative_prompt_embeds": draw(2, tokens, 32), "height": 16, "width": 16}
     if name == "sdxl":
         absent |= {"text_encoder_2": None, "tokenizer_2": None}
         pipe = diffusers.StableDiffusionXLPipeline(vae, unet=model, scheduler=scheduler, **absent)

@@ -326,9 +326,11 @@ def test_a_reference_that_gives_nothing_to_compare_with_is_refused(toy, folded):
 
 
 def test_a_model_without_a_finite_set_is_refused(toy):
-    prepared = prepare(toy, data(8)[0])
+    bound = bind_request(toy, None, data(8)[0])
     with pytest.raises(ConfigError, match="no finite set of timesteps to verify over"):
-        verify(toy, prepared)
+        verify(toy, bound)
+    with pytest.raises(ConfigError, match="not a Prepared"):
+        verify(toy, prepare(toy, data(8)[0]))
 
 
 def test_models_without_a_temporal_block_have_no_errors():

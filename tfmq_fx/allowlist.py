@@ -65,7 +65,7 @@ _REFUSED = re.compile(
     r"|quantize_.*|quantized_.*|dequantize|q_.*|int_repr|qscheme|choose_qparams.*|fused_moving.*"
     # places, lengths and statistics that kernels take for right
     r"|.*backward.*|segment_reduce|max_unpool.*|embedding_bag|ctc_loss|(lu|ldl)_(solve|unpack)"
-    r"|lobpcg|native_batch_norm|batch_norm_.*|rnn_.*|lstm.*|gru.*|.*_cell|pack_.*|pad_sequence"
+    r"|lobpcg|native_batch_norm|batch_norm_.*|rnn_.*|lstm.*|gru.*|.*_cell|pack_.*"
     r"|unpack_.*|.*_renorm|histogramdd|rrelu_with_noise|lcm|factorial|comb|perm"
     # of torch.nn.functional, no functions of tensors
     r"|assert_int_or_pair|boolean_dispatch|handle_torch_function|get_device|init_.*"

@@ -30,7 +30,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_CLASS, _FORWARD, _HOOKS, _TRAINING = "(class)", "(forward)", "(hooks)", "training"
+_CLASS, _FORWARD, _HOOKS = "(class)", "(forward)", "(hooks)"
 _OWN = frozenset(vars(nn.Module()))  # what every module has
 _MISSING, _OPAQUE = object(), object()
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype)
@@ -79,9 +79,7 @@ def differences(recorded: Behaviour, model: nn.Module) -> dict[str, tuple[Any, A
         now = _module(module)
         changed = [n for n, was in entry.items() if n in now and not _agree(was, now[n])]
         for name in changed[:1] if _CLASS in changed else changed:  # another class has others
-            # the graph is that of eval mode, which a model captured in training mode may go to
-            if name != _TRAINING or now[name]:
-                found[f"{path}.{name}".removeprefix(".")] = (entry[name], now[name])
+            found[f"{path}.{name}".removeprefix(".")] = (entry[name], now[name])
     return found
 
 
@@ -163,8 +161,6 @@ def _module(module: nn.Module) -> dict[str, Any]:
             token = _token(state[name] if name in state else getattr(kind, name))
             if token is not _OPAQUE:
                 entry[name] = token
-    if _depends_on_training(module):
-        entry[_TRAINING] = module.training
     return entry
 
 
@@ -304,22 +300,8 @@ def _class_settings(kind: type) -> tuple[str, ...]:
     )
 
 
-@functools.cache
-def _reads_training(kind: type) -> bool:
-    """Whether the code of a class asks for its training mode."""
-    classes = [each for each in kind.__mro__ if not issubclass(nn.Module, each)]
-    functions = (f for each in classes for f in vars(each).values())
-    return any("training" in code.co_names for f in functions if (code := _code_of(f)))
-
-
 def _code_of(function: Any) -> types.CodeType | None:
     return getattr(getattr(function, "__wrapped__", function), "__code__", None)
-
-
-def _depends_on_training(module: nn.Module) -> bool:
-    idle = isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
-    kind: Any = type(module)
-    return not idle and _reads_training(kind)
 
 
 def _is_placed(state: Mapping[str, Any]) -> bool:

@@ -441,12 +441,12 @@ class PrologueSpec:
     on_miss: OnMiss = "compute"
 
     def __post_init__(self) -> None:
+        _require(
+            not isinstance(self.conditions, str),
+            f"PrologueSpec.conditions must be a sequence of names, got {self.conditions!r}",
+        )
         _check_kinds(self)
         if self.conditions is not None:
-            _require(
-                not isinstance(self.conditions, str),
-                f"PrologueSpec.conditions must be a sequence of names, got {self.conditions!r}",
-            )
             object.__setattr__(self, "conditions", tuple(self.conditions))
         _require(
             self.steps is None or self.steps >= 1,
