@@ -238,10 +238,8 @@ def blocks(folder):
     x = torch.randn(STEPS, *SHAPE, generator=torch.Generator().manual_seed(0))
     t = one.timesteps
     with torch.no_grad():
-        if any(differing):
-            assert sqnr(one(x, t), many(x, t)) > sqnr(toy()(x, t), one(x, t)) + 10
-        else:
-            assert sqnr(one(x, t), many(x, t)) > 100
+        # the same share of a layer's codes is 28 dB below what rounding is off by; layers add up
+        assert sqnr(one(x, t), many(x, t)) > sqnr(toy()(x, t), one(x, t)) + 20
         assert sqnr(toy()(x, t), many(x, t)) < 20
 
 

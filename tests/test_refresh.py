@@ -555,7 +555,6 @@ def test_a_lora_of_peft_is_refused_until_it_is_fused_and_refreshed():
         attention_head_dim=4,
     ).eval()
     model = fold_timesteps(source, 5)
-    tokens = model.call.inputs[-1].shape[1]
     inputs = (torch.randn(1, 3, 8, 8), torch.tensor([3]), torch.randn(1, 77, 8))
     layers = ["to_q", "to_k", "time_emb_proj"]
     source.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights="gaussian"))
