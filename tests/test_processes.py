@@ -78,12 +78,13 @@ def test_two_processes_at_length(slow, name):
 def test_a_group_is_started_as_torchrun_says(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
+        "import os\n"
         "from tfmq_fx import processes\n"
         "assert processes.world() == 1\n"
         "with processes.started(), processes.started():\n"
         "    found = processes.exchange(processes.rank(), 'ranks')\n"
         "assert processes.world() == 1\n"
-        "print(found)\n"
+        "os.write(1, f'{found}\\n'.encode())\n"  # whole: both write to one pipe
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
