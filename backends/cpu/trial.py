@@ -70,7 +70,8 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     """What can run a problem, by engine, on random values."""
     p = problem
     x = torch.randint(0, 256, (p.batch, p.height, p.width, p.channels), dtype=torch.uint8)
-    filters = torch.randint(-127, 128, (p.out_channels, *p.taps, p.channels), dtype=torch.int8)
+    most = 7 if p.half else 127
+    filters = torch.randint(-most, most + 1, (p.out_channels, *p.taps, p.channels)).to(torch.int8)
     scale, one = torch.rand(p.out_channels, dtype=torch.float32), torch.ones(1, dtype=torch.float32)
     stride, dilation = list(p.stride), list(p.dilation)
     images, weights = x.permute(0, 3, 1, 2), filters.permute(0, 3, 1, 2).contiguous()

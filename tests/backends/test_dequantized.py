@@ -48,5 +48,6 @@ def test_codes_are_let_go_and_the_original_keeps_its_own():
 
 @pytest.mark.parametrize("there", [True, False])
 def test_the_fast_dtype_is_what_the_processor_multiplies(monkeypatch, there):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there)
     assert fast_dtype() == (torch.bfloat16 if there else torch.float32)

@@ -119,7 +119,7 @@ def test_without_kernels_ranges_measured_at_every_call_are_in_float(without_kern
     lowered = on(model.gm)
     assert reasons(lowered) == dict.fromkeys(["enter", "down", "leave", "last"], LACKS)
     assert kinds(lowered.gm) == {FloatLayer: 4} and lowered.details["integer"] == 0
-    assert closeness(model, lowered) > 100
+    assert closeness(model, lowered) > SAME  # some processors add in another order than the model
 
 
 class Odd(nn.Module):

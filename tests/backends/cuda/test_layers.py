@@ -23,6 +23,7 @@ from tfmq_fx.backends.cuda.layers import (
 )
 from tfmq_fx.backends.cuda.tiles import Tile
 from tfmq_fx.backends.cuda.trial import Choice, untried
+from tfmq_fx.backends.saturation import onednn_is_exact
 from tfmq_fx.config import WeightSpec
 from tfmq_fx.nn import QuantConv2d, QuantLinear
 from tfmq_fx.rounding import round_nearest
@@ -164,10 +165,12 @@ def test_two_segments_are_the_sum_of_two_layers(kind, bits):
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_torchs_own_product_gives_the_same(kind):
+    # On the CPU it is oneDNN's, which may saturate in 16 bits with weights of more than 6.
+    bits = 8 if onednn_is_exact() else 6
     if kind == "conv":
-        layer, x = quantized(seeded(nn.Conv2d, 32, 16, 1)), torch.randn(3, 32, 4, 6)
+        layer, x = quantized(seeded(nn.Conv2d, 32, 16, 1), bits=bits), torch.randn(3, 32, 4, 6)
     else:
-        layer, x = quantized(seeded(nn.Linear, 32, 16)), torch.randn(3, 24, 32)
+        layer, x = quantized(seeded(nn.Linear, 32, 16), bits=bits), torch.randn(3, 24, 32)
     ours, other = lowered(layer, x), lowered(layer, x, TORCH)
     codes, row = codes_of(ours, x, SCALE), torch.randn(3, 16)
     assert torch.equal(ours(codes, SCALE, row), other(codes, SCALE, row))
