@@ -72,7 +72,7 @@ def test_all_code_runs_word_for_word(
     given = run(BLOCKS, tmp_path, monkeypatch)
     assert isinstance(given["model"], tfmq_fx.Bound) and given["pipe"].unet is given["unet"]
     printed = capsys.readouterr().out
-    # whether random weights at four bits, learnt on two prompts, are well is not the README's affair
+    # how well random weights do at four bits, learnt on two prompts, is not the README's affair
     assert "lossy model, " in printed and "PSNR" in printed and "timestep_row" in printed
     assert {"unet-w4a8", "compared"} <= {path.name for path in tmp_path.iterdir()}
 
