@@ -36,23 +36,28 @@ def batched(gm: fx.GraphModule) -> list[bool]:
 
 def with_nan(outputs: Any, inputs: Sequence[Tensor], batched: Sequence[bool]) -> Any:
     """Outputs that are NaN in every sample that has a NaN in an input: the most that the model
-    itself may answer so. NaN in an input of no single sample is in all of them."""
+    itself may answer so. NaN in an input of no single sample is in all of them.
+
+    Computed where the outputs are, without waiting for that device.
+    """
     size = next((len(x) for x, b in zip(inputs, batched, strict=True) if b), 0)
-    rows = torch.zeros(size, dtype=torch.bool)
-    whole = False
+    device = inputs[0].device
+    rows = torch.zeros(size, dtype=torch.bool, device=device)
+    whole = torch.zeros((), dtype=torch.bool, device=device)
     for x, of_samples in zip(inputs, batched, strict=True):
         if not x.is_floating_point():
             continue
         if of_samples:
-            rows |= x.isnan().flatten(1).any(1) if x.dim() > 1 else x.isnan()
+            spoiled = x.isnan().flatten(1).any(1) if x.dim() > 1 else x.isnan()
+            rows |= spoiled.to(device)
         else:
-            whole = whole or bool(x.isnan().any())
+            whole |= x.isnan().any().to(device)
 
     def marked(y: Tensor) -> Tensor:
         if not y.is_floating_point():
             return y
-        if whole or y.dim() == 0 or len(y) != size:
+        if y.dim() == 0 or len(y) != size:
             return y.masked_fill(rows.any() | whole, math.nan)
-        return y.masked_fill(rows.view(-1, *[1] * (y.dim() - 1)), math.nan)
+        return y.masked_fill((rows | whole).view(-1, *[1] * (y.dim() - 1)), math.nan)
 
     return tree_map_only(Tensor, marked, outputs)

@@ -433,7 +433,7 @@ class Compiled(GraphModel):
     Its answers have no gradient, and say so when one is asked for: the converted model has one.
 
     On the CPU, NaN and Inf in an input are answered by the converted model, while that is in
-    memory; after that, samples with NaN in an input are NaN as a whole.
+    memory; after that, and on other devices, samples with NaN in an input are NaN as a whole.
 
     backend: its name.  lowered: how many layers run as integers.  declined: [layer, reason] of
     those that do not.  millis: of a call, by backend, where several were tried.  check: how near
@@ -476,7 +476,11 @@ class Compiled(GraphModel):
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
-        if self.backend == "eager" or inputs[0].device.type != "cpu" or is_finite(inputs):
+        if self.backend == "eager":
+            return self._run(inputs)
+        if inputs[0].device.type != "cpu":  # to ask whether all is finite would wait for it
+            return with_nan(self._run(inputs), inputs, self._batched)
+        if is_finite(inputs):
             return self._run(inputs)
         if (reference := self._reference()) is not None:
             return reference.run(inputs)

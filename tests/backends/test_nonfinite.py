@@ -71,3 +71,19 @@ def test_samples_that_are_marked():
     c[0] = math.nan  # of no sample
     assert with_nan((y,), [x, c], [True, False])[0].isnan().all()
     assert with_nan((y.sum(),), [x], [True])[0].isnan().all()
+
+
+def test_on_other_devices_samples_are_marked_without_asking(monkeypatch):
+    """As where the model is gone, whether or not anything is NaN."""
+    compiled = compile(deep(), "inductor", check=False)
+    expected = compiled(X, T)
+    monkeypatch.setattr("tfmq_fx.modules.is_finite", lambda inputs: False)
+    monkeypatch.setattr(compiled, "_reference", lambda: None)
+    assert torch.equal(compiled(X, T), expected)
+    found = compiled(spoiled(math.nan), T)
+    assert found[1].isnan().all() and torch.equal(found[[0, 2, 3]], expected[[0, 2, 3]])
+    ((y,), x) = (torch.ones(2, 3),), torch.tensor([[1.0], [math.nan]])
+    for found in (with_nan(y, [x], [True]), with_nan(y, [y, x[1]], [True, False])):
+        assert found[1].isnan().all()
+    meta = with_nan(y.to("meta"), [x.to("meta"), x.to("meta")], [True, False])
+    assert meta.shape == y.shape and meta.device.type == "meta"  # nothing waits for values

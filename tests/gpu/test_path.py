@@ -76,6 +76,16 @@ def test_kernels_answer_as_eager_does(name, dtype, recipe, forced, kernels):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_sample_with_nan_in_an_input_is_nan(name, forced, kernels):
+    compiled = compile(converted(name, torch.bfloat16, "w8a8"), "inductor")
+    given = next(iter(calls(name, torch.bfloat16, 2, seed=8)))
+    image = next(v for v in given.values() if isinstance(v, torch.Tensor) and v.dim() > 2)
+    image[1].view(-1)[0] = float("nan")
+    found = told(compiled, given)
+    assert found[1].isnan().all() and found[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_chosen_by_trial_answers_as_eager_does(name, kernels):
     compiled = check_compiled(name, torch.bfloat16, "w8a8")
     for _, reason in compiled.declined:
