@@ -139,7 +139,7 @@ def test_names_that_lead_elsewhere_are_refused(torchs, tmp_path, name):
     assert torchs.loaded == []
 
 
-@pytest.mark.parametrize("key", ["/tmp/evil", "../evil", "ab/../../evil"])
+@pytest.mark.parametrize("key", ["/evil", "../evil", "ab/../../evil"])
 def test_names_in_torchs_bundle_that_lead_elsewhere_are_refused(torchs, tmp_path, key):
     from torch._inductor.runtime.autotune_cache import AutotuneCacheArtifact
     from torch.compiler._cache import CacheArtifactManager
