@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 
+from tests.backends.cpu.cases import needs_kernels
 from tests.backends.faults import Faulty, one_more, scale_off
 from tests.backends.test_inductor import data
 from tests.backends.test_self_check import deep
 from tfmq_fx import BackendWarning, compile, report
 from tfmq_fx.backends import auto, eager, float, inductor, openvino
-from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cuda.layers import CodesLayer
 from tfmq_fx.errors import BackendError, ConfigError
 
@@ -174,7 +174,7 @@ def planted(monkeypatch, fault):
     monkeypatch.setattr(CodesLayer, "forward", wrong_forward)
 
 
-@pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
+@needs_kernels
 def test_a_layer_whose_kernel_is_wrong_runs_in_floating_point(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda gm, **options: gm)
     planted(monkeypatch, lambda layer: getattr(layer, "in_channels", 0) == 16)
@@ -188,7 +188,7 @@ def test_a_layer_whose_kernel_is_wrong_runs_in_floating_point(monkeypatch):
     assert ((compiled(X, T) - model(X, T)).abs().max() <= 10 * step).item()
 
 
-@pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
+@needs_kernels
 def test_a_kernel_that_fails_is_not_used(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda gm, **options: gm)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.backends.cpu.cases import needs_kernels
 from tests.backends.faults import Faulty, one_more, saturating, scale_off, swapped
 from tests.backends.test_inductor import TIMES, converted
 from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, fold_timesteps
 from tfmq_fx.api import _reference
-from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cpu.lower import alone, lower, untried
 from tfmq_fx.backends.float import dequantize
 from tfmq_fx.backends.openvino import lower as lower_for_openvino
@@ -186,7 +186,7 @@ def test_inputs_beyond_the_ranges_are_made_smaller():
     assert not made.check("other", Faulty(model.gm, "leave", one_more).run, model.gm).passed
 
 
-@pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
+@needs_kernels
 def test_right_kernels_pass_layer_by_layer():
     for bits in (4, 8):
         assert reference(bits).wrong_layers(alone) == {}
