@@ -22,6 +22,7 @@ from .config import ReconstructionSpec as ReconstructionSpec
 from .config import RewriteSpec as RewriteSpec
 from .config import TemporalSpec as TemporalSpec
 from .config import WeightSpec as WeightSpec
+from .dialect import Stage as Stage
 from .errors import ArtifactError as ArtifactError
 from .errors import BackendError as BackendError
 from .errors import BackendWarning as BackendWarning
@@ -33,6 +34,7 @@ from .errors import GraphError as GraphError
 from .errors import InputError as InputError
 from .errors import StaleError as StaleError
 from .errors import TfmqError as TfmqError
+from .job import Job as Job
 from .modules import Compiled as Compiled
 from .modules import Converted as Converted
 from .modules import Prepared as Prepared
@@ -43,6 +45,11 @@ from .refresh import refresh as refresh
 from .report import Report as Report
 from .report import report as report
 from .schedulers import correct_scheduler as correct_scheduler
+from .step import Guarantee as Guarantee
+from .step import Need as Need
+from .step import Step as Step
+from .step import Steps as Steps
+from .steps import STEPS as STEPS
 from .verdict import Verification as Verification
 from .verification import verify as verify
 from .version import __version__ as __version__

@@ -1,4 +1,4 @@
-"""The way through: prepare, calibrate, convert. Each reads from top to bottom."""
+"""Public entry points: prepare, calibrate, convert, fold_timesteps, compile, save, load."""
 
 from __future__ import annotations
 
@@ -16,56 +16,26 @@ from .backends.auto import compile_fastest, example_inputs
 from .backends.proven import make_right
 from .backends.self_check import Reference
 from .behaviour import behaviour
-from .bit_plan import BitPlan
 from .bound import Bound
-from .calibration import (
-    check_sampling,
-    fingerprint,
-    finite_set,
-    observed_ranges,
-    resampled,
-    sample_chunks,
-    sample_count,
-    sample_weights,
-)
 from .capture import capture
-from .checkpoint import Checkpoint, digest
 from .config import (
     Config,
     LayerConfig,
-    ReconstructionSpec,
-    RewriteSpec,
     to_dict,
 )
-from .correction import measure_errors
-from .coverage import check_coverage, parameter_record
-from .dataflow import Binding, binding_times, temporal_block
+from .convert import convert as convert
 from .describe import Dynamic
 from .errors import ArtifactError, ConfigError
-from .graph import Rewrite, device_of, own_modules
+from .graph import device_of
 from .inference import outside_inference_mode
 from .loading import load as load
 from .merging import facts, observe
-from .modules import Compiled, Converted, Prepared, removed_layers
+from .modules import Compiled, Converted, Prepared
 from .ops import check_timesteps
-from .passes.correct_outputs import correct_outputs
-from .passes.decompose_attention import decompose_attention
-from .passes.fold_timesteps import fold_timesteps as fold_pass
-from .passes.quantize_layers import quantize_layers
-from .passes.quantize_products import quantize_products
-from .passes.quantize_tables import quantize_tables
-from .passes.reconstruct_blocks import reconstruct_blocks
-from .passes.round_weights import round_weights
 from .pipelines import find_timestep, named_inputs, sampling_pass
-from .planning import given_bits, plan_bits
 from .presets import resolve
-from .processes import agree, from_first, rank, together, world
-from .products import measure_products
-from .recall import observed, remember
-from .report import branch_weights, pass_record, product_records, site_records
-from .rewriting import profiled_ranges, rewrite_layers, unchanged_sites
-from .sites import Site, find_sites, left_by_module, plan_sites, still_there
-from .temporal import choose_temporal, record_shipped
+from .processes import agree, rank, together, world
+from .recall import observed
 from .timesteps import timestep_values
 
 
@@ -175,242 +145,6 @@ def calibrate(
         observe(prepared, sampling)
     prepared.sampling = sampling
     return prepared
-
-
-@outside_inference_mode
-@together("convert()")
-def convert(
-    prepared: Prepared,
-    *,
-    budget: object = None,
-    bits: BitPlan | None = None,
-    checkpoint: str | Path | None = None,
-    progress: bool = True,
-) -> Converted:
-    """The folded and quantized model that `prepared` and its calibration describe.
-
-    capture -> exact rewrites of layers -> temporal block measured and chosen -> tables -> quantized
-    layers (their bits chosen, under a budget) -> second-order rounding -> block reconstruction ->
-    rounds of it on what the quantized model visits -> output correction.
-    Deterministic for a seed on one machine.
-    budget: weight bits are chosen layer by layer, 2 to 8, for the best output SQNR within it: bytes
-    (a number, "900KiB"), a share of the bytes of `prepared` ("0.3x"), time of the planned layers in
-    one call of the example ("8ms"), a share of what they take in floating point ("0.5x time"; both
-    may leave layers in floating point), or several of these. Layers with an override keep its bits.
-    `Converted.bit_plan` has what was measured and chosen.
-    bits: such a plan, as it was or edited, in place of a budget.
-    checkpoint: a directory for finished layers and blocks, from which a later convert of the same
-    recipe, model and calibration takes them; it ends with the same bits.
-    Of processes of torch.distributed's group all call this, with the same arguments; they share the
-    work and end with the same model.
-    Warns (CoverageWarning), naming modules, where a substantial part of the weights stays in
-    floating point though the recipe asks for integers.
-    Raises CalibrationError where a layer that needs data saw none, ConfigError where nothing at all
-    can be quantized, where the directory
-    holds the checkpoint of another conversion, a plan is of another model, or a budget cannot be
-    met, naming the least that can.
-    """
-    if not isinstance(prepared, Prepared):
-        raise ConfigError(
-            f"convert() takes what prepare() returned, not a {type(prepared).__name__}"
-        )
-    if budget is not None and bits is not None:
-        raise ConfigError("convert() takes a budget or bits=, the plan to replay, not both")
-    if bits is not None and not isinstance(bits, BitPlan):
-        raise ConfigError(
-            f"bits must be a BitPlan, as Converted.bit_plan has it, not a {type(bits).__name__}"
-        )
-    if checkpoint is not None:
-        checkpoint = path_of(checkpoint, "checkpoint")
-    recipe, gm, spec = prepared.recipe, prepared.gm, prepared.recipe.reconstruction
-    check_sampling(prepared)
-    timesteps, visits = finite_set(prepared)
-    many = world() > 1
-    subject = fingerprint(prepared, timesteps, visits) if many or checkpoint is not None else {}
-    if many:
-        chosen = None if bits is None else repr(bits)
-        settings = {"budget": repr(budget), "bits": chosen, "checkpoint": checkpoint is not None}
-        agree("convert()", subject | settings)
-    kept = None if checkpoint is None else Checkpoint(checkpoint, subject)
-
-    def parts(group: str) -> Checkpoint | None:
-        return None if kept is None else kept.within(group)
-
-    block = temporal_block(gm)
-    sites, declined = find_sites(gm)
-    early = _before_the_sample(gm, sites)
-    plan = plan_sites(sites, recipe, early=early, overrides=prepared.overrides)
-    left = left_by_module(gm, sites)
-    quantized = any(layer.weights for layer in plan.values())
-    asked = quantized if plan else recipe.layers.weights is not None
-    if quantized:
-        # Only roundings are learnt; and torch 2.13 crashes in the backward of a channels-last
-        # GroupNorm whose weight wants a gradient and whose input wants none.
-        gm.requires_grad_(False)
-    learnt = quantized and (spec.rounding == "second-order" or spec.iters > 0)
-    rewriting = recipe.rewrites != RewriteSpec()
-    ranges = observed_ranges(prepared, sites, plan, timesteps)
-    corrected = recipe.correction != "none"
-    sampled = learnt or rewriting or recipe.attention or corrected or budget is not None
-    chunks = sample_chunks(prepared) if sampled or _profiled(plan, spec) else []
-    done: list[Rewrite] = []
-
-    def apply(rewrite: Rewrite) -> torch.fx.GraphModule:
-        done.append(rewrite)
-        return rewrite.gm
-
-    if rewriting:
-        rewritten = rewrite_layers(
-            gm,
-            recipe.rewrites,
-            plan=plan,
-            fixed=block.modules,
-            chunks=chunks,
-            seed=spec.seed,
-            progress=progress,
-        )
-        gm, plan = rewritten.gm.requires_grad_(False), rewritten.plan
-        done.extend(rewritten.passes)
-    if recipe.attention is not None:
-        gm = apply(decompose_attention(gm))
-    reference = gm
-    same = unchanged_sites(prepared.gm, gm)
-    specs = {name: acts for name, layer in plan.items() if (acts := layer.calibrated)}
-    profiled = [name for name in specs if name not in same or name in _profiled(plan, spec)]
-    if profiled:
-        ranges |= profiled_ranges(
-            gm,
-            {name: specs[name] for name in profiled},
-            timesteps=timesteps,
-            chunks=chunks,
-            seed=spec.seed,
-            progress=progress,
-        )
-    temporal = choose_temporal(
-        block,
-        config=recipe,
-        plan=plan,
-        ranges=ranges,
-        timesteps=timesteps,
-        visits=visits,
-        checkpoint=parts("temporal"),
-    )
-    done.extend(temporal.passes)
-    gm = apply(fold_pass(gm, timesteps=timesteps, only=temporal.tabled))
-    if temporal.cached:
-        gm = apply(quantize_tables(gm, bits=temporal.cached))
-    measured = None
-    if recipe.attention is not None:
-        measured = measure_products(
-            reference, chunks, spec=recipe.attention, timesteps=timesteps, seed=spec.seed
-        )
-
-    def quantize(gm: torch.fx.GraphModule) -> list[Rewrite]:
-        ready = temporal.layers
-        made = [quantize_layers(gm, plan=plan, ranges=ranges, timesteps=timesteps, ready=ready)]
-        if measured is not None:
-            assert recipe.attention is not None
-            spec = recipe.attention
-            made.append(
-                quantize_products(made[0].gm, measured=measured, spec=spec, timesteps=timesteps)
-            )
-        return made
-
-    if budget is not None:
-        bits = plan_bits(
-            quantize(gm)[-1].gm,
-            prepared=prepared,
-            reference=reference,
-            layers=plan,
-            fixed={*temporal.layers, *given_bits(plan, prepared.overrides)},
-            chunks=chunks,
-            timesteps=timesteps,
-            budget=budget,
-            checkpoint=parts("sensitivity"),
-            progress=progress,
-        )
-        bits = from_first(bits, "bits")  # times differ
-    if bits is not None:
-        plan = bits.layers(plan)
-    for made in quantize(gm):
-        gm = apply(made)
-    tag = "" if bits is None else f" {digest({n: s.chosen for n, s in bits.sites.items()})[:12]}"
-    # Without TIAR the temporal block is layers like any other.
-    skip = temporal.layers if recipe.temporal.tiar_iters else {}
-    if quantized and spec.rounding == "second-order":
-        gm = apply(
-            round_weights(
-                gm,
-                reference=reference,
-                chunks=chunks,
-                plan=plan,
-                spec=spec,
-                weights=sample_weights(prepared, chunks),
-                skip=skip,
-                checkpoint=parts(f"rounding{tag}"),
-                progress=progress,
-            )
-        )
-
-    def reconstruct(given: Prepared, iters: int, group: str) -> torch.fx.GraphModule:
-        chunks = sample_chunks(given)
-        return apply(
-            reconstruct_blocks(
-                gm,
-                reference=reference,
-                chunks=chunks,
-                spec=spec,
-                iters=iters,
-                weights=sample_weights(given, chunks),
-                skip=skip,
-                checkpoint=parts(f"{group}{tag}"),
-                progress=progress,
-            )
-        )
-
-    if quantized and spec.iters:
-        gm = reconstruct(prepared, spec.iters, "blocks")
-    for i in range(spec.rounds if quantized else 0):
-        gm = reconstruct(resampled(prepared, gm), spec.round_iters, f"round {i}")
-    record_shipped(temporal, block, gm, timesteps=timesteps, visits=visits)
-    own_modules(gm)  # so that it moves alone
-    gm.meta["timesteps"] = timesteps
-    if recipe.correction != "none" and (quantized or recipe.attention is not None):
-        errors = measure_errors(reference, gm, chunks, timesteps=timesteps)
-        gm = apply(correct_outputs(gm, errors=errors, kind=recipe.correction, timesteps=timesteps))
-    origin, watch = remember(
-        prepared, timesteps, calibrated=bool(ranges or chunks), sampled=bool(chunks)
-    )
-    folded = prepared.gm.meta["capture"]["folded"]
-    described = site_records(gm, plan, ranges)
-    left = still_there(gm, left)
-    if asked:
-        integers = sum(s["weights"] for s in described.values() if s["weight_bits"])
-        check_coverage(integers, left, declined)
-    record = {
-        "capture": gm.meta.pop("capture", {}),
-        "block": block.summary(),
-        "temporal": temporal.details,
-        "samples": {"used": sample_count(prepared, chunks), "asked": spec.samples},
-        "sites": described,
-        "products": product_records(gm),
-        "declined": [[d.site, d.reason] for d in declined],
-        "left_weights": sum(left.values()) + branch_weights(gm),
-        "parameters": parameter_record(gm, origin, prepared.source, folded),
-        "bits": None if bits is None else bits.to_dict(),
-        "passes": [pass_record(rewrite) for rewrite in done],
-        "float_bytes": prepared.nbytes(),
-        "removed": removed_layers(reference, gm),
-    }
-    return Converted(
-        gm,
-        prepared.call,
-        recipe=recipe,
-        record=record,
-        model_config=prepared.model_config,
-        origin=origin,
-        watch=watch,
-    )
 
 
 @outside_inference_mode
@@ -564,19 +298,3 @@ def _plain(config: Any) -> dict[str, Any] | None:
         except TypeError:
             continue
     return plain
-
-
-def _before_the_sample(gm: torch.fx.GraphModule, sites: list[Site]) -> set[str]:
-    """The sites whose results depend on the timestep and the conditions alone."""
-    times = binding_times(gm, gm.meta.get("conditions", ()))
-    return {s.name for s in sites if all(times[node] is not Binding.X for node in s.nodes)}
-
-
-def _profiled(plan: Mapping[str, LayerConfig], spec: ReconstructionSpec) -> set[str]:
-    """The sites whose ranges need more than the smallest and largest value of all calibration."""
-    return {
-        name
-        for name, layer in plan.items()
-        if (acts := layer.calibrated) is not None
-        and (acts.ranges != "minmax" or acts.timestep_groups or spec.sampling != "uniform")
-    }

@@ -17,7 +17,7 @@ from .inference import outside_inference_mode
 from .modules import Compiled, Converted, Prepared
 from .offload import check_offload
 from .recall import remember
-from .report import site_records
+from .records import ConversionRecord, site_records
 from .sites import find_sites, weights_left
 
 
@@ -78,24 +78,19 @@ def captured_only(prepared: Prepared) -> Converted:
     origin, watch = remember(prepared, None, calibrated=False, sampled=False)
     sites, declined = find_sites(gm)
     folded = gm.meta.get("capture", {}).get("folded", {})
-    record = {
-        "capture": gm.meta.pop("capture", {}),
-        "block": {"features": [], "modules": [], "shared": [], "declined": []},
-        "temporal": {},
-        "sites": site_records(gm, {}, {}),
-        "products": {},
-        "declined": [[d.site, d.reason] for d in declined],
-        "left_weights": weights_left(gm, sites),
-        "passes": [],
-        "float_bytes": prepared.nbytes(),
-        "removed": {},
-        "parameters": parameter_record(gm, origin, prepared.source, folded),
-    }
+    record = ConversionRecord(
+        capture=gm.meta.pop("capture", {}),
+        sites=site_records(gm, {}, {}),
+        declined=[[d.site, d.reason] for d in declined],
+        left_weights=weights_left(gm, sites),
+        parameters=parameter_record(gm, origin, prepared.source, folded),
+        float_bytes=prepared.nbytes(),
+    )
     return Converted(
         gm,
         prepared.call,
         recipe=prepared.recipe,
-        record=record,
+        record=record.to_dict(),
         model_config=prepared.model_config,
         origin=origin,
         watch=watch,

@@ -67,34 +67,47 @@ def resampled(prepared: Prepared, gm: torch.fx.GraphModule) -> Prepared:
     return result
 
 
-def observed_ranges(
-    prepared: Prepared, sites: list[Site], plan: Mapping[str, LayerConfig], timesteps: Tensor
-) -> dict[str, Ranges]:
-    """The input range of every site that calibration is to range, over the finite set."""
+def check_ranges(
+    prepared: Prepared, sites: Sequence[Site], plan: Mapping[str, LayerConfig]
+) -> dict[str, RangeObserver]:
+    """The observer of every site whose input range is to be calibrated.
+
+    Raises CalibrationError where one of them saw no data.
+    """
     wanted = [s.name for s in sites if plan[s.name].calibrated]
-    observers = {name: prepared.observed.get_submodule(observer_name(name)) for name in wanted}
-    empty = [n for n, o in observers.items() if isinstance(o, RangeObserver) and not o.seen]
+    modules = {name: prepared.observed.get_submodule(observer_name(name)) for name in wanted}
+    observers = {name: m for name, m in modules.items() if isinstance(m, RangeObserver)}
+    empty = [name for name, observer in observers.items() if not observer.seen]
     if empty:
         raise CalibrationError(
             f"convert() before any calibration: {len(empty)} of {len(wanted)} layers saw no data "
             f"({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}). "
             "Run tfmq_fx.calibrate(prepared, ...) first."
         )
-    return {
-        name: observer.ranges(timesteps)
-        for name, observer in observers.items()
-        if isinstance(observer, RangeObserver)
-    }
+    return observers
 
 
-def sample_chunks(prepared: Prepared) -> list[tuple[Tensor, ...]]:
-    """Calibration samples for rounding."""
-    spec = prepared.recipe.reconstruction
+def observed_ranges(
+    prepared: Prepared, sites: Sequence[Site], plan: Mapping[str, LayerConfig], timesteps: Tensor
+) -> dict[str, Ranges]:
+    """The input range of every site that calibration is to range, over the finite set."""
+    observers = check_ranges(prepared, sites, plan)
+    return {name: observer.ranges(timesteps) for name, observer in observers.items()}
+
+
+def check_samples(prepared: Prepared) -> None:
+    """Raise CalibrationError where calibration has kept no sample inputs."""
     if not len(prepared.cache):
         raise CalibrationError(
             "convert() before any calibration: rounding weights needs sample inputs. Run "
             "tfmq_fx.calibrate(prepared, ...) first, or use rounding='nearest' and iters=0."
         )
+
+
+def sample_chunks(prepared: Prepared) -> list[tuple[Tensor, ...]]:
+    """Calibration samples for rounding."""
+    check_samples(prepared)
+    spec = prepared.recipe.reconstruction
     return prepared.cache.chunks(
         spec.samples,
         batched=prepared.batched(),

@@ -61,6 +61,8 @@ class Origin:
     calibration; that may be gone all the same, with a save that left it out.
     scales: buffers of the graph over `timesteps`, where the model is over other ones by now.
     behaviour: of the source's modules when they were captured.
+    steps: names of the steps of the conversion, in order; () for the standard ones, as they were
+    before steps had names.
     """
 
     graph: str
@@ -78,6 +80,7 @@ class Origin:
     calibration: Calibration | None
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     behaviour: Behaviour = field(default_factory=dict)
+    steps: tuple[str, ...] = ()
 
     def captured(self, source: nn.Module) -> fx.GraphModule:
         """The captured graph on the weights of `source`, whose memory it shares.
@@ -142,6 +145,7 @@ class Origin:
             "merged": dict(self.merged),
             "calibrated": self.calibrated,
             "behaviour": portable(self.behaviour),
+            "steps": list(self.steps),
         }
         tensors = {_CONSTANT + name: value for name, value in self.constants.items()}
         tensors |= {_SCALES + name: value for name, value in self.scales.items()}
@@ -164,7 +168,7 @@ class Origin:
     ) -> Self:
         """What `to_parts` gave. Raises ArtifactError where it is damaged.  outputs: see
         `call_json.call_from_json`."""
-        keys(data, "origin", _FIELDS, "samples behaviour")
+        keys(data, "origin", _FIELDS, "samples behaviour steps")
         typed(data, "origin", graph=str, obstacle=str, visits=list, calibrated=bool, complex=list)
         typed(data, "origin", overrides=dict, fingerprints=dict, merged=dict, timesteps=list | None)
         typed(data, "origin", parameters=list, ties=list)
@@ -193,6 +197,7 @@ class Origin:
                 calibration=_calibration(data["samples"], tensors) if "samples" in data else None,
                 scales=_under(tensors, _SCALES),
                 behaviour=restored(data.get("behaviour", {}), "origin.behaviour"),
+                steps=_words(data.get("steps", []), "origin.steps"),
             )
         except ArtifactError:
             raise

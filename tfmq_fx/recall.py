@@ -70,12 +70,18 @@ def observed(
 
 
 def remember(
-    prepared: Prepared, timesteps: Tensor | None, *, calibrated: bool, sampled: bool
+    prepared: Prepared,
+    timesteps: Tensor | None,
+    *,
+    calibrated: bool,
+    sampled: bool,
+    steps: tuple[str, ...] = (),
 ) -> tuple[Origin, SourceWatch]:
     """What a conversion of `prepared` over `timesteps` (K,) was made from, and a watch over that.
     timesteps: None where there is no table.
 
     calibrated: whether it read calibration at all.  sampled: whether it read the samples, too.
+    steps: the names of its steps, in order.
     """
     spec, cache = prepared.recipe.reconstruction, prepared.cache
     calibration = None
@@ -98,6 +104,7 @@ def remember(
         calibrated=calibrated,
         calibration=calibration,
         behaviour=prepared.behaviour,
+        steps=steps,
         **described,
     )
     outside = Outside(prepared.unmerged.meta.get(OUTSIDE, {}))

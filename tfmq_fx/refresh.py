@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .api import convert
 from .arguments import check_module
 from .binding import captured_only
 from .bound import Bound
+from .convert import convert
 from .dataflow import temporal_block
 from .dialect import is_timestep_row
 from .errors import CalibrationError, ConfigError
@@ -28,8 +28,10 @@ from .passes.change_timesteps import change_timesteps
 from .passes.fold_weights import fold_weights
 from .passes.merge_duplicates import merge_duplicates
 from .recall import recall
-from .report import pass_record
+from .records import pass_record
 from .sources import shown
+from .step import Steps
+from .steps import STEPS
 from .tables import FEATURE, TABLE
 from .temporal import compute_rows
 from .timesteps import timestep_values
@@ -42,6 +44,7 @@ def refresh(
     source: nn.Module | None = None,
     *,
     timesteps: Any = None,
+    steps: Steps | None = None,
     progress: bool = True,
 ) -> Converted:
     """`model` made anew of the weights of `source`, or for other timesteps; `model` stays as it is.
@@ -54,8 +57,10 @@ def refresh(
     out, the set stays.  Tables are computed from `source`.  Scales and corrections were measured by
     calibration: they are interpolated between its timesteps, always from those, and `report` tells
     how many.  Without a source, all timesteps must have rows already, or nothing be tabled.
+    steps: the steps that `convert` was given; needed where some were your own.
 
-    Raises ConfigError where `source` is another model, CalibrationError where a loaded model was
+    Raises ConfigError where `source` is another model or a step of the conversion is not among
+    `steps`, CalibrationError where a loaded model was
     saved without the calibration that its weights need, StaleError where weights are to stay that
     have changed in the source.
     """
@@ -76,7 +81,7 @@ def refresh(
         if model.watch is not None:
             model.watch.check_contents()
     elif timesteps is None or not _is_made_from(made, origin, source):
-        made = _reconverted(made, origin, source, progress)
+        made = _reconverted(made, origin, source, steps, progress)
     if values is not None and origin.timesteps is not None:
         made = _retimed(made, values, source)
     if not isinstance(model, Bound):
@@ -131,7 +136,28 @@ def _is_made_from(made: Converted, origin: Origin, source: nn.Module) -> bool:
     return watched and not origin.changed(source)
 
 
-def _reconverted(made: Converted, origin: Origin, source: nn.Module, progress: bool) -> Converted:
+def _same_steps(origin: Origin, steps: Steps | None) -> Steps:
+    """The steps that made the model, looked up by name. Raises ConfigError where one is missing."""
+    known = STEPS if steps is None else steps
+    if not isinstance(known, Steps):
+        raise ConfigError(f"steps must be a tfmq_fx.Steps, not a {type(known).__name__}")
+    names = origin.steps or STEPS.names
+    if missing := [name for name in names if name not in known.names]:
+        raise ConfigError(
+            f"refresh() cannot find the step {missing[0]!r} that this model was converted with; "
+            "pass the steps that convert() was given: refresh(model, source, steps=...)"
+        )
+    if steps is not None and names != steps.names:
+        raise ConfigError(
+            f"this model was converted with the steps {', '.join(names)}; refresh() was given "
+            f"{', '.join(steps.names)}. Pass the same steps, or convert the source anew"
+        )
+    return Steps(*(known[known.position(name)] for name in names))
+
+
+def _reconverted(
+    made: Converted, origin: Origin, source: nn.Module, steps: Steps | None, progress: bool
+) -> Converted:
     """The conversion of `source` that gave `made`, over the timesteps that it was made for."""
     if origin.calibrated and origin.calibration is None:
         layers = [n for n, m in made.gm.named_modules() if isinstance(m, QuantLayer)]
@@ -149,7 +175,9 @@ def _reconverted(made: Converted, origin: Origin, source: nn.Module, progress: b
     if origin.timesteps is None:
         new = captured_only(prepared)
     else:
-        new = convert(prepared, bits=made.bit_plan, progress=progress)
+        new = convert(
+            prepared, bits=made.bit_plan, steps=_same_steps(origin, steps), progress=progress
+        )
     if (new.device, new.dtype) != (made.device, made.dtype):
         new.to(device=made.device, dtype=made.dtype)
     return new

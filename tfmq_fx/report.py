@@ -6,85 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
-
-from .activation import QuantActivation
 from .bit_plan import BitPlan
 from .bound import Bound
-from .config import LayerConfig
 from .errors import ConfigError
-from .graph import Rewrite
-from .kernels import keeps_integer_weights, obstacle
-from .lowrank import LowRank
 from .modules import Compiled, Converted
-from .nn import QuantLayer
-from .observers import Ranges
-from .sites import find_sites
-
-
-def pass_record(rewrite: Rewrite) -> dict[str, Any]:
-    """One pass: its name, what it changed and left alone, how long it took."""
-    return {
-        "name": rewrite.name,
-        "changed": rewrite.changed,
-        "seconds": round(rewrite.seconds, 3),
-        "declined": [[d.site, d.reason] for d in rewrite.declined],
-        "details": rewrite.details,
-    }
-
-
-def site_records(
-    gm: fx.GraphModule, plan: Mapping[str, LayerConfig], ranges: Mapping[str, Ranges]
-) -> dict[str, dict[str, Any]]:
-    """Every convolution and linear layer that is left in the graph, and what it became."""
-    records = {}
-    for site in find_sites(gm)[0]:
-        layer = site.layer
-        if isinstance(layer, QuantLayer):
-            seen = ranges.get(site.name)
-            records[site.name] = {
-                "kind": type(layer).__name__,
-                "weights": layer.weight_shape_numel(),
-                "weight_bits": layer.weight_bits,
-                "weight_format": layer.weight_format,
-                "weight_groups": layer.weight_groups,
-                "act_bits": layer.act_bits,
-                "act_format": layer.act_format if layer.act_bits else "float",
-                "reference_only": None if keeps_integer_weights(layer) else obstacle(layer),
-                "ranges": layer.range_kind(),
-                "interpolated": seen.interpolated if seen and layer.per_timestep else 0,
-                "bytes": sum(b.nbytes for b in layer.buffers()),
-            }
-        else:
-            records[site.name] = {
-                "kind": type(layer).__name__,
-                "weights": site.weights,
-                "weight_bits": None,
-                "weight_format": "float",
-                "weight_groups": 1,
-                "act_bits": None,
-                "act_format": "float",
-                "reference_only": None,
-                "ranges": "none",
-                "interpolated": 0,
-                "bytes": sum(p.nbytes for p in layer.parameters()),
-            }
-    return records
-
-
-def branch_weights(gm: fx.GraphModule) -> int:
-    """The number of 16-bit weights in low-rank branches."""
-    branches = [m for m in gm.modules() if isinstance(m, LowRank)]
-    return sum(p.numel() for branch in branches for p in branch.parameters())
-
-
-def product_records(gm: fx.GraphModule) -> dict[str, dict[str, Any]]:
-    """Every operand of attention's products that is rounded to integers: its bits and its grid."""
-    return {
-        name: {"bits": module.bits, "grid": module.grid}
-        for name, module in gm.named_modules()
-        if isinstance(module, QuantActivation)
-    }
 
 
 class Report:

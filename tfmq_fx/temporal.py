@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,28 +143,30 @@ def choose_temporal(
     return result
 
 
-def record_shipped(
+def final_details(
     choice: TemporalChoice,
     block: TemporalBlock,
     gm: fx.GraphModule,
     *,
     timesteps: Tensor,
     visits: Tensor,
-) -> None:
-    """Put into `choice.details` the errors of the features that stay in the block as `gm`, after
-    all passes, holds it; what they were weighed at stays among the candidates."""
+) -> dict[str, Any]:
+    """`choice.details` with the errors of the features that stay in the block as `gm`, after all
+    passes, holds it; what they were weighed at stays among the candidates."""
+    details = copy.deepcopy(choice.details)
     if choice.quantized is None or TIB not in choice.choice.values():
-        return
+        return details
     shipped = fx.GraphModule(choice.quantized, choice.quantized.graph)
     shipped.meta = dict(choice.quantized.meta)
     modules = dict(gm.named_modules())
     for path in choice.layers:
         if isinstance(module := modules.get(path), QuantLayer):
             shipped.set_submodule(path, module)
-    found = _errors(shipped, compute_rows(block.graph, timesteps), timesteps, visits)
-    for feature, error in zip(block.features, found, strict=True):
+    errors = _errors(shipped, compute_rows(block.graph, timesteps), timesteps, visits)
+    for feature, error in zip(block.features, errors, strict=True):
         if choice.choice[feature.name] == TIB:
-            choice.details["features"][feature.name]["error"] = error
+            details["features"][feature.name]["error"] = error
+    return details
 
 
 def _errors(
