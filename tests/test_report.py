@@ -14,7 +14,8 @@ from tests.toys import ToyUNet, seeded
 from tfmq_fx import ConfigError, LayerConfig, compile, convert, fold_timesteps, prepare, report
 from tfmq_fx.graph import Declined, Rewrite
 from tfmq_fx.nn import QuantLayer
-from tfmq_fx.report import Report, pass_record
+from tfmq_fx.records import pass_record
+from tfmq_fx.report import Report
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tfmq_fx.errors import ConfigError, InputError
 from tfmq_fx.modules import Converted
 from tfmq_fx.passes.correct_outputs import correct_outputs
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
-from tfmq_fx.report import pass_record
+from tfmq_fx.records import pass_record
 from tfmq_fx.schedulers import correct_scheduler
 
 diffusers = pytest.importorskip("diffusers")

@@ -38,14 +38,13 @@ def finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:
     return given, visits if bool(visits.sum() > 0) else torch.ones(len(given), dtype=torch.float32)
 
 
-def check_sampling(prepared: Prepared) -> None:
-    """Raise CalibrationError where the recipe samples again and calibration cannot be repeated."""
-    rounds = prepared.recipe.reconstruction.rounds
-    if rounds and (prepared.sampling is None or not prepared.sampling.repeatable):
+def check_sampling(prepared: Prepared, step: str) -> None:
+    """Raise CalibrationError unless calibration can be repeated with another model, for `step`."""
+    if prepared.sampling is None or not prepared.sampling.repeatable:
         raise CalibrationError(
-            f"recipe {prepared.recipe.name!r} samples again with the quantized model "
-            f"({rounds} rounds), which inputs given as an iterable cannot do. "
-            "Calibrate with a pipeline or a (scheduler, shape) pair."
+            f"recipe {prepared.recipe.name!r}, step {step!r}: it samples again with the quantized "
+            f"model ({prepared.recipe.reconstruction.rounds} rounds), which inputs given as an "
+            "iterable cannot do. Calibrate with a pipeline or a (scheduler, shape) pair."
         )
 
 

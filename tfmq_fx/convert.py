@@ -12,7 +12,7 @@ from torch import fx
 
 from .arguments import path_of
 from .bit_plan import BitPlan
-from .calibration import check_sampling, fingerprint, finite_set
+from .calibration import fingerprint, finite_set
 from .checkpoint import Checkpoint
 from .coverage import check_coverage, parameter_record
 from .dataflow import Binding, binding_times
@@ -105,7 +105,6 @@ def start(
     """
     if checkpoint is not None:
         checkpoint = path_of(checkpoint, "checkpoint")
-    check_sampling(prepared)
     timesteps, visits = finite_set(prepared)
     subject: dict[str, Any] = {}
     if world() > 1 or checkpoint is not None:

@@ -42,6 +42,7 @@ class Report:
                 "",
                 *self._sites(),
                 "",
+                *self._steps(),
                 *self._passes(),
             ]
         )
@@ -143,6 +144,14 @@ class Report:
                 f"  {name}: product operand, {p['bits']} bits, {p['grid']}; reference only"
             )
         return lines
+
+    def _steps(self) -> list[str]:
+        lines = ["steps:"]
+        for step in self.data.get("steps", []):
+            done = f"{step['seconds']:.1f} s, {step['guarantee']}"
+            left = f"left out, {step['skipped']}"
+            lines.append(f"  {step['name']}: {left if step['skipped'] else done}")
+        return lines if len(lines) > 1 else []
 
     def _passes(self) -> list[str]:
         lines = ["passes:"]

@@ -184,9 +184,10 @@ class Steps(tuple[Step, ...]):
                 f"the steps end with a {stage.value} graph, where a converted model's is "
                 "quantized; keep the step 'quantize_layers'"
             )
+        for step in active:
+            if Need.RESAMPLING in step.needs:
+                check_sampling(job.prepared, step.name)
         needs = {need for step in active for need in step.needs}
-        if Need.RESAMPLING in needs:
-            check_sampling(job.prepared)
         if Need.RANGES in needs:
             check_ranges(job.prepared, job.sites, job.plan)
         if Need.SAMPLES in needs:

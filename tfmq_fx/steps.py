@@ -33,8 +33,8 @@ from .temporal import choose_temporal
 
 
 def rewrite_layers(job: Job) -> Job:
-    """Rewrite layers exactly so that they quantize better: split at concatenations, scaled,
-    rotated, or with a low-rank branch."""
+    """Rewrite layers so that they quantize better: split at concatenations (Q-Diffusion), scaled
+    (TCAQ-DM's TCR, SmoothQuant), rotated (QuaRot, ConvRot), with a low-rank branch (SVDQuant)."""
     block = job.temporal_block()
     rewritten = rewrite_planned_layers(
         job.gm,
@@ -120,8 +120,8 @@ def measure_products(job: Job) -> Job:
 
 
 def choose_temporal_forms(job: Job) -> Job:
-    """Choose for each temporal feature exact rows, cached rows or the block after TIAR, by error
-    and bytes."""
+    """Choose for each temporal feature exact rows, int8 or int4 rows, or its layers quantized by
+    TIAR, by measured error under a byte budget."""
     block = job.temporal_block()
     chosen = choose_temporal(
         block,
@@ -178,8 +178,8 @@ def _no_budget(job: Job) -> str | None:
 
 
 def quantize_layers(job: Job) -> Job:
-    """Give convolutions and linear layers integer weights and inputs, with a range for each
-    timestep."""
+    """Give convolutions and linear layers integer weights and inputs, with an input range for each
+    timestep (FSC), group of timesteps, or call."""
     plan = job.plan if job.bits is None else job.bits.layers(dict(job.plan))
     quantized = quantize_layers_pass(
         job.gm,
@@ -202,7 +202,8 @@ def quantize_products(job: Job) -> Job:
 
 
 def round_weights(job: Job) -> Job:
-    """Round weights to second order on the inputs that each layer really gets."""
+    """Round weights to second order (GPTQ) on the inputs that each layer really gets, in execution
+    order."""
     return job.applied(
         round_weights_pass(
             job.gm,
@@ -226,7 +227,8 @@ def _no_second_order(job: Job) -> str | None:
 
 
 def reconstruct_blocks(job: Job) -> Job:
-    """Learn the rounding of each block so that its output is the full-precision one."""
+    """Learn the rounding of each block (BRECQ, AdaRound) so that its output is the full-precision
+    one."""
     return _reconstructed(job, job.recipe.reconstruction.iters, "reconstruct_blocks")
 
 
@@ -253,7 +255,8 @@ def _not_learnt(job: Job) -> str | None:
 
 
 def resample_and_reconstruct(job: Job) -> Job:
-    """Sample again with the quantized model, and learn the rounding of each block on that."""
+    """Sample again with the quantized model (TCAQ-DM's PAR), and learn the rounding of each block
+    on that."""
     spec, samples = job.recipe.reconstruction, job.samples
     for i in range(spec.rounds):
         visited = Samples(resampled(job.prepared, job.gm))
@@ -269,7 +272,7 @@ def _not_resampled(job: Job) -> str | None:
 
 
 def correct_outputs(job: Job) -> Job:
-    """Subtract the mean error of the output at each timestep, where that helps on held-out
+    """Subtract the mean error of the output at each timestep (PTQD), where that helps on held-out
     samples."""
     errors = measure_errors(job.reference, job.gm, job.samples.chunks, timesteps=job.timesteps)
     kind = job.recipe.correction

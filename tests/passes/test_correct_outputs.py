@@ -24,7 +24,7 @@ from tfmq_fx.modules import Converted
 from tfmq_fx.passes.correct_outputs import CORRECTION, correct_outputs
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 from tfmq_fx.passes.quantize_layers import quantize_layers
-from tfmq_fx.report import pass_record
+from tfmq_fx.records import pass_record
 from tfmq_fx.sites import find_sites
 
 W2 = LayerConfig(weights=WeightSpec(bits=2, search=1))
