@@ -18,7 +18,7 @@ from .nn import QuantLayer
 from .observers import Ranges
 from .sites import find_sites
 
-_NO_BLOCK = {"features": [], "modules": [], "shared": [], "declined": []}
+_NO_BLOCK: dict[str, list[Any]] = {"features": [], "modules": [], "shared": [], "declined": []}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

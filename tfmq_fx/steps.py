@@ -6,6 +6,7 @@ needs and promises; `print(tfmq_fx.STEPS)` shows that as a table.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 from .calibration import observed_ranges, resampled
@@ -288,62 +289,56 @@ def _not_corrected(job: Job) -> str | None:
     return None if changed else "nothing is quantized"
 
 
-_CAPTURED = {"takes": Stage.CAPTURED, "gives": Stage.CAPTURED}
-_FOLDED = {"takes": Stage.FOLDED, "gives": Stage.FOLDED}
-_QUANTIZED = {"takes": Stage.QUANTIZED, "gives": Stage.QUANTIZED}
+_captured = functools.partial(Step, takes=Stage.CAPTURED, gives=Stage.CAPTURED)
+_folded = functools.partial(Step, takes=Stage.FOLDED, gives=Stage.FOLDED)
+_quantized = functools.partial(Step, takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
 _SAMPLES = frozenset({Need.SAMPLES})
 
 STEPS = Steps(
-    Step(
+    _captured(
         name="rewrite_layers",
         run=rewrite_layers,
         skip=_no_rewrites,
         needs=_SAMPLES,
         guarantee=Guarantee.REASSOCIATION,
         cost="a pass over the samples for each rewrite",
-        **_CAPTURED,
     ),
-    Step(
+    _captured(
         name="decompose_attention",
         run=decompose_attention,
         skip=_no_attention,
         guarantee=Guarantee.REASSOCIATION,
         cost="seconds",
-        **_CAPTURED,
     ),
-    Step(
+    _captured(
         name="measure_ranges",
         run=measure_ranges,
         skip=_nothing_ranged,
         needs=frozenset({Need.RANGES}),
         guarantee=Guarantee.UNCHANGED,
         cost="seconds",
-        **_CAPTURED,
     ),
-    Step(
+    _captured(
         name="profile_ranges",
         run=profile_ranges,
         skip=_nothing_profiled,
         needs=_SAMPLES,
         guarantee=Guarantee.UNCHANGED,
         cost="a pass over the samples",
-        **_CAPTURED,
     ),
-    Step(
+    _captured(
         name="measure_products",
         run=measure_products,
         skip=_no_attention,
         needs=_SAMPLES,
         guarantee=Guarantee.UNCHANGED,
         cost="a pass over the samples",
-        **_CAPTURED,
     ),
-    Step(
+    _captured(
         name="choose_temporal_forms",
         run=choose_temporal_forms,
         guarantee=Guarantee.UNCHANGED,
         cost="seconds, or tiar_iters steps of learning",
-        **_CAPTURED,
     ),
     Step(
         name="fold_timesteps",
@@ -353,22 +348,20 @@ STEPS = Steps(
         guarantee=Guarantee.BIT_EXACT,
         cost="seconds",
     ),
-    Step(
+    _folded(
         name="quantize_tables",
         run=quantize_tables,
         skip=_nothing_cached,
         guarantee=Guarantee.MEASURED,
         cost="seconds",
-        **_FOLDED,
     ),
-    Step(
+    _folded(
         name="plan_bits",
         run=plan_bits,
         skip=_no_budget,
         needs=_SAMPLES,
         guarantee=Guarantee.UNCHANGED,
         cost="layers x bit widths, each a pass over the samples",
-        **_FOLDED,
     ),
     Step(
         name="quantize_layers",
@@ -378,48 +371,43 @@ STEPS = Steps(
         guarantee=Guarantee.MEASURED,
         cost="seconds",
     ),
-    Step(
+    _quantized(
         name="quantize_products",
         run=quantize_products,
         skip=_no_attention,
         guarantee=Guarantee.MEASURED,
         cost="seconds",
-        **_QUANTIZED,
     ),
-    Step(
+    _quantized(
         name="round_weights",
         run=round_weights,
         skip=_no_second_order,
         needs=_SAMPLES,
         guarantee=Guarantee.MEASURED,
         cost="two passes over the samples, and a factorization for each layer",
-        **_QUANTIZED,
     ),
-    Step(
+    _quantized(
         name="reconstruct_blocks",
         run=reconstruct_blocks,
         skip=_not_learnt,
         needs=_SAMPLES,
         guarantee=Guarantee.MEASURED,
         cost="blocks x iters steps of learning",
-        **_QUANTIZED,
     ),
-    Step(
+    _quantized(
         name="resample_and_reconstruct",
         run=resample_and_reconstruct,
         skip=_not_resampled,
         needs=frozenset({Need.SAMPLES, Need.RESAMPLING}),
         guarantee=Guarantee.MEASURED,
         cost="rounds x (a calibration, and blocks x round_iters steps of learning)",
-        **_QUANTIZED,
     ),
-    Step(
+    _quantized(
         name="correct_outputs",
         run=correct_outputs,
         skip=_not_corrected,
         needs=_SAMPLES,
         guarantee=Guarantee.MEASURED,
         cost="two passes over the samples",
-        **_QUANTIZED,
     ),
 )
