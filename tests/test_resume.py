@@ -63,7 +63,7 @@ def made(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("group, count", [("rounding", 3), ("blocks", 2)])
+@pytest.mark.parametrize("group, count", [("round_weights", 3), ("reconstruct_blocks", 2)])
 def test_a_killed_conversion_goes_on_and_ends_with_the_same_bits(
     tmp_path, uninterrupted, made, group, count
 ):

@@ -42,9 +42,9 @@ def check_sampling(prepared: Prepared, step: str) -> None:
     """Raise CalibrationError unless calibration can be repeated with another model, for `step`."""
     if prepared.sampling is None or not prepared.sampling.repeatable:
         raise CalibrationError(
-            f"recipe {prepared.recipe.name!r}, step {step!r}: it samples again with the quantized "
-            f"model ({prepared.recipe.reconstruction.rounds} rounds), which inputs given as an "
-            "iterable cannot do. Calibrate with a pipeline or a (scheduler, shape) pair."
+            f"recipe {prepared.recipe.name!r} samples again with the quantized model (step "
+            f"{step!r}), which inputs given as an iterable cannot do. Calibrate with a pipeline or "
+            "a (scheduler, shape) pair."
         )
 
 
