@@ -134,7 +134,7 @@ def save_all(folder: Path) -> None:
 
 
 def digests(model: nn.Module) -> dict[str, str]:
-    """The start of the SHA-256 of each tensor of a converted model's graph: dtype, shape and bytes."""
+    """The start of the SHA-256 of each tensor of a model's graph: dtype, shape and bytes."""
     found = {}
     for name, value in sorted(tensors_of(model.gm).items()):
         content = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()

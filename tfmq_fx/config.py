@@ -466,7 +466,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-_NESTED: dict[str, type] = {
+NESTED: dict[str, type] = {
     "weights": WeightSpec,
     "activations": ActivationSpec,
     "layers": LayerConfig,
@@ -477,6 +477,7 @@ _NESTED: dict[str, type] = {
     "temporal": TemporalSpec,
     "reconstruction": ReconstructionSpec,
 }
+"""Fields whose value is a configuration of its own, and of which kind."""
 
 
 def from_dict(data: Any, kind: type = Config) -> Any:
@@ -488,7 +489,7 @@ def from_dict(data: Any, kind: type = Config) -> Any:
     if unknown := sorted(map(str, set(data) - set(hints))):
         raise ConfigError(f"{kind.__name__}: unknown keys {unknown}; known are {sorted(hints)}")
     values = {
-        key: from_dict(value, _NESTED[key]) if isinstance(value, dict) and key in _NESTED else value
+        key: from_dict(value, NESTED[key]) if isinstance(value, dict) and key in NESTED else value
         for key, value in data.items()
     }
     for key, value in values.items():
