@@ -317,7 +317,8 @@ class ReconstructionSpec:
     of half the set (PTQ4DM).
     samples: calibration samples used at most.
     cache: bytes of sample inputs that calibration keeps.
-    memory: bytes of activations held in memory between steps; what is more waits on disk.
+    memory: bytes of activations held in memory between steps; what is more waits on disk. A model
+    that writes to activations in place has all of them held in memory.
     batch_size: samples per step of AdaRound and per forward of a block.
     learning_rate: of AdaRound, here and in TIAR.  regularization: weight of its rounding term
     against an error that starts at 1.
