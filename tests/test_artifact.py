@@ -111,7 +111,7 @@ def test_the_directory_holds_two_readable_files(net, tmp_path):
     assert len({stat.S_IMODE(found.st_mode) for found in files.values()}) == 1
     assert saved_bytes(tmp_path / "deep" / "model") == sum(f.st_size for f in files.values())
     document = json.loads((tmp_path / "deep" / "model" / GRAPH_FILE).read_text())
-    assert document["format_version"] == 4 and document["torch"] == torch.__version__
+    assert document["format_version"] == 5 and document["torch"] == torch.__version__
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
 
 
@@ -262,13 +262,13 @@ def test_json_that_is_not_text_is_refused(saved):
 
 
 def test_versions_and_keys_are_checked(saved):
-    edit(saved, lambda d: d.update(format_version=5, novelty=1))
-    with pytest.raises(ArtifactError, match=r"format_version 5, .* reads up to 4; install a newer"):
+    edit(saved, lambda d: d.update(format_version=6, novelty=1))
+    with pytest.raises(ArtifactError, match=r"format_version 6, .* reads up to 5; install a newer"):
         load(saved)
     edit(saved, lambda d: d.update(format_version="1"))
     with pytest.raises(ArtifactError, match="format_version '1' is not a version number"):
         load(saved)
-    edit(saved, lambda d: d.update(format_version=4))
+    edit(saved, lambda d: d.update(format_version=5))
     with pytest.raises(ArtifactError, match=r"unknown keys \['novelty'\]"):
         load(saved)
     edit(saved, lambda d: (d.pop("novelty"), d.pop("config")))

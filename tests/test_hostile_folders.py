@@ -79,7 +79,7 @@ def test_space_that_means_nothing_counts(folder):
 
 def test_a_sealed_folder_does_not_pass_for_an_earlier_one(folder):
     path = folder / GRAPH_FILE
-    path.write_text(path.read_text().replace('"format_version":4', '"format_version":3'))
+    path.write_text(path.read_text().replace('"format_version":5', '"format_version":3'))
     with pytest.raises(ArtifactError, match=r"unknown keys .'sha256'"):
         tfmq_fx.load(folder)
 
@@ -185,11 +185,11 @@ for _ in range(12):
     tower = f"({tower})**16"
 HUGE = [
     ("modules", lambda g: {"class": "torch.nn.modules.transformer.Transformer", "arguments": {}}),
-    ("modules", lambda g: {"class": "tfmq_fx.lowrank.LowRank", "spec": {
+    ("modules", lambda g: {"class": "LowRank", "spec": {
         "rank": 1 << 20, "in_channels": 1 << 20, "out_channels": 1 << 20}}),
-    ("modules", lambda g: {"class": "tfmq_fx.tables.QuantTimestepTable", "spec": {
+    ("modules", lambda g: {"class": "QuantTimestepTable", "spec": {
         "rows": 1, "widths": [1 << 36], "bits": 8, "integer_keys": True}}),
-    ("modules", lambda g: {"class": "tfmq_fx.nn.QuantLinear", "spec": {
+    ("modules", lambda g: {"class": "QuantLinear", "spec": {
         "weight_shape": [1 << 18, 1 << 18], "weight_bits": 8, "act_bits": None,
         "per_timestep": False, "bias": True}}),
     ("tensors", lambda g: {"shape": [1 << 36], "dtype": "float32", "parameter": False,
@@ -271,7 +271,7 @@ def test_tensors_that_no_file_fills_are_an_error(bases, tmp_path):
 
 
 WRITES = [
-    ("tfmq_fx.effects.inplace_", lambda x, y: [x, "zero_"]),
+    ("inplace_", lambda x, y: [x, "zero_"]),
     ("torch.relu_", lambda x, y: [x]),
     ("torch.ops.aten.copy_.default", lambda x, y: [x, 0.5]),
     ("torch.nn.functional.embedding", lambda x, y: [{"node": "t"}, y, None, 1e-3]),

@@ -11,7 +11,7 @@ import torch
 
 from tfmq_fx.files import write_whole
 from tfmq_fx.leftovers import file_beside, folder_beside, folder_of
-from tfmq_fx.spill import Opened, Spill
+from tfmq_fx.spill import Spill
 
 pytest.importorskip("fcntl", reason="this system has no such locks")
 
@@ -128,8 +128,8 @@ def test_names_and_pages_are_gone_with_their_owner(tmp_path, monkeypatch):
     (tmp_path / f"tfmq_fx-spill-{'b' * 16}").mkdir()
     with Spill(0) as spill:
         value = torch.arange(5.0)
-        packed = spill.pack(value, Opened())
+        packed = spill.pack(value)
         (folder,) = tmp_path.iterdir()
         assert folder.name.startswith("tfmq_fx-spill-") and not folder.name.endswith("b" * 16)
-        assert torch.equal(spill.unpack(packed, Opened()), value)
+        assert torch.equal(spill.unpack(packed), value)
     assert names(tmp_path) == []

@@ -24,12 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import ops as _registered  # noqa: F401 - torch.ops.tfmq_fx exists once it is imported
-from .activation import QuantActivation
-from .effects import PURE_FORMS, inplace_, setitem_
+from .effects import PURE_FORMS, inplace_
 from .errors import ArtifactError
-from .lowrank import LowRank
-from .nn import QUANTIZED
-from .tables import QuantTimestepTable
+from .saved_names import FUNCTIONS, MODULES
 
 
 def _words(text: str) -> frozenset[str]:
@@ -179,7 +176,7 @@ def _functions() -> dict[str, Any]:
             native = isinstance(value, types.BuiltinFunctionType)
             if native and not name.startswith("_") and not is_refused(name):
                 table.setdefault(f"{space.__name__}.{name}", value)
-    return table | {f"tfmq_fx.effects.{f.__name__}": f for f in (inplace_, setitem_)}
+    return table | dict(FUNCTIONS)
 
 
 @functools.cache
@@ -192,14 +189,13 @@ def _function_names() -> dict[tuple[Any, str], str]:
 @functools.cache
 def _modules() -> dict[str, type[nn.Module]]:
     """Every module class that a graph may hold, by name."""
-    found: list[type[nn.Module]] = [*QUANTIZED.values(), QuantTimestepTable, QuantActivation]
-    found.append(LowRank)
+    found: list[type[nn.Module]] = []
     for kind in vars(nn).values():
         if not isinstance(kind, type) or not issubclass(kind, nn.Module):
             continue
         if _TORCH_NN.fullmatch(kind.__module__) and not _NN_REFUSED.search(kind.__name__):
             found.append(kind)
-    return {f"{kind.__module__}.{kind.__qualname__}": kind for kind in found}
+    return {f"{kind.__module__}.{kind.__qualname__}": kind for kind in found} | dict(MODULES)
 
 
 def module_class(name: Any, where: str) -> type[nn.Module]:

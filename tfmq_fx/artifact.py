@@ -33,12 +33,14 @@ from .errors import ArtifactError, TfmqError
 from .graph_json import from_json, to_json
 from .leftovers import folder_beside
 from .module_json import owner_of, tensors_of
+from .older_formats import upgrade, upgrade_origin
 from .plain_json import dtype_named, keys, typed
 from .reading import JSON_BYTES, check_depth, open_regular, parse_json, read_json
 from .strides import laid_out
 
-# 1: without origin; 2: weights of 3, 5, 6 and 7 bits took a byte each; 3: no SHA-256 of the JSON
-FORMAT_VERSION = 4
+# 1: without origin; 2: weights of 3, 5, 6 and 7 bits took a byte each; 3: no SHA-256 of the JSON;
+# 4: our classes by the modules that they lay in (see `older_formats`)
+FORMAT_VERSION = 5
 GRAPH_FILE = "tfmq_fx.json"
 TENSORS_FILE = "model.safetensors"
 ORIGIN_FILE = "origin.json"
@@ -187,7 +189,10 @@ def _read_origin(
     with _checked(place / ORIGIN_FILE, files[ORIGIN_FILE]):
         data = _restored(read_json(place / ORIGIN_FILE), str(place / ORIGIN_FILE))
     with _checked(place / ORIGIN_TENSORS, files[ORIGIN_TENSORS]):
-        return data, _read_tensors(place / ORIGIN_TENSORS)
+        tensors = _read_tensors(place / ORIGIN_TENSORS)
+    if document["format_version"] < 5:
+        upgrade_origin(data)
+    return data, tensors
 
 
 def _check_listed(place: Path, document: dict[str, Any]) -> None:
@@ -268,7 +273,10 @@ def _read_document(place: Path) -> dict[str, Any]:
     if version > 3:
         _check_seal(path, content)
     known = _KEYS + (" sha256" if version > 3 else "")
-    return keys(document, str(path), known, "origin" if version > 1 else "")
+    keys(document, str(path), known, "origin" if version > 1 else "")
+    if version < 5:
+        upgrade(document)
+    return document
 
 
 def _check_seal(path: Path, content: bytes) -> None:

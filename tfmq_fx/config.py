@@ -317,7 +317,8 @@ class ReconstructionSpec:
     of half the set (PTQ4DM).
     samples: calibration samples used at most.
     cache: bytes of sample inputs that calibration keeps.
-    memory: bytes of activations held in memory between steps; what is more waits on disk.
+    memory: bytes of activations held in memory between steps; what is more waits on disk. A model
+    that writes to activations in place has all of them held in memory.
     batch_size: samples per step of AdaRound and per forward of a block.
     learning_rate: of AdaRound, here and in TIAR.  regularization: weight of its rounding term
     against an error that starts at 1.
@@ -466,7 +467,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-_NESTED: dict[str, type] = {
+NESTED: dict[str, type] = {
     "weights": WeightSpec,
     "activations": ActivationSpec,
     "layers": LayerConfig,
@@ -477,6 +478,7 @@ _NESTED: dict[str, type] = {
     "temporal": TemporalSpec,
     "reconstruction": ReconstructionSpec,
 }
+"""Fields whose value is a configuration of its own, and of which kind."""
 
 
 def from_dict(data: Any, kind: type = Config) -> Any:
@@ -488,7 +490,7 @@ def from_dict(data: Any, kind: type = Config) -> Any:
     if unknown := sorted(map(str, set(data) - set(hints))):
         raise ConfigError(f"{kind.__name__}: unknown keys {unknown}; known are {sorted(hints)}")
     values = {
-        key: from_dict(value, _NESTED[key]) if isinstance(value, dict) and key in _NESTED else value
+        key: from_dict(value, NESTED[key]) if isinstance(value, dict) and key in NESTED else value
         for key, value in data.items()
     }
     for key, value in values.items():

@@ -28,6 +28,7 @@ from .module_json import (
     tensors_of,
 )
 from .plain_json import decode, dtype_name, dtype_named, encode, keys, typed
+from .saved_names import class_name
 from .symbols import SymbolReader, SymbolWriter
 from .tables import FEATURE
 
@@ -135,7 +136,7 @@ class _Stacks:
     def index(self, stack: Mapping[str, Any]) -> int:
         """Position of a "nn_module_stack" in the table."""
         entry = [
-            [path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}", key]
+            [path, kind if isinstance(kind, str) else class_name(kind), key]
             for key, (path, kind) in stack.items()
         ]
         position = self._position.setdefault(repr(entry), len(self.table))

@@ -22,6 +22,7 @@ from .allowlist import check_path, module_class
 from .errors import ArtifactError
 from .overrides import has_hooks, replaced_methods
 from .plain_json import decode, dtype_name, dtype_named, encode, keys, typed
+from .saved_names import class_name, is_own
 from .strides import can_lay_out, kept_strides
 from .tables import QuantTimestepTable
 
@@ -214,7 +215,7 @@ def _check_held(
         raise ArtifactError(
             f"{where}: its module has no such tensor of {tuple(tensor.shape)}, but of {found}"
         )
-    if _is_own(type(owner)):
+    if is_own(type(owner)):
         kinds = [t.dtype if not t.is_floating_point() else "float" for t in (held, tensor)]
         if kinds[0] != kinds[1] or not entry.get("persistent", True):
             raise ArtifactError(f"{where}: its module has {held.dtype} there, not {tensor.dtype}")
@@ -238,7 +239,7 @@ def _module_json(module: nn.Module, where: str) -> dict[str, Any]:
             raise ArtifactError(
                 f"{place}: a module with hooks cannot be saved; take them off before prepare()"
             )
-    if _is_own(made):
+    if is_own(made):
         spec: Any = module.spec()  # type: ignore[operator]
         try:
             text = json.dumps(spec, allow_nan=False)
@@ -263,7 +264,7 @@ def _build(entry: Any, where: str) -> nn.Module:
     random state is left alone."""
     keys(entry, where, "class", "arguments spec")
     made = module_class(entry["class"], where)
-    if _is_own(made):
+    if is_own(made):
         spec = keys(entry, where, "class spec")["spec"]
         _check_spec(spec, f"{where}.spec")
         with _damaged(f"{where}.spec"), torch.device("meta"):
@@ -333,16 +334,12 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     for name, value in module.named_buffers(remove_duplicate=False):
         owner, leaf = owner_of(module, name)
-        if leaf not in owner._non_persistent_buffers_set or not _is_own(type(owner)):
+        if leaf not in owner._non_persistent_buffers_set or not is_own(type(owner)):
             yield name, value
 
 
-def _is_own(made: type[nn.Module]) -> bool:
-    return made.__module__.startswith("tfmq_fx.")
-
-
 def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    return class_name(type(module))
 
 
 def _child(module: nn.Module, path: str) -> nn.Module:

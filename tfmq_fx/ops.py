@@ -240,10 +240,13 @@ def writers(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
 def writes_in_place(gm: fx.GraphModule) -> bool:
     """Whether any node may write to memory that it did not make; some that do, do not say so:
     norms to running statistics, embeddings with `max_norm` to the weight."""
-    return any(
-        op_name(node) in ("batch_norm", "instance_norm", "embedding") or _written_nodes(gm, node)
-        for node in gm.graph.nodes
-    )
+    silent = ("batch_norm", "instance_norm", "embedding")
+    return writes_to_values(gm) or any(op_name(node) in silent for node in gm.graph.nodes)
+
+
+def writes_to_values(gm: fx.GraphModule) -> bool:
+    """Whether any node writes to the value of another one."""
+    return any(_written_nodes(gm, node) for node in gm.graph.nodes)
 
 
 def _written(gm: fx.GraphModule, node: fx.Node) -> list[Any]:

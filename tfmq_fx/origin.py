@@ -23,6 +23,7 @@ from .outside import BAKED, OUTSIDE, adopted
 from .pipelines import SamplingPass
 from .plain_json import keys, typed
 from .reading import parse_json
+from .saved_names import MODULES
 from .signature import CallSpec
 from .sources import UnfusedAdapter, check_same_model, fill, shown, tensor_at, ties
 
@@ -267,7 +268,7 @@ def _words(values: list[Any], where: str) -> tuple[str, ...]:
 
 
 def _is_own(entry: Any) -> bool:
-    return "class" in entry and str(entry["class"]).startswith("tfmq_fx.")
+    return "class" in entry and str(entry["class"]) in MODULES
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

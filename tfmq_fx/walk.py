@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .spill import Opened, Spill
+from .ops import writes_to_values
+from .spill import Spill
 
 
 class Held(Sequence[Any]):
@@ -27,14 +28,15 @@ class Held(Sequence[Any]):
         return len(self.packed)
 
     def __getitem__(self, chunk: Any) -> Any:
-        return self._spill.unpack(self.packed[chunk], Opened())
+        return self._spill.unpack(self.packed[chunk])
 
 
 class Walk:
     """Lazy execution of `gm` over chunks of inputs.
 
     chunks: for each chunk the placeholder values in order.  spill: where values wait; in memory by
-    default.  Modules are looked up when their node runs, so a layer replaced before the walk
+    default, and always in memory where the graph writes to its values in place, as they may share
+    it.  Modules are looked up when their node runs, so a layer replaced before the walk
     reaches it is the one that runs.
     """
 
@@ -43,7 +45,7 @@ class Walk:
     ) -> None:
         self.gm, self.chunks = gm, chunks
         self.values: dict[fx.Node, Held] = {}
-        self._spill = Spill() if spill is None else spill
+        self._spill = Spill() if spill is None or writes_to_values(gm) else spill
         tensors = [x for chunk in chunks for x in chunk if isinstance(x, Tensor)]
         self._pinned = {x.untyped_storage().data_ptr() for x in tensors}
         self._nodes: list[fx.Node] = list(gm.graph.nodes)
@@ -91,10 +93,9 @@ class Walk:
 
     def arguments(self, node: fx.Node, chunk: int) -> tuple[Any, dict[str, Any]]:
         """The call arguments of `node` for one chunk."""
-        opened = Opened()
 
         def value(used: fx.Node) -> Any:
-            return self._spill.unpack(self.values[used].packed[chunk], opened)
+            return self.values[used][chunk]
 
         return fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
 
@@ -126,11 +127,11 @@ class Walk:
     def _run_chunk(
         self, nodes: Sequence[fx.Node], chunk: int, made: Mapping[fx.Node, Held]
     ) -> None:
-        opened, values = Opened(), dict[fx.Node, Any]()
+        values = dict[fx.Node, Any]()
 
         def value(used: fx.Node) -> Any:
             if used not in values:
-                values[used] = self._spill.unpack(self.values[used].packed[chunk], opened)
+                values[used] = self.values[used][chunk]
             return values[used]
 
         for position, node in enumerate(nodes, self._position):
@@ -139,8 +140,7 @@ class Walk:
                 if self._last_use[used] <= position and used not in made:
                     values.pop(used, None)
         for node, held in made.items():
-            held.packed.append(self._spill.pack(values[node], opened, self._pinned))
-        self._spill.close(opened)
+            held.packed.append(self._spill.pack(values[node], self._pinned))
 
     def _drop(self, node: fx.Node) -> None:
         if held := self.values.pop(node, None):
