@@ -42,7 +42,6 @@ from .refresh import check_source as check_source
 from .refresh import refresh as refresh
 from .report import Report as Report
 from .report import report as report
-from .schedulers import correct_scheduler as correct_scheduler
 from .verdict import Verification as Verification
 from .verification import verify as verify
 from .version import __version__ as __version__
