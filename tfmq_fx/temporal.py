@@ -12,13 +12,15 @@ from torch import Tensor, fx
 from .checkpoint import Checkpoint
 from .config import Config, LayerConfig, TemporalSpec
 from .dataflow import TemporalBlock
-from .graph import Rewrite, timestep_node
+from .graph import Rewrite
 from .nn import QuantLayer
 from .observers import Ranges
 from .packing import packed_size
 from .passes.quantize_layers import quantize_layers
 from .passes.reconstruct_tib import reconstruct_tib, relative_errors
+from .regions import as_input as as_input
 from .regions import at_timesteps
+from .regions import compute_rows as compute_rows
 from .selection import TABLE, TIB, Candidate, cache_name, select
 from .tables import cache_error
 
@@ -196,20 +198,6 @@ def _errors(
 def _share(visits: Tensor, timesteps: Tensor) -> Tensor:
     """What each timestep counts for in a mean: (K,), 1 in all."""
     return (visits.float() / visits.sum()).to(timesteps.device)
-
-
-def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
-    """Each feature at each timestep, (K, ...), computed one timestep at a time as tables are."""
-    steps = as_input(graph, timesteps)
-    with torch.no_grad():
-        rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
-    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-
-
-def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
-    """Timesteps (K,) in the dtype and on the device in which the graph takes them."""
-    value = timestep_node(graph).meta["val"]
-    return timesteps.to(device=value.device, dtype=value.dtype)
 
 
 def _float_bytes(graph: fx.GraphModule, path: str) -> int:
