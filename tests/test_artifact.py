@@ -91,7 +91,7 @@ def test_a_saved_model_is_loaded_bit_identical(net, tmp_path):
 
 
 class KeepsFirstToken(nn.Module):
-    """What earlier versions made of a layer that reads a text with RewriteSpec(first_token=True)."""
+    """What earlier versions made of a layer that reads a text, by RewriteSpec(first_token=True)."""
 
     def __init__(self):
         super().__init__()
