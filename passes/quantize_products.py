@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.activation import QuantActivation
+from tfmq_fx.activation import Grid, QuantActivation
 from tfmq_fx.affine import levels, shared_zero_scales
 from tfmq_fx.config import AttentionSpec
 from tfmq_fx.dialect import Stage
@@ -87,7 +87,7 @@ def _is_rounded(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _rounding(operand: Operand, spec: AttentionSpec) -> tuple[QuantActivation, Tensor]:
     """The module for an operand, and its scale at each timestep (K,) float32."""
     bits = spec.probabilities_bits if operand.probabilities else spec.activations.bits
-    grid = spec.probabilities if operand.probabilities else "uniform"
+    grid: Grid = spec.probabilities if operand.probabilities else "uniform"
     per_timestep = spec.activations.per_timestep and operand.static is None
     module = QuantActivation(bits=bits, grid=grid, per_timestep=per_timestep)
     low, high = operand.ranges.low, operand.ranges.high
