@@ -33,7 +33,7 @@ def correct_outputs(
     on keep their output bit for bit.
     details: how many timesteps were corrected and interpolated; error_before and error_after, mean
     relative squared errors of such samples (the choice was made on them too, so that after is a
-    little too good); variance (K,), of the noise that is left in the output.
+    little too good).
     """
     if errors.timesteps.tolist() != timesteps.tolist():
         raise ConfigError(
@@ -58,7 +58,6 @@ def correct_outputs(
         "interpolated": found.interpolated,
         "error_before": found.before,
         "error_after": found.after,
-        "variance": found.variance.tolist(),
     }
     if not corrected:
         reason = "no correction helps samples that it was not fitted on"

@@ -9,22 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass
+from tfmq_fx.layers import call_before, replace_call
 from tfmq_fx.ops import is_view, op_name
 
-_ARGUMENTS = (
-    "query",
-    "key",
-    "value",
-    "attn_mask",
-    "dropout_p",
-    "is_causal",
-    "scale",
-    "enable_gqa",
-)
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _NEEDS_LAYOUT = ("view", "view_as", "as_strided")
 
 
@@ -106,14 +97,14 @@ def _write_out(node: fx.Node, call: dict[str, Any]) -> None:
     weights = _step(node, "softmax", torch.softmax, scores, -1)
     if hidden is not None:
         weights = _step(node, "weights", torch.masked_fill, weights, hidden, 0.0)
-    layout = _layout(node.meta["val"])
-    if not _views_follow(node) or _layout(_value(torch.matmul, (weights, value), {})) == layout:
-        _become(node, torch.matmul, weights, value)
-        return
     product = _step(node, "product", torch.matmul, weights, value)
-    turned = _step(node, "turned", torch.permute, product, layout)
-    packed = _step(node, "packed", torch.clone, turned, memory_format=torch.contiguous_format)
-    _become(node, torch.permute, packed, tuple(layout.index(dim) for dim in range(len(layout))))
+    layout = _layout(node.meta["val"])
+    if _views_follow(node) and _layout(product.meta["val"]) != layout:
+        turned = _step(node, "turned", torch.permute, product, layout)
+        packed = _step(node, "packed", torch.clone, turned, memory_format=torch.contiguous_format)
+        back = tuple(layout.index(dim) for dim in range(len(layout)))
+        product = _step(node, "back", torch.permute, packed, back)
+    replace_call(node, product)
 
 
 def _repeat_heads(node: fx.Node, x: fx.Node, query: fx.Node) -> fx.Node:
@@ -142,24 +133,4 @@ def _layout(value: Tensor) -> tuple[int, ...]:
 
 def _step(node: fx.Node, name: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A call in front of `node`, with its value."""
-    with node.graph.inserting_before(node):
-        made = node.graph.create_node(
-            "call_function", target, args, kwargs, name=f"{node.name}_{name}"
-        )
-    made.meta = {
-        "val": _value(target, args, kwargs),
-        "nn_module_stack": node.meta["nn_module_stack"],
-    }
-    return made
-
-
-def _become(node: fx.Node, target: Any, *args: Any) -> None:
-    """Make `node` another call, in place: its name and its users stay."""
-    node.op, node.target, node.args, node.kwargs = "call_function", target, args, {}
-    node.meta["val"] = _value(target, args, {})
-
-
-def _value(target: Any, args: Any, kwargs: Any) -> Any:
-    values = fx.map_arg(args, lambda used: used.meta["val"])
-    with enable_python_dispatcher(), torch.no_grad():
-        return target(*values, **kwargs)
+    return call_before(node, target, *args, name=f"{node.name}_{name}", **kwargs)

@@ -28,6 +28,7 @@ from tfmq_fx.graph import (
     timestep_node,
 )
 from tfmq_fx.ops import check_timesteps, is_view, op_name
+from tfmq_fx.regions import as_input, compute_rows
 from tfmq_fx.tables import FEATURE, TABLE, feature_slice
 
 
@@ -50,9 +51,9 @@ def fold_timesteps(
     block = temporal_block(gm)
     wanted, declined = _choose(block.features, only), list(block.declined)
     before, attributes = _parameters(gm), _attributes(gm)
-    rows = _rows(block.graph, keys, t.meta["val"])
+    rows = compute_rows(block.graph, keys)
     picked = []
-    mixing = _mixing(block.graph, keys, t.meta["val"], rows)
+    mixing = _mixing(block.graph, keys, rows)
     for feature, values, mixes in zip(block.features, rows, mixing, strict=True):
         if feature.name in wanted and mixes:
             reason = "its value for one sample depends on the rest of the batch"
@@ -87,28 +88,17 @@ def fold_timesteps(
     return Rewrite(gm, len(picked), declined, details)
 
 
-def _rows(graph: fx.GraphModule, keys: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """Each output of `graph` (t (B,) -> tuple) at each key, (K, ...), computed at batch 1.
-
-    like: a tensor of the dtype and device in which the graph takes its timestep.
-    """
-    steps = keys.to(device=like.device, dtype=like.dtype)
-    rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
-    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-
-
-def _mixing(
-    graph: fx.GraphModule, keys: Tensor, like: Tensor, rows: Sequence[Tensor]
-) -> list[bool]:
+def _mixing(graph: fx.GraphModule, keys: Tensor, rows: Sequence[Tensor]) -> list[bool]:
     """Which outputs are not, row by row, the same in a batch of different timesteps.
 
     A value that mixes samples (a mean over the batch, t[0]) or reads the batch size is off by its
     own magnitude; rounding in another order is not: 1 % of the norm tells them apart.
     """
-    if not rows or rows[0].is_meta or isinstance(like.shape[0], int):
+    fixed = isinstance(timestep_node(graph).meta["val"].shape[0], int)
+    if not rows or rows[0].is_meta or fixed:
         return [False] * len(rows)
     picks = torch.tensor([0, len(keys) // 2, len(keys) - 1])
-    batch = graph(keys[picks.to(keys.device)].to(device=like.device, dtype=like.dtype))
+    batch = graph(as_input(graph, keys[picks.to(keys.device)]))
     mixes = []
     for value, row in zip(batch, rows, strict=True):
         expected, norm = row[picks.to(row.device)], torch.linalg.vector_norm

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from tfmq_fx.affine import activation_scales, weight_groups, weight_qparams
 from tfmq_fx.config import ActivationSpec, LayerConfig
 from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row
+from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row, timestep_node
+from tfmq_fx.layers import call_before
 from tfmq_fx.nn import QuantLayer, kind_of
 from tfmq_fx.observers import Ranges
 from tfmq_fx.rounding import round_nearest
@@ -81,8 +82,7 @@ def _per_timestep(
     """Whether the site's input can be scaled per timestep, and why not where it was asked for."""
     if spec is None or not spec.per_timestep:
         return False, None
-    (t,) = (n for n in gm.graph.find_nodes(op="placeholder") if n.target == gm.meta["timestep"])
-    batch = t.meta["val"].shape[0]
+    batch = timestep_node(gm).meta["val"].shape[0]
     for node in site.nodes:
         shape = node.all_input_nodes[0].meta["val"].shape
         if len(shape) < 2 or str(shape[0]) != str(batch):
@@ -115,16 +115,8 @@ def _pass_scales(
     gm: fx.GraphModule, wanting: list[tuple[Site, int]], table: Tensor, timesteps: Tensor
 ) -> None:
     row = insert_timestep_row(gm, SCALES, table, timesteps)
-    fake = row.meta["val"]
     for site, column in wanting:
         for node in site.nodes:
-            with gm.graph.inserting_before(node):
-                scale = gm.graph.call_function(operator.getitem, (row, (slice(None), column)))
-            scale.name = f"scale_{node.name}"
-            with fake.fake_mode:
-                scale.meta = {
-                    "val": fake[:, column],
-                    "nn_module_stack": node.meta["nn_module_stack"],
-                }
-            node.args = (node.all_input_nodes[0], scale)
-            node.kwargs = {}
+            place, name = (slice(None), column), f"scale_{node.name}"
+            scale = call_before(node, operator.getitem, row, place, name=name)
+            node.args, node.kwargs = (node.all_input_nodes[0], scale), {}

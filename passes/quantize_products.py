@@ -1,7 +1,7 @@
 """Round both operands of every product of activations, as in attention.
 
 y = matmul(p, v)    ->    row = timestep_row(product_scales, keys, t);
-                          y = matmul(round_p(p, row[:, i], row[:, j]), round_v(v, row[:, k]))
+                          y = matmul(round_p(p, row[:, i]), round_v(v, row[:, j]))
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tfmq_fx.affine import levels, shared_zero_scales
 from tfmq_fx.config import AttentionSpec
 from tfmq_fx.dialect import Stage
 from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row
+from tfmq_fx.layers import call_before
 from tfmq_fx.products import (
     SIDES,
     Measured,
@@ -27,7 +28,7 @@ from tfmq_fx.products import (
     replace_operand,
 )
 
-SCALES = "product_scales"  # buffer: one row of scales and choices of grid for each timestep
+SCALES = "product_scales"  # buffer: one row of scales for each timestep
 PREFIX = "quantized_products"
 
 
@@ -40,12 +41,10 @@ def quantize_products(
     measured: by `measure_products` on the graph in floating point, over `timesteps` (K,); products
     are matched by their node's name, which they keep.  An operand whose rows are not the samples'
     gets one static range, and is declined with that reason.
-    details["products"]: for each product and side its bits, grid, kind of range, the share of
-    timesteps on a logarithmic grid, and the likelihood ratio of each group that was tested.
+    details["products"]: for each product and side its bits, grid and kind of range.
     """
     declined, changed = [], 0
-    columns: list[Tensor] = []
-    wanting: list[tuple[fx.Node, int, bool]] = []  # calls, first column, whether a choice follows
+    columns: dict[fx.Node, Tensor] = {}  # calls that want a scale for each timestep
     details: dict[str, Any] = {}
     for product in find_products(gm):
         if product.name not in measured:
@@ -62,18 +61,20 @@ def quantize_products(
             module, scale = _rounding(operand, spec)
             call = _insert(gm, product, side, module)
             if module.per_timestep:
-                adapts = module.grid == "adaptive"
-                wanting.append((call, len(columns), adapts))
-                columns += [scale, operand.log2.float()] if adapts else [scale]
-            details[product.name][side] = _facts(operand, module)
+                columns[call] = scale
+            details[product.name][side] = {
+                "bits": module.bits,
+                "grid": module.grid,
+                "ranges": module.range_kind(),
+                "interpolated": operand.ranges.interpolated,
+            }
         changed += 1
-    if wanting:
-        table = torch.stack(columns, 1).to(timesteps.device)
+    if columns:
+        table = torch.stack(list(columns.values()), 1).to(timesteps.device)
         row = insert_timestep_row(gm, SCALES, table, timesteps)
-        for call, column, adapts in wanting:
-            scale_node = _column(row, call, "scale", column)
-            chosen = (_column(row, call, "log2", column + 1),) if adapts else ()
-            call.args = (call.args[0], scale_node, *chosen)
+        for column, call in enumerate(columns):
+            place, name = (slice(None), column), f"scale_{call.name}"
+            call.args = (call.args[0], call_before(call, operator.getitem, row, place, name=name))
     return Rewrite(gm, changed, declined, {"products": details})
 
 
@@ -86,14 +87,12 @@ def _is_rounded(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _rounding(operand: Operand, spec: AttentionSpec) -> tuple[QuantActivation, Tensor]:
     """The module for an operand, and its scale at each timestep (K,) float32."""
     bits = spec.probabilities_bits if operand.probabilities else spec.activations.bits
-    grid: Grid = "uniform"
-    if bool(operand.log2.any()):
-        grid = "log2" if bool(operand.log2.all()) else "adaptive"
+    grid: Grid = spec.probabilities if operand.probabilities else "uniform"
     per_timestep = spec.activations.per_timestep and operand.static is None
     module = QuantActivation(bits=bits, grid=grid, per_timestep=per_timestep)
     low, high = operand.ranges.low, operand.ranges.high
     if operand.probabilities:  # no value is below 0, and a logarithmic grid ends at the highest
-        top = torch.where(operand.log2, 1, levels(bits))
+        top = 1 if grid == "log2" else levels(bits)
         scale, zero = torch.where(high > 0, high / top, 1.0), 0
     else:
         scale, zero = shared_zero_scales(low, high, bits=bits)
@@ -113,35 +112,3 @@ def _insert(gm: fx.GraphModule, product: Product, side: Side, module: QuantActiv
     call.meta = {"val": value.meta["val"], "nn_module_stack": node.meta["nn_module_stack"]}
     replace_operand(product, side, call)
     return call
-
-
-def _column(row: fx.Node, call: fx.Node, name: str, column: int) -> fx.Node:
-    """A column of the table's row, (B,), in front of `call`."""
-    with row.graph.inserting_before(call):
-        made = row.graph.create_node(
-            "call_function",
-            operator.getitem,
-            (row, (slice(None), column)),
-            name=f"{name}_{call.name}",
-        )
-    fake = row.meta["val"]
-    with fake.fake_mode:
-        made.meta = {
-            "val": fake[:, column],
-            "nn_module_stack": call.meta["nn_module_stack"],
-        }
-    return made
-
-
-def _facts(operand: Operand, module: QuantActivation) -> dict[str, Any]:
-    """JSON-ready facts about one operand."""
-    facts: dict[str, Any] = {
-        "bits": module.bits,
-        "grid": module.grid,
-        "ranges": module.range_kind(),
-        "interpolated": operand.ranges.interpolated,
-    }
-    if operand.probabilities:
-        facts["log2_share"] = float(operand.log2.float().mean())
-        facts["likelihood_ratios"] = [test.ratio for test in operand.tests]
-    return facts

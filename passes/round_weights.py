@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from tfmq_fx.affine import QParams, weight_qparams
+from tfmq_fx.affine import QParams, dequantize, weight_qparams
 from tfmq_fx.checkpoint import (
     Checkpoint,
     Part,
@@ -184,7 +184,7 @@ def round_layer(
             error = str(failed).partition("\n")[0]
             continue
         errors = {
-            form: _error(_values(codes, grid) - aligned, statistics.gram)
+            form: _error(dequantize(codes, *grid.over(codes.shape[1])) - aligned, statistics.gram)
             for form, (codes, grid) in candidates.items()
         }
         if math.isfinite(errors.get("second-order", errors["nearest"])):
@@ -229,9 +229,7 @@ def _candidates(
         (part, gram, grid.rows(i * channels, (i + 1) * channels))
         for i, (part, gram) in enumerate(zip(per_group, statistics.gram, strict=True))
     ]
-    codes = [
-        round_second_order(part, gram, rows, damping=damping).codes for part, gram, rows in parts
-    ]
+    codes = [round_second_order(part, gram, rows, damping=damping) for part, gram, rows in parts]
     found["second-order"] = torch.cat(codes), grid
     if spec.refine:
         refined = [
@@ -242,11 +240,6 @@ def _candidates(
         codes = [part.codes for part in refined]
         found["refined"] = torch.cat(codes), QParams(scales, grid.zero, grid.bits)
     return found, aligned
-
-
-def _values(codes: Tensor, grid: QParams) -> Tensor:
-    scale, zero = grid.over(codes.shape[1])
-    return (codes - zero) * scale
 
 
 def _shifted_bias(made: QuantLayer, bias: Tensor, statistics: InputStatistics) -> Tensor:

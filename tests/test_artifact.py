@@ -13,6 +13,7 @@ from torch import fx, nn
 from tests.test_graph_json import INPUTS, make_net, one_node
 from tfmq_fx import artifact
 from tfmq_fx.artifact import GRAPH_FILE, TENSORS_FILE, Loaded, load, save, saved_bytes
+from tfmq_fx.capture import capture
 from tfmq_fx.errors import ArtifactError
 from tfmq_fx.graph_json import to_json
 
@@ -87,6 +88,36 @@ def test_a_saved_model_is_loaded_bit_identical(net, tmp_path):
     assert loaded.call == call and loaded.config == {"name": "w4a8", "bits": [8, 4]}
     assert repr(loaded.extra) == repr(extra)
     assert not loaded.gm.training
+
+
+class KeepsFirstToken(nn.Module):
+    """What earlier versions made of a layer that reads a text, by RewriteSpec(first_token=True)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("linear_first_token", torch.randn(1, 1, 4))
+        self.register_buffer("linear_first_output", self.linear(self.linear_first_token).detach())
+
+    def forward(self, text, t):
+        first = text[:, :1]
+        known = torch.all(torch.eq(first, self.linear_first_token), dim=-1, keepdim=True)
+        masked = torch.masked_fill(first, known, 0.0)
+        y = self.linear(torch.cat([masked, text[:, 1:]], 1))
+        kept = torch.where(known, self.linear_first_output, y[:, :1])
+        return torch.cat([kept, y[:, 1:]], 1) * t[:, None, None]
+
+
+def test_a_model_that_keeps_its_first_token_is_loaded(tmp_path):
+    model = KeepsFirstToken().eval()
+    text, t = torch.randn(2, 5, 4), torch.tensor([1, 2])
+    text[0, 0] = model.linear_first_token
+    gm = capture(model, {"text": text, "t": t}, timestep="t").gm
+    save(tmp_path / "model", gm=gm, **BESIDE)
+    loaded = load(tmp_path / "model").gm
+    with torch.no_grad():
+        assert torch.equal(loaded(text, t)[0], model(text, t))
+        assert torch.equal(loaded(text, t)[0], gm(text, t)[0])
 
 
 def test_saving_what_was_loaded_gives_the_same_files(net, tmp_path):

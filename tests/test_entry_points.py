@@ -210,8 +210,6 @@ WRONG = {
         lambda h: tfmq_fx.report(5),
         lambda h: tfmq_fx.report(h.net),
         lambda h: tfmq_fx.report(h.prepared),
-        lambda h: tfmq_fx.correct_scheduler(5, h.model),
-        lambda h: tfmq_fx.correct_scheduler(h.scheduler, 5),
         lambda h: tfmq_fx.verify(h.model, h.net),
         lambda h: tfmq_fx.verify(5, h.model),
         lambda h: tfmq_fx.verify(h.net, 5),

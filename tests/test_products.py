@@ -13,15 +13,9 @@ from tfmq_fx.capture import capture
 from tfmq_fx.config import ActivationSpec, AttentionSpec
 from tfmq_fx.errors import CalibrationError
 from tfmq_fx.passes.decompose_attention import decompose_attention
-from tfmq_fx.products import (
-    best_clip,
-    find_products,
-    measure_products,
-    replace_operand,
-)
+from tfmq_fx.products import find_products, measure_products, replace_operand
 
 UNIFORM = AttentionSpec()
-ADAPTIVE = AttentionSpec(probabilities="adaptive")
 TIMES = torch.arange(4)
 
 
@@ -152,7 +146,7 @@ def test_ranges_go_by_timestep_though_batches_mix_them():
         assert q.ranges.low[step] == x.min() and v.ranges.high[step] == x.max()
         torch.testing.assert_close(p.ranges.high[step], weights.max())
     assert q.static is None and p.static is None and q.ranges.interpolated == 0
-    assert not q.probabilities and p.probabilities and not bool(p.log2.any())
+    assert not q.probabilities and p.probabilities
 
 
 def test_timesteps_that_were_not_visited_are_interpolated():
@@ -183,68 +177,39 @@ def test_groups_share_a_range():
 
 def test_measuring_again_gives_the_same():
     gm = graph_of(Weighs("plain"))
+    spec = AttentionSpec(activations=ActivationSpec(bits=4, ranges="mse"))
     found = [
-        only(
-            measure_products(gm, (chunk(t) for t in (0, 3)), spec=ADAPTIVE, timesteps=TIMES, seed=5)
-        )[2]
+        only(measure_products(gm, (chunk(t) for t in (0, 3)), spec=spec, timesteps=TIMES, seed=5))
         for _ in range(2)
     ]
-    assert torch.equal(found[0].log2, found[1].log2) and found[0].tests == found[1].tests
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.ranges.low, other.ranges.low)
+        assert torch.equal(one.ranges.high, other.ranges.high)
 
 
-class Given(nn.Module):
-    """Probabilities proportional to the input, so that a test chooses their distribution."""
-
-    def forward(self, x, t):
-        return x.log().softmax(-1) @ x.transpose(1, 2) * t[:, None, None]
-
-
-def test_the_likelihood_test_chooses_by_timestep():
-    generator = torch.Generator().manual_seed(0)
-    u = torch.rand(8, 4, 512, generator=generator).clamp(min=1e-6)
-    batches = [
-        (u**-1.0, torch.zeros(8).long()),  # a power law
-        (-u.log(), torch.ones(8).long()),  # an exponential law
-    ]
-    gm = graph_of(Given(), tokens=4, width=512)
-    measured = measure_products(gm, batches, spec=ADAPTIVE, timesteps=torch.arange(2))
-    (product,) = measured.values()
-    p = product["left"]
-    assert p.log2.tolist() == [True, False]
-    assert [test.ratio > 0 for test in p.tests] == [True, False]
-    assert not product["right"].tests and not bool(product["right"].log2.any())
-    always = AttentionSpec(probabilities="log2")
-    (product,) = measure_products(gm, batches, spec=always, timesteps=torch.arange(2)).values()
-    assert product["left"].log2.tolist() == [True, True] and not product["left"].tests
-
-
-def test_groups_with_few_values_decide_with_their_neighbours():
-    gm = graph_of(Weighs("plain"), tokens=6)
-    # 36 probabilities a sample: 4 samples are too few for a group of their own, 8 are enough
-    batches = [chunk(t, count=4) for t in (0, 1, 2)]
-    *_, p, _ = only(measure_products(gm, batches, spec=ADAPTIVE, timesteps=torch.arange(6)))
-    assert len(p.tests) == 1 and p.log2[:6].unique().numel() == 1
-    batches = [chunk(t, count=8) for t in range(4)]
-    *_, p, _ = only(measure_products(gm, batches, spec=ADAPTIVE, timesteps=torch.arange(6)))
-    assert len(p.tests) == 4
-
-
-def test_clipped_ranges_lose_less():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(4096, generator=generator)
-    assert best_clip(values, bits=4) < 1 and best_clip(values, bits=16) == 1.0
-    assert best_clip(torch.zeros(9), bits=4) == 1.0
+def test_clipped_ranges_are_narrower_but_for_a_logarithmic_grid():
     gm = graph_of(Weighs("plain"))
     batches = [chunk(t, count=16) for t in range(4)]
 
-    def measure(ranges):
-        spec = AttentionSpec(activations=ActivationSpec(bits=4, ranges=ranges))
-        return only(measure_products(gm, batches, spec=spec, timesteps=TIMES))[0].ranges
+    def measure(ranges, probabilities):
+        spec = AttentionSpec(
+            activations=ActivationSpec(bits=4, ranges=ranges),
+            probabilities_bits=4,
+            probabilities=probabilities,
+        )
+        return [o.ranges for o in only(measure_products(gm, batches, spec=spec, timesteps=TIMES))]
 
-    plain, clipped = measure("minmax"), measure("mse")
-    share = clipped.high / plain.high
+    plain, clipped, log2 = (
+        measure("minmax", "log2"),
+        measure("mse", "uniform"),
+        measure("mse", "log2"),
+    )
+    share = clipped[0].high / plain[0].high
     assert bool((share < 1).all()) and bool((share > 0.5).all())
-    torch.testing.assert_close(clipped.low / plain.low, share)
+    assert bool((clipped[0].low >= plain[0].low).all())
+    assert bool((clipped[2].high <= plain[2].high).all()) and bool((clipped[2].low <= 0).all())
+    assert torch.equal(log2[2].high, plain[2].high)
+    assert torch.equal(log2[0].high, clipped[0].high)
 
 
 class HeadsFirst(nn.Module):

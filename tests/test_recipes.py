@@ -180,7 +180,7 @@ REWRITES = {
     "smooth": {"smooth": 0.5},
     "rotate": {"rotate": 16},
     "low rank": {"low_rank": 2},
-    "all": {"split_concat": True, "smooth": 0.7, "rotate": 8, "low_rank": 2, "first_token": True},
+    "all": {"split_concat": True, "smooth": 0.7, "rotate": 8, "low_rank": 2},
 }
 
 
@@ -311,7 +311,7 @@ def test_rounds_need_something_that_can_sample_again(toy):
 
 
 def test_attention_products_are_quantized_and_told(toy):
-    config = plain(attention=AttentionSpec(probabilities="adaptive", probabilities_bits=6))
+    config = plain(attention=AttentionSpec(probabilities="log2", probabilities_bits=6))
     converted = quantized(toy, config)
     told = report(converted)
     assert len(told.data["products"]) == 4  # q, k, the probabilities, v
@@ -324,9 +324,8 @@ def test_a_correction_of_the_output_is_measured_and_kept(toy):
     config = plain(3, 8, correction="noise")
     converted = quantized(toy, config)
     (record,) = [p for p in converted.record["passes"] if p["name"] == "correct_outputs"]
-    assert len(record["details"]["variance"]) == STEPS
-    scheduler = DDIMScheduler(num_train_timesteps=100)
-    assert tfmq_fx.correct_scheduler(scheduler, converted) is not scheduler
+    details = record["details"]
+    assert record["changed"] and details["error_after"] < details["error_before"]
 
 
 def test_conditions_of_a_scheduler_are_given_by_name():

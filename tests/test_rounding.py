@@ -56,10 +56,10 @@ def test_second_order_rounding_has_less_output_error_than_nearest(seed, bits, wi
     weight, gram = random_weight(16, width, seed), correlated_gram(width, seed)
     grid = weight_qparams(weight, WeightSpec(bits=bits, search=1))
     rounded = round_second_order(weight, gram, grid, damping=0.01)
-    assert bool((rounded.codes == rounded.codes.round()).all())
-    assert float(rounded.codes.min()) >= 0 and float(rounded.codes.max()) <= 2**bits - 1
+    assert bool((rounded == rounded.round()).all())
+    assert float(rounded.min()) >= 0 and float(rounded.max()) <= 2**bits - 1
     nearest = output_error(round_nearest(weight, grid), weight, grid, gram)
-    assert output_error(rounded.codes, weight, grid, gram) <= nearest
+    assert output_error(rounded, weight, grid, gram) <= nearest
 
 
 @settings(deadline=None, max_examples=15)
@@ -68,7 +68,7 @@ def test_second_order_rounding_is_near_the_optimum_of_tiny_problems(seed):
     width, bits = 4, 3
     weight, gram = random_weight(8, width, seed), correlated_gram(width, seed)
     grid = weight_qparams(weight, WeightSpec(bits=bits, search=1))
-    codes = round_second_order(weight, gram, grid, damping=0.01).codes
+    codes = round_second_order(weight, gram, grid, damping=0.01)
     every = torch.tensor(list(itertools.product(range(2**bits), repeat=width))).double()
     best = 0.0
     for w, s, z in zip(weight.double(), grid.scale.double(), grid.zero.double(), strict=True):
@@ -85,8 +85,7 @@ def test_without_correlation_it_is_nearest_rounding():
     weight = random_weight(4, 12, 0)
     grid = weight_qparams(weight, WeightSpec(bits=4))
     rounded = round_second_order(weight, torch.diag(torch.arange(12.0)), grid, damping=0.01)
-    assert torch.equal(rounded.codes, round_nearest(weight, grid))
-    assert torch.equal(rounded.target, weight)
+    assert torch.equal(rounded, round_nearest(weight, grid))
 
 
 def test_inputs_that_are_always_zero_are_rounded_to_nearest():
@@ -96,17 +95,9 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest():
     gram[:, dead] = 0
     grid = weight_qparams(weight, WeightSpec(bits=3))
     rounded = round_second_order(weight, gram, grid, damping=0.01)
-    assert torch.equal(rounded.codes[:, dead], round_nearest(weight, grid)[:, dead])
+    assert torch.equal(rounded[:, dead], round_nearest(weight, grid)[:, dead])
     none = round_second_order(weight, torch.zeros(10, 10), grid, damping=0.01)
-    assert torch.equal(none.codes, round_nearest(weight, grid))
-
-
-def test_codes_are_the_nearest_ones_to_their_targets():
-    weight, gram = random_weight(6, 140, 2), correlated_gram(140, 2)
-    grid = weight_qparams(weight, WeightSpec(bits=3))
-    rounded = round_second_order(weight, gram, grid, damping=0.01)
-    assert torch.equal(rounded.codes, round_nearest(rounded.target, grid))
-    assert not torch.equal(rounded.target, weight)
+    assert torch.equal(none, round_nearest(weight, grid))
 
 
 @pytest.mark.parametrize("factor", [1e-16, 1.0, 1e9])
@@ -116,7 +107,7 @@ def test_any_common_factor_of_the_gram_matrix_gives_the_same_codes(factor, dampi
     grid = weight_qparams(weight, WeightSpec(bits=3))
     expected = round_second_order(weight, gram, grid, damping=damping)
     found = round_second_order(weight, gram * factor, grid, damping=damping)
-    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
@@ -125,7 +116,7 @@ def test_a_singular_gram_matrix_without_damping_is_no_failure(factor):
     gram = x.T @ x * factor  # rank 3 of 12
     weight = random_weight(4, 12, 4)
     grid = weight_qparams(weight, WeightSpec(bits=3))
-    codes = round_second_order(weight, gram, grid, damping=0.0).codes
+    codes = round_second_order(weight, gram, grid, damping=0.0)
     nearest = output_error(round_nearest(weight, grid), weight, grid, gram)
     assert output_error(codes, weight, grid, gram) <= nearest
     assert bool(torch.isfinite(aligned_weight(weight, gram, gram, 0.0)).all())
@@ -184,7 +175,6 @@ def test_soft_rounding_starts_at_its_target_and_decides_for_nearest(seed, bits):
     tie = ((target / scale) % 1 - 0.5).abs() < 1e-5
     nearest = round_nearest(target, grid)
     assert torch.equal(soft.codes()[~tie], nearest[~tie])
-    assert torch.equal(soft.hard(), (soft.codes() - zero) * scale)
 
 
 def test_targets_beyond_the_grid_are_clipped_to_it():
@@ -198,7 +188,7 @@ def test_the_regularization_is_zero_once_decided():
     assert float(soft.regularization(2).detach()) > 0.1 and soft.decided() < 0.5
     soft.alpha = torch.where(soft.alpha.detach() >= 0, 20.0, -20.0)
     assert float(soft.regularization(2)) == 0.0 and soft.decided() == 1.0
-    assert torch.equal(soft.soft(), soft.hard())
+    assert torch.equal(soft.soft(), soft.codes().detach() - 8)  # a grid of scale 1
 
 
 def test_gradients_reach_the_variables_only():
@@ -212,7 +202,6 @@ def test_beta_falls_from_20_to_2_after_the_warm_up():
     assert betas[:20] == [None] * 20 and betas[20] == 20
     assert all(a > b for a, b in itertools.pairwise(betas[20:]))
     assert betas[99] == pytest.approx(2 + 18 / 80) and annealed_beta(100, 100) == 2
-    assert annealed_beta(0, 1, warmup=0.0) == 20
 
 
 @given(
@@ -231,7 +220,7 @@ def test_refining_never_raises_the_output_error(seed, bits, group, nearest):
     start = (
         round_nearest(weight, grid)
         if nearest
-        else round_second_order(weight, gram, grid, damping=0.01).codes
+        else round_second_order(weight, gram, grid, damping=0.01)
     )
     refined = refine(weight, start, gram, grid, sweeps=3)
     assert refined.codes.ge(0).all() and refined.codes.le(2**bits - 1).all()

@@ -9,15 +9,12 @@ import torch
 from torch import nn
 
 from tests.converted import KEYS, captured, examples, lossy, spoil, toy
-from tests.passes.test_keep_first_token import CrossAttention, chunks
-from tests.passes.test_keep_first_token import graph_of as text_graph
 from tests.passes.test_quantize_layers import W8A8, quantize
 from tests.test_api import calibrated, fast
 from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, convert
 from tfmq_fx.capture import capture
 from tfmq_fx.metrics import sqnr
-from tfmq_fx.passes.keep_first_token import keep_first_token
 from tfmq_fx.site_errors import OFF, site_errors
 
 LAYERS = 21
@@ -190,19 +187,6 @@ def test_layers_of_conditions_drawn_from_no_data_are_judged_by_their_weights_alo
     model.get_submodule("text").weight_scale.mul_(2)
     found = {e.part.name: e for e in site_errors(gm, model, given, KEYS, drawn=("text",))}
     assert found["text"].broken and not found["both"].broken
-
-
-def test_a_layer_whose_first_token_is_kept_is_rebuilt_too():
-    gm = text_graph(seeded(CrossAttention), torch.float32)
-    batches = [list(values) for values in chunks(dtype=torch.float32)]
-    times = torch.arange(4)
-    kept = keep_first_token(gm, chunks=batches, only=["to_k", "to_v"]).gm
-    found = {
-        e.part.name: e
-        for e in site_errors(gm, quantize(kept, W8A8, batches, times).gm, batches, times)
-    }
-    assert len(found) == 8 and all(each.rebuilt and not each.broken for each in found.values())
-    assert found["to_k"].pooled > found["to_q"].pooled + 10  # the token fifty times the others
 
 
 def test_ratios_are_judged_by_the_middle_between_right_and_off_by_two(sound):

@@ -44,7 +44,6 @@ from .refresh import check_source as check_source
 from .refresh import refresh as refresh
 from .report import Report as Report
 from .report import report as report
-from .schedulers import correct_scheduler as correct_scheduler
 from .step import Guarantee as Guarantee
 from .step import Need as Need
 from .step import Step as Step

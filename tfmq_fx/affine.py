@@ -198,14 +198,12 @@ def activation_scales(
     return torch.where(seen, scale, scale[seen].median()).float().clamp(min=TINY_SCALE), 0
 
 
-def shared_zero_scales(
-    low: Tensor, high: Tensor, *, bits: int, weight: Tensor | None = None
-) -> tuple[Tensor, int]:
+def shared_zero_scales(low: Tensor, high: Tensor, *, bits: int) -> tuple[Tensor, int]:
     """Per-timestep scales under one zero point: (scale (K,), zero).
 
-    low, high: (K,) range at each timestep, widened to contain 0.  weight: (K,) importance, >= 0.
+    low, high: (K,) range at each timestep, widened to contain 0.
     s[t] = max(-low[t] / z, high[t] / (2**bits - 1 - z)); z minimises the relative rounding error,
-    sum_t weight (s[t] / span[t])^2.  One z for all t keeps zero-padded borders exact in integer
+    sum_t (s[t] / span[t])^2.  One z for all t keeps zero-padded borders exact in integer
     kernels.
     A timestep whose range is empty takes the median scale of the others (1 if there is none).
     """
@@ -219,8 +217,7 @@ def shared_zero_scales(
     negative = -low[seen][:, None] / zeros.clamp(min=0.5)  # z = 0 only stands where low is 0
     positive = high[seen][:, None] / (top - zeros).clamp(min=0.5)
     scales = torch.maximum(negative, positive)  # (seen, candidates)
-    importance = torch.ones_like(span) if weight is None else weight.double()
-    error = (importance[seen][:, None] * (scales / span[seen][:, None]) ** 2).sum(0)
+    error = ((scales / span[seen][:, None]) ** 2).sum(0)
     pick = int(error.argmin())
     scale = torch.full_like(span, float(scales[:, pick].median()))
     scale[seen] = scales[:, pick]

@@ -20,7 +20,7 @@ Format = Literal["int", "fp8"]
 Rounding = Literal["nearest", "second-order"]
 RangeEstimator = Literal["minmax", "mse"]
 Sampling = Literal["uniform", "normal"]
-Softmax = Literal["uniform", "log2", "adaptive"]
+Softmax = Literal["uniform", "log2"]
 Correction = Literal["none", "bias", "noise"]
 TemporalMode = Literal["select", "table", "cache", "tib"]
 Precision = Literal["exact", "float16", "int8"]
@@ -235,8 +235,6 @@ class RewriteSpec:
     two); layers it does not divide take the largest power of two that does. None leaves it out.
     low_rank: rank of a 16-bit branch beside each layer, of whose weight the rest is quantized
     (SVDQuant); 0 leaves it out.
-    first_token: the first text token, where calibration saw one only, gets its exact output
-    from a stored row (MixDQ).
     """
 
     split_concat: bool = False
@@ -244,7 +242,6 @@ class RewriteSpec:
     smooth: float | None = None
     rotate: int | None = None
     low_rank: int = 0
-    first_token: bool = False
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -278,8 +275,8 @@ class AttentionSpec:
     Fused attention never forms what this quantizes, so it is written out as products and a softmax;
     no integer kernel runs it yet.
     activations: of queries, keys and values.  probabilities_bits: of the softmax's result.
-    probabilities: how those are ranged: "uniform", "log2", or "adaptive": log2 or uniform for each
-    layer and timestep group by a likelihood test (DAQ of TCAQ-DM).
+    probabilities: their grid: "uniform", or "log2", which measured better at 4 bits and worse at 8
+    (docs/quality.md).
     """
 
     activations: ActivationSpec = field(default_factory=ActivationSpec)
@@ -385,8 +382,7 @@ class Config:
     attention: how attention's own products are quantized; None leaves them fused and in float.
     correction: per-timestep correction of the output against full precision, measured on
     calibration samples: "bias" subtracts the mean error of each channel; "noise" is PTQD's model of
-    it, a factor and a mean, whose leftover variance `tfmq_fx.correct_scheduler` takes out of a
-    stochastic sampler.
+    it, a factor and a mean.
     """
 
     name: str = "custom"

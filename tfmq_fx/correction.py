@@ -1,7 +1,7 @@
 """The error of a quantized denoiser's output at each timestep, and the correction that fits it.
 
 PTQD models the quantized estimate as ehat = (1 + k) e + D + noise, where e is the full-precision
-one: k and D are fitted for each timestep, the noise is what they leave.
+one: k and D are fitted for each timestep, and taken out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TRIED: dict[str, tuple[Correction, ...]] = {"bias": ("bias",), "noise": ("bias"
 class OutputCorrection:
     """What corrects the output at each of K timesteps: e is estimated by (ehat - shift) / (1 + k).
 
-    k: (K,).  shift: (K, C).  variance: (K,) of the noise left in the estimate.  All float64.
+    k: (K,), shift: (K, C); both float64.
     corrected: (K,) bool, where samples showed that it helps; where they showed that it does not, k
     and shift are 0.  interpolated: timesteps that had no two samples to compare: their k and shift
     lie between those of their neighbours in t.
@@ -38,7 +38,6 @@ class OutputCorrection:
 
     k: Tensor
     shift: Tensor
-    variance: Tensor
     corrected: Tensor
     interpolated: int
     before: float
@@ -61,28 +60,6 @@ class OutputErrors:
     def measured(self) -> Tensor:
         """Which timesteps have a sample in both halves: (K,) bool."""
         return (self.samples > 0).all(0)
-
-    @property
-    def interpolated(self) -> int:
-        """How many timesteps have not."""
-        return int((~self.measured).sum())
-
-    @property
-    def k(self) -> Tensor:
-        """Slope of the regression of d on e, with an intercept for each channel: (K,)."""
-        return self._filled(_fit(self.sums.sum(0), "noise")[0])
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of d in each channel: (K, C)."""
-        return self._filled(_fit(self.sums.sum(0), "bias")[1])
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of the noise in (ehat - D) / (1 + k): (K,)."""
-        whole = self.sums.sum(0)
-        k, shift = _fit(whole, "noise")
-        return self._filled(_leftover(whole, k, shift) / _count(whole) / (1 + k).square())
 
     def correction(self, kind: Correction) -> OutputCorrection:
         """The correction of this kind: "bias" is the mean error of each channel, with k = 0,
@@ -111,16 +88,13 @@ class OutputErrors:
             after = torch.where(better, error, after)
             k = torch.where(better, fitted[0], k)
             shift = torch.where(better[:, None], fitted[1], shift)
-        # The noise is what the model leaves unexplained, whether or not it is applied.
-        noise = _leftover(whole, *_fit(whole, kind)) / count / (1 + k).square()
         power = whole[..., _EE].sum(1) / count
         comparable = self.measured & (power > 0)
         return OutputCorrection(
             k=self._filled(k),
             shift=self._filled(shift),
-            variance=self._filled(noise),
             corrected=after < before,
-            interpolated=self.interpolated,
+            interpolated=int((~self.measured).sum()),
             before=_mean((before / power)[comparable]),
             after=_mean((after / power)[comparable]),
         )

@@ -148,7 +148,8 @@ def _ptq4dm(weights: int, activations: int) -> Config:
 
 
 def _ptqd(weights: int, activations: int) -> Config:
-    """PTQD (arXiv 2305.10657): Q-Diffusion, and the quantization noise of the output corrected."""
+    """PTQD (arXiv 2305.10657): Q-Diffusion, and the error of the output corrected by a factor and a
+    mean for each timestep; the variance of a stochastic sampler stays as it is."""
     return dataclasses.replace(_q_diffusion(weights, activations), name="ptqd", correction="noise")
 
 
@@ -179,9 +180,10 @@ def _tfmq_cache(weights: int, activations: int) -> Config:
 
 
 def _tcaq(weights: int, activations: int) -> Config:
-    """TCAQ-DM (arXiv 2412.16700): joint reparameterisation of timesteps and channels, the quantizer
-    of attention probabilities chosen by a likelihood test, ranges for groups of timesteps,
-    reconstruction, then two rounds of it on what the quantized model visits."""
+    """TCAQ-DM (arXiv 2412.16700): joint reparameterisation of timesteps and channels, ranges for
+    groups of timesteps, reconstruction, then two rounds of it on what the quantized model visits.
+    The bits of attention probabilities decide their grid; the paper's likelihood test (DAQ) chose
+    worse."""
     groups = ActivationSpec(bits=activations, timestep_groups=10)
     edge = LayerConfig(
         weights=WeightSpec(bits=8),
@@ -195,7 +197,9 @@ def _tcaq(weights: int, activations: int) -> Config:
         last=edge,
         rewrites=RewriteSpec(tcr=10.0),
         attention=AttentionSpec(
-            activations=groups, probabilities_bits=activations, probabilities="adaptive"
+            activations=groups,
+            probabilities_bits=activations,
+            probabilities="log2" if activations < 6 else "uniform",
         ),
         reconstruction=dataclasses.replace(_RELEASED, rounds=2, round_iters=5_000),
     )

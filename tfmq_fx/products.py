@@ -10,14 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from .affine import dequantize, qparams, quantize
 from .config import ActivationSpec, AttentionSpec
 from .dataflow import Binding, binding_times
 from .errors import CalibrationError
 from .graph import timestep_node
-from .likelihood import LikelihoodTest, likelihood_test
-from .observers import RangeObserver, Ranges
+from .observers import Ranges
 from .ops import is_view, op_name
+from .profiles import ProfileObserver, input_ranges
 from .walk import Walk
 
 Side = Literal["left", "right"]
@@ -29,10 +28,6 @@ _OPERANDS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
     "baddbmm": ((1, ("batch1",)), (2, ("batch2",))),
 }
 _SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
-_VALUES = 1 << 18  # values of an operand kept for all timesteps together
-_PER_STEP = (256, 16384)  # and for one timestep: least and most
-_ENOUGH = 256  # values that a test or a search wants
-_SHRINK, _CLIPS = 0.02, 45  # each candidate range is smaller by this share, and their number
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +53,17 @@ class Product:
 class Operand:
     """What calibration found of one operand, over a set of K timesteps.
 
-    ranges: to be covered, groups and clipping included.  log2: (K,) bool, where a logarithmic grid
-    was chosen.  tests: of each group of timesteps, where the choice was tested.  static: why one
-    range must do for all timesteps, or None.
+    ranges: to be covered, groups and clipping included.  probabilities: whether it is a softmax's
+    result.  static: why one range must do for all timesteps, or None.
     """
 
     ranges: Ranges
     probabilities: bool
-    log2: Tensor
-    tests: tuple[LikelihoodTest, ...]
     static: str | None
 
 
 Measured = Mapping[str, Mapping[Side, Operand]]
+Reasons = dict[tuple[str, Side], str]  # product and side -> why its rows are not the samples'
 
 
 # ---------------------------------------------------------------------------- finding
@@ -156,201 +149,113 @@ def measure_products(
 
     chunks: for each batch the placeholder values in order; run one by one, up to the last product.
     timesteps: (K,) sorted; ranges at those not visited are interpolated.  seed: of the values kept
-    for the likelihood test and the search of clipped ranges.  Groups of timesteps with fewer than
-    256 such values decide together with their neighbours.
+    for the search of clipped ranges.
     Raises CalibrationError on NaN or Inf in an operand, and where there are products and no data.
     """
     products = find_products(gm)
-    watched = {
-        (product.name, side): _Watch(
-            f"the product {product.name} ({side})", product.probabilities == side, timesteps, seed
+    if not products:
+        return {}
+    observers = {
+        (product.name, side): ProfileObserver(
+            f"the product {product.name} ({side})",
+            channel_dim=-1,
+            seed=seed,
+            keeps_values=spec.activations.ranges != "minmax",
         )
         for product in products
         for side in SIDES
     }
-    if not products:
-        return {}
     position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
-    checked = False
+    static: Reasons | None = None
+    seen = False
     for chunk in chunks:
-        if not checked and len(chunk[position]) > 1:
-            _check_order(gm, products, watched, chunk)
-            checked = True
+        seen, t = True, chunk[position]
+        if static is None and len(t) > 1:
+            static = _without_order(gm, products, chunk)
         walk = Walk(gm, [chunk])
         for product in products:
             walk.stop_before(product.node)
             for side in SIDES:
-                (value,) = walk.values[product.operand(side)]
-                watched[product.name, side].see(value, chunk[position])
-    if not next(iter(watched.values())).observer.seen:
+                (x,) = walk.values[product.operand(side)]
+                own = static is None or (product.name, side) not in static
+                # all values alike, as if of one channel: a text may have another length next time
+                flat = x.reshape(x.shape[0] if own and x.dim() else 1, -1, 1)
+                observers[product.name, side](flat, t if own else t.unique())
+    if not seen:
         raise CalibrationError("the products of attention are to be quantized, but saw no data")
-    if not checked:
-        _check_shapes(gm, products, watched)
-    return {
-        product.name: {side: watched[product.name, side].result(spec) for side in SIDES}
-        for product in products
-    }
+    if static is None:
+        static = _without_batch(gm, products)
+    found: dict[str, dict[Side, Operand]] = {}
+    for product in products:
+        found[product.name] = {}
+        for side in SIDES:
+            probabilities = product.probabilities == side
+            reason = static.get((product.name, side))
+            ranged = _as_ranged(spec, probabilities, reason)
+            profile = observers[product.name, side].profile()
+            ranges = input_ranges(profile, ranged, timesteps, torch.ones(1))
+            found[product.name][side] = Operand(ranges, probabilities, reason)
+    return found
 
 
-class _Watch:
-    """Ranges and a seeded sample of the values of one operand, by timestep."""
-
-    def __init__(self, name: str, probabilities: bool, timesteps: Tensor, seed: int) -> None:
-        self.observer = RangeObserver(name)
-        self.probabilities, self.timesteps = probabilities, timesteps.double().cpu()
-        self.static: str | None = None
-        self.generator = torch.Generator().manual_seed(seed)
-        least, most = _PER_STEP
-        self.capacity = max(least, min(most, _VALUES // len(timesteps)))
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # position of t -> random keys, values
-
-    def see(self, x: Tensor, t: Tensor) -> None:
-        """x: (n B, ...), sample by sample, unless `static` says otherwise; t: (B,)."""
-        if self.static is not None:
-            x = x.detach()[None]
-        self.observer(x, t)
-        batched = x.shape[0] % len(t) == 0
-        rows = x.detach().reshape(len(t) if batched else 1, -1)
-        for row, step in zip(rows, t.tolist(), strict=False):
-            self._keep(int((self.timesteps - step).abs().argmin()), row)
-
-    def _keep(self, step: int, row: Tensor) -> None:
-        # The values with the smallest random keys stay: all of a timestep's are equally likely.
-        if len(row) > self.capacity:
-            picks = torch.randint(len(row), (self.capacity,), generator=self.generator)
-            row = row[picks.to(row.device)]
-        keys, values = torch.rand(len(row), generator=self.generator), row.float().cpu()
-        if step in self.kept:
-            keys, values = (
-                torch.cat(pair) for pair in zip(self.kept[step], (keys, values), strict=True)
-            )
-        order = keys.argsort()[: self.capacity]
-        self.kept[step] = keys[order], values[order]
-
-    def result(self, spec: AttentionSpec) -> Operand:
-        """What was found, over the timesteps."""
-        acts = spec.activations
-        count = len(self.timesteps)
-        groups = _groups(acts, count) if self.static is None else torch.zeros(count).long()
-        seen = self.observer.ranges(self.timesteps)
-        low, high = _per_group(seen.low, groups, "amin"), _per_group(seen.high, groups, "amax")
-        log2 = torch.full((count,), self.probabilities and spec.probabilities == "log2")
-        tests = []
-        pools = self._pools(groups)
-        if self.probabilities and spec.probabilities == "adaptive":
-            for members, values in pools:
-                tests.append(likelihood_test(values))
-                log2[members] = tests[-1].power_law
-        if acts.ranges == "mse":
-            bits = spec.probabilities_bits if self.probabilities else acts.bits
-            for members, values in pools:
-                members = members[~log2[members]]
-                if len(members):
-                    share = best_clip(values, bits=bits)
-                    low[members] *= share
-                    high[members] *= share
-        ranges = dataclasses.replace(seen, low=low, high=high)
-        return Operand(ranges, self.probabilities, log2, tuple(tests), self.static)
-
-    def _pools(self, groups: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Positions of timesteps, and the values kept for them: each group that has enough values,
-        others together with the ones that follow (at the end, that come before)."""
-        pools: list[tuple[Tensor, Tensor]] = []
-        members: list[Tensor] = []
-        values: list[Tensor] = []
-        for group in groups.unique().tolist():
-            steps = torch.nonzero(groups == group).flatten()
-            members.append(steps)
-            values += [self.kept[step][1] for step in steps.tolist() if step in self.kept]
-            if sum(map(len, values)) >= _ENOUGH:
-                pools.append((torch.cat(members), torch.cat(values)))
-                members, values = [], []
-        if members and pools:
-            last = pools.pop()
-            members, values = [last[0], *members], [last[1], *values]
-        if members:
-            pools.append((torch.cat(members), torch.cat(values)))
-        return pools
-
-
-def best_clip(values: Tensor, *, bits: int) -> float:
-    """The share of the range of `values` (n,) to which a uniform grid of `bits` over them is best
-    clipped: the one of 45 shares, 1 to 0.12, of least squared error."""
-    low, high = values.min()[None], values.max()[None]
-    shares = [1 - i * _SHRINK for i in range(_CLIPS)]
-    losses = []
-    for share in shares:
-        grid = qparams(low * share, high * share, bits=bits)
-        codes = quantize(values, grid.scale, grid.zero, bits)
-        losses.append(float((dequantize(codes, grid.scale, grid.zero) - values).square().sum()))
-    return shares[losses.index(min(losses))]
-
-
-def _groups(acts: ActivationSpec, count: int) -> Tensor:
-    """The group of each of `count` timesteps, (count,) int64, ascending."""
-    if not acts.per_timestep:
-        return torch.zeros(count).long()
-    return torch.arange(count) * min(acts.timestep_groups or count, count) // count
-
-
-def _per_group(values: Tensor, groups: Tensor, reduce: str) -> Tensor:
-    shared = torch.zeros(int(groups.max()) + 1, dtype=values.dtype).scatter_reduce(
-        0, groups, values, reduce, include_self=False
-    )
-    return shared[groups]
+def _as_ranged(spec: AttentionSpec, probabilities: bool, static: str | None) -> ActivationSpec:
+    """How the range of an operand is found."""
+    acts = spec.activations
+    if probabilities:
+        acts = dataclasses.replace(acts, bits=spec.probabilities_bits)
+        if spec.probabilities == "log2":  # nothing to clip: the grid is finest near 0
+            acts = dataclasses.replace(acts, ranges="minmax")
+    if static is not None:
+        acts = dataclasses.replace(acts, per_timestep=False, timestep_groups=None)
+    return acts
 
 
 # ---------------------------------------------------------------------------- whose rows
 
 
-def _check_order(
-    gm: fx.GraphModule,
-    products: Sequence[Product],
-    watched: Mapping[tuple[str, Side], _Watch],
-    chunk: Sequence[Any],
-) -> None:
-    """Mark operands whose rows are not the samples' own, one sample after the other.
+def _without_order(
+    gm: fx.GraphModule, products: Sequence[Product], chunk: Sequence[Any]
+) -> Reasons:
+    """Why the rows of operands are not the samples' own, one sample after the other.
 
     Judged by an experiment, as sizes cannot tell (B heads, ...) from (heads B, ...): with another
     first sample, no row may change but the first n of n B.
     """
     t = timestep_node(gm)
     batch = str(t.meta["val"].shape[0])
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
     other = []
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), chunk, strict=True):
+    for node, value in zip(inputs, chunk, strict=True):
         shape = node.meta["val"].shape
         if node is not t and value.is_floating_point() and shape and str(shape[0]) == batch:
             value = torch.cat([value[:1] / 2 + value[1:2], value[1:]])
         other.append(value)
-    count = len(chunk[list(gm.graph.find_nodes(op="placeholder")).index(t)])
-    walk = Walk(gm, [chunk, other])
+    count = len(chunk[inputs.index(t)])
+    walk, found = Walk(gm, [chunk, other]), Reasons()
     for product in products:
         walk.stop_before(product.node)
         for side in SIDES:
             x, y = walk.values[product.operand(side)]
             own = x.shape[0] // count
             if x.dim() < 2 or x.shape[0] % count:
-                reason = f"dim 0 of its {side} operand {tuple(x.shape)} is not the batch"
+                shape = tuple(x.shape)
+                found[product.name, side] = f"dim 0 of its {side} operand {shape} is not the batch"
             elif not torch.allclose(x[own:], y[own:], rtol=1e-3, atol=1e-6):
                 reason = f"the rows of its {side} operand do not follow the order of the batch"
-            else:
-                continue
-            watched[product.name, side].static = reason
+                found[product.name, side] = reason
+    return found
 
 
-def _check_shapes(
-    gm: fx.GraphModule,
-    products: Sequence[Product],
-    watched: Mapping[tuple[str, Side], _Watch],
-) -> None:
+def _without_batch(gm: fx.GraphModule, products: Sequence[Product]) -> Reasons:
     """The same by sizes alone, where calibration never saw two samples at once."""
-    batch = timestep_node(gm).meta["val"].shape[0]
+    batch, found = timestep_node(gm).meta["val"].shape[0], Reasons()
     for product in products:
         for side in SIDES:
             shape = product.operand(side).meta["val"].shape
             if len(shape) < 2 or not _is_multiple(shape[0], batch):
-                reason = f"dim 0 of its {side} operand {tuple(shape)} is not the batch"
-                watched[product.name, side].static = reason
+                shape = tuple(shape)
+                found[product.name, side] = f"dim 0 of its {side} operand {shape} is not the batch"
+    return found
 
 
 def _is_multiple(size: int | torch.SymInt, batch: int | torch.SymInt) -> bool:

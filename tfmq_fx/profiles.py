@@ -38,13 +38,20 @@ class Profile:
 
 
 class ProfileObserver(nn.Module):
-    """Returns its input unchanged and records its profile. channel_dim: 1 or -1."""
+    """Returns its input unchanged and records its profile.
+
+    channel_dim: 1 or -1.  keeps_values: whether single values are sampled, as the search of clipped
+    ranges needs them.
+    """
 
     stage = Stage.OBSERVED
 
-    def __init__(self, site: str, *, channel_dim: int, seed: int) -> None:
+    def __init__(
+        self, site: str, *, channel_dim: int, seed: int, keeps_values: bool = True
+    ) -> None:
         super().__init__()
         self.site, self.channel_dim = site, channel_dim
+        self._capacity = _VALUES if keeps_values else 0
         self._generator = torch.Generator().manual_seed(seed)
         # low, high, peaks; and of the values kept: the value, its channel, its rank in the draw
         self._steps: dict[float, list[Tensor]] = {}
@@ -80,14 +87,14 @@ class ProfileObserver(nn.Module):
             low, high = torch.minimum(low, old_low), torch.maximum(high, old_high)
             peaks = torch.maximum(peaks, old_peaks)
             drawn = [torch.cat(pair) for pair in zip(old, drawn, strict=True)]
-            best = drawn[2].argsort()[:_VALUES]
+            best = drawn[2].argsort()[: self._capacity]
             drawn = [part[best] for part in drawn]
         self._steps[step] = [low, high, peaks, *drawn]
 
     def _draw(self, rows: Tensor) -> list[Tensor]:
         """Values of rows (n, C), their channels, and ranks: of all values ever offered, those of
         the lowest ranks are a fair sample."""
-        total, count = rows.numel(), min(rows.numel(), _VALUES)
+        total, count = rows.numel(), min(rows.numel(), self._capacity)
         picks = torch.randint(total, (count,), generator=self._generator)
         ranks = torch.rand(count, dtype=torch.float32, generator=self._generator) * (count / total)
         picks, ranks = picks.to(rows.device), ranks.to(rows.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from .errors import GraphError
+from .graph import timestep_node
 from .ops import op_name, writers
 
 
@@ -52,6 +53,21 @@ def at_timesteps(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]
         return found
     parts = [graph(part) for part in timesteps.split(size)]
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
+    """Timesteps (K,) in the dtype and on the device in which the graph takes them."""
+    value = timestep_node(graph).meta["val"]
+    return timesteps.to(device=value.device, dtype=value.dtype)
+
+
+def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
+    """Each output of an extracted `graph` (t (B,) -> tuple) at each of `timesteps` (K,), (K, ...),
+    computed one timestep at a time as tables are."""
+    steps = as_input(graph, timesteps)
+    with torch.no_grad():
+        rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
 
 def extract_nodes(

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from .channel_scaling import smoothing_factors, tcr_factors
 from .config import ActivationSpec, LayerConfig, RewriteSpec
 from .graph import Declined, Rewrite
+from .layers import groups_of, weight_of
 from .observers import Ranges
-from .passes.keep_first_token import keep_first_token
 from .passes.observe_layers import observe_layers, observer_name
 from .passes.rotate_inputs import rotate_inputs
 from .passes.scale_channels import scale_channels
@@ -74,8 +74,6 @@ def rewrite_layers(
         for site, parts in result.passes[-1].details["parts"].items():
             layer = result.plan.pop(site)
             result.plan.update(dict.fromkeys(parts, layer))
-    if spec.first_token:
-        result.apply(keep_first_token(result.gm, chunks=chunks, only=quantized()))
     if spec.tcr is not None or spec.smooth is not None:
         coarse, fine = by_width()
         seen = profiles(result.gm, chunks, only=coarse, seed=seed, progress=progress)
@@ -168,21 +166,14 @@ def _factors(
             readers.setdefault(sites[name].nodes[0].all_input_nodes[0], []).append(name)
     factors = {}
     for names in readers.values():
-        weights = [_weight(sites[name].layer) for name in names]
+        weights = [weight_of(sites[name].layer) for name in names]
         found = smoothing_factors(seen[names[0]].peaks, weights, alpha=spec.smooth)
         factors.update(dict.fromkeys(names, found))
     return factors
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
-
-
 def _energy(layer: nn.Module) -> Tensor:
     """Sum of squares of the weights that read each input channel: (in,)."""
-    weight = _weight(layer).float()
-    groups = int(getattr(layer, "groups", 1))
+    weight, groups = weight_of(layer).float(), groups_of(layer)
     parts = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     return parts.square().sum((1, 3)).flatten()

@@ -13,22 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .affine import QParams, levels, to_fp8
+from .affine import QParams, levels, quantize, to_fp8
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of AdaRound's rectified sigmoid
 _BLOCK = 128  # columns rounded between two updates of the rest
-
-
-@dataclass(frozen=True, slots=True)
-class Rounded:
-    """Codes (out, in) as floats holding integers, and the value each was rounded from.
-
-    target: (out, in), in the units of the weight: the weight after the errors of earlier columns
-    were spread over it. Each code is the nearest to its target.
-    """
-
-    codes: Tensor
-    target: Tensor
+_WARM_UP = 0.2  # share of the steps without regularization
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +33,12 @@ def round_nearest(weight: Tensor, grid: QParams) -> Tensor:
     scale, zero = grid.over(weight.shape[1])
     if grid.format == "fp8":
         return to_fp8(weight / scale).to(weight.dtype)
-    return (torch.round(weight / scale) + zero).clamp(0, levels(grid.bits))
+    return quantize(weight, scale, zero, grid.bits)
 
 
-def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: float) -> Rounded:
-    """Codes for `weight` that minimise the layer's output error to second order.
+def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: float) -> Tensor:
+    """Codes (out, in) for `weight`, as floats holding integers, that minimise the layer's output
+    error to second order.
 
     weight: (out, in) float.  gram: (in, in), Gram matrix of the inputs (any common factor).
     grid: scales and zero points of the output channels.  damping: share of the mean diagonal that
@@ -59,7 +49,7 @@ def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: 
     # Rows of this upper factor hold, for each column, how its error spreads over later columns.
     spread = _inverse_root(_damped(gram[order][:, order], damping)).to(weight.dtype)
     work = weight[:, order].clone()
-    codes, target = torch.empty_like(work), torch.empty_like(work)
+    codes = torch.empty_like(work)
     scale, zero = (part.to(work.dtype).expand_as(work)[:, order] for part in grid.over(len(order)))
     top = levels(grid.bits)
     for start in range(0, work.shape[1], _BLOCK):
@@ -69,13 +59,12 @@ def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: 
             column = work[:, i]
             step, offset = scale[:, i], zero[:, i]
             code = (torch.round(column / step) + offset).clamp(0, top)
-            codes[:, i], target[:, i] = code, column
+            codes[:, i] = code
             error = (column - (code - offset) * step) / spread[i, i]
             work[:, i + 1 : stop] -= error[:, None] * spread[i, i + 1 : stop]
             errors[:, i - start] = error
         work[:, stop:] -= errors @ spread[start:stop, stop:]
-    back = torch.argsort(order)
-    return Rounded(codes[:, back], target[:, back])
+    return codes[:, torch.argsort(order)]
 
 
 def refine(weight: Tensor, codes: Tensor, gram: Tensor, grid: QParams, *, sweeps: int) -> Refined:
@@ -167,10 +156,6 @@ class SoftRounding:
         """The decided codes: rounded up where alpha >= 0."""
         return self._clamped((self.alpha >= 0).to(self._floor.dtype))
 
-    def hard(self) -> Tensor:
-        """The weight after deciding."""
-        return (self.codes() - self._zero) * self._scale
-
     def regularization(self, beta: float) -> Tensor:
         """Mean over weights of 1 - |2 h - 1|^beta: 0 when all are decided."""
         return (1 - (2 * self.share() - 1).abs().pow(beta)).mean()
@@ -188,10 +173,10 @@ class SoftRounding:
         return (self._clamped(share) - self._zero) * self._scale
 
 
-def annealed_beta(step: int, steps: int, *, warmup: float = 0.2) -> float | None:
+def annealed_beta(step: int, steps: int) -> float | None:
     """AdaRound's exponent at `step` of `steps`: None (no regularization) during the warm-up, then
     20 falling linearly to 2 (released settings of TFMQ-DM)."""
-    begin = warmup * steps
+    begin = _WARM_UP * steps
     if step < begin:
         return None
     return 20 - 18 * (step - begin) / max(steps - begin, 1)

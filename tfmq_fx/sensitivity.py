@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .checkpoint import Checkpoint, Part, finished
-from .graph import fork
+from .graph import fork, timestep_node
 from .noise import squares
 from .ops import timestep_index, writers
 from .progress import progress_bar
@@ -45,6 +45,8 @@ class Sensitivity:
     rest: Tensor
 
 
+Outputs = Sequence[Sequence[Tensor]]  # the tensors that a graph gives for each chunk
+
 Options = Callable[[Site, Walk], Sequence[nn.Module]]
 """What a site may be. The walk has not run past it; its nodes are those of the site."""
 
@@ -76,48 +78,20 @@ def measure(
     floats = fork(quantized)
     for name in names:
         floats.set_submodule(name, _AsFloat(reference.get_submodule(name)))
-    place = [str(n.target) for n in floats.graph.find_nodes(op="placeholder")].index(
-        floats.meta["timestep"]
-    )
-    steps = [timestep_index(timesteps, chunk[place]).cpu() for chunk in chunks]
-
-    def by_step(energies: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros(len(timesteps), dtype=torch.float64)
-        for step, energy in zip(steps, energies, strict=True):
-            total.index_add_(0, step, energy)
-        return total
-
-    def energy(i: int, values: Sequence[Tensor]) -> Tensor:
-        return torch.stack([squares(v, len(steps[i])) for v in values]).sum(0)
-
+    energies = _Energies(floats, chunks, timesteps)
     with torch.no_grad():
         full = [list(_tensors(reference(*chunk))) for chunk in chunks]
         base = [list(_tensors(floats(*chunk))) for chunk in chunks]
-    signal = by_step([energy(i, outputs) for i, outputs in enumerate(full)])
-
-    def against(expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Tensor]]) -> Tensor:
-        pairs = zip(expected, found, strict=True)
-        differences = [[e - f for e, f in zip(*pair, strict=True)] for pair in pairs]
-        return by_step([energy(i, values) for i, values in enumerate(differences)]) / signal
-
-    suffix = not writers(floats)
+    signal, writes = energies(full), bool(writers(floats))
     found = dict[str, Tensor]()
     with Spill(memory) if memory else nullcontext(None) as spill:
         trial, walk = (Walk(floats, given, spill=spill) for given in (chunks, seen))
 
         @torch.no_grad()
         def tried(site: Site) -> Part:
-            name, before = site.name, floats.get_submodule(site.name)
-            noise = []
-            for option in options(site, walk):
-                floats.set_submodule(name, option)
-                outputs = [
-                    list(_tensors(trial.ahead(i) if suffix else floats(*chunk)))
-                    for i, chunk in enumerate(chunks)
-                ]
-                noise.append(against(base, outputs))
-            floats.set_submodule(name, before)
-            return Part({name: {"noise": torch.stack(noise)}} if noise else {}, {})
+            answers = _answers(trial, site.name, options(site, walk), whole=writes)
+            noise = [energies(_differences(base, answer)) / signal for answer in answers]
+            return Part({site.name: {"noise": torch.stack(noise)}} if noise else {}, {})
 
         sites = [site for site in find_sites(quantized)[0] if site.name in names]
         for site in progress_bar(sites, "sensitivity", enabled=progress):
@@ -125,7 +99,47 @@ def measure(
             trial.stop_before(trial.node(own.nodes[0].name))
             part = finished(checkpoint, site.name, partial(tried, own), shared=True)
             found[site.name] = part.states[site.name]["noise"]
-    return Sensitivity(found, against(full, base))
+    return Sensitivity(found, energies(_differences(full, base)) / signal)
+
+
+class _Energies:
+    """Called with a graph's outputs: the sum of their squares at each of K timesteps, (K,)."""
+
+    def __init__(
+        self, gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]], timesteps: Tensor
+    ) -> None:
+        position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
+        self.steps = [timestep_index(timesteps, chunk[position]).cpu() for chunk in chunks]
+        self.count = len(timesteps)
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        total = torch.zeros(self.count, dtype=torch.float64)
+        for step, tensors in zip(self.steps, outputs, strict=True):
+            total.index_add_(0, step, torch.stack([squares(x, len(step)) for x in tensors]).sum(0))
+        return total
+
+
+def _differences(expected: Outputs, found: Outputs) -> Outputs:
+    """expected - found, tensor by tensor."""
+    pairs = zip(expected, found, strict=True)
+    return [[e - f for e, f in zip(*pair, strict=True)] for pair in pairs]
+
+
+def _answers(
+    trial: Walk, name: str, options: Sequence[nn.Module], *, whole: bool
+) -> Iterator[Outputs]:
+    """The outputs of the graph with each option in the place of the module `name`.
+
+    whole: whether it runs from its beginning, as it must where it writes in place.
+    """
+    gm, before = trial.gm, trial.gm.get_submodule(name)
+    for option in options:
+        gm.set_submodule(name, option)
+        yield [
+            list(_tensors(gm(*chunk) if whole else trial.ahead(i)))
+            for i, chunk in enumerate(trial.chunks)
+        ]
+    gm.set_submodule(name, before)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

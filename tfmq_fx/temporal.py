@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, fx
 
 from .checkpoint import Checkpoint
-from .config import Config, LayerConfig
+from .config import Config, LayerConfig, TemporalSpec
 from .dataflow import TemporalBlock
-from .graph import Rewrite, timestep_node
+from .graph import Rewrite
 from .nn import QuantLayer
 from .observers import Ranges
 from .packing import packed_size
 from .passes.quantize_layers import quantize_layers
 from .passes.reconstruct_tib import reconstruct_tib, relative_errors
+from .regions import as_input as as_input
 from .regions import at_timesteps
+from .regions import compute_rows as compute_rows
 from .selection import TABLE, TIB, Candidate, cache_name, select
 from .tables import cache_error
+
+_UNLIMITED = 1 << 62  # bytes
 
 
 @dataclass(slots=True)
@@ -77,36 +81,24 @@ def choose_temporal(
     if not names:
         return TemporalChoice({})
     rows = compute_rows(block.graph, timesteps)
-    share = (visits.float() / visits.sum()).to(timesteps.device)
     result = TemporalChoice({})
-    options: dict[str, dict[str, Candidate]] = {name: {} for name in names}
-    if spec.mode in ("select", "table"):
-        for name, row in zip(names, rows, strict=True):
-            options[name][TABLE] = Candidate(0.0, row.nbytes)
-    if spec.mode in ("select", "cache"):
-        for name, row in zip(names, rows, strict=True):
-            flat = row.reshape(len(row), -1)
-            for bits in spec.cache_bits:
-                error = float((cache_error(flat, bits) * share).sum())
-                scales = 2 * 4 * len(flat)  # a float32 scale and zero point for each row
-                size = packed_size(flat.numel(), bits) + scales
-                options[name][cache_name(bits)] = Candidate(error, size)
+    options = {
+        name: _stored(row, spec, _share(visits, timesteps))
+        for name, row in zip(names, rows, strict=True)
+    }
     module_bytes = {path: _float_bytes(block.graph, path) for path in block.modules}
+    quantized = None
     if spec.mode in ("select", "tib"):
-        nearest = quantize_layers(block.graph, plan=plan, ranges=ranges, timesteps=timesteps).gm
-        for path, module in nearest.named_modules():
-            if isinstance(module, QuantLayer):
-                scales = 4 * len(timesteps) if module.per_timestep else 0
-                module_bytes[path] = sum(b.nbytes for b in module.buffers()) + scales
+        quantized = quantize_layers(block.graph, plan=plan, ranges=ranges, timesteps=timesteps).gm
+        module_bytes |= _quantized_bytes(quantized, timesteps)
     budget = spec.budget
     if budget is None:
-        budget = sum(module_bytes.values()) if spec.mode == "select" else 1 << 62
+        budget = sum(module_bytes.values()) if spec.mode == "select" else _UNLIMITED
     exact_fits = spec.mode == "select" and sum(row.nbytes for row in rows) <= budget
-    if spec.mode in ("select", "tib"):
-        quantized = nearest
+    if quantized is not None:
         if not exact_fits:
             learnt = reconstruct_tib(
-                nearest,
+                quantized,
                 reference=block.graph,
                 timesteps=as_input(block.graph, timesteps),
                 visits=visits,
@@ -126,21 +118,48 @@ def choose_temporal(
         result.layers = {}  # one that is called elsewhere too is rounded like any other layer
     result.details = {
         "exact_fits": exact_fits,
-        "budget": None if budget >= 1 << 62 else budget,
+        "budget": None if budget >= _UNLIMITED else budget,
         "parameters": sum(p.numel() for p in block.graph.parameters()),
         "block_bytes": sum(module_bytes.values()),
-        "features": {
-            name: {
-                "chosen": result.choice[name],
-                "error": options[name][result.choice[name]].error,
-                "candidates": {
-                    form: {"error": c.error, "bytes": c.bytes} for form, c in options[name].items()
-                },
-            }
-            for name in names
-        },
+        "features": {name: _weighed(options[name], result.choice[name]) for name in names},
     }
     return result
+
+
+def _stored(row: Tensor, spec: TemporalSpec, share: Tensor) -> dict[str, Candidate]:
+    """The forms of a feature (K, ...) as rows, exact and cached, that the mode allows.
+
+    share: (K,), what each timestep counts for.
+    """
+    found = {}
+    if spec.mode in ("select", "table"):
+        found[TABLE] = Candidate(0.0, row.nbytes)
+    if spec.mode in ("select", "cache"):
+        flat = row.reshape(len(row), -1)
+        for bits in spec.cache_bits:
+            error = float((cache_error(flat, bits) * share).sum())
+            scales = 2 * 4 * len(flat)  # a float32 scale and zero point for each row
+            found[cache_name(bits)] = Candidate(error, packed_size(flat.numel(), bits) + scales)
+    return found
+
+
+def _quantized_bytes(gm: fx.GraphModule, timesteps: Tensor) -> dict[str, int]:
+    """Bytes of each quantized layer, by path, its scales of the timesteps included."""
+    found = {}
+    for path, module in gm.named_modules():
+        if isinstance(module, QuantLayer):
+            scales = 4 * len(timesteps) if module.per_timestep else 0
+            found[path] = sum(b.nbytes for b in module.buffers()) + scales
+    return found
+
+
+def _weighed(options: Mapping[str, Candidate], chosen: str) -> dict[str, Any]:
+    """JSON-ready facts about the forms of one feature."""
+    return {
+        "chosen": chosen,
+        "error": options[chosen].error,
+        "candidates": {form: {"error": c.error, "bytes": c.bytes} for form, c in options.items()},
+    }
 
 
 def final_details(
@@ -175,23 +194,13 @@ def _errors(
     """The mean relative error of each feature; a timestep counts as often as it was visited."""
     with torch.no_grad():
         features = at_timesteps(quantized, as_input(quantized, timesteps))
-    share = (visits.float() / visits.sum()).to(timesteps.device)
-    errors: list[float] = (relative_errors(features, rows) @ share).tolist()
+    errors: list[float] = (relative_errors(features, rows) @ _share(visits, timesteps)).tolist()
     return errors
 
 
-def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
-    """Each feature at each timestep, (K, ...), computed one timestep at a time as tables are."""
-    steps = as_input(graph, timesteps)
-    with torch.no_grad():
-        rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
-    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-
-
-def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
-    """Timesteps (K,) in the dtype and on the device in which the graph takes them."""
-    value = timestep_node(graph).meta["val"]
-    return timesteps.to(device=value.device, dtype=value.dtype)
+def _share(visits: Tensor, timesteps: Tensor) -> Tensor:
+    """What each timestep counts for in a mean: (K,), 1 in all."""
+    return (visits.float() / visits.sum()).to(timesteps.device)
 
 
 def _float_bytes(graph: fx.GraphModule, path: str) -> int:

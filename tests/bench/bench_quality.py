@@ -65,7 +65,7 @@ def ablation() -> Iterator[Config]:
 
 def attention() -> Iterator[Config]:
     """Attention's products alone, layers in float: widths and grids of the probabilities."""
-    for bits, probabilities in ((8, 8), (8, 4), (4, 4)):
+    for bits, probabilities in ((8, 8), (8, 4), (6, 6), (5, 5), (4, 4)):
         for kind in get_args(Softmax):
             spec = AttentionSpec(
                 activations=ActivationSpec(bits=bits),

@@ -1,7 +1,6 @@
 """change_timesteps: computed rows are exact, measured ones are kept or interpolated, and nothing is
 made up."""
 
-import dataclasses
 import json
 
 import pytest
@@ -15,6 +14,7 @@ from tests.passes.test_fold_timesteps import unet
 from tests.passes.test_quantize_layers import W8A8, observe
 from tests.passes.test_quantize_products import batches as product_batches
 from tests.passes.test_quantize_products import spec as product_spec
+from tests.passes.test_quantize_products import with_choices
 from tests.strategies import STEPS, captured_graphs, draw_inputs
 from tests.toys import ToyDiT, seeded
 from tfmq_fx.activation import QuantActivation
@@ -223,17 +223,10 @@ def test_a_grid_goes_by_the_nearer_timestep_and_its_highest_value_is_interpolate
     example = {"x": torch.randn(2, 3, 8, 8), "t": torch.tensor([1, 2]), "y": torch.tensor([3, 4])}
     gm = capture(seeded(ToyDiT).eval(), example, timestep="t").gm
     gm = decompose_attention(gm).gm
-    wanted, times = product_spec(probabilities="adaptive"), torch.arange(4)
+    wanted, times = product_spec(probabilities="log2"), torch.arange(4)
     measured = measure_products(gm, product_batches(gm), spec=wanted, timesteps=times)
-    log2 = torch.tensor([True, False, False, True])
-    mixed = {
-        name: {
-            side: dataclasses.replace(operand, log2=log2) if operand.probabilities else operand
-            for side, operand in sides.items()
-        }
-        for name, sides in measured.items()
-    }
-    done = quantize_products(gm, measured=mixed, spec=wanted, timesteps=times * 10).gm
+    done = quantize_products(gm, measured=measured, spec=wanted, timesteps=times * 10).gm
+    done = with_choices(done, torch.tensor([True, False, False, True]))
     old = done.get_buffer(PRODUCT_SCALES).double()
     new = change_timesteps(done, timesteps=torch.tensor([2, 8, 10, 25])).gm
     made = new.get_buffer(PRODUCT_SCALES).double()

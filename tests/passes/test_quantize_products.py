@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ from torch import nn
 from tests.toys import ToyDiT, ToyUNet, seeded
 from tfmq_fx import artifact, metrics
 from tfmq_fx.activation import QuantActivation
+from tfmq_fx.affine import levels
 from tfmq_fx.backends.cpu.lower import lower, untried
 from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.capture import capture
 from tfmq_fx.config import ActivationSpec, AttentionSpec, Config, LayerConfig, WeightSpec
 from tfmq_fx.dialect import Stage, is_timestep_row, stage_of
 from tfmq_fx.errors import InputError
+from tfmq_fx.graph import fork
+from tfmq_fx.layers import call_before
 from tfmq_fx.modules import Converted
 from tfmq_fx.observers import RangeObserver
 from tfmq_fx.passes.decompose_attention import decompose_attention
@@ -84,8 +88,31 @@ def roundings(gm):
     return {name: m for name, m in gm.named_modules() if isinstance(m, QuantActivation)}
 
 
+def with_choices(gm, log2):
+    """`gm`, its probabilities on log2 grids, as saved models have it that were made when a test
+    chose their grid: logarithmic at some timesteps, log2 (K,) bool, and uniform at the others."""
+    gm, modules = fork(gm), roundings(gm)
+    table = gm.get_buffer(SCALES)
+    for call in list(gm.graph.find_nodes(op="call_module")):
+        module = modules.get(call.target)
+        if module is None or module.grid != "log2":
+            continue
+        row, (_, column) = call.args[1].args
+        flag = table.shape[1]
+        table = torch.cat([table, log2[:, None].float()], 1)
+        table[:, column] /= torch.where(log2, 1, levels(module.bits))
+        adaptive = QuantActivation(bits=module.bits, grid="adaptive", per_timestep=True)
+        gm.set_submodule(call.target, adaptive)
+        row.meta["val"] = row.meta["val"].new_empty((row.meta["val"].shape[0], flag + 1))
+        place, name = (slice(None), flag), f"log2_{call.name}"
+        call.args = (*call.args, call_before(call, operator.getitem, row, place, name=name))
+    setattr(gm, SCALES, table)
+    gm.recompile()
+    return gm
+
+
 @pytest.mark.parametrize("model", ["unet", "dit"])
-@pytest.mark.parametrize("probabilities", ["uniform", "log2", "adaptive"])
+@pytest.mark.parametrize("probabilities", ["uniform", "log2"])
 def test_every_product_is_rounded_and_keeps_its_name(model, probabilities, request):
     gm = request.getfixturevalue(model)
     products = find_products(gm)
@@ -134,7 +161,7 @@ def test_what_was_rounded_is_on_the_grid(unet):
 
 
 def test_scales_go_by_the_value_of_t_row_by_row(unet):
-    done = quantize(unet, spec(bits=4, probabilities="adaptive")).gm
+    done = quantize(unet, spec(bits=4, probabilities="log2")).gm
     x, t = torch.randn(4, 3, 8, 8), torch.tensor([3, 0, 3, 1])
     with torch.no_grad():
         (together,) = done(x, t)
@@ -148,10 +175,9 @@ def test_scales_go_by_the_value_of_t_row_by_row(unet):
 
 
 def test_one_static_range_needs_no_table(unet):
-    done = quantize(unet, spec(per_timestep=False, probabilities="adaptive"))
+    done = quantize(unet, spec(per_timestep=False, probabilities="log2"))
     assert not [n for n in done.gm.graph.nodes if is_timestep_row(n)] and not done.declined
     assert {m.range_kind() for m in roundings(done.gm).values()} == {"static"}
-    assert all(m.grid != "adaptive" for m in roundings(done.gm).values())
     assert sqnr(done.gm, unet) > 20
 
 
@@ -224,13 +250,17 @@ def test_log2_probabilities_of_four_bits_beat_uniform_ones_where_they_follow_a_p
     gm = capture(ByDistance(), example, timestep="t").gm
     found = {
         kind: sqnr(quantize(gm, spec(probabilities=kind, probabilities_bits=4)).gm, gm)
-        for kind in ("uniform", "log2", "adaptive")
+        for kind in ("uniform", "log2")
     }
-    assert found["adaptive"] == found["log2"] > found["uniform"] + 3
+    assert found["log2"] > found["uniform"] + 3
 
 
-def test_the_result_saves_loads_and_copies(unet, tmp_path):
-    done = quantize(unet, spec(bits=4, probabilities="adaptive")).gm
+@pytest.mark.parametrize("older", [False, True])
+def test_the_result_saves_loads_and_copies(unet, older, tmp_path):
+    done = quantize(unet, spec(bits=4, probabilities="log2")).gm
+    if older:
+        done = with_choices(done, torch.tensor([True, False, False, True]))
+        assert "adaptive" in {m.grid for m in roundings(done).values()}
     batch = list(batches(unet))[1]
     with torch.no_grad():
         (expected,) = done(*batch)
@@ -278,7 +308,7 @@ def test_the_result_compiles_with_quantized_layers():
         pytest.skip(reason)
     example = {"x": torch.randn(2, 3, 8, 8), "t": torch.tensor([1, 2])}
     gm = capture(seeded(Block).eval(), example, timestep="t").gm
-    done = quantize(gm, spec(probabilities="adaptive"), target=quantized_layers(gm)).gm
+    done = quantize(gm, spec(probabilities="log2"), target=quantized_layers(gm)).gm
     lowered = lower(done, choose=untried).gm
     assert len(roundings(lowered)) == 4
     compiled = torch.compile(lowered, fullgraph=True)
