@@ -98,6 +98,18 @@ def test_an_adapter_fused_into_a_layer_that_was_wrapped_before_is_refused(source
         watch.check()
 
 
+def test_an_adapter_fused_beside_another_is_refused(source):
+    (adapter,) = adapt(source, "enter")
+    adapter.merge()
+    adapter.merged_adapters = ["one"]
+    watch = watching(source)
+    watch.check()
+    adapter.merge()
+    adapter.merged_adapters.append("other")  # as peft lists them
+    with pytest.raises(StaleError, match=r"enter\.base_layer\.weight"):
+        watch.check()
+
+
 def in_a_corner(model, name):
     model.get_parameter(name).data.view(-1)[-1] += 1
 
