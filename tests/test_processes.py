@@ -26,7 +26,7 @@ FAST = (
     "blocks",
     "evaluated",
 )
-SLOW = ("recipes", "rounds_and_correction", "by_pipeline", "reckless_pipeline")
+SLOW = ("recipes", "rounds_and_correction", "by_pipeline")
 
 
 def run(folder, names):

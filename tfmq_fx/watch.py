@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .behaviour import Behaviour, differences, explained, is_simple, settings
 from .errors import StaleError
 from .fingerprints import Fingerprint
-from .outside import Outside
+from .outside import Outside, where
 from .sources import UnfusedAdapter, is_wrapped, place_of, shown, tensor_at
 
 _NOTHING: Behaviour = {}
@@ -189,14 +189,14 @@ class Sighting:
         values = self._values(modules)
         # a storage that is gone gives up its memory, and no other one gets its name meanwhile
         self._alive = [StorageWeakRef(value.untyped_storage()) for value in values]
-        self._places = [*map(_place, values)]
+        self._places = [*map(where, values)]
 
     def compared(self, source: nn.Module) -> tuple[bool, list[str]]:
         """Whether modules stand as they stood, and which tensors moved or were written to."""
         try:
             modules = self._modules(source)
             stands = self._pose_of(modules) == self._pose
-            places = [*map(_place, self._values(modules))]
+            places = [*map(where, self._values(modules))]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             return False, self._names  # a part was replaced
         if places == self._places:
@@ -231,11 +231,6 @@ class Sighting:
             [(*state["_forward_pre_hooks"], *state["_forward_hooks"]) for state in states],
             fused,
         )
-
-
-def _place(value: Tensor) -> tuple[int, int, int]:
-    version = 0 if value.is_inference() else value._version
-    return value.untyped_storage()._cdata, value.data_ptr(), version
 
 
 def _at(source: nn.Module, name: str) -> Tensor | None:
