@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
-from tfmq_fx.config import Precision
 from tfmq_fx.dialect import check, stage_of
 from tfmq_fx.graph import Declined, timestep_node
 from tfmq_fx.ops import is_heavy, is_view
@@ -27,7 +25,7 @@ class Part:
     conditions: placeholders.  stepped: whether the values depend on the timestep.  names: of the
     step's inputs that hold them.  batched: which have the batch as dimension 0.  returned: which
     may share memory with an output.  step_bytes: of one sample's values (for each step, where
-    stepped).  free: whether the graph takes any batch size.
+    stepped).
     """
 
     conditions: tuple[str, ...]
@@ -36,7 +34,6 @@ class Part:
     batched: tuple[bool, ...]
     returned: tuple[bool, ...]
     step_bytes: int
-    free: bool
     graph: fx.GraphModule
 
 
@@ -61,16 +58,15 @@ def split_prologue(
     conditions: Sequence[str],
     *,
     steps: int,
-    precision: Precision = "exact",
 ) -> Split:
     """`gm` as prologue and step; the timestep stays an input of the step.
 
-    conditions: placeholders that are fixed for a request.  steps: timesteps of a request, about.
-    precision: in which their rows are kept; both decide what is worth storing.
+    conditions: placeholders that are fixed for a request.  steps: timesteps of a request, about,
+    which decide what is worth storing.
     At the batch size of a request the parts compute what `gm` computes, operation by operation.
     Raises ConfigError for a condition that is no input.
     """
-    found = find_request(gm, conditions, steps=steps, precision=precision)
+    found = find_request(gm, conditions, steps=steps)
     t = timestep_node(gm)
     inputs = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
     batch = t.meta["val"].shape[0]
@@ -94,8 +90,7 @@ def split_prologue(
                 tuple(node.name for node in values),
                 tuple(begins_with_batch(node.meta["val"]) for node in values),
                 tuple(node in shown for node in values),
-                sum(stored_bytes(v, precision if group.stepped else "exact") for v in values),
-                isinstance(batch, torch.SymInt),
+                sum(map(stored_bytes, values)),
                 part,
             )
         )

@@ -103,7 +103,7 @@ def by_scheduler(folder):
 
 
 def by_pipeline(folder):
-    """One generator goes through all batches, at every step: others' batches are skipped."""
+    """Noise is drawn at every step, from the generator of the batch."""
     unet = tiny_unet2d(sample_size=SIZE, block_out_channels=(8, 16), norm_num_groups=4)
     for name, count in (("DDPM", 7), ("DDIM", 2)):
         scheduler = getattr(diffusers, f"{name}Scheduler")()
@@ -132,23 +132,6 @@ def counting(prepared):
     handle = prepared.observed.register_forward_hook(lambda *_: seen.append(1))
     yield seen
     handle.remove()
-
-
-def reckless_pipeline(folder):
-    """A pipeline whose random numbers depend on the model's answers is refused."""
-
-    class Reckless(diffusers.DDPMPipeline):
-        def __call__(self, batch_size=1, generator=None, **options):
-            found = super().__call__(batch_size=batch_size, generator=generator, **options)
-            if self.unet(torch.ones(1, *SHAPE), torch.tensor([1])).sample.any():
-                torch.randn(1, generator=generator)
-            return found
-
-    unet = tiny_unet2d(sample_size=SIZE, block_out_channels=(8, 16), norm_num_groups=4)
-    prepared = prepare(unet, config=recipe("w4a8"))
-    settings = {"samples": 4, "batch_size": 2, "num_inference_steps": 2, "progress": False}
-    with pytest.raises(ConfigError, match="depend on what its model answers"):
-        calibrate(prepared, Reckless(unet, diffusers.DDPMScheduler()), **settings)
 
 
 def by_inputs(folder):

@@ -211,6 +211,17 @@ def test_fields_and_values_that_are_gone_are_dropped(retired):
     assert LEGACY["mood"] == "bright"  # what was given is left alone
 
 
+def test_a_bound_model_that_kept_rows_at_fewer_bits_is_exact_now(tmp_path):
+    shutil.copytree(ASSETS / "bound", tmp_path / "model")
+    edit(
+        tmp_path / "model",
+        lambda d: d["extra"]["prologue"].update(mode="batched", precision="int8", capacity=2),
+    )
+    model = tfmq_fx.load(tmp_path / "model")
+    assert model.spec == PrologueSpec(conditions=("y",), capacity=2)
+    check_as_recorded(model, "bound")
+
+
 def test_they_are_dropped_where_a_folder_has_them(retired, folder):
     def plant(document):
         document["config"]["mood"] = "bright"

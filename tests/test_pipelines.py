@@ -12,6 +12,7 @@ from tfmq_fx.errors import ConfigError
 from tfmq_fx.pipelines import (
     find_timestep,
     named_inputs,
+    sampling_pass,
     takes_batch_size,
     with_denoiser,
 )
@@ -142,3 +143,29 @@ def test_pipelines_that_are_told_how_many_samples_to_draw():
             return batch_size
 
     assert takes_batch_size(Unconditional(None, None)) and not takes_batch_size(Pipeline(1, 2))
+
+
+def test_each_batch_has_random_numbers_of_its_own():
+    drawn = []
+
+    class Noisy(Pipeline):
+        def set_progress_bar_config(self, **options):
+            pass
+
+        def __call__(self, batch_size, num_inference_steps, generator):
+            drawn.append(torch.rand(batch_size, generator=generator).tolist())
+
+    unet = nn.Linear(1, 1)
+    pipeline = Noisy(unet, "scheduler")
+
+    def found(seed, samples):
+        drawn.clear()
+        settings = {"num_inference_steps": 1, "samples": samples, "batch_size": 2, "seed": seed}
+        sampling = sampling_pass(pipeline, (), {}, original=unet, settings=settings, progress=False)
+        sampling.run(nn.Linear(1, 1))
+        return [*drawn]
+
+    first, *others = found(3, 5)
+    assert first == torch.rand(2, generator=torch.Generator().manual_seed(3)).tolist()
+    assert [len(each) for each in others] == [2, 1] and first[0] != others[0][0] != others[1][0]
+    assert found(3, 4) == [first, others[0]] and found(4, 5)[0] not in (first, *others)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tfmq_fx import processes
-from tfmq_fx.parcels import pack, unpack
+from tfmq_fx.processes import pack, unpack
 
 FAST = (
     "exchanged",
@@ -26,7 +26,7 @@ FAST = (
     "blocks",
     "evaluated",
 )
-SLOW = ("recipes", "rounds_and_correction", "by_pipeline", "reckless_pipeline")
+SLOW = ("recipes", "rounds_and_correction", "by_pipeline")
 
 
 def run(folder, names):
@@ -123,11 +123,10 @@ def test_values_come_back_with_their_bits_and_strides():
         torch.randn(4, dtype=torch.complex64).conj(),
         torch.tensor([float("nan"), -0.0]),
     ]
-    device = torch.device("cpu")
-    words, found = unpack(pack(({"a": (1, "b")}, tensors), device))
+    words, found = unpack(pack(({"a": (1, "b")}, tensors)))
     assert words == {"a": (1, "b")}
     for given, came in zip(tensors, found, strict=True):
         assert came.dtype == given.dtype and came.stride() == torch.empty_like(given).stride()
         torch.testing.assert_close(came, given, rtol=0, atol=0, equal_nan=True)
         assert not came.numel() or came.data_ptr() % came.element_size() == 0
-    assert unpack(pack(None, device)) is None
+    assert unpack(pack(None)) is None

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import nn
 
-from tests.adapters import CHANGES, Denoiser, adapt, by_data, low_rank
+from tests.adapters import CHANGES, Denoiser, adapt, by_copy, by_data, low_rank
 from tests.test_recipes import short
 from tests.toys import ToyDiT, ToyUNet, seeded, sinusoidal
 from tfmq_fx import (
@@ -190,12 +190,12 @@ def test_changed_weights_are_taken(source, change):
     before = tensors(model)
     change(source, "time.0.weight")
     with pytest.raises(StaleError):
-        model(X, 1)
+        model.watch.check_contents()
     made = refresh(model, source)
     assert exact(made, source, range(5)) and not same(made, model)
     assert same(made, fold_timesteps(source, 5, (X, torch.tensor([1, 1]))))
     with pytest.raises(StaleError):  # the old one is what it was
-        model(X, 1)
+        model.watch.check_contents()
     assert all(torch.equal(before[name], value) for name, value in tensors(model).items())
 
 
@@ -270,11 +270,11 @@ def test_two_sources_make_two_models(source):
     model = fold_timesteps(source, 5, (X, torch.tensor([1, 1])))
     made = refresh(model, other)
     assert exact(model, source, range(5)) and exact(made, other, range(5))
-    by_data(source, "enter.weight")
+    by_copy(source, "enter.weight")
     made(X, 1)
     with pytest.raises(StaleError):
         model(X, 1)
-    by_data(other, "enter.weight")
+    by_copy(other, "enter.weight")
     with pytest.raises(StaleError):
         made(X, 1)
 
@@ -285,7 +285,7 @@ def test_new_timesteps_by_an_equal_source_leave_the_first_one(source):
     made = refresh(model, other, timesteps=7)
     by_data(source, "enter.weight")  # whose memory the first model shares
     assert exact(made, other, range(7))
-    by_data(other, "enter.weight")
+    by_copy(other, "enter.weight")
     with pytest.raises(StaleError):
         made(X, 1)
 
@@ -518,8 +518,8 @@ def test_a_bound_model_stays_bound():
         expected = source(x, torch.tensor([2]), y)
         assert torch.equal(model(x, 2, y), expected)
         keep = {name: value.clone() for name, value in source.state_dict().items()}
-        by_data(source, "head.weight")
-        by_data(source, "label.weight")
+        by_copy(source, "head.weight")
+        by_copy(source, "label.weight")
         with pytest.raises(StaleError, match=r"label\.weight, .*head\.weight"):
             model(x, 2, y)
         made = refresh(model, source)

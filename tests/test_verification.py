@@ -278,8 +278,6 @@ def test_bound_models_are_verified_as_they_run(dit, folded_dit):
     example = torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([3, 4])
     found = verify(dit, bind_request(dit, torch.arange(4), example, offload="disk"))
     assert found.ok and found.exact and list(found.steps) == [0, 1, 2, 3]
-    found = verify(dit, bind_request(dit, torch.arange(4), example, precision="int8"))
-    assert found.ok and not found.exact and 30 < found.pooled < 80
     with pytest.raises(ConfigError, match="no finite set of timesteps"):
         verify(dit, bind_request(dit, None, example))
 

@@ -6,7 +6,6 @@ it in the model is a change of the model.
 
 from __future__ import annotations
 
-import copy
 import dis
 import enum
 import functools
@@ -14,7 +13,7 @@ import hashlib
 import itertools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def _words(text: str) -> frozenset[str]:
 
 _CLASS, _FORWARD, _HOOKS = "(class)", "(forward)", "(hooks)"
 _OWN = frozenset(vars(nn.Module()))  # what every module has
-_MISSING, _OPAQUE = object(), object()
+_OPAQUE = object()
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _MANY, _DEEP = 256, 4  # entries of a container and nesting that are looked at
@@ -93,57 +92,12 @@ def explained(different: Mapping[str, tuple[Any, Any]], most: int = 3) -> str:
     return "; ".join(lines) + more
 
 
-class Pose:
-    """How the modules of a model stood when they were last compared, for a quick look.
-
-    Holds no module and no tensor.
-    """
-
-    def __init__(self, recorded: Behaviour, model: nn.Module) -> None:
-        self._links: list[tuple[int, str]] = []  # the position of a module's parent, and its name
-        positions: dict[str, int] = {"": 0}
-        modules: list[nn.Module] = [model]
-        slots: list[tuple[int, str]] = []
-        objects: list[tuple[int, str]] = []
-        for path, entry in recorded.items():
-            at = model
-            place = ""
-            for part in _place(recorded, model, path) or ():
-                at = at._modules[part]  # type: ignore[assignment]
-                parent, place = place, f"{place}.{part}"
-                if place not in positions:
-                    self._links.append((positions[parent], part))
-                    positions[place] = len(modules)
-                    modules.append(at)
-            for name in entry:
-                if name not in (_CLASS, _FORWARD, _HOOKS):
-                    value = vars(at).get(name, _MISSING)
-                    simple = value is _MISSING or _is_simple(value)
-                    (slots if simple else objects).append((positions[place], name))
-        self._slots, self._objects = slots, objects
-        self._types = [*map(type, modules)]
-        states = [vars(module) for module in modules]
-        self._values = [_copied(states[i].get(name, _MISSING)) for i, name in slots]
-        self._rest = self._read(states)
-
-    def stands(self, model: nn.Module) -> bool:
-        """Whether everything is as it was."""
-        modules: list[Any] = [model]
-        try:
-            for parent, name in self._links:
-                modules.append(modules[parent]._modules[name])
-            states = [module.__dict__ for module in modules]
-            same = [states[i].get(name, _MISSING) for i, name in self._slots] == self._values
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            return False  # a part was replaced
-        return same and [*map(type, modules)] == self._types and self._read(states) == self._rest
-
-    def _read(self, states: list[dict[str, Any]]) -> tuple[Any, ...]:
-        return (
-            [id(states[i].get(name, _MISSING)) for i, name in self._objects],
-            [id(state.get("forward")) for state in states],
-            [(*state["_forward_pre_hooks"], *state["_forward_hooks"]) for state in states],
-        )
+def settings(recorded: Behaviour, model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Where each recorded module is in `model` by now, and the recorded names of its attributes."""
+    for path, entry in recorded.items():
+        place = _place(recorded, model, path)
+        if place is not None:
+            yield ".".join(place), [n for n in entry if n not in (_CLASS, _FORWARD, _HOOKS)]
 
 
 def _module(module: nn.Module) -> dict[str, Any]:
@@ -251,7 +205,7 @@ def _object(value: Any, depth: int) -> dict[str, Any]:
     settings = {
         repr(name): _token(v, depth + 1)
         for name, v in state.items()
-        if name not in written and name not in _IDLE and _is_simple(v)
+        if name not in written and name not in _IDLE and is_simple(v)
     }
     return {"class": _name(kind), **settings}
 
@@ -312,17 +266,13 @@ def _is_placed(state: Mapping[str, Any]) -> bool:
     return bool(hooks) and all(type(each).__name__ in _PLACING for each in hooks)
 
 
-def _is_simple(value: Any) -> bool:
+def is_simple(value: Any) -> bool:
     """Whether a value is plain data, all of it."""
     if isinstance(value, Mapping):
-        return len(value) <= _MANY and all(map(_is_simple, value.values()))
+        return len(value) <= _MANY and all(map(is_simple, value.values()))
     if isinstance(value, (tuple, list, set, frozenset)):
-        return len(value) <= _MANY and all(map(_is_simple, value))
+        return len(value) <= _MANY and all(map(is_simple, value))
     return isinstance(value, (*_PLAIN, enum.Enum))
-
-
-def _copied(value: Any) -> Any:
-    return value if isinstance(value, _PLAIN) or value is _MISSING else copy.deepcopy(value)
 
 
 def _module_at(recorded: Behaviour, model: nn.Module, path: str) -> nn.Module | None:

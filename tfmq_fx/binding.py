@@ -42,8 +42,8 @@ def bind_request(
     any denoiser, captured here from example_inputs (as for `prepare`) and left in floating point.
     timesteps: the schedule, as for `Bound.set_timesteps`; left out, timesteps are met as they come.
     options: of a PrologueSpec, in place of `spec`.
-    Exact in mode "exact" with precision "exact": outputs equal the model's bit for bit, at any
-    batch size, where all samples are at one timestep, and up to float reassociation elsewhere.
+    Exact: outputs equal the model's bit for bit, at any batch size, where all samples are at one
+    timestep, and up to float reassociation elsewhere.
     Raises ConfigError for options or inputs that cannot be used.
     """
     if spec is not None and options:

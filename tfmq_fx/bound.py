@@ -122,7 +122,7 @@ class Bound(Converted):
     def _split(self, schedule: Schedule | None) -> None:
         known = self.timesteps
         steps = self.spec.steps or (_STEPS if known is None else len(known))
-        split = split_prologue(self.gm, self.conditions, steps=steps, precision=self.spec.precision)
+        split = split_prologue(self.gm, self.conditions, steps=steps)
         # in a tuple it is no submodule: its tensors are the graph's
         self._steps = (split.step,)
         self.prologue = Prologue(

@@ -23,8 +23,6 @@ Sampling = Literal["uniform", "normal"]
 Softmax = Literal["uniform", "log2"]
 Correction = Literal["none", "bias", "noise"]
 TemporalMode = Literal["select", "table", "cache", "tib"]
-Precision = Literal["exact", "float16", "int8"]
-PrologueMode = Literal["exact", "batched"]
 Offload = Literal["none", "cpu", "disk"]
 OnMiss = Literal["compute", "error"]
 
@@ -419,10 +417,6 @@ class PrologueSpec:
     all but the sample, the timestep and what another network adds at every step.
     steps: timesteps of a request, about; decides which values are worth storing. None is as many as
     the model was made for, or 50.
-    mode: "exact" computes one step at a time at the batch size of the request, which gives the bits
-    that the step would; "batched" all steps in one call, which rounds differently (about 1e-6).
-    precision: how values that depend on the timestep are kept: in the compute dtype, as float16, or
-    as 8-bit integers with a scale for each row. Values of the conditions alone stay exact.
     capacity: conditions kept at once; the least recently used goes first.
     offload: what becomes of weights that no step reads once the values are there: "cpu" moves them
     off the accelerator, "disk" maps them from a temporary file that memory need not hold.
@@ -431,8 +425,6 @@ class PrologueSpec:
 
     conditions: tuple[str, ...] | None = None
     steps: int | None = None
-    mode: PrologueMode = "exact"
-    precision: Precision = "exact"
     capacity: int = 4
     offload: Offload = "none"
     on_miss: OnMiss = "compute"
@@ -452,8 +444,6 @@ class PrologueSpec:
         _require(
             self.capacity >= 1, f"PrologueSpec.capacity must be at least 1, got {self.capacity}"
         )
-        _one_of("PrologueSpec.mode", self.mode, PrologueMode)
-        _one_of("PrologueSpec.precision", self.precision, Precision)
         _one_of("PrologueSpec.offload", self.offload, Offload)
         _one_of("PrologueSpec.on_miss", self.on_miss, OnMiss)
 

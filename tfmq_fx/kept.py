@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .conditions import Snapshot
 from .config import PrologueSpec
-from .graph import timestep_node
 from .passes.split_prologue import Part
 from .rows import Rows
 
@@ -23,11 +22,9 @@ class Entry:
     like: a timestep tensor (B,) as the model received it.
     """
 
-    def __init__(
-        self, part: Part, given: Sequence[Tensor], *, key: Any, like: Tensor, spec: PrologueSpec
-    ) -> None:
+    def __init__(self, part: Part, given: Sequence[Tensor], *, key: Any, like: Tensor) -> None:
         self.conditions, self.key, self.like = Snapshot(given), key, like.detach()
-        self._part, self._precision = part, spec.precision if part.stepped else "exact"
+        self._part = part
         self.clear()
 
     def clear(self) -> None:
@@ -35,7 +32,7 @@ class Entry:
         self.index: dict[float, int] = {}
         self._known: Tensor | None = None  # the same on the device
         self.used = set[float]()
-        self.rows = [Rows(self._precision, batched=batched) for batched in self._part.batched]
+        self.rows = [Rows() for _ in self._part.names]
 
     @property
     def is_reproducible(self) -> bool:
@@ -77,11 +74,10 @@ class Kept:
     """The entries of one part, the most recently used first."""
 
     def __init__(self, part: Part, spec: PrologueSpec) -> None:
-        self.part, self.spec = part, spec
+        self.part, self._capacity = part, spec.capacity
         self.graph = part.graph  # knows more timesteps as they come
         self.entries: list[Entry] = []
         self.mixes: bool | None = None  # whether samples depend on each other; None: not known
-        self.batched = spec.mode == "batched" and part.stepped and part.free and all(part.batched)
         # where values depend on the timestep only, all samples have the same: one is kept
         self.shared = part.stepped and not part.conditions
         self.restless = 0
@@ -100,8 +96,8 @@ class Kept:
                     return entry
         if self.entries and self.part.stepped:
             self.restless = self.restless + 1 if len(self.entries[0].used) < 2 else 0
-        self.entries.insert(0, Entry(self.part, given, key=key, like=t, spec=self.spec))
-        del self.entries[self.spec.capacity :]
+        self.entries.insert(0, Entry(self.part, given, key=key, like=t))
+        del self.entries[self._capacity :]
         return self.entries[0]
 
     def compute(
@@ -109,13 +105,6 @@ class Kept:
     ) -> list[tuple[Tensor, ...]]:
         """Each value at each of `steps`; t: (B,), for its dtype, device and size."""
         self.computed += len(steps)
-        if self.batched and len(steps) > 1:
-            twice = self._wide(given, 2)
-            if not self.mixing(steps[0], steps[-1], twice, t.repeat(2)):
-                n = len(steps)
-                times = t.new_tensor(steps).repeat_interleave(len(t))
-                values = self.graph(times, *self._wide(given, n))
-                return [value.unflatten(0, (n, len(t))).unbind() for value in values]
         each = [self.graph(t.new_full((len(t),), step), *given) for step in steps]
         return list(zip(*each, strict=True))
 
@@ -141,15 +130,6 @@ class Kept:
                 if not torch.equal(value, torch.where(chosen, last, first)):
                     return True
         return False
-
-    def _wide(self, given: Sequence[Tensor], n: int) -> list[Tensor]:
-        """The conditions of n times the batch."""
-        inputs = self.graph.graph.find_nodes(op="placeholder")
-        batch = str(timestep_node(self.graph).meta["val"].shape[0])
-        return [
-            torch.cat([x] * n) if x.dim() and str(node.meta["val"].shape[0]) == batch else x
-            for node, x in zip(inputs[1:], given, strict=True)
-        ]
 
 
 def _layout(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,9 @@ from .errors import ArtifactError
 from .reading import parse_json
 from .saved_names import OLD_NAMES
 
-RETIRED: dict[type, dict[str, Mapping[Any, Any] | None]] = {}
+RETIRED: dict[type, dict[str, Mapping[Any, Any] | None]] = {
+    PrologueSpec: {"mode": None, "precision": None},
+}
 """Fields of recipes that formats 1 to 4 may have, by the class that had them.
 
 None: the field is gone, and what it said is dropped. A mapping: these values of it are gone, and

@@ -27,7 +27,7 @@ class Outside:
         for name, reference in tensors.items():
             value = reference()
             if value is not None and is_readable(value):
-                self._seen[name] = (reference, Fingerprint.of(value), _place(value))
+                self._seen[name] = (reference, Fingerprint.of(value), where(value))
 
     def changed(self, *, contents: bool = True) -> list[str]:
         """Names of those that hold something else by now; contents: whether all are read, or those
@@ -35,7 +35,7 @@ class Outside:
         found = []
         for name, (reference, fingerprint, place) in self._seen.items():
             value = reference()
-            if value is None or (not contents and _place(value) == place):
+            if value is None or (not contents and where(value) == place):
                 continue
             if not fingerprint.matches(value):
                 found.append(name)
@@ -56,5 +56,8 @@ def adopted(tensors: Mapping[str, weakref.ref[Tensor]]) -> list[str]:
     return [name for name, reference in tensors.items() if isinstance(reference(), nn.Parameter)]
 
 
-def _place(value: Tensor) -> tuple[int, int]:
-    return value.data_ptr(), 0 if value.is_inference() else value._version
+def where(value: Tensor) -> tuple[int, int, int]:
+    """What tells, without its elements, whether a tensor is as it was: where it lies, and how often
+    it was written to, as far as torch counts."""
+    version = 0 if value.is_inference() else value._version
+    return value.untyped_storage()._cdata, value.data_ptr(), version

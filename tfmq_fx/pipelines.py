@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,9 +18,8 @@ from .describe import TIMESTEP_NAMES
 from .errors import ConfigError
 from .examples import example_inputs as derived_inputs
 from .metrics import sample
-from .processes import dealt, exchange, mine, nothing, world
+from .processes import dealt, nothing
 from .progress import progress_bar
-from .skipping import Skipped, can_skip
 
 
 def named_inputs(
@@ -258,22 +256,14 @@ def sampling_pass(
         def by_pipeline(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
             pipe = make(denoiser)
             pipe.set_progress_bar_config(disable=not progress)
-            generator = torch.Generator().manual_seed(seed)
-            own = {**kwargs, "num_inference_steps": steps, "generator": generator}
-            if args or not takes_batch_size(pipe):  # prompts, labels or embeddings say how many
-                for _ in dealt([None], done):
-                    pipe(*args, **own)
-                return
-
-            def draw(start: int, by: Any = pipe) -> None:
-                by(batch_size=min(batch_size, samples - start), **own)
-
-            skip = None
-            if world() > 1 and can_skip(denoiser):
-                skipping = make(Skipped(denoiser))
-                skipping.set_progress_bar_config(disable=True)
-                skip = partial(draw, by=skipping)
-            _drawn(range(0, samples, batch_size), draw, skip, done, generator)
+            calls: list[dict[str, Any]] = [{}]  # prompts, labels or embeddings say how many
+            if not args and takes_batch_size(pipe):
+                starts = range(0, samples, batch_size)
+                calls = [{"batch_size": min(batch_size, samples - start)} for start in starts]
+            own = {**kwargs, "num_inference_steps": steps}
+            each = zip(calls, _generators(seed, len(calls)), strict=True)
+            for call, generator in dealt(each, done):
+                pipe(*args, **own | call | {"generator": generator})
 
         return SamplingPass(by_pipeline, True)
     given = ", ".join([*(type(a).__name__ for a in args), *kwargs])
@@ -306,42 +296,11 @@ def _check_prompts(pipeline: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
         )
 
 
-def _drawn(
-    starts: Sequence[int],
-    draw: Callable[[int], None],
-    skip: Callable[[int], None] | None,
-    done: Callable[[], None],
-    generator: torch.Generator,
-) -> None:
-    """Draw every batch, or of many processes each its own; the random numbers of the others are
-    used up by `skip`, or where there is none the first process draws all.
-
-    Raises ConfigError where `skip` uses up others than `draw` does.
-    """
-    if world() == 1 or skip is None:
-        for _ in dealt([None], done):
-            for start in starts:
-                draw(start)
-        return
-    own, states = mine(len(starts)), []
-
-    def turns() -> Iterator[int]:
-        for i, start in enumerate(starts):
-            states.append(generator.get_state())
-            if i not in own:
-                skip(start)
-            yield start
-        states.append(generator.get_state())
-
-    for start in dealt(turns(), done):
-        draw(start)
-    first, *others = exchange(states, "random numbers")
-    for other in others:
-        if not all(torch.equal(*pair) for pair in zip(first, other, strict=True)):
-            raise ConfigError(
-                "this pipeline draws random numbers that depend on what its model answers: "
-                "calibrate a model prepared anew in one process, or by a (scheduler, shape) pair"
-            )
+def _generators(seed: int, count: int) -> list[torch.Generator]:
+    """One for each batch, so that any process can draw any of them; the first one's is the seed."""
+    draw = torch.Generator().manual_seed(seed)
+    seeds = [seed, *torch.randint(2**62, (count - 1,), generator=draw).tolist()]
+    return [torch.Generator().manual_seed(each) for each in seeds]
 
 
 def takes_batch_size(pipeline: Any) -> bool:

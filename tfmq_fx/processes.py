@@ -10,26 +10,24 @@ for it.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import pickle
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ConfigError
-from .parcels import pack, unpack
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PIECE = 1 << 30  # bytes sent at once
 _alone = ContextVar("alone", default=False)
 
 
@@ -139,32 +137,30 @@ def exchange(value: T, what: str) -> list[T]:
     """
     if world() == 1:
         return [value]
-    packed = pack(value, _wire())
-    return _spread(value, packed, _meet(what, len(packed)))
+    found = _meet(what, packed=pack(value))
+    return [value if i == rank() else unpack(each) for i, each in enumerate(found)]
 
 
 def collect(value: T, what: str) -> list[T]:
     """The values of all processes in the first one, nothing in the others; as `exchange`."""
     if world() == 1:
         return [value]
-    packed = pack(value, _wire())
-    sizes = _meet(what, len(packed))
-    if rank():
-        for piece in packed.split(_PIECE):
-            dist.send(piece, 0)
-        return []
-    found = [value]
-    for source, size in enumerate(sizes[1:], 1):
-        buffer = torch.empty(size, dtype=torch.uint8, device=_wire())
-        for piece in buffer.split(_PIECE):
-            dist.recv(piece, source)
-        found.append(unpack(buffer))
-    return found
+    packed = b"" if rank() == 0 else pack(value)
+    _meet(what)
+    found: list[Any] | None = [b""] * world() if rank() == 0 else None
+    dist.gather_object(packed, found, dst=0)
+    return [] if found is None else [value, *map(unpack, found[1:])]
 
 
 def from_first(value: T, what: str) -> T:
     """The value of the first process, in all of them; what the others give counts for nothing."""
-    return exchange(value if rank() == 0 else None, what)[0]  # type: ignore[return-value]
+    if world() == 1:
+        return value
+    found = [pack(value) if rank() == 0 else b""]
+    _meet(what)
+    dist.broadcast_object_list(found, src=0)
+    made: T = value if rank() == 0 else unpack(found[0])
+    return made
 
 
 def summed(value: Tensor, what: str) -> Tensor:
@@ -172,7 +168,8 @@ def summed(value: Tensor, what: str) -> Tensor:
     if world() == 1:
         return value
     _meet(what)
-    wire = value.to(_wire())
+    on_cpu = "cpu:" in dist.get_backend_config()
+    wire = value.to("cpu" if on_cpu else torch.device("cuda", torch.cuda.current_device()))
     dist.all_reduce(wire)
     return value.copy_(wire)
 
@@ -218,34 +215,30 @@ def together(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         if not getattr(error, "_known_to_all", False):
-            _gather([0, 1, 0])
-            _fail(what, error)
+            _meet(what, error)
         raise
     exchange(None, f"the end of {what}")
 
 
-def _meet(what: str, size: int = 0) -> list[int]:
-    """The sizes that the processes give. Raises where one failed or is not at the place `what`."""
-    tags, failed, sizes = zip(*_gather([zlib.crc32(what.encode()), 0, size]), strict=True)
-    if any(failed) or len(set(tags)) > 1:
-        _fail(what, None)
-    return list(sizes)
+def _meet(what: str, own: Exception | None = None, packed: bytes = b"") -> list[bytes]:
+    """What all processes, at the place `what` and without an error, have packed.
 
-
-def _fail(what: str, own: Exception | None) -> NoReturn:
-    """Raise, in every process, the error of the first that has one."""
-    value = (what, _portable(own))
-    packed = pack(value, _wire())
-    found = _spread(value, packed, [size for _, _, size in _gather([0, 0, len(packed)])])
-    for place, (_, error) in enumerate(found):
+    Raises, in every process, the error of the first that has one, else ConfigError.
+    """
+    given: list[Any] = [None] * world()
+    dist.all_gather_object(given, (what, _portable(own), packed))
+    places, errors, found = zip(*given, strict=True)
+    for place, error in enumerate(errors):
         if error is not None and place == rank():
             assert own is not None
             raise _known(own)
         if error is not None:
             error.add_note(f"raised in process {place} of {world()}")
             raise _known(error) from own
-    places = ", ".join(f"process {i} is at {where}" for i, (where, _) in enumerate(found))
-    raise _known(ConfigError(f"the processes were not called alike: {places}"))
+    if len(set(places)) > 1:
+        shown = ", ".join(f"process {i} is at {where}" for i, where in enumerate(places))
+        raise _known(ConfigError(f"the processes were not called alike: {shown}"))
+    return list(found)
 
 
 def _known(error: Exception) -> Exception:
@@ -263,31 +256,40 @@ def _portable(error: Exception | None) -> Exception | None:
     return error
 
 
-# ---------------------------------------------------------------------------- tensors on the way
+# ---------------------------------------------------------------------------- values on the way
 
 
-def _wire() -> torch.device:
-    """Where tensors must lie to be sent."""
-    if "cpu:" in dist.get_backend_config():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+class _Pickler(pickle.Pickler):
+    """Has tensors pickled by their elements alone, not by all of their memory and its device."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not Tensor or value.layout is not torch.strided or value.is_quantized:
+            return NotImplemented
+        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        plain = torch.view_as_real(plain) if plain.is_complex() else plain
+        content = bytearray(plain.flatten().view(torch.uint8).numpy())
+        stride = torch.empty_like(value, device="meta").stride()
+        return _tensor, (content, value.dtype, value.shape, stride, value.device.type)
 
 
-def _gather(numbers: list[int]) -> list[list[int]]:
-    """The numbers of each process."""
-    own = torch.tensor(numbers, device=_wire())
-    found = [torch.empty_like(own) for _ in range(world())]
-    dist.all_gather(found, own)
-    return [each.tolist() for each in found]
-
-
-def _spread(value: T, packed: Tensor, sizes: Sequence[int]) -> list[T]:
-    """The values of all processes; of this one `value`, which is `packed`."""
-    found: list[T] = []
-    for source, size in enumerate(sizes):
-        own = source == rank()
-        buffer = packed if own else torch.empty(size, dtype=torch.uint8, device=_wire())
-        for piece in buffer.split(_PIECE) if size else ():
-            dist.broadcast(piece, source)
-        found.append(value if own else unpack(buffer))
+def _tensor(
+    content: bytearray, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], device: str
+) -> Tensor:
+    """The tensor whose elements have these bytes, in memory of its own."""
+    found = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    if content:
+        found.copy_(torch.frombuffer(content, dtype=torch.uint8).view(dtype).view(shape))
     return found
+
+
+def pack(value: Any) -> bytes:
+    """Anything that can be pickled, as bytes for another process of this program."""
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
+
+
+def unpack(packed: bytes) -> Any:
+    """The value that was packed: tensors with the same bits and strides, on a device of the same
+    kind. Runs what the bytes say, which other processes of this program wrote."""
+    return pickle.loads(packed)

@@ -137,7 +137,6 @@ class Prologue:
                     "bytes": kept.part.step_bytes,
                     "kept": len(kept.entries),
                     "kept_bytes": sum(entry.nbytes() for entry in kept.entries),
-                    "error": max((r.error for e in kept.entries for r in e.rows), default=0.0),
                     "interpolated": kept.interpolated,
                 }
                 for kept in self.parts
@@ -277,12 +276,12 @@ class Prologue:
         gm = self._gm()
         if gm is None:
             return None
-        return Sighting(gm, {name: attrgetter(name)(gm) for name in self._weights})
+        return Sighting(gm, self._weights)
 
     def _check_weights(self) -> None:
         """Where weights were changed or replaced, have all parts see it and forget values."""
         gm, step = self._gm(), self._step()
-        if gm is None or (self._sighting is not None and self._sighting.stands(gm)):
+        if gm is None or (self._sighting is not None and self._sighting.compared(gm) == (True, [])):
             return
         self.offloaded.back()
         for graph in (step, *(kept.part.graph for kept in self.parts)):

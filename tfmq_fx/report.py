@@ -119,8 +119,6 @@ class Report:
                 f"  {what}: {len(part['values'])} values, {part['bytes'] / 1024:.1f} KiB for "
                 f"{when} and sample; {part['kept']} kept ({part['kept_bytes'] / 1024:.1f} KiB)"
             )
-            if part["error"]:
-                lines.append(f"    relative error of kept rows, at most {part['error']:.2g}")
             if part["interpolated"]:
                 lines.append(f"    {part['interpolated']} ranges interpolated for new timesteps")
         return lines + [

@@ -15,7 +15,6 @@ from operator import attrgetter
 import torch
 from torch import Tensor, fx, nn
 
-from .config import Precision
 from .cuts import minimum_cut
 from .dataflow import Binding, BindingTimes, binding_times
 from .dialect import is_timestep_row
@@ -56,13 +55,12 @@ def find_request(
     conditions: Collection[str],
     *,
     steps: int,
-    precision: Precision = "exact",
 ) -> Request:
     """What to compute before the steps of a request in which `conditions`, placeholders, are fixed.
 
-    steps: how many timesteps a request has, about.  precision: in which their rows are kept;
-    both decide whether rows outweigh weights.  Look-ups by timestep are among the values where
-    they can be, so that nothing that is left depends on which timesteps there are.
+    steps: how many timesteps a request has, about, which decides whether rows outweigh weights.
+    Look-ups by timestep are among the values where they can be, so that nothing that is left
+    depends on which timesteps there are.
     Raises ConfigError for a condition that is no input.
     """
     times = binding_times(gm, conditions)
@@ -78,9 +76,7 @@ def find_request(
     declined: list[Declined] = []
 
     def cost(node: fx.Node) -> int:
-        if times[node] is Binding.C:
-            return stored_bytes(node)
-        return stored_bytes(node, precision) * steps
+        return stored_bytes(node) * (1 if times[node] is Binding.C else steps)
 
     def cut_cost(node: fx.Node) -> int:
         return cost(node) + _VALUE
@@ -113,16 +109,13 @@ def find_request(
     )
 
 
-def stored_bytes(node: fx.Node, precision: Precision = "exact") -> int:
+def stored_bytes(node: fx.Node) -> int:
     """Bytes of a value for one sample; sizes that are free count as captured."""
     value: Tensor = node.meta["val"]
     sizes = [size_hint(n) for n in value.shape]
     if value.dim() and not isinstance(value.shape[0], int):
         sizes[0] = 1
-    width = value.element_size()
-    if value.is_floating_point() and precision != "exact":
-        width = min(width, {"float16": 2, "int8": 1}[precision])
-    return max(1, torch.Size(sizes).numel() * width)
+    return max(1, torch.Size(sizes).numel() * value.element_size())
 
 
 def tensors_of(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> dict[int, Tensor]:

@@ -52,7 +52,7 @@ def place_of(source: nn.Module, name: str) -> str | None:
         elif part != _BASE:  # an adapter that is gone again leaves the layer that it wrapped
             return None
     while _own(module, leaf) is None:
-        if not _is_wrapped(module):
+        if not is_wrapped(module):
             return None
         _check_fused(module, ".".join(path))
         module = _child(module, _BASE)
@@ -62,7 +62,7 @@ def place_of(source: nn.Module, name: str) -> str | None:
 
 def parameters_beside(source: nn.Module, known: Collection[str]) -> list[str]:
     """Parameters of `source` that are not among `known` names, those of adapters left out."""
-    adapters = [path for path, module in source.named_modules() if _is_wrapped(module)]
+    adapters = [path for path, module in source.named_modules() if is_wrapped(module)]
     prefixes = tuple(f"{path}." for path in adapters)
     names = [name for name, _ in source.named_parameters(remove_duplicate=False)]
     return [name for name in names if name not in known and not name.startswith(prefixes)]
@@ -167,7 +167,7 @@ def _layer(source: nn.Module, path: str) -> nn.Module | None:
             module = _child(module, part)
         elif part != _BASE:
             return None
-    while _is_wrapped(module):
+    while is_wrapped(module):
         module = _child(module, _BASE)
     return module
 
@@ -197,7 +197,8 @@ def _child(module: nn.Module, name: str) -> nn.Module:
     return child
 
 
-def _is_wrapped(module: nn.Module) -> bool:
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a module is an adapter round a layer."""
     return module._modules.get(_BASE) is not None
 
 

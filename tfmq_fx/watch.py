@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from .behaviour import Behaviour, Pose, differences, explained
+from .behaviour import Behaviour, differences, explained, is_simple, settings
 from .errors import StaleError
-from .fingerprints import Fingerprint, bits
-from .outside import Outside
-from .sources import UnfusedAdapter, place_of, shown, tensor_at
+from .fingerprints import Fingerprint
+from .outside import Outside, where
+from .sources import UnfusedAdapter, is_wrapped, place_of, shown, tensor_at
 
-_RUN = 8  # neighbouring elements of a tensor that every check reads
-_data_ptr: Any = Tensor.data_ptr
+_NOTHING: Behaviour = {}
+_FUSED = ("merged", "merged_adapters", "disable_adapters", "scaling")  # of an adapter of peft's
 
 
 class SourceWatch:
-    """Watches the model that a graph was made from, without keeping it alive.
+    """Watches the model that a graph was made from, without keeping it or its memory alive.
 
     fingerprints: of each tensor, by name; of them, parameters and buffers are watched.  held: the
     graph's own, which are trusted to be the source's where they lie in the same memory.
     behaviour: of its modules when it was captured.  outside: what it reads besides.
 
-    A check reads where each tensor lies, how often it was written to and, on the CPU, 8 elements of
-    it (which alone tell of `p.data += delta`): 0.3 us a tensor, 2 where no cache holds any of it.
-    Where anything moved, tensors are compared with their fingerprints, all elements of them; a move
-    to another device or dtype is no change.  Memory of tensors that moved away is released by the
-    check that notices, or with the source.  Settings of modules are read as they are at every
-    check; what a function or hook does, where they are others than before.
+    A check reads where each tensor lies, how often it was written to, and the settings of modules:
+    not what a write past the version counter (`p.data += delta`) did, which `check_contents` reads.
+    Tensors that moved are compared with their fingerprints, all elements of them, and so are all
+    tensors where modules stand otherwise (an adapter was fused); a move to another device or dtype
+    is no change.  What a function or hook does is read where it is another than before.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class SourceWatch:
     ) -> None:
         self.outside = outside or Outside({})
         self._kind = type(source).__name__
-        self._behaviour, self._pose = behaviour or {}, list[Pose]()
-        seen = self._seen = list[Sighting]()  # the last one that was fine
-        self._source = weakref.ref(source, lambda _: seen.clear())
+        self._behaviour = behaviour or _NOTHING
+        self._seen: Sighting | None = None  # the last one that was fine, modules included
+        self._source = weakref.ref(source)
         plain = {
             f"{path}.{leaf}".removeprefix(".")
             for path, module in source.named_modules(remove_duplicate=False)
@@ -55,8 +55,9 @@ class SourceWatch:
         }
         self._fingerprints = {n: f for n, f in fingerprints.items() if n not in plain}
         found = {name: _at(source, name) for name in self._fingerprints}
-        if all(_in_same_memory(value, held[name]) for name, value in found.items()):
-            seen.append(Sighting(source, found))
+        shared = all(_in_same_memory(value, held[name]) for name, value in found.items())
+        if shared and not differences(self._behaviour, source):
+            self._seen = Sighting(source, found, self._behaviour)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SourceWatch:
         return self  # there is one source, and what was seen of it is true for all
@@ -71,16 +72,15 @@ class SourceWatch:
         source = self._source()
         if source is None:
             return
-        last = self._seen[0] if self._seen else None
-        posed = bool(self._pose) and self._pose[0].stands(source)
-        if last is None or not (posed and last.stands(source)):
-            self._look(source, last)
+        stands, moved = self._seen.compared(source) if self._seen else (False, [])
+        if not stands or moved:
+            self._look(source, moved if stands else self._fingerprints)
 
     def check_contents(self) -> None:
         """`check`, with every element of every tensor read, and everything of the modules."""
         self.outside.check(contents=True)
         if (source := self._source()) is not None:
-            self._look(source, None)
+            self._look(source, self._fingerprints)
 
     def release(self, gm: nn.Module) -> None:
         """Give `gm` tensors of its own where it shares the source's memory.
@@ -90,7 +90,7 @@ class SourceWatch:
         source = self._source()
         if source is None:
             return
-        changed = set(self._compare(source, None)[1])
+        changed = set(self._changed(source, self._fingerprints))
         memory: dict[int, str] = {}
         for name in self._fingerprints:
             value = _at(source, name)
@@ -114,9 +114,9 @@ class SourceWatch:
             elif (buffer := owner._buffers[leaf]) is not None:
                 owner._buffers[leaf] = buffer.clone()  # the source's own is the same object
 
-    def _look(self, source: nn.Module, last: Sighting | None) -> None:
-        """Compare what moved since `last`, or everything; note where all of it is now."""
-        found, changed = self._compare(source, last)
+    def _look(self, source: nn.Module, names: Collection[str]) -> None:
+        """Compare the tensors of these names, and the modules; note where all of it is now."""
+        changed = self._changed(source, names)
         different = differences(self._behaviour, source)
         if changed:
             note = ""
@@ -140,34 +140,31 @@ class SourceWatch:
                 f"{explained(different)}. Prepare and convert it anew, set it back, or call "
                 "model.forget_source() to go on with what it was."
             )
-        self._seen[:] = [Sighting(source, found)]
-        self._pose[:] = [Pose(self._behaviour, source)]
+        self._seen = Sighting(source, self._fingerprints, self._behaviour)
 
-    def _compare(
-        self, source: nn.Module, last: Sighting | None
-    ) -> tuple[dict[str, Tensor | None], list[str]]:
-        """The source's tensors by name, and the names of those that changed."""
-        found = {name: _at(source, name) for name in self._fingerprints}
+    def _changed(self, source: nn.Module, names: Collection[str]) -> list[str]:
+        """Those of `names` whose tensors are gone or hold something else."""
 
-        def same(name: str, value: Tensor | None) -> bool:
-            if value is None:
-                return False
-            unmoved = last is not None and last.holds(name, value)
-            return unmoved or self._fingerprints[name].matches(value)
+        def same(name: str) -> bool:
+            value = _at(source, name)
+            return value is not None and self._fingerprints[name].matches(value)
 
-        changed = [name for name, value in found.items() if not same(name, value)]
-        return found, changed
+        return [name for name in names if not same(name)]
 
 
 class Sighting:
-    """Where the tensors of a model lie, and a few elements of each."""
+    """Where tensors of a model lie, and how recorded modules stand: for a quick look, without
+    holding a module, a tensor, or its memory.
 
-    def __init__(self, source: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
-        links: list[tuple[int, str]] = []  # the position of a module's parent, and its name
-        self._links = links  # the function below must not hold this object, which holds memory
-        self._leaves: tuple[list[tuple[int, str]], ...] = ([], [])  # parameters, buffers
+    Raises ConfigError where an adapter is in the way of a tensor.
+    """
+
+    def __init__(
+        self, source: nn.Module, tensors: Iterable[str], recorded: Behaviour = _NOTHING
+    ) -> None:
+        self._names = [*tensors]
+        self._links = links = list[tuple[int, str]]()  # the position of a module's parent, its name
         positions = {"": 0}
-        names: tuple[list[str], list[str]] = ([], [])
 
         def position(path: str) -> int:
             if path not in positions:
@@ -176,64 +173,64 @@ class Sighting:
                 positions[path] = len(positions)
             return positions[path]
 
-        for name in tensors:
+        self._leaves = list[tuple[int, str]]()
+        for name in self._names:
             path, _, leaf = str(place_of(source, name)).rpartition(".")
-            kind = 0 if leaf in source.get_submodule(path)._parameters else 1
-            self._leaves[kind].append((position(path), leaf))
-            names[kind].append(name)
-        self._names = {name: i for i, name in enumerate(names[0] + names[1])}
-        values = self._read(source)
-        self._pointers, self._versions = [*map(_data_ptr, values)], [*map(_version, values)]
-        self._runs = [_run(value) for value in values]
-        self._parts = [bytes(run) for run in self._runs]
-        self._content = b"".join(self._parts)
+            self._leaves.append((position(path), leaf))
+        found = [(position(path), names) for path, names in settings(recorded, source)]
+        self._posed = bool(found)
+        modules = self._modules(source)
+        self._wrapping = [i for i, module in enumerate(modules) if is_wrapped(module)]
+        slots = [(i, name) for i, names in found for name in names]
+        simple = [is_simple(vars(modules[i]).get(name)) for i, name in slots]
+        self._plain = [slot for slot, plain in zip(slots, simple, strict=True) if plain]
+        self._objects = [slot for slot, plain in zip(slots, simple, strict=True) if not plain]
+        self._pose = copy.deepcopy(self._pose_of(modules))
+        values = self._values(modules)
+        # a storage that is gone gives up its memory, and no other one gets its name meanwhile
+        self._alive = [StorageWeakRef(value.untyped_storage()) for value in values]
+        self._places = [*map(where, values)]
 
-    def stands(self, source: nn.Module) -> bool:
-        """Whether everything lies where it lay and reads as it read."""
+    def compared(self, source: nn.Module) -> tuple[bool, list[str]]:
+        """Whether modules stand as they stood, and which tensors moved or were written to."""
         try:
-            values = self._read(source)
-            pointers = [*map(_data_ptr, values)]
-        except (AttributeError, KeyError, RuntimeError, TypeError):  # a part was replaced
-            return False
-        try:
-            versions = [value._version for value in values]
-        except RuntimeError:  # tensors of inference mode count none
-            versions = [*map(_version, values)]
-        return (
-            pointers == self._pointers
-            and versions == self._versions
-            and b"".join(self._runs) == self._content
-        )
+            modules = self._modules(source)
+            stands = self._pose_of(modules) == self._pose
+            places = [*map(where, self._values(modules))]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            return False, self._names  # a part was replaced
+        if places == self._places:
+            return stands, []
+        pairs = zip(self._names, places, self._places, strict=True)
+        return stands, [name for name, now, was in pairs if now != was]
 
-    def holds(self, name: str, value: Tensor) -> bool:
-        """Whether one tensor lies where it lay and reads as it read."""
-        i = self._names[name]
-        still = (value.data_ptr(), _version(value)) == (self._pointers[i], self._versions[i])
-        return still and bytes(self._runs[i]) == self._parts[i]
-
-    def _read(self, source: nn.Module) -> list[Tensor]:
+    def _modules(self, source: nn.Module) -> list[Any]:
         modules: list[Any] = [source]
         for parent, name in self._links:
             modules.append(modules[parent]._modules[name])
-        values = [modules[at]._parameters[leaf] for at, leaf in self._leaves[0]]
-        return values + [modules[at]._buffers[leaf] for at, leaf in self._leaves[1]]
+        return modules
 
+    def _values(self, modules: list[Any]) -> list[Tensor]:
+        return [
+            held[leaf] if leaf in (held := modules[at]._parameters) else modules[at]._buffers[leaf]
+            for at, leaf in self._leaves
+        ]
 
-def _version(value: Tensor) -> int:
-    return 0 if value.is_inference() else value._version
-
-
-def _run(value: Tensor) -> Any:
-    """Neighbouring elements in the middle of a tensor's memory: a view, empty off the CPU.
-
-    As numpy, whose memory one join reads for 20 ns a tensor; torch takes 100 to 500.
-    """
-    room = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
-    if value.device.type != "cpu" or not room:
-        return b""
-    start = max(0, min(value.numel() // 2, room - _RUN))
-    place = value.storage_offset() + start
-    return bits(torch.as_strided(value.detach(), (min(_RUN, room),), (1,), place)).numpy()
+    def _pose_of(self, modules: list[Any]) -> tuple[list[Any], ...]:
+        """Settings, and the identity of whatever else may change what modules compute."""
+        wrapping = [modules[i] for i in self._wrapping]
+        fused = [getattr(module, name, None) for module in wrapping for name in _FUSED]
+        if not self._posed:
+            return (fused,)
+        states = [module.__dict__ for module in modules]
+        return (
+            [states[i].get(name) for i, name in self._plain],
+            [id(states[i].get(name)) for i, name in self._objects],
+            [*map(type, modules)],
+            [id(state.get("forward")) for state in states],
+            [(*state["_forward_pre_hooks"], *state["_forward_hooks"]) for state in states],
+            fused,
+        )
 
 
 def _at(source: nn.Module, name: str) -> Tensor | None:

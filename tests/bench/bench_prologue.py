@@ -163,14 +163,11 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         for t in times[:: max(1, len(times) // 4)]
     )
-    batched = tfmq_fx.bind_request(plain, mode="batched")
-    for made in (bound, batched):
-        made.set_timesteps(torch.cat(times))
+    bound.set_timesteps(torch.cat(times))
     runs: dict[str, Callable[..., Any]] = {
         "torch.compile of the model": torch.compile(model),
         "tfmq_fx, no prologue": tfmq_fx.compile(plain, "inductor"),
         "tfmq_fx, prologue": tfmq_fx.compile(bound, "inductor"),
-        "tfmq_fx, prologue, batched": tfmq_fx.compile(batched, "inductor"),
     }
 
     def one(call: Callable[..., Any]) -> Callable[[], Any]:

@@ -24,7 +24,6 @@ from tests.bound.toys import (
     computed,
     draw,
     labelled,
-    of,
     quantizable,
 )
 from tests.denoisers import Spec, build, denoisers, inputs
@@ -154,13 +153,3 @@ def test_any_choice_of_conditions(conditions: tuple[str, ...]) -> None:
     for seed in (0, 1, 0):
         for step in (999, 0):
             check(found, draw(2, seed, step))
-
-
-def test_all_at_once_is_equal_up_to_rounding() -> None:
-    found = bound(STEPS, mode="batched")
-    for values in (draw(2, 0, 999), draw(2, 0, 0), draw(1, 1, 500), draw(2, 0, 250)):
-        expected = of(values)
-        # sums of up to 512 products in another order, in each of four layers: some 2**-24 * 20 of
-        # the largest each
-        assert (found(**values) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert computed(found)[TC] == 2 * len(STEPS)

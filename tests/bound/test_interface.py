@@ -50,6 +50,9 @@ def test_bad_arguments() -> None:
         bind_request(compile_model(source, backend="eager"))
     with pytest.raises(ConfigError, match="capacity must be at least 1"):
         bind_request(source, capacity=0)
+    for removed in ("mode", "precision"):
+        with pytest.raises(ConfigError, match=rf"no option '{removed}'; it has conditions, steps"):
+            bind_request(source, **{removed: "exact"})
     with pytest.raises(ConfigError, match="timesteps"):
         bind_request(source, [1.5])
     with pytest.raises(ConfigError, match="already"):

@@ -78,7 +78,7 @@ def test_a_step_on_patches() -> None:
     split = split_prologue(gm, ["y"], steps=2)
     (part,) = split.parts
     assert part.names == ("blocks_0_modulation", "blocks_1_modulation")
-    assert (part.conditions, part.stepped, part.free) == (("y",), True, True)
+    assert (part.conditions, part.stepped) == (("y",), True)
     assert part.step_bytes == 2 * 6 * 32 * 4 and part.batched == (True, True)
     assert part.returned == (False, False) and split.kept == ("x", "t") and not split.declined
     layers = ("time.0", "time.2", "label", "blocks.0.modulation", "blocks.1.modulation")
@@ -150,5 +150,5 @@ def test_a_batch_that_is_fixed() -> None:
     gm = capture(model, example, timestep="t", dynamic=()).gm
     split = split_prologue(gm, ["y"], steps=2)
     (part,) = split.parts
-    assert not part.free and part.batched == (True, True)
+    assert part.batched == (True, True)
     assert same(run(split, example), gm(*example.values()))
