@@ -290,7 +290,7 @@ def find_parts(reference: fx.GraphModule, model: fx.GraphModule) -> list[SitePar
     modules = {node: model.get_submodule(str(node.target)) for node in calls}
     rounded = [n for n, m in modules.items() if isinstance(m, QuantActivation)]
     products = {user.name for node in rounded for user in node.users}
-    targets = [name for name in theirs if name in mine and (name in layers or name in products)]
+    targets = dict.fromkeys(n for n in theirs if n in mine and (n in layers or n in products))
     parts = []
     for name in targets:
         inside, given = _computation(mine[name], theirs, targets)
