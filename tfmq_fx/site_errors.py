@@ -43,12 +43,13 @@ class SitePart:
     computes its value.
 
     name: of the layer, or of the product's node.  nodes: of the reference, the value's and those it
-    is computed from: by `wanted` as in the reference, by `part` as in the model.
+    is computed from: by `wanted` as in the reference (None where it reads others), by `part` as in
+    the model.
     """
 
     name: str
     nodes: tuple[fx.Node, ...]
-    wanted: fx.GraphModule
+    wanted: fx.GraphModule | None
     part: fx.GraphModule
 
     def run(self, inputs: Iterable[Tensor], rule: Rule) -> Tensor:
@@ -188,7 +189,7 @@ def _measured(
     for (y, *inputs), _, (_, *own), n in chunks:
         plain, rest = part.run(inputs, weights_alone), part.run(inputs, bias_alone)
         explained.append(squares(part.run(inputs, blurred(fitting)) - plain, n))
-        passed_on.append(squares(part.wanted(*own)[0] - y, n))
+        passed_on.append(squares(part.wanted(*own)[0] - y, n) if part.wanted else 0 * explained[-1])
         wanted, given = (y - rest).double(), (plain - rest).double()
         along, size = along + float((wanted * given).sum()), size + float(wanted.square().sum())
     gain = along / size if size else 1.0
@@ -298,14 +299,21 @@ def find_parts(reference: fx.GraphModule, model: fx.GraphModule) -> list[SitePar
         if not any(isinstance(modules.get(node), kind) for node in inside):
             continue
         before = [theirs[node.name] for node in given]
-        try:
-            wanted = extract(reference, [theirs[name]], before)
-            part = extract(model, [mine[name]], given)
-        except GraphError:  # it reads an input of the model that the reference does not have
-            continue
-        nodes = theirs[name], *before
-        parts.append(SitePart(layers.get(name, name), nodes, wanted, part))
+        if (part := _extracted(model, mine[name], given)) is not None:
+            nodes, wanted = (theirs[name], *before), _extracted(reference, theirs[name], before)
+            parts.append(SitePart(layers.get(name, name), nodes, wanted, part))
     return parts
+
+
+def _extracted(
+    gm: fx.GraphModule, node: fx.Node, given: Sequence[fx.Node]
+) -> fx.GraphModule | None:
+    """The graph that computes a node; None where it reads what is not given, as where one graph has
+    an input, or two of equal values, and the other has not."""
+    try:
+        return extract(gm, [node], given)
+    except GraphError:
+        return None
 
 
 def _computation(
