@@ -189,7 +189,8 @@ def _measured(
     for (y, *inputs), _, (_, *own), n in chunks:
         plain, rest = part.run(inputs, weights_alone), part.run(inputs, bias_alone)
         explained.append(squares(part.run(inputs, blurred(fitting)) - plain, n))
-        passed_on.append(squares(part.wanted(*own)[0] - y, n) if part.wanted else 0 * explained[-1])
+        sound = y if part.wanted is None else part.wanted(*own)[0]  # on what it gets as it runs
+        passed_on.append(squares(sound - y, n))
         wanted, given = (y - rest).double(), (plain - rest).double()
         along, size = along + float((wanted * given).sum()), size + float(wanted.square().sum())
     gain = along / size if size else 1.0
