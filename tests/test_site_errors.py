@@ -205,7 +205,9 @@ def test_layers_of_conditions_drawn_from_no_data_are_judged_by_their_weights_alo
     ]
     model = quantize(gm, W8A8, batches, KEYS).gm
     # a hundred times what calibration saw
-    given = [[torch.randn(4, 8), torch.full((4,), int(t)), torch.randn(4, 6)] for t in KEYS]
+    far = torch.randn(4, 6)
+    far += far.sign()  # in every sample
+    given = [[torch.randn(4, 8), torch.full((4,), int(t)), far] for t in KEYS]
     for drawn, broken in (((), {"text", "both"}), (("text",), set())):
         found = {e.name: e for e in site_errors(gm, model, given, drawn=drawn)}
         assert {n for n, e in found.items() if e.broken} >= broken
