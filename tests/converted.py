@@ -14,8 +14,8 @@ from tfmq_fx import convert
 from tfmq_fx.capture import capture
 from tfmq_fx.drawn_inputs import Draw, Example, batches, draw_examples
 from tfmq_fx.modules import Converted
+from tfmq_fx.nn import QuantLayer
 from tfmq_fx.presets import resolve
-from tfmq_fx.site_parts import find_parts
 
 KEYS = torch.tensor(TIMES)
 
@@ -47,13 +47,27 @@ def examples(model: Converted, count: int = 8) -> list[Example]:
     return batches(model.call, made, 8)
 
 
+def leaves(model: Converted, site: str) -> dict[str, Any]:
+    """The calls of the quantized layers that stand for a layer of the toy, by path."""
+    calls = {str(n.target): n for n in model.gm.graph.find_nodes(op="call_module")}
+    return {
+        path: node
+        for path, node in calls.items()
+        if (path == site or path.startswith(f"{site}."))
+        and isinstance(model.gm.get_submodule(path), QuantLayer)
+    }
+
+
 def spoil(model: Converted, site: str, what: str, factor: float) -> None:
     """Multiply the weight scale or the input scale of a layer of `model`."""
-    for part in find_parts(captured(), model.gm):
-        for leaf in part.leaves if part.name == site else ():
-            if what == "weight":
-                leaf.layer.weight_scale.mul_(factor)
-            elif leaf.column is None:
-                leaf.layer.act_scale.mul_(factor)
-            else:
-                model.gm.get_buffer(leaf.column[0])[:, leaf.column[1]] *= factor
+    found = leaves(model, site)
+    assert found
+    for path, node in found.items():
+        layer: Any = model.gm.get_submodule(path)
+        if what == "weight":
+            layer.weight_scale.mul_(factor)
+        elif not layer.per_timestep:
+            layer.act_scale.mul_(factor)
+        else:
+            row, (_, column) = node.args[1].args
+            model.gm.get_buffer(row.args[0].target)[:, column] *= factor

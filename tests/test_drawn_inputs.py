@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.converted import KEYS, lossy
+from tests.passes.test_quantize_layers import W8A8, quantize
+from tests.test_site_errors import REWRITES
+from tests.test_sites import graph_of
 from tests.toys import ToyDiT, seeded
 from tfmq_fx.capture import capture
-from tfmq_fx.drawn_inputs import Draw, batches, draw_examples, join, rows_of
+from tfmq_fx.drawn_inputs import Draw, batches, draw_examples, input_scales, join, rows_of
 
 
 class Looks(nn.Module):
@@ -166,3 +169,27 @@ def test_batches_keep_the_order_and_leave_apart_what_cannot_be_joined(looks):
     found = batches(looks.call, examples, 2)
     assert [len(values[0]) for values in found] == [2, 2, 1, 1]
     assert torch.equal(torch.cat([v[0] for v in found]), torch.cat([e[0] for e in examples]))
+
+
+def test_scales_of_what_reads_an_input_are_found_by_the_layers():
+    model = lossy()
+    (sample, _) = model.gm.graph.find_nodes(op="placeholder")
+    (scales,) = input_scales(model.gm, sample)
+    assert torch.equal(scales, model.gm.activation_scales[:, 0])
+
+
+def test_scales_of_what_reads_an_input_rewritten_count_as_its_own():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x, t):
+            return self.second(self.first(x) * t[:, None].float())
+
+    gm = REWRITES["all"](graph_of(seeded(Plain).eval(), 8))
+    batches = [(torch.randn(4, 8), torch.full((4,), int(t))) for t in KEYS]
+    model = quantize(gm, W8A8, batches, KEYS).gm
+    x, t = model.graph.find_nodes(op="placeholder")
+    (scales,) = input_scales(model, x)
+    assert torch.equal(scales, model.activation_scales[:, 0]) and input_scales(model, t) == []

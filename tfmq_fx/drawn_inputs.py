@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from .dialect import is_timestep_row
 from .ops import is_view, op_name
 from .signature import BATCH, CallSpec, Input
-from .site_parts import input_scales
 
 Example = list[Tensor]  # placeholder values, in order
 _CASTS = ("long", "int", "short")
+# what rewrites of a layer put in front of it
+_REWRITES = (torch.narrow, torch.unflatten, torch.flatten, torch.mul, torch.matmul)
 
 
 class Draw:
@@ -146,3 +148,22 @@ def _spread(scales: Sequence[Tensor]) -> Tensor | None:
     layers that read it: (K,), at most 1."""
     shares = [s / s.max() for s in scales if bool((torch.isfinite(s) & (s > 0)).all())]
     return torch.stack(shares).amax(0) if shares else None
+
+
+def input_scales(model: fx.GraphModule, placeholder: fx.Node) -> list[Tensor]:
+    """The scales (K,) of each layer that reads a placeholder, as it is or rewritten."""
+    found = []
+    for node in model.graph.find_nodes(op="call_module"):
+        x, *scales = node.args
+        while isinstance(x, fx.Node) and x.target in _REWRITES:
+            x, *others = x.all_input_nodes
+            if any(other.op != "get_attr" for other in others):
+                break  # it is no rewrite
+        scale = scales[0] if scales else None
+        if x is placeholder and isinstance(scale, fx.Node) and scale.target is operator.getitem:
+            row, place = scale.args
+            if isinstance(row, fx.Node) and is_timestep_row(row) and isinstance(place, tuple):
+                (table, *_), (_, column) = row.all_input_nodes, place
+                assert isinstance(column, int)
+                found.append(model.get_buffer(str(table.target))[:, column])
+    return found

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
 from .dataflow import temporal_block
 from .dialect import is_timestep_row
-from .graph import insert_timestep_row, timestep_node
+from .graph import timestep_node
 from .passes.reconstruct_tib import relative_errors
 from .regions import extract
 from .tables import FEATURE, QuantTimestepTable, cache_rows, restore_rows
 from .temporal import compute_rows
 
-Form = Literal["table", "cache", "block"]  # exact rows, integer rows, computed by layers
 _ROUNDING = 16  # of the dtype's eps: what another machine's order of additions leaves in a row
 
 
@@ -25,17 +23,13 @@ _ROUNDING = 16  # of the dtype's eps: what another machine's order of additions 
 class FeatureError:
     """One temporal feature over the set of K timesteps.
 
-    node: its name in the model's graph.  rows: the reference's, (K, ...).  stored: what a sound
-    model of this form has in their place.  found: what this one has.  errors: |found - rows| /
-    |rows| of each row, (K,).  bits: of integer rows.
+    rows: the reference's, (K, ...).  stored: what a sound model has in their place; None where its
+    layers compute them.  found: what this one has.  errors: |found - rows| / |rows|, (K,).
     """
 
     name: str
-    node: str
-    form: Form
-    bits: int | None
     rows: Tensor
-    stored: Tensor
+    stored: Tensor | None
     found: Tensor
     errors: Tensor
 
@@ -45,7 +39,7 @@ class FeatureError:
 
         Features that layers compute are judged by those.
         """
-        if self.form == "block":
+        if self.stored is None:
             return torch.zeros(len(self.errors), dtype=torch.bool)
         (sound,) = relative_errors((self.stored,), (self.rows,))
         rounding = _ROUNDING * torch.finfo(self.rows.dtype).eps
@@ -57,12 +51,25 @@ class FeatureError:
         """Whether any row is wrong."""
         return bool(self.wrong.any())
 
-    def twin(self, row: int) -> int | None:
-        """The other timestep whose row is found at position `row`, if one."""
-        for i, stored in enumerate(self.stored):
-            if i != row and torch.equal(stored, self.found[row]):
-                return i
-        return None
+    @property
+    def worst(self) -> int:
+        """The row that is furthest off, of the wrong ones where there are any."""
+        errors = self.errors.nan_to_num(nan=math.inf)
+        return int((errors.masked_fill(~self.wrong, -1.0) if self.broken else errors).argmax())
+
+    def note(self, timesteps: Tensor) -> str:
+        """What is wrong with it, in words."""
+        wrong, row = self.wrong, self.worst
+        if self.stored is None or not self.broken:
+            return ""
+        found = []
+        if wrong.sum() > 1:
+            found.append(f"wrong at {int(wrong.sum())} of {len(wrong)} timesteps")
+        twins = [i for i, each in enumerate(self.stored) if torch.equal(each, self.found[row])]
+        if twins:  # not the row itself, which would not be wrong
+            there, other = float(timesteps[row]), float(timesteps[twins[0]])
+            found.append(f"at t={there:g} it has the row of t={other:g}")
+        return "; ".join(found)
 
 
 def feature_errors(
@@ -82,19 +89,12 @@ def feature_errors(
     computed = compute_rows(block.graph, timesteps)
     rows = {f.name: row for f, row in zip(block.features, computed, strict=True)}
     graph = extract(model, list(nodes.values()), [timestep_node(model)])
-    found = dict(zip(nodes, compute_rows(graph, timesteps), strict=True))
     result = []
-    for name, node in nodes.items():
-        values = found[name].view_as(rows[name])
-        form, bits = _form(model, node)
-        stored = rows[name]
-        if bits is not None:
-            cached = restore_rows(*cache_rows(stored.reshape(len(stored), -1), bits))
-            stored = cached.to(stored.dtype).view_as(stored)
-        (errors,) = relative_errors((values,), (rows[name],))
-        result.append(
-            FeatureError(name, node.name, form, bits, rows[name], stored, values, errors.cpu())
-        )
+    for (name, node), values in zip(nodes.items(), compute_rows(graph, timesteps), strict=True):
+        found = values.view_as(rows[name])
+        (errors,) = relative_errors((found,), (rows[name],))
+        stored = _stored(model, node, rows[name])
+        result.append(FeatureError(name, rows[name], stored, found, errors.cpu()))
     return result
 
 
@@ -111,29 +111,14 @@ def temporal_errors(
     return [f.name for f in found], torch.stack([f.errors for f in found])
 
 
-def with_rows(node: str, rows: Tensor, timesteps: Tensor) -> Callable[[fx.GraphModule], None]:
-    """A change of a graph: the value of `node` looked up in `rows` (K, ...) instead."""
-
-    def change(gm: fx.GraphModule) -> None:
-        row = insert_timestep_row(gm, "fixed_rows", rows.reshape(len(rows), -1), timesteps)
-        (old,) = [n for n in gm.graph.nodes if n.name == node]
-        new = row
-        if old.meta["val"].dim() != 2:
-            with gm.graph.inserting_after(row):
-                new = gm.graph.call_method("reshape", (row, (-1, *rows.shape[1:])))
-        old.replace_all_uses_with(new)
-        gm.recompile()
-
-    return change
-
-
-def _form(model: fx.GraphModule, node: fx.Node) -> tuple[Form, int | None]:
-    """How a model holds a feature, and the bits of integer rows."""
+def _stored(model: fx.GraphModule, node: fx.Node, rows: Tensor) -> Tensor | None:
+    """What a sound model holds of rows (K, ...): these themselves, or as integers, or nothing."""
     row = node.args[0] if FEATURE in node.meta else None
-    if isinstance(row, fx.Node) and is_timestep_row(row):
-        return "table", None
-    if isinstance(row, fx.Node) and row.op == "call_module":
-        table = model.get_submodule(str(row.target))
-        if isinstance(table, QuantTimestepTable):
-            return "cache", table.bits
-    return "block", None
+    if not isinstance(row, fx.Node):
+        return None
+    if is_timestep_row(row):
+        return rows
+    table = model.get_submodule(str(row.target)) if row.op == "call_module" else None
+    if not isinstance(table, QuantTimestepTable):
+        return None
+    return restore_rows(*cache_rows(rows.flatten(1), table.bits)).to(rows.dtype).view_as(rows)

@@ -1,82 +1,102 @@
-"""Each quantized layer of a model, judged alone on its reference's own inputs.
+"""Error of each quantized layer against its reference, and whether its own rounding explains it.
 
-A layer is compared with itself quantized again, at the same bits, from the reference's weight and
-for the reference's inputs: what that does not explain is no matter of bits.
+A layer is run on the reference's values, with all that rewrites put before and beside it, so that
+no error of another layer counts; and it is looked at as the model runs, where they all do.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .activation import QuantActivation
+from .affine import activation_scales
 from .dataflow import Binding, binding_times
 from .drawn_inputs import Example
-from .fixes import (
-    Fix,
-    Ranges,
-    float_layer,
-    float_weights,
-    requantized,
-    with_layers,
-)
+from .errors import GraphError
 from .nn import QuantLayer
-from .noise import decibels, energies, pooled
-from .ops import timestep_index
-from .site_parts import Leaf, SitePart, find_parts
+from .noise import decibels, energies, pooled, squares
+from .regions import extract
+from .sites import find_sites
 from .spill import Spill
 from .walk import Walk
 
-FAR = 10.0  # dB, ten times the noise power
-CLIPPED = 10.0  # dB of the input's own rounding; static ranges for all timesteps explain 4
-OFF = math.sqrt(2)  # a ratio between right and off by two; weights of 2 bits have 0.86
-_FEW = 3  # layers that a median needs
-_MEMORY = 1 << 30  # bytes of the reference's values that wait in memory, more in files
-_SEARCH = 8  # candidates of clipped weight ranges: 80 would gain a few tenths of a dB
-_REBUILT = 1e-3  # relative error of a layer rebuilt in floating point that reassociation may leave
+FAR = 10.0  # dB, ten times the noise: off by two is 14 and more at 4 bits, sound layers are below 3
+OFF = math.sqrt(2)  # as a ratio halfway between right and off by two
+_FEW = 3  # layers that a median needs to tell one from the others
+_MEMORY = 1 << 30  # bytes of each graph's values that wait in memory, more in files
+_REASSOCIATION = 8  # of the dtype's eps: what another order of additions leaves in an output
+
+Rule = Callable[..., Tensor]  # (path, layer, input, scale) -> output
+Ranges = dict[str, dict[float, tuple[float, float]]]  # of inputs, by layer and input scale
+
+
+@dataclass(frozen=True, slots=True)
+class SitePart:
+    """A layer of the reference, or a product in its attention, and the part of the model that
+    computes its value.
+
+    name: of the layer, or of the product's node.  nodes: of the reference, the value's and those it
+    is computed from: by `wanted` as in the reference (None where it reads others), by `part` as in
+    the model.
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    wanted: fx.GraphModule | None
+    part: fx.GraphModule
+
+    def run(self, inputs: Iterable[Tensor], rule: Rule) -> Tensor:
+        """The value by the model's part, whose quantized layers `rule` computes."""
+        value: Tensor = _ByRule(self.part, rule).run(*inputs)[0]
+        return value
+
+
+class _ByRule(fx.Interpreter):
+    def __init__(self, part: fx.GraphModule, rule: Rule) -> None:
+        super().__init__(part)
+        self.rule = rule
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, QuantLayer):
+            return self.rule(target, module, *args, **kwargs)
+        return super().call_module(target, args, kwargs)
 
 
 @dataclass(frozen=True, slots=True)
 class SiteError:
-    """What one layer loses on the reference's inputs.
+    """What one layer loses.
 
-    found: SQNR in dB of each sample, (E,).  pooled: of all of them together.
-    excess: how many dB more of noise there is than when quantized again, at the sample where it is
-    least; on the model's own inputs, where it is less there: a layer may have been rounded to make
-    up for errors before it.  input_excess: where only inputs are rounded, the reference's.
-    weight_ratio: size of the weight along the reference's.  input_ratio: of the input scale to that
-    of the layer quantized again, over what this is in the other layers, as calibration sees more
-    data than is looked at here.  Both of the leaf where they are furthest from 1.
-    ranges: of what its leaves read.  rebuilt: whether its weight in floating point is known; `note`
-    says why not.
+    alone: SQNR in dB of each sample on the reference's values, (E,).  pooled: of all of them.
+    running: SQNR of the same output as the model runs, errors of the layers before it included.
+    excess: how many dB of noise there are beyond what the layer's own rounding makes, at the sample
+    where it is least; as the model runs, where it is less there: a layer may have been rounded to
+    make up for errors before it.  gain: size of what its weights make of the reference's values
+    along what they should.  input_ratio: of its input scales to those that fit the values it reads,
+    over what this is in the other layers, as calibration sees more data than is looked at here.
+    drawn: whether all it reads of conditions was drawn from no data.
     """
 
-    part: SitePart
-    found: Tensor
+    name: str
+    alone: Tensor
     pooled: float
+    running: Tensor
     excess: float = 0.0
-    input_excess: float = 0.0
-    weight_ratio: float = 1.0
+    gain: float = 1.0
     input_ratio: float = 1.0
-    ranges: Ranges = field(default_factory=dict)
-    rebuilt: bool = False
-    note: str = ""
-
-    @property
-    def worst(self) -> int:
-        """The sample that comes out worst; NaN is worse than all."""
-        return int(self.found.nan_to_num(nan=-math.inf).argmin())
+    drawn: bool = False
 
     @property
     def broken(self) -> bool:
-        """Whether the layer is further off than its bits explain."""
-        sound = 1 / OFF < self.weight_ratio < OFF
-        return not sound or self.excess > FAR or self.input_excess > CLIPPED
+        """Whether the layer is further off than its rounding explains."""
+        return not 1 / OFF < self.gain < OFF or self.excess > FAR
 
     @property
     def suspect(self) -> bool:
@@ -85,55 +105,54 @@ class SiteError:
         return not 1 / OFF < self.input_ratio < OFF
 
     @property
-    def remarks(self) -> list[str]:
+    def note(self) -> str:
         """What is wrong with it, in words."""
-        found = [self.note] if self.note else []
-        if not 1 / OFF < self.weight_ratio < OFF:
-            found.append(f"its weight is {self.weight_ratio:.2g} times the reference's")
+        found = []
+        if self.excess == math.inf:
+            found.append("its output is not finite")
+        elif not 1 / OFF < self.gain < OFF:
+            found.append(f"its weights give {self.gain:.2g} times what they should")
+        elif self.excess > FAR:
+            found.append(f"{self.excess:.0f} dB more noise than its rounding explains")
         if self.suspect:
             found.append(f"its input range is {self.input_ratio:.2g} times those of other layers")
-        return found
+        if self.drawn:
+            found.append("it reads a condition drawn at random: only its weights are judged")
+        return "; ".join(found)
 
 
 def site_errors(
     reference: fx.GraphModule,
     model: fx.GraphModule,
     examples: Sequence[Example],
-    timesteps: Tensor,
     *,
     drawn: Collection[str] = (),
 ) -> list[SiteError]:
-    """Every quantized layer, in execution order; the reference runs once.
+    """Every quantized layer, in execution order; both graphs run once.
 
-    examples: placeholder values, of any batch size.  timesteps: (K,), the model's set.  drawn:
-    conditions among them that were drawn from no data; a layer that reads nothing else but the
-    timestep is not judged by its input ranges.
+    examples: placeholder values, of any batch size.  drawn: conditions among them that were drawn
+    from no data; a layer that reads nothing else but the timestep is judged by its weights alone.
     """
     parts = find_parts(reference, model)
     times = binding_times(reference, reference.meta.get("conditions", ()))
     placeholders = [str(n.target) for n in reference.graph.find_nodes(op="placeholder")]
     position = placeholders.index(reference.meta["timestep"])
-    steps = [timestep_index(timesteps, values[position]).tolist() for values in examples]
-    tables = dict(model.named_buffers())
-    result, doubtful = list[SiteError](), dict[str, _Trial]()
-    last = {node: part.name for part in parts for node in (part.target, *part.given)}
-    with Spill(_MEMORY) as spill:
-        full = Walk(reference, examples, spill=spill)
-        full.keep(last)
+    samples = [len(values[position]) for values in examples]
+    last = {node.name: part for part in parts for node in part.nodes}
+    result = []
+    with Spill(_MEMORY) as spill, Spill(_MEMORY) as other:
+        walks = Walk(reference, examples, spill=spill), Walk(model, examples, spill=other)
+        for walk in walks:
+            walk.keep(map(walk.node, last))
         for part in parts:
-            needed = (part.target, *part.given)
-            full.run_past(needed)
-            values = [[full.values[node][i] for node in needed] for i in range(len(examples))]
-            early = times[part.target] is not Binding.X
-            trusted = not (early and times.deps[part.target] & set(drawn))
-            trial = _Trial(part, values, steps)
-            result.append(_judged(trial, tables, trusted))
-            if result[-1].excess > FAR:
-                doubtful[part.name] = trial
-            full.release(node for node in needed if last[node] == part.name)
-    result = _seen_in_place(result, doubtful, model, examples)
-    ranged = [e for e in result if e.input_ratio != 1.0]  # the others read floats, or no data
-    ratios = [each.input_ratio for each in ranged if each.input_ratio > 0]
+            theirs, mine = (_values(walk, part) for walk in walks)
+            target = part.nodes[0]
+            early = times[target] is not Binding.X
+            untrusted = early and bool(times.deps[target] & set(drawn))
+            result.append(_measured(part, theirs, mine, samples, untrusted))
+            for walk in walks:
+                walk.release(walk.node(n.name) for n in part.nodes if last[n.name] is part)
+    ratios = [each.input_ratio for each in result if each.input_ratio not in (0.0, 1.0)]
     middle = statistics.median(ratios) if len(ratios) >= _FEW else 1.0
     return [
         each if each.input_ratio == 1.0 else replace(each, input_ratio=each.input_ratio / middle)
@@ -141,156 +160,187 @@ def site_errors(
     ]
 
 
-class _Trial:
-    """The part of one layer, run on the reference's values with changes.
-
-    values: for each example the reference's value and the part's inputs.  steps: position in the
-    set of timesteps of each of its samples.
-    """
-
-    def __init__(
-        self, part: SitePart, values: Sequence[Sequence[Tensor]], steps: Sequence[Sequence[int]]
-    ) -> None:
-        self.part, self.values, self.steps = part, values, steps
-
-    @torch.no_grad()
-    def run(self, fix: Fix, stop: int | None = None) -> list[tuple[Tensor, ...]]:
-        """For each example (up to `stop`) the value, and what each leaf reads."""
-        gm = fx.GraphModule(self.part.part, self.part.part.graph)
-        fix.apply_(gm)
-        return [gm(*inputs) for _, *inputs in self.values[:stop]]
-
-    def energy(self, outputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
-        """`energies` (2, samples) of all examples."""
-        pairs = zip(self.values, outputs, self.steps, strict=False)  # of as many as were run
-        return torch.cat([energies(v[0], out[0], len(s)) for v, out, s in pairs], 1)
-
-    def noise(self, fix: Fix) -> Tensor:
-        """SQNR in dB of each sample, (E,)."""
-        return decibels(self.energy(self.run(fix)))
-
-    def ranges(self, outputs: Sequence[tuple[Tensor, ...]]) -> Ranges:
-        """What each leaf read, by path and position in the set."""
-        found: dict[str, dict[int, tuple[float, float]]] = {}
-        for i, leaf in enumerate(self.part.leaves, start=1):
-            seen = found.setdefault(leaf.path, {})
-            for out, steps in zip(outputs, self.steps, strict=True):
-                batched = out[i].shape[0] % len(steps) == 0
-                rows = out[i].reshape(len(steps) if batched else 1, -1).expand(len(steps), -1)
-                ends = zip(steps, rows.amin(1).tolist(), rows.amax(1).tolist(), strict=True)
-                for step, low, high in ends:
-                    a, b = seen.get(step, (low, high))
-                    seen[step] = (min(a, low), max(b, high))
-        return found
+def _values(walk: Walk, part: SitePart) -> list[list[Tensor]]:
+    """For each chunk what a graph has in the place of the part's nodes."""
+    nodes = [walk.node(node.name) for node in part.nodes]
+    walk.run_past(nodes)
+    return [[walk.values[node][i] for node in nodes] for i in range(len(walk.chunks))]
 
 
-def _judged(trial: _Trial, tables: Mapping[str, Tensor], trusted: bool) -> SiteError:
-    """What one layer loses.  trusted: whether its inputs are what it is used on."""
-    part, leaves = trial.part, trial.part.leaves
-    outputs = trial.run(Fix())
-    energy = trial.energy(outputs)
-    found, whole = decibels(energy), pooled(energy)
-    if reason := _unknown(trial):
-        return SiteError(part, found, whole, note=reason)
-    if not leaves:
-        return SiteError(part, found, whole)
-    ranges = trial.ranges(outputs)
-    again = requantized(leaves, ranges, tables, search=_SEARCH)
-    renewed = with_layers(leaves, again)
-    ratio = _furthest(_weight_ratio(leaf) for leaf in leaves)
-    if not trusted:
-        note = "it reads a condition drawn at random: only its weights are judged"
-        return SiteError(
-            part, found, whole, weight_ratio=ratio, ranges=ranges, rebuilt=True, note=note
-        )
-    by_input = float_weights(leaves), Fix(float_weights(renewed).modules, again.columns)
-    return SiteError(
-        part,
-        found,
-        whole,
-        excess=_excess(found, trial.noise(again)),
-        input_excess=_excess(*map(trial.noise, by_input)),
-        weight_ratio=ratio,
-        input_ratio=_furthest(map(functools.partial(_input_ratio, tables, again), leaves)),
-        ranges=ranges,
-        rebuilt=True,
-    )
+@torch.no_grad()
+def _measured(
+    part: SitePart,
+    reference: Sequence[Sequence[Tensor]],
+    model: Sequence[Sequence[Tensor]],
+    samples: Sequence[int],
+    drawn: bool,
+) -> SiteError:
+    """What one layer loses.  reference, model: for each chunk the values of the part's nodes."""
+    ranges = Ranges()
+    outputs = [part.run(inputs, as_it_is(ranges)) for _, *inputs in reference]
+    chunks = list(zip(reference, outputs, model, samples, strict=True))
+    alone = torch.cat([energies(y, out, n) for (y, *_), out, _, n in chunks], 1)
+    running = torch.cat([energies(y, own, n) for (y, *_), _, (own, *_), n in chunks], 1)
+    found = SiteError(part.name, decibels(alone), pooled(alone), decibels(running), drawn=drawn)
+    if not any(isinstance(module, QuantLayer) for module in part.part.modules()):
+        return found  # a product
+    fitting = {path: _fitting(part.part, path, seen) for path, seen in ranges.items()}
+    explained, passed_on, along, size = list[Tensor](), list[Tensor](), 0.0, 0.0
+    for (y, *inputs), _, (_, *own), n in chunks:
+        plain, rest = part.run(inputs, weights_alone), part.run(inputs, bias_alone)
+        explained.append(squares(part.run(inputs, blurred(fitting)) - plain, n))
+        sound = y if part.wanted is None else part.wanted(*own)[0]  # on what it gets as it runs
+        passed_on.append(squares(sound - y, n))
+        wanted, given = (y - rest).double(), (plain - rest).double()
+        along, size = along + float((wanted * given).sum()), size + float(wanted.square().sum())
+    gain = along / size if size else 1.0
+    if drawn:
+        return replace(found, gain=gain)
+    noise = torch.cat(explained)
+    noise += alone[0] * (_REASSOCIATION * torch.finfo(outputs[0].dtype).eps) ** 2
+    here, there = _excess(alone[1], noise), _excess(running[1], noise + torch.cat(passed_on))
+    ratios = [statistics.median(s / fits for s, fits in f.items()) for f in fitting.values()]
+    return replace(found, excess=min(here, there), gain=gain, input_ratio=_furthest(ratios))
 
 
-def _seen_in_place(
-    errors: Sequence[SiteError],
-    doubtful: Mapping[str, _Trial],
-    model: fx.GraphModule,
-    examples: Sequence[Example],
-) -> list[SiteError]:
-    """The errors, with the excess of doubtful layers as it is on the model's own inputs where that
-    is less."""
-    if not doubtful:
-        return list(errors)
-    walk, tables = Walk(model, examples), dict(model.named_buffers())
-    nodes = {n: [walk.node(g.name) for g in trial.part.given] for n, trial in doubtful.items()}
-    walk.keep({node for given in nodes.values() for node in given})
-    result = []
-    for each in errors:
-        if (trial := doubtful.get(each.part.name)) is not None:
-            given = nodes[each.part.name]
-            walk.run_past(given)
-            values = [
-                [expected, *(walk.values[node][i] for node in given)]
-                for i, (expected, *_) in enumerate(trial.values)
-            ]
-            there = _Trial(each.part, values, trial.steps)
-            again = requantized(each.part.leaves, each.ranges, tables, search=_SEARCH)
-            excess = _excess(there.noise(Fix()), there.noise(again))
-            each = replace(each, excess=min(each.excess, excess))
-        result.append(each)
-    return result
+def as_it_is(ranges: Ranges) -> Rule:
+    """Layers as they are; `ranges` gets those of what they read."""
+
+    def rule(path: str, layer: QuantLayer, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if layer.act_bits is not None and not layer.dynamic:
+            scales = layer.act_scale[None] if scale is None else scale
+            rows, seen = x.reshape(len(scales), -1), ranges.setdefault(path, {})
+            ends = zip(scales.tolist(), rows.amin(1).tolist(), rows.amax(1).tolist(), strict=True)
+            for key, low, high in ends:
+                a, b = seen.get(key, (low, high))
+                seen[key] = min(a, low), max(b, high)
+        y: Tensor = layer(x, scale)
+        return y
+
+    return rule
 
 
-def _weight_ratio(leaf: Leaf) -> float:
-    """How long the weight is along the reference's, whose direction rounding hardly changes."""
-    assert leaf.weight is not None
-    wanted, given = leaf.weight.double().flatten(), leaf.layer.weight.double().flatten()
-    square = float(wanted @ wanted)
-    return float(wanted @ given) / square if square else 1.0
+def weights_alone(path: str, layer: QuantLayer, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """A layer on its input as it is."""
+    return layer.apply_op(x, layer.weight.to(x.dtype), layer.bias)
 
 
-def _input_ratio(tables: Mapping[str, Tensor], again: Fix, leaf: Leaf) -> float:
-    """The scale of a leaf's input over the one it has in `again`: the median over timesteps."""
-    made = again.modules[leaf.path]
-    if leaf.layer.act_bits is None or not isinstance(made, QuantLayer):
-        return 1.0
-    if leaf.layer.dynamic:
-        return 1.0
-    if not leaf.layer.per_timestep:
-        return float(leaf.layer.act_scale / made.act_scale)
-    if leaf.column is None or leaf.column not in again.columns:
-        return 1.0
-    new = again.columns[leaf.column]
-    ratios = tables[leaf.column[0]][:, leaf.column[1]] / new
-    return float(ratios[ratios != 1].median()) if bool((ratios != 1).any()) else 1.0
+def bias_alone(path: str, layer: QuantLayer, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """A layer without weights."""
+    return layer.apply_op(x, x.new_zeros(layer.weight_shape), layer.bias)
+
+
+def blurred(fitting: Mapping[str, Mapping[float, float]]) -> Rule:
+    """Layers whose weights are off by as much as rounding to nearest makes them, and inputs as on
+    a grid that fits them: `fitting` has its scale for each that a layer has."""
+    generator = torch.Generator().manual_seed(0)
+
+    def blur(value: Tensor, step: Tensor, format: str) -> Tensor:
+        step = value.abs() / 8 if format == "fp8" else step  # of 3 bits
+        noise = torch.rand(value.shape, generator=generator, dtype=torch.float32) - 0.5
+        return value + noise.to(value.device) * step
+
+    def rule(path: str, layer: QuantLayer, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        weight = layer.weight.flatten(1)
+        step, _ = layer.grid().over(weight.shape[1])
+        weight = blur(weight, step, layer.weight_format).view(layer.weight_shape)
+        if layer.act_bits is not None:
+            step = layer.broadcast_scale(x, scale)
+            if not layer.dynamic:
+                scales = [fitting[path][key] for key in step.flatten().tolist()]
+                step = step.new_tensor(scales).view(step.shape)
+            x = blur(x, step, layer.act_format).to(x.dtype)
+        return layer.apply_op(x, weight.to(x.dtype), layer.bias)
+
+    return rule
+
+
+def _fitting(
+    part: fx.GraphModule, path: str, seen: Mapping[float, tuple[float, float]]
+) -> dict[float, float]:
+    """For each scale of a layer's input the one that fits the values it was used on."""
+    layer: Any = part.get_submodule(path)
+    low, high = torch.tensor(list(seen.values()), dtype=torch.float32).T
+    scales, _ = activation_scales(low, high, bits=layer.act_bits, format=layer.act_format)
+    return dict(zip(seen, scales.tolist(), strict=True))
 
 
 def _furthest(ratios: Iterable[float]) -> float:
     """The ratio that is furthest from 1; NaN and what is not positive are further than all."""
-    return max(ratios, key=lambda r: abs(math.log(r)) if r > 0 else math.inf)
+    return max(ratios, key=lambda r: abs(math.log(r)) if r > 0 else math.inf, default=1.0)
 
 
-def _unknown(trial: _Trial) -> str:
-    """Why the layer cannot be built in floating point; "" where it can."""
-    leaves = trial.part.leaves
-    lost = [leaf.path for leaf in leaves if leaf.weight is None]
-    if lost:
-        return f"no fix can be built: the shape of {lost[0]} is not that of the reference's layer"
-    rebuilt = trial.run(float_layer(leaves, trial.part.products), stop=1)
-    signal, error = trial.energy(rebuilt).sum(1)
-    bound = max(_REBUILT, 8 * torch.finfo(trial.values[0][0].dtype).eps)
-    if float(error) <= bound**2 * float(signal):
-        return ""
-    return "no fix can be built: the reference's weight does not give its output here"
+def _excess(noise: Tensor, explained: Tensor) -> float:
+    """How many dB the noise (E,) is above what explains it, at least; infinite for NaN."""
+    if not bool(noise.isfinite().all()):
+        return math.inf
+    worse: Tensor = 10 * (noise.log10() - explained.log10())
+    return float(worse.masked_fill(worse.isnan(), 0.0).min())  # neither has any
 
 
-def _excess(found: Tensor, again: Tensor) -> float:
-    """How many dB `found` (E,) lies below `again`, at least; as NaN it lies below all."""
-    worse = (again - found).masked_fill(found.isnan() & ~again.isnan(), math.inf)
-    return float(worse.masked_fill(worse.isnan(), 0.0).min())  # both NaN, or both exact
+def find_parts(reference: fx.GraphModule, model: fx.GraphModule) -> list[SitePart]:
+    """The part of `model` for each layer of `reference` that it quantizes, and for each product of
+    attention whose operands it rounds; in execution order.
+
+    reference: the captured graph.  model: quantized from it; a node has the name that its value has
+    there.  A layer called several times is looked at where it is called first.
+    """
+    theirs = {node.name: node for node in reference.graph.nodes}
+    mine = {node.name: node for node in model.graph.nodes if node.name in theirs}
+    layers = {site.nodes[0].name: site.name for site in find_sites(reference)[0]}
+    calls = model.graph.find_nodes(op="call_module")
+    modules = {node: model.get_submodule(str(node.target)) for node in calls}
+    rounded = [n for n, m in modules.items() if isinstance(m, QuantActivation)]
+    products = {user.name for node in rounded for user in node.users}
+    targets = dict.fromkeys(n for n in theirs if n in mine and (n in layers or n in products))
+    parts = []
+    for name in targets:
+        inside, given = _computation(mine[name], theirs, targets)
+        kind = QuantLayer if name in layers else QuantActivation
+        if not any(isinstance(modules.get(node), kind) for node in inside):
+            continue
+        before = [theirs[node.name] for node in given]
+        if (part := _extracted(model, mine[name], given)) is not None:
+            nodes, wanted = (theirs[name], *before), _extracted(reference, theirs[name], before)
+            parts.append(SitePart(layers.get(name, name), nodes, wanted, part))
+    return parts
+
+
+def _extracted(
+    gm: fx.GraphModule, node: fx.Node, given: Sequence[fx.Node]
+) -> fx.GraphModule | None:
+    """The graph that computes a node; None where it reads what is not given, as where one graph has
+    an input, or two of equal values, and the other has not."""
+    try:
+        return extract(gm, [node], given)
+    except GraphError:
+        return None
+
+
+def _computation(
+    target: fx.Node, reference: Mapping[str, fx.Node], whole: Collection[str]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes that compute `target` from values the reference has too, and those values.
+
+    whole: names of the reference's layers, whose values count as had whatever computes them.
+    """
+
+    def shared(node: fx.Node) -> bool:
+        other = reference.get(node.name)
+        if other is None or node.op == "get_attr":
+            return False
+        inputs, others = ([n.name for n in each.all_input_nodes] for each in (node, other))
+        same = (node.op, node.target, inputs) == (other.op, other.target, others)
+        return same or node.op == "placeholder" or node.name in whole
+
+    inside, given, todo = {target: None}, dict[fx.Node, None](), [*target.all_input_nodes]
+    while todo:
+        node = todo.pop()
+        if node in inside or node in given:
+            continue
+        if shared(node):
+            given[node] = None
+        else:
+            inside[node] = None
+            todo += node.all_input_nodes
+    return list(inside), list(given)

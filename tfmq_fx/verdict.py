@@ -25,9 +25,11 @@ class Verification:
     absolute difference there, and relative difference at a larger batch.
     steps: output SQNR in dB at each timestep.  pooled: that of all examples together.
     features: (name, mean, worst) relative error of each temporal feature over the set, and the
-    timestep of the worst.  sites: (name, worst SQNR in dB over steps, timestep), worst first, of
-    each layer (and product of attention) on the reference's own inputs.
-    culprits: at most ten layers and features, what is broken first, and what would fix each.
+    timestep of the worst.
+    sites: (name, worst SQNR in dB over steps, timestep), worst first, of each layer (and product of
+    attention) alone, on the reference's own inputs.  running: the same of these layers' outputs as
+    the model runs, errors from before each included; in execution order.
+    culprits: at most ten layers and features, what is broken first, and why.
     changed: parameters in floating point that are not the reference's, at most ten.
     threshold: the pooled SQNR in dB that was asked for.
     """
@@ -42,6 +44,7 @@ class Verification:
     culprits: list[Culprit] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     threshold: float | None = None
+    running: list[tuple[str, float, float]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -71,12 +74,8 @@ class Verification:
                 for name, mean, worst, t in self.features
             ],
             "sites": [{"name": name, "sqnr": v, "timestep": t} for name, v, t in self.sites],
-            "culprits": [
-                dataclasses.asdict(each)
-                | {"fixes": [{"what": what, "gain": gain} for what, gain in each.fixes]}
-                | {"fix": None if each.fix is None else each.fix[0]}
-                for each in self.culprits
-            ],
+            "running": [{"name": name, "sqnr": v, "timestep": t} for name, v, t in self.running],
+            "culprits": [dataclasses.asdict(each) for each in self.culprits],
             "changed": list(self.changed),
         }
         plain: dict[str, Any] = _plain(data)
@@ -106,17 +105,20 @@ class Verification:
             worst = sorted(self.steps.items(), key=lambda item: item[1])[:5]
             steps = ", ".join(f"t={t:g} {v:.1f}" for t, v in worst)
             lines.append(f"output SQNR {self.pooled:.1f} dB{asked}; worst steps: {steps}")
+        if self.running:
+            name, value, t = min(self.running, key=lambda site: (not math.isnan(site[1]), site[1]))
+            lines.append(f"as the model runs, {name} is furthest off: {value:.1f} dB at t={t:g}")
         if self.changed:
             lines.append(f"parameters that are not the reference's: {', '.join(self.changed)}")
         if self.culprits:
             width = max(len(each.name) for each in self.culprits)
-            lines.append(f"{'culprits':{width + 8}}       SQNR dB  at t  what would fix it")
+            lines.append(f"{'culprits':{width + 8}}       SQNR dB  at t  why")
         for each in self.culprits:
             kind = "layer" if each.kind == "site" else "feature"
             state = "BROKEN" if each.broken else ""
             lines.append(
                 f"{kind:7} {each.name:{width}} {state:6} {each.sqnr:7.1f} {each.timestep:5g}  "
-                f"{each}"
+                f"{each.note}"
             )
         return "\n".join(line.rstrip() for line in lines)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .activation import QuantActivation
 from .arguments import check_many, check_module, check_number, check_whole
 from .bound import Bound
 from .capture import capture
-from .culprits import Culprit, Measure, find_culprits
+from .culprits import find_culprits, worst
 from .drawn_inputs import Draw, Example, batches, draw_examples, join, rows_of
 from .errors import ConfigError
 from .feature_errors import FeatureError, feature_errors
@@ -32,8 +32,7 @@ from .tables import QuantTimestepTable
 from .verdict import Verification
 
 _CHANGED = 10  # names of parameters told
-_SITES, _FIXES = 64, 16  # examples that layers and fixes are measured on
-_BATCH = 8  # examples at once, there
+_SITES, _BATCH = 64, 8  # examples that layers are measured on, and how many at once
 
 
 @outside_inference_mode
@@ -44,7 +43,6 @@ def verify(
     *,
     batch: int = 8,
     conditions: int | None = None,
-    fixes: bool = True,
     threshold: float | None = None,
     seed: int | None = None,
     progress: bool = False,
@@ -56,9 +54,8 @@ def verify(
     batch: examples at once; an exact model is given each of them alone as well.
     conditions: how many values are drawn (3) of the inputs besides sample and timestep; an exact
     model is compared at every timestep with each, a lossy one takes them in turn.
-    fixes: whether to measure what would fix the culprits.
     threshold: the output SQNR in dB, pooled over all examples, that a lossy model must reach.
-    Layers are measured on 64 examples at most, fixes on about 16, evenly spread.
+    Layers are measured on 64 examples at most, evenly spread.
     Neither model is changed.  Raises ConfigError for a reference that is called otherwise.
     """
     check_module(reference, "reference")
@@ -75,49 +72,47 @@ def verify(
     check_whole(seed, "seed", 0)
     check_number(threshold, "threshold")
     check_many(inputs, "inputs", "tuples of tensors")
-    keys = _timesteps(model)
-    call, lossy = model.call, _is_lossy(model)
-    draw = Draw(model.gm, call, keys, seed=seed)
+    keys, lossy = _timesteps(model), _is_lossy(model)
+    draw = Draw(model.gm, model.call, keys, seed=seed)
     full = _captured(reference, model, draw.example(0, draw.conditions()))
-    examples = [_example(call, given) for given in inputs] if inputs is not None else []
+    examples = [_example(model.call, given) for given in inputs] if inputs is not None else []
     if inputs is not None and not examples:
         raise ConfigError("inputs are empty: leave them out to have some drawn")
-    drawn: list[str] = []  # conditions that no data was asked for
-    if not examples:
-        draw.rows = {str(n.target): r for n in _inputs(full) if (r := rows_of(full, n))}
+    if inputs is None:
+        named = {str(n.target): n for n in full.graph.find_nodes(op="placeholder")}
+        draw.rows = {name: rows for name, n in named.items() if (rows := rows_of(full, n))}
         examples = draw_examples(draw, conditions=conditions, every=not lossy)
-        floating = {spec.name for spec in call.inputs if spec.dtype.is_floating_point}
-        drawn = [name for name in call.conditions if name in floating]
     outputs = _compared(full, model, examples, batch, lossy, progress)
-    features, culprits, sites = [], list[Culprit](), list[tuple[str, float, float]]()
     full = merge_duplicates(full).gm  # as conversion did: values are found by name
-    gm = graph_of(model)
-    if isinstance(model, Converted):
-        position = call.names.index(call.timestep)
-        features = feature_errors(full, gm, keys)
-        few = batches(call, _spread_out(examples, _SITES), _BATCH)
-        steps = torch.cat([values[position] for values in few])
-        found = site_errors(full, gm, few, keys, drawn=drawn)
-        sites = [(e.part.name, float(e.found[e.worst]), float(steps[e.worst])) for e in found]
-        sites.sort(key=lambda site: (not math.isnan(site[1]), site[1]))
-        culprits = find_culprits(
-            gm,
-            found,
-            features,
-            steps=steps,
-            timesteps=keys,
-            measure_at=_measures(full, model, examples) if fixes else None,
-            progress=progress,
-        )
-    return Verification(
-        exact=not lossy,
-        features=[_told(feature, keys) for feature in features],
-        sites=sites,
-        culprits=culprits,
-        changed=_changed(full, gm),
-        threshold=threshold,
-        **outputs,
-    )
+    found = _diagnosed(full, model, examples, keys, drawn=inputs is None)
+    changed = _changed(full, graph_of(model))
+    return Verification(exact=not lossy, changed=changed, threshold=threshold, **outputs, **found)
+
+
+def _diagnosed(
+    full: fx.GraphModule,
+    model: Converted | Compiled,
+    examples: Sequence[Example],
+    keys: Tensor,
+    drawn: bool,
+) -> dict[str, Any]:
+    """How features and layers differ: the fields of Verification that tell."""
+    if not isinstance(model, Converted):
+        return {"features": [], "sites": []}
+    call, gm = model.call, graph_of(model)
+    few = batches(call, _spread_out(examples, _SITES), _BATCH)
+    steps = torch.cat([values[call.names.index(call.timestep)] for values in few])
+    floating = {spec.name for spec in call.inputs if spec.dtype.is_floating_point}
+    unknown = floating.intersection(call.conditions) if drawn else ()  # no data was asked for them
+    features = feature_errors(full, gm, keys)
+    layers = site_errors(full, gm, few, drawn=unknown)
+    alone = [(each.name, *worst(each.alone, steps)) for each in layers]
+    return {
+        "features": [_told(feature, keys) for feature in features],
+        "sites": sorted(alone, key=lambda site: (not math.isnan(site[1]), site[1])),
+        "running": [(each.name, *worst(each.running, steps)) for each in layers],
+        "culprits": find_culprits(layers, features, steps=steps, timesteps=keys),
+    }
 
 
 def _example(call: CallSpec, given: Any) -> Example:
@@ -161,10 +156,6 @@ def _is_lossy(model: Converted | Compiled) -> bool:
         or any(isinstance(m, rounded) for m in model.gm.modules())
         or any(name.startswith(CORRECTION) for name, _ in model.gm.named_buffers())
     )
-
-
-def _inputs(gm: fx.GraphModule) -> Iterable[fx.Node]:
-    return gm.graph.find_nodes(op="placeholder")
 
 
 def _captured(
@@ -244,33 +235,6 @@ def _check_alike(
             f"the reference itself gives NaN or Inf at t={steps[0]:g}: there is nothing to compare "
             "with. Give inputs= that it is used on, or check its weights."
         )
-
-
-def _measures(
-    reference: fx.GraphModule, model: Converted, examples: Sequence[Example]
-) -> Callable[[Sequence[float]], Measure]:
-    """How graphs in the model's place are measured by their first output."""
-    call = model.call
-    position = call.names.index(call.timestep)
-
-    def at(timesteps: Sequence[float]) -> Measure:
-        chosen = _spread_out(examples, _FIXES)
-        there = {float(t) for values in chosen for t in values[position]}
-        for t in dict.fromkeys(timesteps):
-            if t not in there:
-                chosen.append(next(v for v in examples if t in v[position].tolist()))
-        few = batches(call, chosen, _BATCH)
-        with torch.no_grad():
-            expected = [reference(*values)[0] for values in few]
-
-        @torch.no_grad()
-        def measure(gm: fx.GraphModule) -> float:
-            pairs = zip(few, expected, strict=True)
-            return pooled(torch.cat([energies(e, gm(*v)[0], 1) for v, e in pairs], 1))
-
-        return measure
-
-    return at
 
 
 def _spread_out(examples: Sequence[Example], most: int) -> list[Example]:
