@@ -21,7 +21,7 @@ from .files import write_whole
 from .reading import open_regular, read_json
 from .version import __version__
 
-FORMAT = 1
+FORMAT = 2
 FULL_PRECISION = "full precision"
 DONE, FAILED, NOT_RUN = "done", "failed", "not run"
 
@@ -32,7 +32,6 @@ class Cell:
 
     model, recipe, bits: names; `bits` is "" for full precision and for a recipe that has none.
     config: the recipe as JSON-ready values; None is full precision.
-    learning: "published", "equal-time" or the most steps a block; "none" for what learns none.
     contents: digest of the denoiser's and the classifier's weights.  reference: what images the
     statistics are taken against.  seed: see `judge.seeds_of`.  samples: images drawn.  steps: of
     DDIM.  batch: images at a time.  backend, device: where it samples.
@@ -42,7 +41,6 @@ class Cell:
     recipe: str
     bits: str
     config: Mapping[str, Any] | None
-    learning: str | int
     contents: str
     reference: str
     seed: int
