@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def _compute(
                         result, images = compute_cell(cell, judge, bar.set_description)
                         cells.write(cell, result, images)
                         with tqdm.external_write_mode(file=sys.stderr):
-                            say(_told(cell, result))
+                            say(told(cell.title, result))
                     bar.update()
 
 
@@ -207,10 +207,10 @@ def gather(planned: Sequence[Cell], cells: Cells) -> list[Row]:
     ]
 
 
-def _told(cell: Cell, result: dict[str, Any]) -> str:
-    """A result in one line."""
+def told(title: str, result: Mapping[str, Any]) -> str:
+    """A result in one line that begins with what it is of."""
     if result["status"] != DONE:
-        return f"{cell.title}: failed: {result['error']}"
+        return f"{title}: failed: {result['error']}"
     figures = result["figures"]
     parts = [f"FID {figures['images']['fid']:.2f}"]
     if figures["sqnr"] is not None:
@@ -219,7 +219,7 @@ def _told(cell: Cell, result: dict[str, Any]) -> str:
         parts.append(f"quantized in {figures['quantize_seconds']:.0f} s")
     parts.append(f"compiled in {figures['compile_seconds']:.0f} s")
     parts.append(f"sampled in {figures['sample_seconds']:.0f} s ({figures['backend']})")
-    return f"{cell.title}: {', '.join(parts)}"
+    return f"{title}: {', '.join(parts)}"
 
 
 def _check(

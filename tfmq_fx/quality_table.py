@@ -88,7 +88,7 @@ class Row:
         return found
 
 
-_TEXTS = ("backend", "backend_note", "sqnr_by_step")
+_TEXTS = ("backend", "backend_note", "sqnr_by_step", "temporal_by_step")
 
 
 def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
