@@ -190,7 +190,8 @@ def test_configs_are_analysed_without_weights(tmp_path, found):
             assert data[key] == found.data[key], key
 
 
-def test_what_suffixes_say_is_written(tmp_path, dit):
+def test_what_suffixes_say_is_written(tmp_path, dit, monkeypatch):
+    monkeypatch.setattr(Drawing, "svg", lambda self, depth: f"a picture, {depth} levels deep")
     for name, text in {
         "a.json": json.dumps(dit.data, indent=2) + "\n",
         "a.txt": f"{dit}\n",
