@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
-from tfmq_fx.dataflow import Binding, Feature, binding_times, temporal_block
+from tfmq_fx.dataflow import Binding, Feature, binding_times, compute_rows, temporal_block
 from tfmq_fx.dialect import Stage, stage_of
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.graph import (
@@ -50,7 +50,7 @@ def fold_timesteps(
     block = temporal_block(gm)
     wanted, declined = _choose(block.features, only), list(block.declined)
     before, attributes = _parameters(gm), _attributes(gm)
-    rows = _rows(block.graph, keys, t.meta["val"])
+    rows = compute_rows(block.graph, keys)
     picked = []
     mixing = _mixing(block.graph, keys, t.meta["val"], rows)
     for feature, values, mixes in zip(block.features, rows, mixing, strict=True):
@@ -85,16 +85,6 @@ def fold_timesteps(
         "weight_bytes": sum(p.nbytes for key, p in before.items() if key not in after),
     }
     return Rewrite(gm, len(picked), declined, details)
-
-
-def _rows(graph: fx.GraphModule, keys: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """Each output of `graph` (t (B,) -> tuple) at each key, (K, ...), computed at batch 1.
-
-    like: a tensor of the dtype and device in which the graph takes its timestep.
-    """
-    steps = keys.to(device=like.device, dtype=like.dtype)
-    rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
-    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
 
 def _mixing(

@@ -16,6 +16,7 @@ from tests.toys import (
     tiny_unet2d,
 )
 from tfmq_fx import ConfigError, analyze, fold_timesteps
+from tfmq_fx.drawing import Drawing
 
 DIT_INPUTS = (torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([3, 4]))
 

@@ -9,12 +9,11 @@ from torch import nn
 from tests.converted import KEYS, captured, lossy
 from tests.test_sites import graph_of
 from tests.toys import seeded
-from tfmq_fx.dataflow import temporal_block
+from tfmq_fx.dataflow import compute_rows, temporal_block
 from tfmq_fx.feature_errors import feature_errors, temporal_errors, with_rows
 from tfmq_fx.graph import fork
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 from tfmq_fx.tables import cache_error
-from tfmq_fx.temporal import compute_rows
 
 FEATURES = 6
 

@@ -10,11 +10,11 @@ from tests.passes.test_quantize_layers import observe
 from tests.test_sites import graph_of
 from tests.toys import ToyUNet, seeded
 from tfmq_fx.config import ActivationSpec, Config, LayerConfig, TemporalSpec, WeightSpec
-from tfmq_fx.dataflow import temporal_block
+from tfmq_fx.dataflow import as_input, compute_rows, temporal_block
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.passes.quantize_layers import quantize_layers
-from tfmq_fx.temporal import as_input, choose_temporal, compute_rows
+from tfmq_fx.temporal import choose_temporal
 
 TIMES = torch.arange(0, 1000, 125)
 W4A8 = LayerConfig(weights=WeightSpec(bits=4), activations=ActivationSpec(bits=8))

@@ -74,6 +74,8 @@ def run(
 
     keep(FULL_PRECISION, *judge.full_precision(), None)
     for config in recipes():
+        # to compile what stays in floating point takes longer than it saves
+        judge.backend = "inductor" if config.layers.weights else "eager"
         converted, seconds = bench.quantize(config, judge.calibration_seed)
         saved = folder / config.name.replace(" ", "-").lower()
         api.save(converted, saved)

@@ -7,9 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .cells import Cell, Cells, plain
+from .cells import Cell, Cells
 from .charts import Point, draw_grid, draw_quality
 from .files import write_whole
+from .plain_json import without_infinities
 from .quality_table import Row, markdown
 
 
@@ -43,7 +44,7 @@ def write_files(
 def write_tables(folder: Path, rows: Sequence[Row], facts: Mapping[str, str]) -> None:
     """Write table.md and table.json into `folder`. facts: what holds for all rows."""
     write_whole(folder / "table.md", "# Evaluation\n\n" + markdown(rows, facts))
-    data = plain({"facts": facts, "rows": [row.to_dict() for row in rows]})
+    data = without_infinities({"facts": facts, "rows": [row.to_dict() for row in rows]})
     write_whole(folder / "table.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 

@@ -9,13 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from .dataflow import temporal_block
+from .dataflow import compute_rows, temporal_block
 from .dialect import is_timestep_row
 from .graph import insert_timestep_row, timestep_node
 from .passes.reconstruct_tib import relative_errors
 from .regions import extract
 from .tables import FEATURE, QuantTimestepTable, cache_rows, restore_rows
-from .temporal import compute_rows
 
 Form = Literal["table", "cache", "block"]  # exact rows, integer rows, computed by layers
 _ROUNDING = 16  # of the dtype's eps: what another machine's order of additions leaves in a row

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cells import DONE, FAILED, NOT_RUN, plain
+from .cells import DONE, FAILED, NOT_RUN
+from .plain_json import without_infinities
 
 _LONGEST = 120  # characters of an error in a table
 
@@ -71,7 +72,7 @@ class Row:
         """JSON-ready: names, status, each figure's spread, and the results by seed."""
         names = {name for each in self.done for name in _flat(each["figures"])}
         spreads = {name: self.spread(name) for name in sorted(names) if name not in _TEXTS}
-        found: dict[str, Any] = plain(
+        found: dict[str, Any] = without_infinities(
             {
                 "model": self.model,
                 "recipe": self.recipe,

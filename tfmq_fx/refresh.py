@@ -14,7 +14,7 @@ from .api import convert
 from .arguments import check_module
 from .binding import captured_only
 from .bound import Bound
-from .dataflow import temporal_block
+from .dataflow import compute_rows, temporal_block
 from .dialect import is_timestep_row
 from .errors import CalibrationError, ConfigError
 from .graph import own_modules, timestep_node
@@ -31,7 +31,6 @@ from .recall import recall
 from .report import pass_record
 from .sources import shown
 from .tables import FEATURE, TABLE
-from .temporal import compute_rows
 from .timesteps import timestep_values
 from .watch import SourceWatch
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from .channel_scaling import smoothing_factors, tcr_factors
 from .config import ActivationSpec, LayerConfig, RewriteSpec
 from .graph import Declined, Rewrite
+from .layers import weight_of
 from .observers import Ranges
 from .passes.keep_first_token import keep_first_token
 from .passes.observe_layers import observe_layers, observer_name
@@ -168,21 +169,15 @@ def _factors(
             readers.setdefault(sites[name].nodes[0].all_input_nodes[0], []).append(name)
     factors = {}
     for names in readers.values():
-        weights = [_weight(sites[name].layer) for name in names]
+        weights = [weight_of(sites[name].layer) for name in names]
         found = smoothing_factors(seen[names[0]].peaks, weights, alpha=spec.smooth)
         factors.update(dict.fromkeys(names, found))
     return factors
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
-
-
 def _energy(layer: nn.Module) -> Tensor:
     """Sum of squares of the weights that read each input channel: (in,)."""
-    weight = _weight(layer).float()
+    weight = weight_of(layer).float()
     groups = int(getattr(layer, "groups", 1))
     parts = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     return parts.square().sum((1, 3)).flatten()

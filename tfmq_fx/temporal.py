@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from .checkpoint import Checkpoint
 from .config import Config, LayerConfig
-from .dataflow import TemporalBlock
-from .graph import Rewrite, timestep_node
+from .dataflow import TemporalBlock, as_input, compute_rows
+from .graph import Rewrite
 from .nn import QuantLayer
 from .observers import Ranges
 from .packing import packed_size
@@ -175,20 +175,6 @@ def _errors(
     share = (visits.float() / visits.sum()).to(timesteps.device)
     errors: list[float] = (relative_errors(features, rows) @ share).tolist()
     return errors
-
-
-def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
-    """Each feature at each timestep, (K, ...), computed one timestep at a time as tables are."""
-    steps = as_input(graph, timesteps)
-    with torch.no_grad():
-        rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
-    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-
-
-def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
-    """Timesteps (K,) in the dtype and on the device in which the graph takes them."""
-    value = timestep_node(graph).meta["val"]
-    return timesteps.to(device=value.device, dtype=value.dtype)
 
 
 def _float_bytes(graph: fx.GraphModule, path: str) -> int:

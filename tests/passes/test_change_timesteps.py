@@ -22,7 +22,7 @@ from tfmq_fx.affine import shared_zero_scales
 from tfmq_fx.capture import capture
 from tfmq_fx.config import LayerConfig, WeightSpec
 from tfmq_fx.correction import measure_errors
-from tfmq_fx.dataflow import temporal_block
+from tfmq_fx.dataflow import compute_rows, temporal_block
 from tfmq_fx.dialect import stage_of
 from tfmq_fx.errors import ConfigError, InputError
 from tfmq_fx.passes.change_timesteps import change_timesteps
@@ -34,7 +34,6 @@ from tfmq_fx.passes.quantize_products import SCALES as PRODUCT_SCALES
 from tfmq_fx.passes.quantize_products import quantize_products
 from tfmq_fx.passes.quantize_tables import quantize_tables
 from tfmq_fx.products import measure_products
-from tfmq_fx.temporal import compute_rows
 
 OTHER = torch.tensor([1, 3, 8, 499, 999, 4])
 
