@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     that is not ok."""
     given = sys.argv[1:] if arguments is None else arguments
     chosen = _parser().parse_args(given)
-    run = {
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "demo": _demo,
         "report": _report,
         "analyze": _analyze,
         "verify": _verify,
         "evaluate": lambda chosen: _evaluate(chosen, given),
-    }[chosen.command]
+    }
     try:
-        return run(chosen)
+        return commands[chosen.command](chosen)
     except TfmqError as error:
         print(f"tfmq-fx: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", []):

@@ -66,8 +66,13 @@ def run(
 
     def keep(name: str, figures: Figures, images: Tensor, steps: int | None) -> None:
         pictures[name] = images
-        result = {"status": DONE, "figures": dataclasses.asdict(figures), "steps": steps}
-        result |= {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+        result = {
+            "status": DONE,
+            "figures": dataclasses.asdict(figures),
+            "steps": steps,
+            "machine": machine(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
         rows.append(Row(model=subject.name, recipe=name, bits="", results={0: result}))
         if first:
             say(told(name, result))

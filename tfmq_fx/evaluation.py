@@ -137,9 +137,9 @@ def plan(
 
 
 def _compute_missing(
-    subjects: Sequence[Subject], planned: Sequence[Cell], cells: Cells, *, retry: bool, **told: Any
+    subjects: Sequence[Subject], planned: Sequence[Cell], cells: Cells, *, retry: bool, **usual: Any
 ) -> None:
-    """Compute the cells that have no result, each process its share. told: as for `_compute`."""
+    """Compute the cells that have no result, each process its share. usual: as for `_compute`."""
 
     def missing(cell: Cell) -> bool:
         found = cells.read(cell)
@@ -149,7 +149,7 @@ def _compute_missing(
         todo = from_first([i for i, cell in enumerate(planned) if missing(cell)], "cells")
         own = [planned[todo[i]] for i in mine(len(todo))]
         with alone():
-            _compute(subjects, own, missing, cells, **told)
+            _compute(subjects, own, missing, cells, **usual)
 
 
 def _compute(

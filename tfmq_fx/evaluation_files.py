@@ -22,8 +22,10 @@ def write_files(
     planned: the cells of the rows.  command: as it is stated in the table.
     """
     cell = planned[0]
-    protocol = {"samples": cell.samples, "steps": cell.steps, "batch": cell.batch}
-    write_tables(folder, rows, table_facts(rows, **protocol, command=command))
+    facts = table_facts(
+        rows, samples=cell.samples, steps=cell.steps, batch=cell.batch, command=command
+    )
+    write_tables(folder, rows, facts)
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
         if points := [point for row in own if (point := _point(row)) is not None]:
