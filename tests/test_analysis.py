@@ -16,6 +16,7 @@ from tests.toys import (
     tiny_unet2d,
 )
 from tfmq_fx import ConfigError, analyze, fold_timesteps
+from tfmq_fx.drawing import Drawing
 
 DIT_INPUTS = (torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([3, 4]))
 
@@ -190,7 +191,8 @@ def test_configs_are_analysed_without_weights(tmp_path, found):
             assert data[key] == found.data[key], key
 
 
-def test_what_suffixes_say_is_written(tmp_path, dit):
+def test_what_suffixes_say_is_written(tmp_path, dit, monkeypatch):
+    monkeypatch.setattr(Drawing, "svg", lambda self, depth: f"a picture, {depth} levels deep")
     for name, text in {
         "a.json": json.dumps(dit.data, indent=2) + "\n",
         "a.txt": f"{dit}\n",

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tfmq_fx.baselines import BITS, NAMES, baselines, capped, learning_rule, nearest, recipe
+from tfmq_fx.baselines import BITS, NAMES, PUBLISHED, baselines, capped, nearest, recipe
 from tfmq_fx.config import Config
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.presets import RECIPES, resolve
@@ -15,15 +15,16 @@ from tfmq_fx.presets import RECIPES, resolve
 def test_every_published_recipe_and_ours_is_there_at_every_width():
     assert set(NAMES) == {"nearest", *RECIPES, "mixed"}
     assert NAMES[0] == "nearest" and NAMES[-2:] == ("best", "mixed")
-    found = baselines(None, None)
+    found = baselines(None, None, PUBLISHED)
     assert [(b.name, b.bits) for b in found] == [(n, w) for w in BITS for n in NAMES]
-    learning = {b.name for b in found if b.learns}
+    short = baselines(None, None, 100)
+    learning = {b.name for b, few in zip(found, short, strict=True) if b.config != few.config}
     assert learning == {"brecq", "q-diffusion", "ptqd", "tfmq", "tfmq-cache", "tcaq"}
 
 
 def test_recipes_are_the_presets_and_configs_are_themselves():
     own = Config(name="own")
-    found = baselines(["tfmq", own, "nearest"], ["w6a6"])
+    found = baselines(["tfmq", own, "nearest"], ["w6a6"], PUBLISHED)
     assert [b.config for b in found] == [resolve("tfmq-w6a6"), nearest("w6a6"), own]
     assert [b.bits for b in found] == ["w6a6", "w6a6", ""]
 
@@ -47,7 +48,7 @@ def test_nearest_learns_nothing_and_has_static_ranges():
 )
 def test_what_is_not_known_is_refused(names, bits, message):
     with pytest.raises(ConfigError, match=message):
-        baselines(names, bits)
+        baselines(names, bits, 100)
 
 
 def test_a_cap_takes_the_step_size_that_suits_few_steps():
@@ -66,9 +67,16 @@ def test_a_cap_takes_the_step_size_that_suits_few_steps():
     assert kept == released
 
 
-def test_learning_rules():
-    assert learning_rule("published") == "published" and learning_rule("equal-time") == "equal-time"
-    assert learning_rule("200") == learning_rule(200) == 200
-    for wrong in ("slow", "0", -1, True):
-        with pytest.raises(ConfigError, match="learning must be 'published', 'equal-time' or"):
-            learning_rule(wrong)
+def test_a_number_caps_every_recipe_and_published_none():
+    own = dataclasses.replace(recipe("brecq", "w4a8"), name="own")
+    given = ["tfmq", "best", own]
+    released = [recipe("tfmq", "w4a8"), recipe("best", "w4a8"), own]
+    assert [b.config for b in baselines(given, ["w4a8"], PUBLISHED)] == released
+    assert [b.config for b in baselines(given, ["w4a8"], 200)] == [capped(c, 200) for c in released]
+    assert capped(released[1], 1) is released[1]  # it learns nothing
+
+
+@pytest.mark.parametrize("wrong", ["slow", "equal-time", "200", 0, -1, True, 1.5, None])
+def test_other_rules_of_learning_are_refused(wrong):
+    with pytest.raises(ConfigError, match="learning must be 'published' or a whole number of"):
+        baselines(None, None, wrong)

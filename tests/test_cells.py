@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from tfmq_fx.cells import Cell, Cells, machine, plain
+from tfmq_fx.cells import Cell, Cells, machine
 from tfmq_fx.config import Config, to_dict
 
 CELL = Cell(
@@ -17,7 +17,6 @@ CELL = Cell(
     recipe="best",
     bits="w4a8",
     config=to_dict(Config(name="best-w4a8")),
-    learning="none",
     contents="0" * 16,
     reference="48 random images",
     seed=0,
@@ -57,7 +56,6 @@ def test_a_failure_needs_no_images(cells):
         {"model": "other"},
         {"config": to_dict(Config(name="best-w4a8", correction="bias"))},
         {"config": None},
-        {"learning": 200},
         {"contents": "1" * 16},
         {"reference": "other images"},
         {"seed": 1},
@@ -109,13 +107,6 @@ def test_a_result_under_the_name_of_another_is_none(cells):
 def test_titles_name_the_width_once():
     assert CELL.title == "tiny best-w4a8 seed 0"
     assert dataclasses.replace(CELL, recipe="own", bits="").title == "tiny own seed 0"
-
-
-def test_json_has_no_infinities_of_its_own():
-    assert plain({"a": [math.inf, -math.inf, 1.5], "b": (True, None)}) == {
-        "a": ["inf", "-inf", 1.5],
-        "b": [True, None],
-    }
 
 
 def test_the_machine_is_named():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.toys import tiny_unet2d
-from tfmq_fx import BackendError, demo, temporal
+from tfmq_fx import BackendError, demo, judge, load, temporal
 from tfmq_fx.capture import capture
+from tfmq_fx.quality_table import Row
 
 pytestmark = [pytest.mark.slow, pytest.mark.sample]
 NAMES = ["full precision", "tables only", "W8A8", "W4A8 nearest", "W4A8 everything"]
@@ -18,7 +19,7 @@ NAMES = ["full precision", "tables only", "W8A8", "W4A8 nearest", "W4A8 everythi
 
 @dataclasses.dataclass
 class Ran:
-    rows: list[demo.Row]
+    rows: list[Row]
     said: list[str]
     warned: list[warnings.WarningMessage]
     learnt: list[int]  # steps of each temporal block that was to be learnt
@@ -27,7 +28,7 @@ class Ran:
 
 def unet():
     return tiny_unet2d(
-        sample_size=demo.digits.IMAGE_SIZE,
+        sample_size=demo.SUBJECTS["digits"].shape[-1],
         in_channels=1,
         out_channels=1,
         block_out_channels=(8, 16),
@@ -39,7 +40,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    def cannot(name):
+    def cannot(*args):
         raise BackendError("no compiler here")
 
     steps = []
@@ -56,48 +57,62 @@ def ran(tmp_path_factory):
         captured[:] = captured or [capture(*args, **options)]
         return captured[0]
 
+    def few():
+        """The recipes, calibrated with two batches; the last learns for two steps."""
+        for config in recipes():
+            spec = dataclasses.replace(config.reconstruction, samples=32)
+            if spec.iters:
+                spec = dataclasses.replace(spec, iters=2)
+            yield dataclasses.replace(config, reconstruction=spec)
+
+    recipes = demo.recipes
     out, said = tmp_path_factory.mktemp("demo") / "out", []
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        for name, value in {"STEPS": 2, "PAIRS": 8, "BATCH": 8}.items():
+        for name, value in {"STEPS": 2, "BATCH": 8, "recipes": few}.items():
             patch.setattr(demo, name, value)
-        patch.setattr(demo.digits, "load_unet", unet)
-        patch.setattr(demo.backends, "backend", cannot)
+        subject = dataclasses.replace(demo.SUBJECTS["digits"], load=unet)
+        patch.setattr(demo, "SUBJECTS", {"digits": subject})
+        patch.setattr(judge.backends, "backend", cannot)
+        patch.setattr(judge.api, "compile", cannot)
         patch.setattr(temporal, "reconstruct_tib", counted)
-        patch.setattr(demo, "capture", once)
-        patch.setattr(demo.api, "capture", once)
-        everything = demo.everything()
-        few = dataclasses.replace(everything.reconstruction, iters=2)
-        short = dataclasses.replace(everything, reconstruction=few)
-        patch.setattr(demo, "everything", lambda: short)
+        patch.setattr(judge, "capture", once)
+        patch.setattr(judge.api, "capture", once)
         rows = demo.run(out, samples=16, progress=False, say=said.append)
     return Ran(rows, said, warned, steps, out)
 
 
 def test_every_variant_is_a_row_with_its_figures(ran):
-    assert [row.name for row in ran.rows] == NAMES
-    full, tables, eight, nearest, everything = ran.rows
-    assert full.sqnr == full.psnr == math.inf and full.weights == 1
+    assert [row.recipe for row in ran.rows] == NAMES
+    full, tables, eight, nearest, everything = (row.done[0]["figures"] for row in ran.rows)
+    assert full["sqnr"] is None and full["pairs"] is None and full["weights"] is None
     # at a batch of many the sums of what became a table run in another order
-    assert tables.sqnr > 100 and tables.weights == 0 and tables.feature_worst < 1e-6
+    assert tables["sqnr"] > 100 and tables["weights"] == 0 and tables["temporal_worst"] < 1e-6
     for row in (eight, nearest, everything):
-        assert row.weights == row.activations == 1
-    assert eight.sqnr > everything.sqnr > nearest.sqnr and eight.sqnr > nearest.sqnr + 6
-    assert eight.feature_mean == everything.feature_mean == 0 < nearest.feature_mean
-    for row in ran.rows:
-        assert row.fid_low <= row.fid <= row.fid_high and 0 <= row.confident <= 1
-        assert row.backend == "eager"
+        assert row["weights"] == row["inputs"] == 1
+    assert eight["sqnr"] > everything["sqnr"] > nearest["sqnr"]
+    assert eight["sqnr"] > nearest["sqnr"] + 6
+    assert eight["temporal_mean"] == everything["temporal_mean"] == 0 < nearest["temporal_mean"]
+    for row in (full, tables, eight, nearest, everything):
+        assert row["images"]["fid_low"] <= row["images"]["fid"] <= row["images"]["fid_high"]
+        assert row["backend"] == "eager"
+        assert row["backend_note"] == "BackendError: no compiler here"
 
 
 def test_the_table_the_pictures_and_the_models_are_written(ran):
     data = json.loads((ran.out / "table.json").read_text())
-    assert data == json.loads(json.dumps([dataclasses.asdict(row) for row in ran.rows]))
+    assert [row["recipe"] for row in data["rows"]] == NAMES
+    assert math.isfinite(data["rows"][2]["figures"]["sqnr"]["mean"])
     for name in ("samples.png", "temporal-error.png"):
         assert (ran.out / name).read_bytes().startswith(b"\x89PNG")
     folders = {path.name for path in ran.out.iterdir() if path.is_dir()}
     assert folders == {name.replace(" ", "-").lower() for name in NAMES[1:]}
-    assert ran.said[0] == "Running eager: no compiler here"
-    assert any(demo.table(ran.rows) in text for text in ran.said)
+    assert load(ran.out / "w8a8").timesteps is not None
+    table = (ran.out / "table.md").read_text()
+    (printed,) = (text for text in ran.said if "## digits" in text)
+    assert printed.strip() in table
+    assert "- full precision sampled in eager mode: BackendError: no compiler here" in printed
+    assert [text.partition(":")[0] for text in ran.said[: len(NAMES)]] == NAMES
 
 
 def test_no_block_is_learnt_that_an_exact_table_replaces(ran):

@@ -12,8 +12,8 @@ from tests.toys import seeded
 from tfmq_fx.dataflow import temporal_block
 from tfmq_fx.feature_errors import feature_errors, temporal_errors
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
+from tfmq_fx.regions import compute_rows
 from tfmq_fx.tables import cache_error
-from tfmq_fx.temporal import compute_rows
 
 FEATURES = 6
 

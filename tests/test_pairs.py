@@ -161,10 +161,10 @@ def test_what_cannot_be_written_leaves_the_old_files(
     comparison((10, 0.1, None)).save(folder)
     old = (folder / "comparison.json").read_text(), (folder / "worst.png").read_bytes()
 
-    def full(self: Path, data: bytes) -> int:
+    def full(descriptor: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match="out cannot be written: no space left"):
         found.save(folder)
     assert ((folder / "comparison.json").read_text(), (folder / "worst.png").read_bytes()) == old

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfmq_fx.errors import ArtifactError
-from tfmq_fx.plain_json import decode, encode
+from tfmq_fx.plain_json import decode, encode, without_infinities
 
 few = settings(deadline=None, max_examples=60)
 
@@ -81,3 +82,10 @@ def test_damaged_values_are_refused():
     ):
         with pytest.raises(ArtifactError, match=r"x: (damaged value|a key|.* is no device)"):
             decode(data, "x")
+
+
+def test_json_has_no_infinities_of_its_own():
+    assert without_infinities({"a": [math.inf, -math.inf, 1.5], "b": (True, None)}) == {
+        "a": ["inf", "-inf", 1.5],
+        "b": [True, None],
+    }

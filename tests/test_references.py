@@ -52,10 +52,10 @@ def test_what_cannot_be_loaded_is_told(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
         ("{", "is not a JSON file that can be read"),
-        ("[1]", "has no _class_name"),
+        ("[1]", "is no config: it holds a list"),
         (json.dumps({"in_channels": 3}), "has no _class_name"),
-        (json.dumps({"_class_name": "Nonsense"}), "has no model 'Nonsense'"),
-        (json.dumps({"_class_name": "DDIMScheduler"}), "has no model 'DDIMScheduler'"),
+        (json.dumps({"_class_name": "Nonsense"}), "has no class 'Nonsense'"),
+        (json.dumps({"_class_name": "DDIMScheduler"}), "DDIMScheduler is no model"),
         (json.dumps(config), "UNet2DModel cannot be loaded: OSError: .*no file named"),
     ):
         (tmp_path / "config.json").write_text(change)

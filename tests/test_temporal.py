@@ -14,7 +14,8 @@ from tfmq_fx.dataflow import temporal_block
 from tfmq_fx.errors import ConfigError
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.passes.quantize_layers import quantize_layers
-from tfmq_fx.temporal import as_input, choose_temporal, compute_rows
+from tfmq_fx.regions import as_input, compute_rows
+from tfmq_fx.temporal import choose_temporal
 
 TIMES = torch.arange(0, 1000, 125)
 W4A8 = LayerConfig(weights=WeightSpec(bits=4), activations=ActivationSpec(bits=8))

@@ -34,10 +34,7 @@ def check_model(model: object) -> None:
 
 def unwrapped(model: object) -> object:
     """The model inside wrappers such as torch.compile's, or `model` itself."""
-    path = wrapped_at(model) if isinstance(model, nn.Module) else ""
-    for part in path.split(".") if path else ():
-        model = getattr(model, part)
-    return model
+    return model.get_submodule(wrapped_at(model)) if isinstance(model, nn.Module) else model
 
 
 def wrapped_at(model: nn.Module) -> str:

@@ -19,6 +19,7 @@ from .dataflow import (
     BindingTimes,
     TemporalBlock,
     binding_times,
+    producer,
     temporal_block,
     temporal_cut,
 )
@@ -26,7 +27,6 @@ from .drawing import Drawing
 from .errors import ConfigError, InputError
 from .files import write_whole
 from .flops import node_flops
-from .graph import module_path
 from .inference import outside_inference_mode
 from .ops import is_heavy
 from .passes.merge_duplicates import merge_duplicates
@@ -240,7 +240,7 @@ def _conditioned(
     rows: dict[str, Any] = {}
     for binding in (Binding.T, Binding.C, Binding.TC):
         features = [
-            [_producer(node), list(node.meta["val"].shape[1:])]
+            [producer(node) or node.name, list(node.meta["val"].shape[1:])]
             for node in cut
             if times[node] is binding
         ]
@@ -266,10 +266,6 @@ def _numel(shape: Iterable[int]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _producer(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else module_path(node) or node.name
 
 
 def _checked_depth(depth: int) -> int:

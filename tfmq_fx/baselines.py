@@ -1,4 +1,4 @@
-"""The recipes of an evaluation by name and bits, and how many steps each of them learns for."""
+"""The recipes of an evaluation, by name and bits, and with a limit on their learning steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .presets import PRESETS, RECIPES, resolve
 NEAREST, MIXED = "nearest", "mixed"
 NAMES = (NEAREST, *(name for name in RECIPES if name != "best"), "best", MIXED)
 BITS = ("w8a8", "w4a8", "w6a6", "w4a6", "w4a4")
-PUBLISHED, EQUAL_TIME, NO_LEARNING = "published", "equal-time", "none"
+PUBLISHED = "published"
+FEW = 100  # learning steps a block, unless told otherwise: minutes where 20,000 take hours
 _FEWEST_TIAR = 1000  # steps of TIAR kept where blocks learn for fewer: they are cheap
 
 
@@ -48,17 +49,16 @@ class Baseline:
     bits: str
     config: Config
 
-    @property
-    def learns(self) -> bool:
-        """Whether it learns roundings by gradient steps, of which there may be more or fewer."""
-        return self.config.reconstruction.iters > 0
 
+def baselines(
+    recipes: Iterable[str | Config] | None, bits: Sequence[str] | None, learning: str | int
+) -> list[Baseline]:
+    """Every recipe at each width, width by width; then Configs. None is all there are.
 
-def baselines(recipes: Iterable[str | Config] | None, bits: Sequence[str] | None) -> list[Baseline]:
-    """Every recipe at each width, width by width; then Configs as they are. None is all there are.
-
-    Raises ConfigError for unknown names and bits, for none, and for one twice.
+    learning: "published" leaves learning steps as they are, a number is the most steps a block.
+    Raises ConfigError for unknown names, bits and rules, for no recipe, and for one twice.
     """
+    check_learning(learning)
     names = list(NAMES if recipes is None else [recipes] if isinstance(recipes, str) else recipes)
     widths = list(BITS if bits is None else [bits] if isinstance(bits, str) else bits)
     found = [
@@ -74,7 +74,19 @@ def baselines(recipes: Iterable[str | Config] | None, bits: Sequence[str] | None
             f"give each recipe and each width once, at least one; got {', '.join(map(str, names))} "
             f"at {', '.join(widths)}"
         )
-    return found
+    if isinstance(learning, str):
+        return found
+    return [dataclasses.replace(each, config=capped(each.config, learning)) for each in found]
+
+
+def check_learning(learning: object) -> None:
+    """Raise ConfigError unless this is "published" or a whole number of steps of at least 1."""
+    number = isinstance(learning, int) and not isinstance(learning, bool) and learning >= 1
+    if learning != PUBLISHED and not number:
+        raise ConfigError(
+            f"learning must be {PUBLISHED!r} or a whole number of steps a block of at least 1, got "
+            f"{learning!r}"
+        )
 
 
 def capped(config: Config, iters: int) -> Config:
@@ -83,10 +95,10 @@ def capped(config: Config, iters: int) -> Config:
     Rounds of resampling keep their proportion of a quarter, TIAR no fewer than 1,000 steps. Fewer
     steps go with the step size that suits them, which is this package's default, and with 1,280
     samples: the released step size needs all 20,000 to decide the roundings. A recipe with no more
-    steps than that stays as it is.
+    steps than that, or none, stays as it is.
     """
     spec, default = config.reconstruction, PRESETS["w4a8"].reconstruction
-    if max(spec.iters, config.temporal.tiar_iters) <= iters:
+    if not spec.iters or max(spec.iters, config.temporal.tiar_iters) <= iters:
         return config
     rounds = min(spec.round_iters, max(iters // 4, 1)) if spec.rounds else 0
     spec = dataclasses.replace(
@@ -99,22 +111,3 @@ def capped(config: Config, iters: int) -> Config:
     tiar = min(config.temporal.tiar_iters, max(iters, _FEWEST_TIAR))
     temporal = dataclasses.replace(config.temporal, tiar_iters=tiar)
     return dataclasses.replace(config, reconstruction=spec, temporal=temporal)
-
-
-def learning_rule(text: str | int) -> str | int:
-    """The rule meant: "published", "equal-time", or the most learning steps a block, at least 1.
-
-    Raises ConfigError.
-    """
-    if text in (PUBLISHED, EQUAL_TIME):
-        return text
-    try:
-        steps = 0 if isinstance(text, bool) else int(text)
-    except (TypeError, ValueError):
-        steps = 0
-    if steps < 1:
-        raise ConfigError(
-            f"learning must be {PUBLISHED!r}, {EQUAL_TIME!r} or a number of steps a block of at "
-            f"least 1, got {text!r}"
-        )
-    return steps

@@ -3,9 +3,7 @@ on, runs may go side by side, and nothing that changed takes a stale result."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .checkpoint import digest
 from .errors import ArtifactError
 from .files import write_whole
+from .plain_json import without_infinities
 from .reading import open_regular, read_json
 from .version import __version__
 
-FORMAT = 1
+FORMAT = 2
 FULL_PRECISION = "full precision"
 DONE, FAILED, NOT_RUN = "done", "failed", "not run"
 
@@ -32,7 +32,6 @@ class Cell:
 
     model, recipe, bits: names; `bits` is "" for full precision and for a recipe that has none.
     config: the recipe as JSON-ready values; None is full precision.
-    learning: "published", "equal-time" or the most steps a block; "none" for what learns none.
     contents: digest of the denoiser's and the classifier's weights.  reference: what images the
     statistics are taken against.  seed: see `judge.seeds_of`.  samples: images drawn.  steps: of
     DDIM.  batch: images at a time.  backend, device: where it samples.
@@ -42,7 +41,6 @@ class Cell:
     recipe: str
     bits: str
     config: Mapping[str, Any] | None
-    learning: str | int
     contents: str
     reference: str
     seed: int
@@ -61,18 +59,13 @@ class Cell:
     @property
     def key(self) -> str:
         """Sixteen hex digits that stand for all of it."""
-        return digest(self.subject)
+        return digest(self.subject)[:16]
 
     @property
     def title(self) -> str:
         """For people."""
         recipe = self.recipe if self.recipe.endswith(self.bits) else f"{self.recipe}-{self.bits}"
         return f"{self.model} {recipe} seed {self.seed}"
-
-
-def digest(value: Any) -> str:
-    """Sixteen hex digits that stand for a JSON-ready value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Cells:
@@ -115,17 +108,9 @@ class Cells:
         if images is not None:
             levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).contiguous()
             write_whole(self.folder / f"{cell.key}.safetensors", save({"images": levels}))
-        text = json.dumps(plain({"subject": cell.subject, **result}), indent=1, allow_nan=False)
+        data = without_infinities({"subject": cell.subject, **result})
+        text = json.dumps(data, indent=1, allow_nan=False)
         write_whole(self.folder / f"{cell.key}.json", text + "\n")
-
-
-def plain(value: Any) -> Any:
-    """A value as strict JSON takes it; inf and nan become strings, which float() reads."""
-    if isinstance(value, Mapping):
-        return {name: plain(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,25 @@ from .errors import TfmqError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 for an error of the library, 2 for a model
     that is not ok."""
+    given = sys.argv[1:] if arguments is None else arguments
+    chosen = _parser().parse_args(given)
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "demo": _demo,
+        "report": _report,
+        "analyze": _analyze,
+        "verify": _verify,
+        "evaluate": lambda chosen: _evaluate(chosen, given),
+    }
+    try:
+        return commands[chosen.command](chosen)
+    except TfmqError as error:
+        print(f"tfmq-fx: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", []):
+            print(f"  {note}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tfmq-fx", description="Quantize diffusion denoisers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -25,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     show = commands.add_parser("report", help="print what was done to a saved model")
     show.add_argument("model", type=Path, help="directory written by tfmq_fx.save")
+    _add_analyze(commands)
+    _add_verify(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _add_analyze(commands: Any) -> None:
     look = commands.add_parser(
         "analyze", help="tell what depends on the timestep alone in a model, from its config"
     )
@@ -48,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help="files to write: .svg or .dot for a picture, .json, .txt",
     )
+
+
+def _add_verify(commands: Any) -> None:
     check = commands.add_parser(
         "verify", help="compare a saved model with the one it was made from, and name culprits"
     )
@@ -63,42 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--json", metavar="FILE", type=Path, help="write everything found as JSON")
     check.add_argument("--seed", type=int, default=0, help="of the inputs drawn")
     check.add_argument("--quiet", action="store_true", help="no progress bars")
-    _add_evaluate(commands)
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.command == "demo":
-            from .demo import run
-            from .processes import started
-
-            with started():
-                run(chosen.out, samples=chosen.samples, progress=not chosen.quiet)
-        elif chosen.command == "analyze":
-            from .analysis import analyze
-
-            found = analyze(
-                chosen.model,
-                timestep=chosen.timestep,
-                conditions=chosen.condition,
-                steps=chosen.steps,
-            )
-            print(found)
-            for path in chosen.out:
-                found.save(path, depth=chosen.depth)
-        elif chosen.command == "verify":
-            return _verify(chosen)
-        elif chosen.command == "evaluate":
-            return _evaluate(chosen, sys.argv[1:] if arguments is None else arguments)
-        else:
-            from .api import load
-            from .report import report
-
-            print(report(load(chosen.model)))
-    except TfmqError as error:
-        print(f"tfmq-fx: {error}", file=sys.stderr)
-        for note in getattr(error, "__notes__", []):
-            print(f"  {note}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -114,9 +107,9 @@ def _add_evaluate(commands: Any) -> None:
     judge.add_argument("--steps", type=int, help="DDIM steps (20)")
     judge.add_argument(
         "--learning",
-        metavar="RULE",
-        help='steps of recipes that learn: "published", "equal-time" (as long as "best" takes; '
-        "the default), or the most steps a block",
+        metavar="STEPS",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help='the most learning steps a block (100), or "published": as they are, hours each',
     )
     judge.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for results")
     judge.add_argument(
@@ -127,6 +120,35 @@ def _add_evaluate(commands: Any) -> None:
     judge.add_argument("--retry", action="store_true", help="compute failed results again")
     judge.add_argument("--table", action="store_true", help="compute nothing, write the tables")
     judge.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _demo(chosen: argparse.Namespace) -> int:
+    from .demo import run
+    from .processes import started
+
+    with started():
+        run(chosen.out, samples=chosen.samples, progress=not chosen.quiet)
+    return 0
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from .api import load
+    from .report import report
+
+    print(report(load(chosen.model)))
+    return 0
+
+
+def _analyze(chosen: argparse.Namespace) -> int:
+    from .analysis import analyze
+
+    found = analyze(
+        chosen.model, timestep=chosen.timestep, conditions=chosen.condition, steps=chosen.steps
+    )
+    print(found)
+    for path in chosen.out:
+        found.save(path, depth=chosen.depth)
+    return 0
 
 
 def _evaluate(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:

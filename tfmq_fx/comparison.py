@@ -69,41 +69,40 @@ def compare(
     Raises ConfigError for arguments that cannot be used, images of different sizes, and a reference
     that draws nan; ImportError where `out` is given without Pillow.
     """
-    for name, value, least in (
-        ("samples", 1 if samples is None else samples, 1),
-        ("seed", seed, 0),
-        ("num_inference_steps", num_inference_steps, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
+    _check_numbers(samples=samples, seed=seed, steps=num_inference_steps, batch_size=batch_size)
     if out is not None:  # before the long work
-        pillow("Image")
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"out must be a directory that can be made: {error}") from error
+        _make_ready(Path(out))
     wanted = wanted_images(
         kwargs, samples=samples, seed=seed, steps=num_inference_steps, shared=shared
     )
     draws = _draws(reference, candidate, source, component, wanted)
-    if not parallel:
-        with alone():
-            found = _compared(*draws, wanted, batch_size, features, progress)
-        if out is not None:
-            found.save(out)
-        return found
-    with together("compare()"):
-        facts = {
-            "samples": wanted.samples,
-            "seed": seed,
-            "num_inference_steps": num_inference_steps,
-        }
+    with together("compare()") if parallel else alone():
+        facts = {"samples": wanted.samples, "seed": seed, "num_inference_steps": wanted.steps}
         agree("compare()", facts | {"batch_size": batch_size})
         found = _compared(*draws, wanted, batch_size, features, progress)
         if out is not None and not rank():
             found.save(out)
     return found
+
+
+def _check_numbers(*, samples: int | None, seed: int, steps: int, batch_size: int) -> None:
+    for name, value, least in (
+        ("samples", 1 if samples is None else samples, 1),
+        ("seed", seed, 0),
+        ("num_inference_steps", steps, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
+
+
+def _make_ready(out: Path) -> None:
+    """Make the directory, and raise ImportError where pictures cannot be drawn."""
+    pillow("Image")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out must be a directory that can be made: {error}") from error
 
 
 def _draws(
@@ -155,12 +154,10 @@ def _compared(
 ) -> Comparison:
     starts = range(0, wanted.samples, batch_size)
     batches = [range(start, min(start + batch_size, wanted.samples)) for start in starts]
-    images: list[ImageComparison] = []
-    floor = math.inf
 
-    def drawn(rows: range) -> tuple[Tensor, Tensor, float | None, list[ImageComparison]]:
-        """Both models' images of one batch, the floor if it is the first, and what was measured."""
-        expected, lowest = reference(rows), None
+    def drawn(rows: range) -> tuple[Tensor, Tensor, float, list[ImageComparison]]:
+        """Both models' images of one batch, the floor (of the first alone), and the figures."""
+        expected, lowest = reference(rows), math.inf
         if not bool(torch.isfinite(expected).all()):
             raise ConfigError("the reference draws images with nan: there is nothing to compare to")
         if rows.start == 0:
@@ -174,12 +171,14 @@ def _compared(
         measured = measure(expected, found, [wanted.seed + i for i in rows], features)
         return expected, found, lowest, measured
 
+    images: list[ImageComparison] = []
+    floor = math.inf
     turns = in_order(progress_bar(batches, "compare", enabled=progress), drawn, "images to compare")
-    for rows, (expected, found, measured_floor, measured) in zip(batches, turns, strict=True):
-        floor = floor if measured_floor is None else measured_floor
+    for rows, (expected, found, lowest, measured) in zip(batches, turns, strict=True):
+        floor = lowest if rows.start == 0 else floor
         images += measured
-        lowest = min(range(len(images)), key=lambda i: quality(images[i]))
-        if lowest in rows:
-            worst = lowest
-            pair = (expected[worst - rows.start].clone(), found[worst - rows.start].clone())
+        worst = min(range(len(images)), key=lambda i: quality(images[i]))
+        if worst in rows:
+            i = worst - rows.start
+            pair = expected[i].clone(), found[i].clone()
     return Comparison(per_image=images, floor=floor, worst=worst, pair=pair)

@@ -244,7 +244,7 @@ def temporal_block(gm: fx.GraphModule) -> TemporalBlock:
     cut, declined = _cut(gm, times)
     features: dict[str, Feature] = {}
     for node in cut:
-        name, path = _unique(_producer(node) or node.name, features), _producer(node)
+        name, path = _unique(producer(node) or node.name, features), producer(node)
         value: Tensor = node.meta["val"]
         shape = tuple(map(int, value.shape[1:]))
         features[name] = Feature(name, node, shape, value.dtype, path)
@@ -270,7 +270,8 @@ def _unique(name: str, taken: Collection[str]) -> str:
     return next(each for each in numbered if each not in taken)
 
 
-def _producer(node: fx.Node) -> str:
+def producer(node: fx.Node) -> str:
+    """The path of the module that computes a node; "" where it is the model itself."""
     return str(node.target) if node.op == "call_module" else module_path(node)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -100,12 +101,10 @@ def _check_module(gm: fx.GraphModule, node: fx.Node, stage: Stage) -> None:
 
 
 def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    value: Any = gm
-    for part in str(node.target).split("."):
-        if not hasattr(value, part):
-            raise GraphError(f"{node.name}: no attribute {node.target!r}")
-        value = getattr(value, part)
-    return value
+    try:
+        return attrgetter(str(node.target))(gm)
+    except AttributeError as error:
+        raise GraphError(f"{node.name}: no attribute {node.target!r}") from error
 
 
 def _check_table(gm: fx.GraphModule, node: fx.Node) -> None:

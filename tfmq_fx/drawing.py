@@ -1,14 +1,19 @@
-"""A picture of an analysed model: Graphviz text, and SVG that needs no Graphviz."""
+"""A picture of an analysed model: Graphviz text, and the SVG that Graphviz makes of it.
+
+pygraphviz, whose wheels bring Graphviz along, is imported when first needed; it comes with
+`pip install "tfmq_fx[draw]"`.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from typing import cast
 
 from .boxes import NAMES, Box, Boxes, Op, collapse
 from .dataflow import Binding
-from .layout import Point, place
+from .errors import ConfigError
 
 COLOURS = {
     Binding.CONSTANT: "#d4d4d4",
@@ -17,8 +22,6 @@ COLOURS = {
     Binding.TC: "#a5d69a",
     Binding.X: "#f3f1ec",
 }
-_HEIGHT, _GAP, _MARGIN, _HEAD = 36.0, 28.0, 16.0, 62.0
-_CHARACTER = 6.6  # of an 11 px sans-serif font, on the safe side
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +33,21 @@ class Drawing:
 
     def dot(self, depth: int = 2) -> str:
         """Graphviz text: clusters by module path, colours by binding time."""
-        return _dot(self.model, collapse(self.ops, depth))
+        total = Box("model", self.model, "", "", [op for op in self.ops if op.kind == "op"])
+        return _dot(total, collapse(self.ops, depth))
 
     def svg(self, depth: int = 2) -> str:
-        """A self-contained picture; pointing at a box or a line tells what it is."""
-        return _svg(self.model, self._total(), collapse(self.ops, depth))
-
-    def _total(self) -> Box:
-        return Box("model", self.model, "", self.model, [op for op in self.ops if op.kind == "op"])
+        """A self-contained picture; pointing at a box or a line tells what it is. Raises
+        ConfigError without pygraphviz."""
+        try:
+            graphs = importlib.import_module("pygraphviz")
+        except ImportError as error:
+            raise ConfigError(
+                'an .svg picture needs pygraphviz: pip install "tfmq_fx[draw]"; .dot, text for a '
+                "Graphviz of your own, needs nothing"
+            ) from error
+        picture = graphs.AGraph(string=self.dot(depth)).draw(format="svg", prog="dot")
+        return cast(bytes, picture).decode()
 
 
 def number(count: float, unit: str = "") -> str:
@@ -81,17 +91,16 @@ def _details(box: Box) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------- Graphviz
-
-
-def _dot(model: str, drawn: Boxes) -> str:
+def _dot(total: Box, drawn: Boxes) -> str:
+    parameters, flops = number(total.parameters), number(total.flops, "FLOPs")
+    head = f"{total.title}: {parameters} parameters, {flops} a call"
     lines = [
-        f"digraph {_quoted(model)} {{",
-        "  rankdir=TB;",
+        f"digraph {_quoted(total.title)} {{",
+        f"  rankdir=TB; newrank=true; labelloc=t; label={_quoted(head)};",
         '  node [fontname="Helvetica", fontsize=10, shape=box, color="#777777"];',
         '  edge [color="#777777", arrowsize=0.6];',
         '  fontname="Helvetica"; fontsize=10;',
-        *_legend(),
+        *_legend(total),
     ]
     tree: dict[str, list[int]] = {}
     for i, box in enumerate(drawn.boxes):
@@ -103,12 +112,14 @@ def _dot(model: str, drawn: Boxes) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def _legend() -> Iterable[str]:
+def _legend(total: Box) -> Iterable[str]:
     yield "  subgraph cluster_legend {"
-    yield '    label="known from"; color="#bbbbbb";'
+    yield '    label="parameters known from"; color="#bbbbbb";'
     for binding, name in NAMES.items():
         colour = COLOURS[binding]
-        yield f'    legend{int(binding)} [label="{name}", style=filled, fillcolor="{colour}"];'
+        count = sum(op.parameters for op in total.ops if op.binding is binding)
+        label = f"{name}: {100 * count / max(total.parameters, 1):.3g} %"
+        yield f'    legend{int(binding)} [label="{label}", style=filled, fillcolor="{colour}"];'
     yield "  }"
 
 
@@ -146,93 +157,3 @@ def _attributes(box: Box) -> str:
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
-
-
-# ---------------------------------------------------------------------------- SVG
-
-
-def _svg(model: str, total: Box, drawn: Boxes) -> str:
-    texts = [(box.title, _subtitle(box)) for box in drawn.boxes]
-    widths = [max(len(title), 0.86 * len(below)) * _CHARACTER + 18 for title, below in texts]
-    layout = place(widths, drawn.edges, height=_HEIGHT, gap=_GAP)
-    head = f"{model}: {number(total.parameters)} parameters, {number(total.flops, 'FLOPs')} a call"
-    legend, legend_width = _svg_legend(total)
-    width = max(layout.width, legend_width, len(head) * 8) + 2 * _MARGIN
-    left, top = (width - layout.width) / 2, _MARGIN + _HEAD
-
-    def at(point: Point) -> str:
-        return f"{point[0] + left:.1f} {point[1] + top:.1f}"
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" '
-        f'height="{layout.height + top + _MARGIN:.0f}" '
-        f'viewBox="0 0 {width:.0f} {layout.height + top + _MARGIN:.0f}" '
-        'font-family="Helvetica, Arial, sans-serif" font-size="11">',
-        f"<title>{escape(head)}</title>",
-        '<rect width="100%" height="100%" fill="#ffffff"/>',
-        f'<text x="{_MARGIN}" y="{_MARGIN + 12}" font-size="14" fill="#222222">{escape(head)}'
-        "</text>",
-        *legend,
-        '<g fill="none" stroke="#8a8a8a">',
-    ]
-    for (x, y), end in layout.lanes:
-        parts.append(f'<path d="M {at((x, y))} L {at(end)}"/>')
-    for i, ((x, y), (u, v)) in enumerate(layout.lines):
-        arrives, middle = i in layout.ends, (y + v) / 2
-        stop = v - 5 if arrives else v
-        bends = f"{at((x, middle))}, {at((u, middle))}, {at((u, stop))}"
-        parts.append(f'<path d="M {at((x, y))} C {bends}"/>')
-        if arrives:
-            tip = f"M {at((u, v))} L {at((u - 3, v - 6))} L {at((u + 3, v - 6))} Z"
-            parts.append(f'<path d="{tip}" fill="#8a8a8a" stroke="none"/>')
-    parts.append("</g>")
-    for box, (title, below), corner, wide in zip(
-        drawn.boxes, texts, layout.boxes, widths, strict=True
-    ):
-        parts += _svg_box(box, title, below, corner[0] + left, corner[1] + top, wide)
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _svg_legend(total: Box) -> tuple[list[str], float]:
-    parts, x, y = list[str](), _MARGIN, _MARGIN + 28
-    for binding, name in NAMES.items():
-        count = sum(op.parameters for op in total.ops if op.binding is binding)
-        text = f"{name}: {100 * count / max(total.parameters, 1):.3g} %"
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="14" height="14" rx="3" '
-            f'fill="{COLOURS[binding]}" stroke="#777777"/>'
-            f'<text x="{x + 20:.1f}" y="{y + 11:.1f}" fill="#222222">{escape(text)}</text>'
-        )
-        x += 34 + len(text) * _CHARACTER
-    return parts, x
-
-
-def _svg_box(box: Box, title: str, below: str, x: float, y: float, wide: float) -> Iterable[str]:
-    rim = "#bbbbbb" if box.kind == "ops" else "#666666"
-    round_ = _HEIGHT / 2 if box.kind in ("input", "output") else 5
-    middle, first = x + wide / 2, y + (15 if below else 22)
-    yield f"<g><title>{escape(_details(box))}</title>"
-    start = x
-    mix = box.mix()
-    if len(mix) > 1:
-        for binding, share in mix.items():
-            yield (
-                f'<rect x="{start:.1f}" y="{y:.1f}" width="{share * wide:.1f}" '
-                f'height="{_HEIGHT}" fill="{COLOURS[binding]}"/>'
-            )
-            start += share * wide
-    fill = "none" if len(mix) > 1 else COLOURS[next(iter(mix))]
-    yield (
-        f'<rect class="box" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{_HEIGHT}" '
-        f'rx="{0 if len(mix) > 1 else round_}" fill="{fill}" stroke="{rim}"/>'
-    )
-    yield (
-        f'<text x="{middle:.1f}" y="{first:.1f}" text-anchor="middle" fill="#111111">'
-        f"{escape(title)}</text>"
-    )
-    if below:
-        yield (
-            f'<text x="{middle:.1f}" y="{y + 28:.1f}" text-anchor="middle" font-size="9.5" '
-            f'fill="#444444">{escape(below)}</text>'
-        )
-    yield "</g>"

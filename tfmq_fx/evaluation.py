@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import torch
 from tqdm import tqdm
 
 from .arguments import check_many, path_of
-from .baselines import EQUAL_TIME, NO_LEARNING, Baseline, baselines, learning_rule
-from .cell_work import SETS_THE_TIME, compute_cell
+from .baselines import FEW, Baseline, baselines
+from .cell_work import compute_cell
 from .cells import DONE, FAILED, FULL_PRECISION, Cell, Cells
 from .config import Config, to_dict
-from .equal_time import Timings
 from .errors import ConfigError
 from .evaluation_files import write_files
 from .figures import Seen, see
@@ -48,7 +47,7 @@ def evaluate(
     samples: int = SAMPLES,
     seeds: Sequence[int] = SEEDS,
     steps: int = STEPS,
-    learning: str | int = EQUAL_TIME,
+    learning: str | int = FEW,
     backend: str = "inductor",
     device: str = "cpu",
     batch: int = BATCH,
@@ -65,12 +64,11 @@ def evaluate(
     None is all.
     samples: images for each Frechet distance, rounded up to whole batches.  seeds: each stands for
     one seed of calibration and one of sampling.  steps: of DDIM.
-    learning: for recipes that learn by gradient steps: "published" leaves them as they are,
-    "equal-time" gives them the time that "best" takes at this model, width and seed on this
-    machine, a number is the most steps a block.
+    learning: for recipes that learn by gradient steps: the most steps a block, or "published",
+    which leaves them as they are.
     backend: what samples, "inductor" (eager where that fails, and the result says so) or "eager".
     device: "cpu" or "cuda".  batch: images at a time; one batch is also paired for the grids.
-    out: gets cells/, timings/, table.md, table.json, quality-MODEL.png and grid-MODEL.png. Results
+    out: gets cells/, table.md, table.json, quality-MODEL.png and grid-MODEL.png. Results
     that are there are not computed again, failed ones only with `retry`; compute=False computes
     nothing.  say: where lines of text go.  command: stated in the table.
 
@@ -84,31 +82,18 @@ def evaluate(
     check_many(bits, "bits", "widths")
     check_many(seeds, "seeds", "numbers")
     out = path_of(out, "out")
-    subjects, chosen = find_subjects(models), baselines(recipes, bits)
-    rule = learning_rule(learning)
+    subjects, chosen = find_subjects(models), baselines(recipes, bits, learning)
     _check(samples, seeds, steps, batch, backend, device)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out must be a directory that can be made: {error}") from error
+    folder = make_folder(out)
     whole = whole_batches(samples, batch)
     if whole != samples:
         say(f"{samples} samples are rounded up to {whole}, whole batches of {batch}")
     cells = Cells(folder / "cells")
     usual = {"samples": whole, "steps": steps, "batch": batch, "backend": backend, "device": device}
-    planned = [cell for s in subjects for cell in plan(s, chosen, rule=rule, seeds=seeds, **usual)]
-
-    def missing(cell: Cell) -> bool:
-        found = cells.read(cell)
-        return found is None or (retry and found["status"] == FAILED)
-
+    planned = [cell for s in subjects for cell in plan(s, chosen, seeds=seeds, **usual)]
     try:
-        with together("evaluation"):
-            todo = from_first([i for i, c in enumerate(planned) if compute and missing(c)], "cells")
-            own, timings = [planned[todo[i]] for i in mine(len(todo))], Timings(folder / "timings")
-            with alone():
-                _compute(subjects, own, missing, cells, timings, progress=progress, say=say)
+        if compute:
+            _compute_missing(subjects, planned, cells, retry=retry, progress=progress, say=say)
     finally:
         rows = gather(planned, cells)
         if rank() == 0:
@@ -117,35 +102,54 @@ def evaluate(
     return rows
 
 
+def make_folder(out: str | Path) -> Path:
+    """`out`, a directory from now on. Raises ConfigError where it can be none."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out must be a directory that can be made: {error}") from error
+    return folder
+
+
 def plan(
-    subject: Subject,
-    chosen: Sequence[Baseline],
-    *,
-    rule: str | int,
-    seeds: Sequence[int],
-    **usual: Any,
+    subject: Subject, chosen: Sequence[Baseline], *, seeds: Sequence[int], **usual: Any
 ) -> list[Cell]:
     """All cells of a model in the order of the table, seed by seed; each is independent of the
-    others, but for the time that "best" sets. usual: the rest of a Cell, the same for all."""
+    others. usual: the rest of a Cell, the same for all."""
     weights = contents(subject.load(), subject.classifier())
-    recipes: list[tuple[str, str, dict[str, Any] | None, bool]]
-    recipes = [(FULL_PRECISION, "", None, False)]
-    recipes += [(b.name, b.bits, to_dict(b.config), b.learns) for b in chosen]
+    recipes: list[tuple[str, str, dict[str, Any] | None]] = [(FULL_PRECISION, "", None)]
+    recipes += [(b.name, b.bits, to_dict(b.config)) for b in chosen]
     return [
         Cell(
             model=subject.name,
             recipe=name,
             bits=bits,
             config=None if config is None else json.loads(json.dumps(config)),
-            learning=rule if learns else NO_LEARNING,
             contents=weights,
             reference=subject.reference,
             seed=seed,
             **usual,
         )
         for seed in seeds
-        for name, bits, config, learns in recipes
+        for name, bits, config in recipes
     ]
+
+
+def _compute_missing(
+    subjects: Sequence[Subject], planned: Sequence[Cell], cells: Cells, *, retry: bool, **usual: Any
+) -> None:
+    """Compute the cells that have no result, each process its share. usual: as for `_compute`."""
+
+    def missing(cell: Cell) -> bool:
+        found = cells.read(cell)
+        return found is None or (retry and found["status"] == FAILED)
+
+    with together("evaluation"):
+        todo = from_first([i for i, cell in enumerate(planned) if missing(cell)], "cells")
+        own = [planned[todo[i]] for i in mine(len(todo))]
+        with alone():
+            _compute(subjects, own, missing, cells, **usual)
 
 
 def _compute(
@@ -153,13 +157,12 @@ def _compute(
     todo: Sequence[Cell],
     missing: Callable[[Cell], bool],
     cells: Cells,
-    timings: Timings,
     *,
     progress: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Compute cells and keep each as soon as it is done: by model and seed, what sets the time for
-    others first, and none that another run has finished meanwhile."""
+    """Compute cells and keep each as soon as it is done: by model and seed, and none that another
+    run has finished meanwhile."""
     real: dict[str, Seen] = {}  # two models share their reference images
     with tqdm(total=len(todo), disable=not progress, file=sys.stderr, leave=False) as bar:
         for subject in subjects:
@@ -179,17 +182,13 @@ def _compute(
                     samples=first.samples,
                     backend=first.backend,
                 )
-                for cell in sorted((c for c in own if c.seed == seed), key=_order):
+                for cell in (c for c in own if c.seed == seed):
                     if missing(cell):
-                        result, images = compute_cell(cell, judge, timings, bar.set_description)
+                        result, images = compute_cell(cell, judge, bar.set_description)
                         cells.write(cell, result, images)
                         with tqdm.external_write_mode(file=sys.stderr):
-                            say(_told(cell, result))
+                            say(told(cell.title, result))
                     bar.update()
-
-
-def _order(cell: Cell) -> int:
-    return (FULL_PRECISION, SETS_THE_TIME, cell.recipe).index(cell.recipe)
 
 
 def gather(planned: Sequence[Cell], cells: Cells) -> list[Row]:
@@ -202,17 +201,16 @@ def gather(planned: Sequence[Cell], cells: Cells) -> list[Row]:
             model=model,
             recipe=recipe,
             bits=bits,
-            learning=group[0].learning,
             results={cell.seed: cells.read(cell) for cell in group},
         )
         for (model, recipe, bits), group in groups.items()
     ]
 
 
-def _told(cell: Cell, result: dict[str, Any]) -> str:
-    """A result in one line."""
+def told(title: str, result: Mapping[str, Any]) -> str:
+    """A result in one line that begins with what it is of."""
     if result["status"] != DONE:
-        return f"{cell.title}: failed: {result['error']}"
+        return f"{title}: failed: {result['error']}"
     figures = result["figures"]
     parts = [f"FID {figures['images']['fid']:.2f}"]
     if figures["sqnr"] is not None:
@@ -221,7 +219,7 @@ def _told(cell: Cell, result: dict[str, Any]) -> str:
         parts.append(f"quantized in {figures['quantize_seconds']:.0f} s")
     parts.append(f"compiled in {figures['compile_seconds']:.0f} s")
     parts.append(f"sampled in {figures['sample_seconds']:.0f} s ({figures['backend']})")
-    return f"{cell.title}: {', '.join(parts)}"
+    return f"{title}: {', '.join(parts)}"
 
 
 def _check(

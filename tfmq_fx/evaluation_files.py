@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .cells import Cell, Cells, plain
+from .cells import Cell, Cells
 from .charts import Point, draw_grid, draw_quality
 from .files import write_whole
+from .plain_json import without_infinities
 from .quality_table import Row, markdown
 
 
@@ -20,10 +21,11 @@ def write_files(
 
     planned: the cells of the rows.  command: as it is stated in the table.
     """
-    facts = _facts(rows, planned[0], command)
-    write_whole(folder / "table.md", "# Evaluation\n\n" + markdown(rows, facts))
-    data = plain({"facts": facts, "rows": [row.to_dict() for row in rows]})
-    write_whole(folder / "table.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
+    cell = planned[0]
+    facts = table_facts(
+        rows, samples=cell.samples, steps=cell.steps, batch=cell.batch, command=command
+    )
+    write_tables(folder, rows, facts)
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
         if points := [point for row in own if (point := _point(row)) is not None]:
@@ -41,6 +43,13 @@ def write_files(
             draw_grid(grid, folder / f"grid-{model}.png")
 
 
+def write_tables(folder: Path, rows: Sequence[Row], facts: Mapping[str, str]) -> None:
+    """Write table.md and table.json into `folder`. facts: what holds for all rows."""
+    write_whole(folder / "table.md", "# Evaluation\n\n" + markdown(rows, facts))
+    data = without_infinities({"facts": facts, "rows": [row.to_dict() for row in rows]})
+    write_whole(folder / "table.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
 def _point(row: Row) -> Point | None:
     figures = [row.spread(n) for n in ("fid", "sqnr", "bytes", "quantize_seconds")]
     if any(figure is None for figure in figures):
@@ -56,7 +65,9 @@ def _point(row: Row) -> Point | None:
     )
 
 
-def _facts(rows: Sequence[Row], cell: Cell, command: str) -> dict[str, str]:
+def table_facts(
+    rows: Sequence[Row], *, samples: int, steps: int, batch: int, command: str
+) -> dict[str, str]:
     """What holds for the whole table. Machines and dates are those of the results in it."""
     done = [r for row in rows for r in row.results.values() if r is not None]
     machines = dict.fromkeys(
@@ -68,8 +79,8 @@ def _facts(rows: Sequence[Row], cell: Cell, command: str) -> dict[str, str]:
         "command": f"`{command}`",
         "machine": "; ".join(machines) or "none: nothing was run",
         "date": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
-        "protocol": f"{cell.samples} images a seed, {cell.steps} DDIM steps, batches of "
-        f"{cell.batch}, seeds {', '.join(map(str, seeds))}; figures are means over the seeds, "
+        "protocol": f"{samples} images a seed, {steps} DDIM steps, batches of "
+        f"{batch}, seeds {', '.join(map(str, seeds))}; figures are means over the seeds, "
         "lowest to highest in brackets",
         "figures": "of the features of a classifier trained on the same data, against the images "
         "trained on; PSNR, SSIM and feature distance against full precision's image of the same "

@@ -12,9 +12,8 @@ from .dataflow import temporal_block
 from .dialect import is_timestep_row
 from .graph import timestep_node
 from .passes.reconstruct_tib import relative_errors
-from .regions import extract
+from .regions import compute_rows, extract
 from .tables import FEATURE, QuantTimestepTable, cache_rows, restore_rows
-from .temporal import compute_rows
 
 _ROUNDING = 16  # of the dtype's eps: what another machine's order of additions leaves in a row
 

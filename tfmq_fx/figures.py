@@ -140,7 +140,8 @@ class Figures:
     """Everything measured on one model; what does not apply to full precision is None.
 
     images, pairs: see there.  sqnr, sqnr_pooled, sqnr_by_step: of its outputs in dB.
-    temporal_mean, temporal_worst: relative error of temporal features over all timesteps.
+    temporal_mean, temporal_worst, temporal_by_step: relative error of temporal features, over all
+    timesteps and at each.
     bytes: saved on disk.  weights, inputs: share that is quantized.
     quantize_seconds: from prepare to convert.  compile_seconds: of the first call.
     sample_seconds: of drawing all images.
@@ -154,6 +155,7 @@ class Figures:
     sqnr_by_step: list[float] | None = None
     temporal_mean: float | None = None
     temporal_worst: float | None = None
+    temporal_by_step: list[float] | None = None
     bytes: int
     weights: float | None = None
     inputs: float | None = None

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .config import Config, LayerConfig
 from .feature_errors import temporal_errors
 from .figures import Figures, Seen, image_figures, pair_figures, see
 from .leftovers import folder_of
-from .modules import Converted
+from .modules import Converted, Prepared
 from .report import report
 from .suite import Subject, called
 
@@ -46,9 +47,10 @@ class Bench:
         steps: int = STEPS,
         batch: int = BATCH,
         device: torch.device | str = "cpu",
+        progress: bool = False,
     ) -> None:
-        """steps: of DDIM.  batch: images at a time."""
-        self.subject, self.steps, self.batch = subject, steps, batch
+        """steps: of DDIM.  batch: images at a time.  progress: whether work shows bars."""
+        self.subject, self.steps, self.batch, self.progress = subject, steps, batch, progress
         self.device = torch.device(device)
         self.model = subject.load().to(self.device)
 
@@ -60,13 +62,21 @@ class Bench:
         overrides: Mapping[str, LayerConfig] | None = None,
         budget: object = None,
     ) -> tuple[Converted, float]:
-        """The converted model and the seconds from prepare to convert.
-
-        overrides: as for `prepare`.  budget: as for `convert`.  seed: of calibration and of what
-        the recipe draws. There are as many calibration images as the recipe uses samples of over
-        all steps, in whole batches.
-        """
+        """The converted model and the seconds from prepare to convert. Arguments as for
+        `calibrated`.  budget: as for `convert`."""
         start = time.perf_counter()
+        prepared = self.calibrated(config, seed, overrides=overrides)
+        converted = api.convert(prepared, budget=budget, progress=self.progress)
+        return converted, time.perf_counter() - start
+
+    def calibrated(
+        self, config: Config, seed: int, *, overrides: Mapping[str, LayerConfig] | None = None
+    ) -> Prepared:
+        """The model prepared and calibrated.
+
+        overrides: as for `prepare`.  seed: of calibration and of what the recipe draws. There are
+        as many calibration images as the recipe uses samples of over all steps, in whole batches.
+        """
         spec = dataclasses.replace(config.reconstruction, seed=seed)
         config = dataclasses.replace(config, reconstruction=spec)
         example = self.subject.example(self.device)
@@ -79,14 +89,14 @@ class Bench:
             samples=images,
             batch_size=self.batch,
             seed=seed,
-            progress=False,
+            progress=self.progress,
             **self.subject.conditions(images),
         )
-        converted = api.convert(prepared, budget=budget, progress=False)
-        return converted, time.perf_counter() - start
+        return prepared
 
     def sample(self, runner: Callable[..., Any], samples: int, seed: int) -> Tensor:
-        """Images (samples, channels, height, width) drawn with `runner`, a `called` model."""
+        """Images (samples, channels, height, width) drawn with `runner`, a `called` model.
+        Processes share the batches."""
         return metrics.sample(
             runner,
             self.subject.scheduler(),
@@ -96,6 +106,8 @@ class Bench:
             batch_size=self.batch,
             device=self.device,
             conditions=self.subject.conditions(samples),
+            progress=self.progress,
+            parallel=True,
         )
 
     def trajectory(self, seed: int) -> metrics.Trajectory:
@@ -109,6 +121,7 @@ class Bench:
             batch_size=self.batch,
             device=self.device,
             conditions=self.subject.conditions(self.batch),
+            parallel=True,
             record=True,
         )
         return seen
@@ -196,14 +209,21 @@ class Judge:
         return figures, drawn.images[: self.bench.batch]
 
     def judge(
-        self, converted: Converted, seconds: float, stage: Stage = lambda _: None
+        self,
+        converted: Converted,
+        seconds: float,
+        stage: Stage = lambda _: None,
+        *,
+        saved: Path | None = None,
     ) -> tuple[Figures, Tensor]:
         """Figures of a converted model and its first images.
 
-        seconds: of its quantization.  stage: told what is being done.
+        seconds: of its quantization.  stage: told what is being done.  saved: where it lies as
+        `save` wrote it; None saves it for a moment, to see how large it is.
         """
         stage("measuring")
-        facts, size = report(converted), _saved_bytes(converted)
+        size = artifact.saved_bytes(saved) if saved else _saved_bytes(converted)
+        facts = report(converted)
         noise = self.bench.sqnr(converted, self.trajectory)
         assert converted.timesteps is not None
         _, errors = temporal_errors(self.bench.graph, converted.gm, converted.timesteps)
@@ -219,6 +239,7 @@ class Judge:
             sqnr_by_step=noise.per_step,
             temporal_mean=float(errors.mean()) if errors.numel() else 0.0,
             temporal_worst=float(errors.max()) if errors.numel() else 0.0,
+            temporal_by_step=errors.mean(0).tolist() if errors.numel() else None,
             bytes=size,
             weights=facts.weight_coverage,
             inputs=facts.activation_coverage,

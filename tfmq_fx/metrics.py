@@ -6,6 +6,7 @@ scheduler whose `step` returns the previous sample first.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -203,10 +204,34 @@ def _progress_bar(total: int) -> Any:
     return importlib.import_module("tqdm").tqdm(total=total, desc="sample")
 
 
-def _prediction(answer: Any) -> Tensor:
-    if isinstance(answer, tuple):
-        answer = answer[0]
-    return cast(Tensor, answer if isinstance(answer, Tensor) else answer.sample)
+def prediction(answer: Any) -> Tensor:
+    """The tensor that a denoiser answers with: its answer, or the first of a tuple, or what
+    diffusers calls `.sample`."""
+    first = answer[0] if isinstance(answer, tuple) else answer
+    return cast(Tensor, first if isinstance(first, Tensor) else first.sample)
+
+
+def denoised(
+    denoiser: Callable[[Tensor, Tensor], Any],
+    scheduler: Any,
+    noise: Tensor,
+    watch: Callable[[Tensor, Tensor], object] = lambda x, answer: None,
+    **options: Any,
+) -> Tensor:
+    """What a diffusers scheduler, its timesteps set, makes of noise (n, ...) with `denoiser`.
+
+    denoiser(x, t): t is without dimensions; it answers with what `prediction` reads.  watch: told
+    each step's input and prediction.  options: of the scheduler's `step`.
+    """
+    # Schedulers of flow matching have neither of the two.
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        scaled = scale(x, t)
+        answer = prediction(denoiser(scaled, t))
+        watch(scaled, answer)
+        x = scheduler.step(answer, t, x, return_dict=False, **options)[0]
+    return x
 
 
 def initial_noise(shape: Sequence[int], *, seed: int) -> Tensor:
@@ -337,15 +362,17 @@ def _draw(
 ) -> list[Tensor]:
     """One batch of images (n, ...), on the CPU; with record, also what the denoiser saw and
     answered, (steps, n, ...) each."""
-    x = noise * scheduler.init_noise_sigma
-    seen, answered = [], []
-    for t in scheduler.timesteps:
-        answer = _prediction(denoiser(x, t, **conditions))
+    seen: list[Tensor] = []
+    answered: list[Tensor] = []
+
+    def watch(x: Tensor, answer: Tensor) -> None:
         if record:
             # Copies: a denoiser may answer from a buffer that its next call overwrites.
             seen.append(x.to("cpu", copy=True))
             answered.append(answer.to("cpu", copy=True))
-        x = scheduler.step(answer, t, x, eta=0.0, return_dict=False)[0]
         if bar is not None:
             bar.update()
-    return [x.cpu(), torch.stack(seen), torch.stack(answered)] if record else [x.cpu()]
+
+    call = functools.partial(denoiser, **conditions)
+    x = denoised(call, scheduler, noise, watch, eta=0.0).cpu()
+    return [x, torch.stack(seen), torch.stack(answered)] if record else [x]

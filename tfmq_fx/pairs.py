@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .leftovers import folder_beside
+from .files import write_whole
 from .metrics import psnr
 from .pictures import amplification, draw_pair
+from .plain_json import without_infinities
 from .ssim import ssim
 
 _SHOWN = 5  # worst images that the text lists
@@ -78,7 +78,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, JSON-ready; inf and nan are strings, which float() reads."""
-        data: dict[str, Any] = _plain(
+        data: dict[str, Any] = without_infinities(
             {
                 "samples": len(self.per_image),
                 "floor": self.floor,
@@ -104,11 +104,8 @@ class Comparison:
         picture = draw_pair(*self.pair, title)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with folder_beside(folder / "comparison", "new") as made:
-                (made / "comparison.json").write_text(text, encoding="utf-8")
-                (made / "worst.png").write_bytes(picture)
-                for name in ("worst.png", "comparison.json"):
-                    os.replace(made / name, folder / name)
+            write_whole(folder / "worst.png", picture)
+            write_whole(folder / "comparison.json", text)
         except OSError as error:
             raise ConfigError(f"{folder} cannot be written: {error}") from error
 
@@ -141,14 +138,6 @@ def _summary(
         return dict.fromkeys(("mean", "median", "worst"), math.nan)
     median = statistics.median(values)
     return {"mean": sum(values) / len(values), "median": median, "worst": worst(values)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(name: str, decibels: float | None, similar: float | None, distance: float | None) -> str:

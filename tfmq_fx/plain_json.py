@@ -156,3 +156,12 @@ def typed(data: Mapping[str, Any], where: str, **kinds: Any) -> None:
             continue
         words = " or ".join("null" if each is type(None) else each.__name__ for each in allowed)
         raise ArtifactError(f"{where}.{key}: expected {words}, found {value!r:.80}")
+
+
+def without_infinities(value: Any) -> Any:
+    """A value as strict JSON takes it: inf and nan become strings, which float() reads."""
+    if isinstance(value, Mapping):
+        return {name: without_infinities(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_infinities(each) for each in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

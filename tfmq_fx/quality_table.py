@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cells import DONE, FAILED, NOT_RUN, plain
+from .cells import DONE, FAILED, NOT_RUN
+from .plain_json import without_infinities
 
 _LONGEST = 120  # characters of an error in a table
 
@@ -25,14 +26,13 @@ class Spread:
 class Row:
     """One recipe on one model.
 
-    model, recipe, bits, learning: as in `cells.Cell`.  results: by seed, what `Cells.read` answers;
-    None is not run.
+    model, recipe, bits: as in `cells.Cell`.  results: by seed, what `Cells.read` answers; None is
+    not run.
     """
 
     model: str
     recipe: str
     bits: str
-    learning: str | int
     results: Mapping[int, Mapping[str, Any] | None]
 
     @property
@@ -72,12 +72,11 @@ class Row:
         """JSON-ready: names, status, each figure's spread, and the results by seed."""
         names = {name for each in self.done for name in _flat(each["figures"])}
         spreads = {name: self.spread(name) for name in sorted(names) if name not in _TEXTS}
-        found: dict[str, Any] = plain(
+        found: dict[str, Any] = without_infinities(
             {
                 "model": self.model,
                 "recipe": self.recipe,
                 "bits": self.bits,
-                "learning": self.learning,
                 "status": self.status,
                 "figures": {
                     name: {"mean": s.mean, "low": s.low, "high": s.high}
@@ -90,7 +89,7 @@ class Row:
         return found
 
 
-_TEXTS = ("backend", "backend_note", "sqnr_by_step")
+_TEXTS = ("backend", "backend_note", "sqnr_by_step", "temporal_by_step")
 
 
 def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,20 +134,10 @@ def _images(rows: Sequence[Row]) -> list[str]:
 
 def _models(rows: Sequence[Row]) -> list[str]:
     names = ["", "bits", "steps a block", "output SQNR dB", "pooled", "temporal error mean"]
-    names += [
-        "worst",
-        "KiB",
-        "weights",
-        "inputs",
-        "quantize s",
-        "target s",
-        "sampled on",
-        "learning",
-    ]
+    names += ["worst", "KiB", "weights", "inputs", "quantize s", "sample s", "sampled on"]
     lines = _head(names)
     for row in rows:
         size = row.spread("bytes")
-        targets = [float(r["target"]) for r in row.done if r.get("target") is not None]
         backends = dict.fromkeys(str(r["figures"]["backend"]) for r in row.done)
         texts = [
             _spread(row, "steps", 0),
@@ -160,10 +149,10 @@ def _models(rows: Sequence[Row]) -> list[str]:
             _share(row, "weights"),
             _share(row, "inputs"),
             _spread(row, "quantize_seconds", 0),
-            f"{statistics.fmean(targets):.0f}" if targets else "",
+            _spread(row, "sample_seconds", 0),
             ", ".join(backends),
         ]
-        lines.append(_line([row.recipe, row.bits, *texts, str(row.learning)]))
+        lines.append(_line([row.recipe, row.bits, *texts]))
     return lines
 
 

@@ -29,11 +29,11 @@ from .passes.fold_weights import fold_weights
 from .passes.merge_duplicates import merge_duplicates
 from .recall import recall
 from .records import pass_record
+from .regions import compute_rows
 from .sources import shown
 from .step import Steps
 from .steps import STEPS
 from .tables import FEATURE, TABLE
-from .temporal import compute_rows
 from .timesteps import timestep_values
 from .watch import SourceWatch
 

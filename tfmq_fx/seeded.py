@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .metrics import denoised
 from .pipelines import takes_batch_size, with_denoiser
 
 Draw = Callable[[range], Tensor]
@@ -261,8 +262,6 @@ def by_scheduler(
     lent: list[torch.Generator] = []
     _lend(own, lent)
     device = getattr(denoiser, "device", "cpu")
-    # Those of flow matching have neither this nor init_noise_sigma.
-    scale = getattr(own, "scale_model_input", lambda x, t: x)
 
     @torch.no_grad()
     def draw(rows: range) -> Tensor:
@@ -272,17 +271,13 @@ def by_scheduler(
             for n, v in wanted.arguments(rows).items()
         }
         own.set_timesteps(wanted.steps, device=device)
-        x = torch.cat(
-            [torch.randn(1, *shape, dtype=torch.float32, generator=generator) for generator in lent]
-        )
-        x = x.to(device) * getattr(own, "init_noise_sigma", 1.0)
+        noise = [torch.randn(1, *shape, dtype=torch.float32, generator=each) for each in lent]
         with _global_seed(wanted.seed + rows.start):
-            for t in own.timesteps:
-                answer = denoiser(scale(x, t), t.expand(len(x)), **given)
-                answer = (
-                    answer[0] if isinstance(answer, tuple) else getattr(answer, "sample", answer)
-                )
-                x = own.step(answer, t, x, return_dict=False)[0]
+            x = denoised(
+                lambda x, t: denoiser(x, t.expand(len(x)), **given),
+                own,
+                torch.cat(noise).to(device),
+            )
         return x.float().cpu().clamp(-1, 1)
 
     return draw

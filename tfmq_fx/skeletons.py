@@ -21,27 +21,13 @@ def skeleton(path: str | Path) -> nn.Module:
     Raises ConfigError where the file cannot be read, names no diffusers model, or does not fit it.
     """
     file = _config_file(Path(path))
-    config = _read(file)
-    name = config.get("_class_name")
-    if not isinstance(name, str):
-        raise ConfigError(f"{file} has no _class_name: it is no config of a diffusers model")
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ConfigError(
-            f"{file} describes a diffusers model; install diffusers to build it"
-        ) from error
-    made = getattr(diffusers, name, None)
-    if made is None:
-        raise ConfigError(f"{file}: diffusers {diffusers.__version__} has no class {name!r}")
-    if not (isinstance(made, type) and issubclass(made, nn.Module)):
-        raise ConfigError(f"{file}: {name} is no model")
+    made, config = described(file)
     try:
         with torch.device("meta"):
             model: nn.Module = made.from_config(config)  # type: ignore[attr-defined]
     except Exception as error:  # whatever the constructor makes of a config that does not fit it
         raise ConfigError(
-            f"{file}: {name} cannot be built: {type(error).__name__}: {error}"
+            f"{file}: {made.__name__} cannot be built: {type(error).__name__}: {error}"
         ) from error
     return model.to("meta").eval()  # buffers made through numpy are not on it yet
 
@@ -63,11 +49,29 @@ def _config_file(path: Path) -> Path:
     raise ConfigError(f"{path} holds no config.json, and no {', '.join(_DENOISERS)} with one")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def described(file: Path) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class of diffusers that a config.json names, and what is in the file.
+
+    Raises ConfigError where the file cannot be read or names no model of diffusers.
+    """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is not a JSON file that can be read: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{file} is no config: it holds a {type(config).__name__}")
-    return config
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{file} has no _class_name: it is no config of a diffusers model")
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ConfigError(
+            f"{file} describes a diffusers model; install diffusers to build it"
+        ) from error
+    made = getattr(diffusers, name, None)
+    if made is None:
+        raise ConfigError(f"{file}: diffusers {diffusers.__version__} has no class {name!r}")
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise ConfigError(f"{file}: {name} is no model")
+    return made, config

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import digits, glyphs
+from .checkpoint import digest
 from .digits import ImageClassifier
 from .errors import ConfigError
+from .metrics import prediction
 
 GLYPH_IMAGES = 20_000  # what the denoisers of glyphs were trained on, of seed 0
 
@@ -114,24 +114,15 @@ def find_subjects(models: Iterable[str | Subject] | None) -> list[Subject]:
 
 def called(model: Any) -> Callable[..., Tensor]:
     """`model` as a function of a sample, one timestep for all, and conditions by name, to a
-    tensor: its answer, or the first of it, or what diffusers calls `.sample`."""
+    tensor: the `prediction` in its answer."""
 
     def call(x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         with torch.no_grad():
-            answer = model(x, t.expand(len(x)), **conditions)
-        first = answer[0] if isinstance(answer, tuple) else getattr(answer, "sample", answer)
-        assert isinstance(first, Tensor)
-        return first
+            return prediction(model(x, t.expand(len(x)), **conditions))
 
     return call
 
 
 def contents(*modules: nn.Module) -> str:
     """Sixteen hex digits that tell these modules' weights and buffers from any others."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            data = value.detach().cpu().contiguous()
-            digest.update(json.dumps([name, str(data.dtype), list(data.shape)]).encode())
-            digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest([dict(module.state_dict()) for module in modules])[:16]

@@ -19,9 +19,7 @@ from .observers import Ranges
 from .packing import packed_size
 from .passes.quantize_layers import quantize_layers
 from .passes.reconstruct_tib import reconstruct_tib, relative_errors
-from .regions import as_input as as_input
-from .regions import at_timesteps
-from .regions import compute_rows as compute_rows
+from .regions import as_input, at_timesteps, compute_rows
 from .selection import TABLE, TIB, Candidate, cache_name, select
 from .tables import cache_error
 

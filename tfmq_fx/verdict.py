@@ -12,6 +12,7 @@ from typing import Any
 from .culprits import Culprit
 from .errors import ConfigError
 from .files import write_whole
+from .plain_json import without_infinities
 
 EXACT_ELSEWHERE = 1e-5  # relative difference that float reassociation leaves at batch sizes above 1
 
@@ -78,7 +79,7 @@ class Verification:
             "culprits": [dataclasses.asdict(each) for each in self.culprits],
             "changed": list(self.changed),
         }
-        plain: dict[str, Any] = _plain(data)
+        plain: dict[str, Any] = without_infinities(data)
         return plain
 
     def save(self, path: str | Path) -> None:
@@ -121,14 +122,3 @@ class Verification:
                 f"{each.note}"
             )
         return "\n".join(line.rstrip() for line in lines)
-
-
-def _plain(value: Any) -> Any:
-    """JSON-ready data, numbers that are not finite by name."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    return value

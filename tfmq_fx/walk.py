@@ -8,6 +8,7 @@ them need be in memory than one chunk has; the others may wait in files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ class Walk:
         if node.op == "placeholder":
             return self.chunks[chunk][self._inputs.index(node)]
         if node.op == "get_attr":
-            found = attribute(self.gm, str(node.target))
+            found = attrgetter(str(node.target))(self.gm)
             if isinstance(found, Tensor):
                 self._pinned.add(found.untyped_storage().data_ptr())
             return found
@@ -164,14 +165,6 @@ class Walk:
             assert callable(node.target)
             return node.target(*args, **kwargs)
         return args[0]  # output
-
-
-def attribute(gm: fx.GraphModule, target: str) -> Any:
-    """The attribute at a dotted path."""
-    value: Any = gm
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:

@@ -27,8 +27,9 @@ from torch import nn
 
 import tfmq_fx
 from tests.bench.bench_cpu import cifar10
-from tfmq_fx import demo, digits
+from tfmq_fx import digits
 from tfmq_fx.config import Config
+from tfmq_fx.judge import STEPS
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.presets import PRESETS
 from tfmq_fx.walk import Walk
@@ -154,7 +155,7 @@ def main() -> None:
         model, shape, steps = cifar10(), (3, 32, 32), args.steps or 20
     else:
         model, shape = digits.load_unet(), (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE)
-        steps = args.steps or demo.STEPS
+        steps = args.steps or STEPS
     small = dataclasses.replace(spec, batch_size=2, samples=2)
     measure(tiny(), (3, 16, 16), dataclasses.replace(config, reconstruction=small), 2)
     found = measure(model, shape, config, steps)

@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import tfmq_fx
 from tfmq_fx.baselines import nearest
-from tfmq_fx.cells import digest
+from tfmq_fx.checkpoint import digest
 from tfmq_fx.config import (
     ActivationSpec,
     AttentionSpec,
@@ -146,7 +146,8 @@ KINDS: dict[str, Callable[[], Iterator[Config]]] = {"ablation": ablation, "atten
 
 def cell_path(out: Path, subject: str, config: Config, seed: int) -> Path:
     """Where the cell is kept: by what it is of, not by the order of runs."""
-    return out / f"{digest([subject, to_dict(config), seed, tfmq_fx.__version__])}.json"
+    key = digest([subject, to_dict(config), seed, tfmq_fx.__version__])[:16]
+    return out / f"{key}.json"
 
 
 def run(out: Path, subject: str, configs: list[Config], seeds: tuple[int, ...]) -> None:

@@ -34,7 +34,7 @@ from tfmq_fx.passes.quantize_products import SCALES as PRODUCT_SCALES
 from tfmq_fx.passes.quantize_products import quantize_products
 from tfmq_fx.passes.quantize_tables import quantize_tables
 from tfmq_fx.products import measure_products
-from tfmq_fx.temporal import compute_rows
+from tfmq_fx.regions import compute_rows
 
 OTHER = torch.tensor([1, 3, 8, 499, 999, 4])
 
