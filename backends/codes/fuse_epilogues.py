@@ -1,4 +1,4 @@
-"""Give sums of layers' results to the kernels that compute these results."""
+"""Fuse additions and quantization that follow a layer into the kernel of that layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .layers import CodesLayer, ConcatLayer, quantize_input
 from .matching import (
     Codes,
     as_tokens,
-    called,
+    codes_layer,
     is_tensor,
+    layer_on_codes,
     moves,
     node_shape,
     only_user,
@@ -102,7 +103,7 @@ def requantize(gm: fx.GraphModule) -> int:
     changed = 0
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
         codes = Codes.of(node)
-        layer = called(gm, codes.x, CodesLayer)
+        layer = codes_layer(gm, codes.x)
         if layer is None or not _adds(gm, codes.x):
             continue
         fits = layer.is_conv == (codes.pads is not None) and not any(codes.pads or ())
@@ -134,7 +135,7 @@ def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 def _adds(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
     """Whether a node calls a layer that has none of these arguments yet, for one reader."""
-    if called(gm, call, CodesLayer, ConcatLayer) is None or only_user(call) is None:
+    if layer_on_codes(gm, call) is None or only_user(call) is None:
         return False
     return not {*arguments, "out_scale"} & set(call.kwargs)
 
@@ -147,11 +148,8 @@ def _is_conv(gm: fx.GraphModule, call: fx.Node) -> bool:
 
 
 def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
-    """Whether one kernel runs two layers: only their channels, ranges and values differ.
-
-    A sum that is shared by several programs has no place for a second segment.
-    """
-    first, second = (called(gm, c, CodesLayer) for c in (call, other))
+    """Whether one kernel runs two layers: only their channels, ranges and values differ."""
+    first, second = (codes_layer(gm, c) for c in (call, other))
     if first is None or second is None or (first.bias is not None and second.bias is not None):
         return False
 
@@ -160,11 +158,8 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
         geometry = [layer.is_conv, problem.stride, problem.dilation, layer.weight.shape[:3]]
         return [*geometry, layer.codes_dtype, layer.dtype, node_shape(c.all_input_nodes[0])[:-1]]
 
-    choices = first.choice, second.choice
-    return settings(first, call) == settings(second, other) and all(
-        choice.engine == "cpu" or (choice.engine == "triton" and choice.tile.split == 1)
-        for choice in choices
-    )
+    takes = first.takes_second_segment and second.takes_second_segment
+    return takes and settings(first, call) == settings(second, other)
 
 
 def _merged(gm: fx.GraphModule, first: str, second: str) -> str:

@@ -1,10 +1,9 @@
-"""Fusions of a graph that was lowered to the CUDA kernels: codes are made once, by what computes
-the input, and sums are taken over by the kernels."""
+"""Fuse a lowered graph: codes are made once, by what computes the input, and kernels take over
+sums."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,23 +14,27 @@ from tfmq_fx.dialect import is_timestep_row
 from tfmq_fx.graph import prune
 from tfmq_fx.ops import is_random, op_name
 
+from .choice import Chooser
 from .fuse_epilogues import absorb_residuals, absorb_rows, merge_concat, requantize
-from .fuse_norms import fuse_norms
+from .fuse_norms import NormCodes, fuse_norms
 from .fuse_siblings import join_siblings
 from .layers import quantize_input
 from .matching import Codes, called, is_tensor, same_kind, written_nodes
-from .trial import Chooser
 
 
-def fuse(gm: fx.GraphModule, choose: Chooser) -> dict[str, int]:
-    """Fuse what can be, in place; how often each fusion was made, by name.
+def fuse(gm: fx.GraphModule, choose: Chooser, *, norm: NormCodes, most_runs: int) -> dict[str, int]:
+    """Fuse what can be, in place; returns how often each fusion was made, by name.
 
-    choose: the kernel of a layer that several become.
+    choose: the kernel of a layer that several become.  norm, most_runs: as of `fuse_norms`.
     """
     counts: dict[str, int] = {}
-    for fusion in FUSIONS:
+    for fusion in BEFORE_NORMS:
         counts[fusion.__name__] = counts.get(fusion.__name__, 0) + fusion(gm)
         prune(gm.graph)
+    counts["fuse_norms"] = fuse_norms(gm, norm=norm, most_runs=most_runs)
+    prune(gm.graph)
+    counts["requantize"] = requantize(gm)
+    prune(gm.graph)
     counts["join_siblings"] = join_siblings(gm, choose)
     return counts
 
@@ -102,7 +105,7 @@ def skip_concat(gm: fx.GraphModule) -> int:
     return changed
 
 
-FUSIONS: tuple[Callable[[fx.GraphModule], int], ...] = (
+BEFORE_NORMS = (
     loosen_views,
     drop_noops,
     share_quantize,
@@ -111,8 +114,6 @@ FUSIONS: tuple[Callable[[fx.GraphModule], int], ...] = (
     absorb_rows,
     absorb_residuals,
     absorb_rows,  # (y + r) + row
-    fuse_norms,
-    requantize,
 )
 """In their order: each finds what those before it leave."""
 
