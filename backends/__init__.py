@@ -1,4 +1,4 @@
-"""Backends: what runs a converted model. Each is a module that satisfies `Backend`.
+"""Backends compile and run converted models. Each is a module that satisfies `Backend`.
 
 To add one, write a module with the three members of `Backend` and name it in `BACKENDS`; to have
 backend="auto" try it, name it in `auto.CANDIDATES` as well.
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Backend(Protocol):
-    """What a module must define to be a backend. It is imported when it is first asked for."""
+    """The members that a module must define to be a backend; imported when first asked for."""
 
     @property
     def OPTIONS(self) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "inductor": _inductor,
     "openvino": _openvino,
 }
-"""What imports a backend, by the name that users give."""
+"""The function that imports each backend, by the name that users give."""
 
 
 def backend_module(name: str) -> Backend:

@@ -1,4 +1,4 @@
-"""Which backend runs a whole model: decided by a short trial of each, once for a model and machine.
+"""Choose the backend that runs a whole model by a short trial of each, once for each machine.
 
 Integers are used only where they are faster than compiled bfloat16 on this machine. The choice is
 kept for the next start in `cache_folder()`.
@@ -37,8 +37,8 @@ Timer = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 
 @dataclass(slots=True)
 class Fastest:
-    """What was chosen: the name of a backend, what it compiled, milliseconds of a call by backend
-    where they were measured, and why other backends were not tried."""
+    """The chosen backend: its name, what it compiled, milliseconds of a call by backend where they
+    were measured, and why other backends were not tried."""
 
     name: str
     runner: Callable[..., Any]
@@ -178,7 +178,7 @@ def _least_millis(call: Callable[[], Any]) -> float:
 
 
 def _digest(gm: fx.GraphModule, names: list[str]) -> str:
-    """What the choice depends on: the graph, its layers and sizes, and this machine."""
+    """A digest of what the choice depends on: the graph, its layers and sizes, and this machine."""
     sizes = [
         [size_hint(size) for size in node.meta["val"].shape]
         for node in gm.graph.find_nodes(op="placeholder")

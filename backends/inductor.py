@@ -150,7 +150,7 @@ def alone(device: torch.device, trial: bool | None = None) -> Alone:
 
 
 def _on_cuda(device: torch.device, trial: bool | None) -> tuple[Any, tuple[int, int]]:
-    """How kernels are chosen on a GPU, and its compute capability."""
+    """The chooser of kernels for a GPU, and its compute capability."""
     from tfmq_fx.backends.cuda.autotune import by_trial, untried
 
     choose = untried if trial is False else by_trial(device)

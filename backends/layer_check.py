@@ -72,7 +72,7 @@ class LayerByLayer(fx.Interpreter):
 def _fault(
     layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | None, expected: Tensor
 ) -> str | None:
-    """What is wrong with a kernel, or None."""
+    """The fault of a kernel in words, or None where it computes what its layer does."""
     try:
         found = run_alone(layer, kernel, x, scale)
     except Exception as error:  # whatever a compiler or a driver raises
@@ -94,7 +94,7 @@ def _fault(
 
 
 def run_alone(layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | None) -> Tensor:
-    """What a kernel answers on x (B, ...); scale: (B,) where ranges come per timestep."""
+    """The answer of a kernel on x (B, ...); scale: (B,) where ranges come per timestep."""
     if isinstance(layer, QuantConv) and layer.padding_mode != "zeros":
         x = F.pad(x, layer.pad_widths, mode=layer.padding_mode)
     if layer.dynamic:

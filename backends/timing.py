@@ -1,4 +1,4 @@
-"""How long a call takes on the CPU."""
+"""Measure how long a call takes on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernel runs a layer on codes, and the file in which measured choices are kept."""
+"""The choice of a kernel for a layer on codes, and the file that keeps measured choices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Engine = Literal["triton", "torch", "cpu", "onednn", "float"]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The engine that runs a problem, and what was measured.
+    """The engine that runs a problem, and the times that were measured.
 
     engine: "triton", a kernel of `cuda.kernels` with `tile`; "torch", torch's own matrix product on
     CUDA; "cpu", a kernel of `cpu.kernels`; "onednn"; or "float", the layer in floating point.

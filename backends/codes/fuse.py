@@ -40,7 +40,9 @@ def fuse(gm: fx.GraphModule, choose: Chooser, *, norm: NormCodes, most_runs: int
 
 
 def loosen_views(gm: fx.GraphModule) -> int:
-    """x.view(sizes)    ->    x.reshape(sizes)
+    """Replace `view` by `reshape`, in place; returns how many.
+
+    x.view(sizes)    ->    x.reshape(sizes)
 
     The kernels' results lie channels last, and `view` refuses what their strides do not allow.
     Left alone where the memory is written in place, which a copy would not see.
@@ -54,7 +56,9 @@ def loosen_views(gm: fx.GraphModule) -> int:
 
 
 def drop_noops(gm: fx.GraphModule) -> int:
-    """x / 1, identity(x), dropout(x) in eval mode, quantize_input(x.contiguous())    ->    x
+    """Remove nodes that give back their input, in place; returns how many.
+
+    x / 1, identity(x), dropout(x) in eval mode, quantize_input(x.contiguous())    ->    x
 
     Left alone where the memory of either is written in place.
     """
@@ -69,7 +73,10 @@ def drop_noops(gm: fx.GraphModule) -> int:
 
 
 def share_quantize(gm: fx.GraphModule) -> int:
-    """quantize_input(x, s0), quantize_input(x, s1) with s0 = s1    ->    quantize_input(x, s0)
+    """Make the codes of a tensor once for all layers that read the same, in place; returns how many
+    fewer are made.
+
+    quantize_input(x, s0), quantize_input(x, s1) with s0 = s1    ->    quantize_input(x, s0)
 
     Scales are equal by content: columns of one look-up by timestep, static ranges, or ranges
     measured alike.
@@ -91,7 +98,11 @@ def share_quantize(gm: fx.GraphModule) -> int:
 
 
 def skip_concat(gm: fx.GraphModule) -> int:
-    """narrow(cat([a, b], 1), 1, 0, channels of a)    ->    a"""
+    """Replace a slice that is one whole part of a concatenation by that part, in place; returns how
+    many.
+
+    narrow(cat([a, b], 1), 1, 0, channels of a)    ->    a
+    """
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
         if op_name(node) != "narrow" or len(node.args) != 4 or not is_tensor(node.args[0]):
@@ -119,7 +130,7 @@ BEFORE_NORMS = (
 
 
 def _same_as(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The argument that a node gives back, for whoever reads it; or None."""
+    """The argument that a node gives back unchanged; None where it computes something."""
     x = next((a for a in node.args if is_tensor(a)), None)
     if x is None:
         return None
@@ -135,7 +146,7 @@ def _same_as(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _content(gm: fx.GraphModule, scale: fx.Node) -> Any:
-    """What is equal for two scales that are equal whenever the graph runs."""
+    """A key of a scale: equal for two scales that are equal whenever the graph runs."""
     if scale.op == "get_attr":
         return _values(gm, scale)
     if scale.target is dynamic_scale:

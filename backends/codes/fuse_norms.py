@@ -1,4 +1,4 @@
-"""Fuse group norms with what makes codes of their results.
+"""Fuse group norms with the quantization of their results.
 
 q = quantize_input(silu(group_norm(x) * factor + shift), s)    ->    q = norm(x, ..., s)
 """
@@ -112,7 +112,9 @@ class _Readers:
 
 
 def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
-    """quantize_input(silu(group_norm(x) * factor + shift), s)    ->    norm(x, ..., s)
+    """Replace group norms by a kernel that makes codes at once, in place; returns how many.
+
+    quantize_input(silu(group_norm(x) * factor + shift), s)    ->    norm(x, ..., s)
 
     factor and shift, (B, C, 1, ...), and silu may be missing.  Codes are for convolutions, which
     may read slices of the channels, each on a grid of its own, or for linear layers that read
@@ -137,7 +139,7 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
 
 
 def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
-    """What a node computes, if it is the group norm of an image or of a row of places."""
+    """The group norm that a node computes, of an image or of a row of places; None for others."""
     module = called(gm, node, nn.GroupNorm)
     norm = None
     if module is not None:

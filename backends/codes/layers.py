@@ -225,7 +225,7 @@ def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
 
 
 def problem_at(layer: QuantLayer, node: fx.Node) -> Problem:
-    """The problem of the call of a layer by a node, at the sizes of capture."""
+    """The problem that a layer poses where `node` calls it, at the sizes of capture."""
     return problem_of(layer, [size_hint(size) for size in layer_input(node).meta["val"].shape])
 
 
@@ -274,5 +274,5 @@ def _run(
 
 
 def _channels_last(codes: Tensor) -> Tensor:
-    """(O, R, S, C) of weights (O, C) or (O, C, R, S)."""
+    """Weights (O, C) or (O, C, R, S) as (O, R, S, C)."""
     return codes[:, None, None, :] if codes.dim() == 2 else codes.permute(0, 2, 3, 1)

@@ -52,7 +52,7 @@ def lower_layers(
     lower_one: Callable[[QuantLayer, Sequence[fx.Node]], Lowered],
     refused: Mapping[str, str] | None,
 ) -> dict[str, Lowered]:
-    """Replace each quantized layer by what `lower_one` makes of it, in place; these by name.
+    """Replace each quantized layer by what `lower_one` makes of it, in place; returns those.
 
     Layers on codes are then called with the codes of their input.
     refused: layers that stay in floating point whatever an engine could do, and why.

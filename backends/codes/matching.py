@@ -107,11 +107,11 @@ def positions_after(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
 
 
 def positions_of(node: fx.Node) -> Tensor:
-    """The index of each element of a tensor, in the sizes of capture."""
+    """A tensor of the sizes of a node's value at capture that holds the index of each element."""
     sizes = [size_hint(size) for size in node.meta["val"].shape]
     return torch.arange(torch.Size(sizes).numel(), dtype=torch.int32).view(sizes)
 
 
 def as_tokens(images: Tensor) -> Tensor:
-    """(B, C, ...) as (B, places, C)."""
+    """Images (B, C, ...) as tokens (B, places, C)."""
     return images.flatten(2).transpose(1, 2)

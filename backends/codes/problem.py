@@ -10,11 +10,11 @@ Format = Literal["int8", "fp8", "int4"]  # of the weights; inputs of int4 weight
 
 
 class Tile(NamedTuple):
-    """rows x columns of the result by depth of the sum that one program handles at a time.
+    """The part of the work that one program of a kernel handles at a time.
 
-    m: output pixels.  n: output channels.  k: input channels of one step.  group: rows of tiles
-    that run side by side and share weights in the cache.  split: programs that share one sum.
-    warps, stages: of the program; steps in flight.
+    m: output pixels.  n: output channels.  k: input channels of one step of the sum.  group: rows
+    of tiles that run side by side and share weights in the cache.  split: programs that share one
+    sum.  warps: of the program.  stages: steps in flight.
     """
 
     m: int = 128

@@ -15,7 +15,7 @@ from .codes_layer import CpuCodesLayer
 
 
 def fuse_activations(gm: fx.GraphModule) -> int:
-    """Give SiLU and GELU to the layers whose results they read, in place; how many.
+    """Let layers apply the SiLU or GELU that reads their result, in place; returns how many.
 
     Left alone where something else reads the result, and where a layer is called twice.
     """

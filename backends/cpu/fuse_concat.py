@@ -54,7 +54,7 @@ concat_codes.stage = Stage.LOWERED  # type: ignore[attr-defined]
 
 
 def fuse_concat(gm: fx.GraphModule) -> int:
-    """Replace what makes codes of concatenations of two images, in place; how many."""
+    """Make codes of concatenations of two images from the parts, in place; returns how many."""
     changed, written = 0, written_nodes(gm)
     for node in list(gm.graph.nodes):
         given = _of_norm(node) if node.target is norm_codes else _of_input(node)

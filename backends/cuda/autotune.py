@@ -71,7 +71,7 @@ def cache_file(device: torch.device) -> Path:
 
 
 def sources() -> list[Path]:
-    """The files that what was measured depends on: a change of one makes earlier choices void."""
+    """The source files on which measurements depend: a change of one makes earlier choices void."""
     here = Path(__file__).parent
     return [*sorted((here / "kernels").glob("*.py")), here / "tiles.py", Path(problems.__file__)]
 
@@ -146,7 +146,7 @@ def float_call(problem: Problem, device: torch.device, dtype: torch.dtype) -> Ca
 
 @contextmanager
 def best_convolutions() -> Iterator[None]:
-    """Inside, cuDNN tries its algorithms; its other settings stay as they are."""
+    """A context in which cuDNN tries its algorithms; its other settings stay as they are."""
     cudnn = torch.backends.cudnn
     kept = {"deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
     with cudnn.flags(enabled=cudnn.enabled, benchmark=True, **kept):

@@ -33,7 +33,7 @@ def _accumulate(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """sum over taps and channels of x * w: (BLOCK_M, BLOCK_N) int32, or float32 for fp8."""
+    """The sum over taps and channels of x * w: (BLOCK_M, BLOCK_N) int32, or float32 for fp8."""
     LOADED: tl.constexpr = HALF if HALF > 0 else BLOCK_K
     STEP: tl.constexpr = 2 * HALF if HALF > 0 else BLOCK_K  # packed weights have their own
     NOTHING: tl.constexpr = 0.0 if FLOAT else 0
@@ -166,7 +166,7 @@ def _write(
     HAS_RESIDUAL: tl.constexpr,
     REQUANTIZE: tl.constexpr,
 ):
-    """Add to some columns of a result what is to be added, and store them."""
+    """Apply the epilogue to some columns of a result, and store them."""
     real = col < out_channels
     inside = (row < rows)[:, None] & real[None, :]
     at = row[:, None] * out_channels + col[None, :]

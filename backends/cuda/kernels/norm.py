@@ -139,7 +139,7 @@ def norm_apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """quantize(silu(x * factor + shift)) with a border of zeros' codes."""
+    """The codes of silu(x * factor + shift), with a border of zeros' codes."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = col < channels

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def round_to_even(x):
-    """To the nearest integer, halves to even, as torch.round: exact for |x| < 2**22."""
+    """The nearest integer, halves to even, as torch.round: exact for |x| < 2**22."""
     magic = 12582912.0  # 1.5 * 2**23: adding it leaves no bits for a fraction
     x = tl.minimum(tl.maximum(x, -4194304.0), 4194304.0)
     return (x + magic) - magic
