@@ -264,9 +264,8 @@ def conv_kernel(
     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
     SEGMENTS: tl.constexpr, HALF0: tl.constexpr, HALF1: tl.constexpr, FLOAT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ROW: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    REQUANTIZE: tl.constexpr,
+    REQUANTIZE: tl.constexpr, EVEN0: tl.constexpr, EVEN1: tl.constexpr,
     WIDE: tl.constexpr,  # an index exceeds 31 bits
-    EVEN0: tl.constexpr, EVEN1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip

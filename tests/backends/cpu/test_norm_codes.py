@@ -16,7 +16,8 @@ def arguments(shape, dtype):
     batch, channels = shape[:2]
     factor, shift = torch.randn(batch, 2 * channels, generator=generator).chunk(2, 1)
     places = (batch, channels, *[1] * (len(shape) - 2))
-    norm = (4, torch.rand(channels), torch.rand(channels), 1e-5)
+    weight, bias = torch.rand(2, channels, generator=generator)
+    norm = (4, weight, bias, 1e-5)
     scales = [torch.full((batch,), 0.03)]
     modulation = (factor.reshape(places), shift.reshape(places), True)
     return x, *norm, *modulation, scales, [40], [channels], 250, (0, 0, 0, 0), dtype
