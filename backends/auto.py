@@ -1,4 +1,4 @@
-"""Which backend runs a whole model: decided by a short trial of each, once for a model and machine.
+"""Choose the backend that runs a whole model by a short trial of each, once for each machine.
 
 Integers are used only where they are faster than compiled bfloat16 on this machine. The choice is
 kept for the next start in `cache_folder()`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from tfmq_fx.backends import CPU, backend
 from tfmq_fx.backends.cpu import kernels, library
 from tfmq_fx.backends.proven import Made, make, options_of, refusal, warn
 from tfmq_fx.backends.self_check import Check, Reference
+from tfmq_fx.backends.timing import least_micros
 from tfmq_fx.errors import BackendError
 from tfmq_fx.files import cache_folder, make_private, write_whole
 from tfmq_fx.graph import Rewrite, device_of, timestep_node
@@ -37,8 +37,8 @@ Timer = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 
 @dataclass(slots=True)
 class Fastest:
-    """What was chosen: the name of a backend, what it compiled, milliseconds of a call by backend
-    where they were measured, and why other backends were not tried."""
+    """The chosen backend: its name, what it compiled, milliseconds of a call by backend where they
+    were measured, and why other backends were not tried."""
 
     name: str
     runner: Callable[..., Any]
@@ -174,18 +174,11 @@ def _time(runner: Callable[..., Any], inputs: list[Tensor], timer: Timer) -> flo
 
 
 def _least_millis(call: Callable[[], Any]) -> float:
-    for _ in range(2):  # compiles
-        call()
-    times = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return min(times)
+    return least_micros(call, calls=CALLS, warmups=2) / 1000  # the first ones compile
 
 
 def _digest(gm: fx.GraphModule, names: list[str]) -> str:
-    """What the choice depends on: the graph, its layers and sizes, and this machine."""
+    """A digest of what the choice depends on: the graph, its layers and sizes, and this machine."""
     sizes = [
         [size_hint(size) for size in node.meta["val"].shape]
         for node in gm.graph.find_nodes(op="placeholder")

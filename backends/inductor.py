@@ -112,8 +112,8 @@ def compile_graph(
     check_options("inductor", options, OPTIONS)
     device = device_of(gm)  # `unavailable` has passed it
     if device.type == "cpu":
-        from tfmq_fx.backends.cpu.lower import freezes, lower, untried
-        from tfmq_fx.backends.cpu.trial import by_trial
+        from tfmq_fx.backends.cpu.autotune import by_trial, untried
+        from tfmq_fx.backends.cpu.lower import freezes, lower
 
         lowered = lower(gm, choose=by_trial() if trial else untried, refused=refused)
         path = None if artifact is None else Path(artifact)
@@ -137,8 +137,8 @@ def check_options(name: str, options: dict[str, Any], known: Sequence[str]) -> N
 
 
 def alone(device: torch.device, trial: bool | None = None) -> Alone:
-    """What makes the kernel of this package for a single layer on `device`, or None where it runs
-    on another. trial: as of `compile_graph`."""
+    """The function that puts a single layer on the kernel of this package for `device`, and returns
+    None where that layer runs on another. trial: as of `compile_graph`."""
     if device.type == "cpu":
         from tfmq_fx.backends.cpu.lower import alone as alone_on_cpu
 
@@ -150,8 +150,8 @@ def alone(device: torch.device, trial: bool | None = None) -> Alone:
 
 
 def _on_cuda(device: torch.device, trial: bool | None) -> tuple[Any, tuple[int, int]]:
-    """How kernels are chosen on a GPU, and its compute capability."""
-    from tfmq_fx.backends.cuda.trial import by_trial, untried
+    """The chooser of kernels for a GPU, and its compute capability."""
+    from tfmq_fx.backends.cuda.autotune import by_trial, untried
 
     choose = untried if trial is False else by_trial(device)
     return choose, torch.cuda.get_device_capability(device)

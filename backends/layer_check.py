@@ -1,5 +1,5 @@
-"""Whether each kernel of this package computes what its layer does, on the layer's own inputs in a
-run of the model: the same for the CPU and for CUDA.
+"""Compare each kernel of this package with the layer that it stands for, on the inputs that this
+layer gets in a run of the model; the same for the CPU and for CUDA.
 
 A wrong kernel moves all that a layer answers, which the noise of rounding in the layers around it
 may hide from a look at the model's output. Alone, on the same codes, the kernel has to give the
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tfmq_fx.affine import levels
-from tfmq_fx.backends.cuda.layers import CodesLayer, quantize_input
+from tfmq_fx.backends.codes.layers import CodesLayer, quantize_input
 from tfmq_fx.nn import QuantConv, QuantLayer
 
 # The least signal to difference in dB: sums of float32 differ by 1e-6, TF32 of the reference by
@@ -31,8 +31,8 @@ Alone = Callable[[QuantLayer, fx.Node], CodesLayer | None]
 class LayerByLayer(fx.Interpreter):
     """Runs a quantized graph, and each layer that has a kernel on that as well.
 
-    alone: makes the kernel of a layer called by a node, its weights not yet in panels, or None;
-    None is where kernels are not looked at.
+    alone: makes the kernel of a layer called by a node, ready to run, or None; None is where
+    kernels are not looked at.
     wrong: layer -> how far off its kernel is.  shares: of values beyond their range, by
     call.
     """
@@ -72,7 +72,7 @@ class LayerByLayer(fx.Interpreter):
 def _fault(
     layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | None, expected: Tensor
 ) -> str | None:
-    """What is wrong with a kernel, or None."""
+    """The fault of a kernel in words, or None where it computes what its layer does."""
     try:
         found = run_alone(layer, kernel, x, scale)
     except Exception as error:  # whatever a compiler or a driver raises
@@ -94,7 +94,7 @@ def _fault(
 
 
 def run_alone(layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | None) -> Tensor:
-    """What a kernel answers on x (B, ...); scale: (B,) where ranges come per timestep."""
+    """The answer of a kernel on x (B, ...); scale: (B,) where ranges come per timestep."""
     if isinstance(layer, QuantConv) and layer.padding_mode != "zeros":
         x = F.pad(x, layer.pad_widths, mode=layer.padding_mode)
     if layer.dynamic:
@@ -103,8 +103,6 @@ def run_alone(layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | 
         used = scale if scale is not None and layer.per_timestep else kernel.act_scale
     settings = (kernel.zero_point, kernel.levels, kernel.codes_dtype, kernel.pads)
     codes = quantize_input(x, used, *settings)
-    if kernel.on_cpu:
-        kernel.to_panels()
     y: Tensor = kernel(codes, used)
     return y
 

@@ -1,4 +1,4 @@
-"""How long one layer takes as integers and in floating point, known before anything is lowered."""
+"""The time of one layer as integers and in floating point, before anything is lowered."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import fx
 
 from tfmq_fx.kernels import obstacle
-from tfmq_fx.layers import groups_of, layer_input
+from tfmq_fx.layers import groups_of
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.ops import size_hint
 
-from .cuda.layers import problem_of
-from .cuda.trial import Chooser
+from .codes.choice import Chooser
+from .codes.layers import problem_at
 
 _RATE = 2e5  # multiply-adds a microsecond in floating point, where nothing can be timed
 _SPEEDUP = 2.0  # of integers, likewise
@@ -36,11 +36,11 @@ class LayerTime:
 
 
 def chooser(device: torch.device) -> Chooser | None:
-    """What times kernels on a device and keeps the results; None where none can be timed."""
+    """The chooser that times kernels on a device; None where none can be timed."""
     if device.type == "cpu":
-        return importlib.import_module("tfmq_fx.backends.cpu.trial").by_trial()  # type: ignore[no-any-return]
+        return importlib.import_module("tfmq_fx.backends.cpu.autotune").by_trial()  # type: ignore[no-any-return]
     if device.type == "cuda" and importlib.util.find_spec("triton"):
-        return importlib.import_module("tfmq_fx.backends.cuda.trial").by_trial(device)  # type: ignore[no-any-return]
+        return importlib.import_module("tfmq_fx.backends.cuda.autotune").by_trial(device)  # type: ignore[no-any-return]
     return None
 
 
@@ -62,8 +62,7 @@ def _call_time(layer: QuantLayer, node: fx.Node, choose: Chooser | None) -> Laye
     micros: dict[str, float] = {}
     known = len(layer.weight_shape) in (2, 4) and groups_of(layer) == 1
     if choose is not None and known:
-        sizes = [size_hint(size) for size in layer_input(node).meta["val"].shape]
-        micros = dict(choose(problem_of(layer, sizes), node.meta["val"].dtype).micros)
+        micros = dict(choose(problem_at(layer, node), node.meta["val"].dtype).micros)
     kernels = [taken for name, taken in micros.items() if name != "float"]
     if "float" in micros and (kernels or lacking):
         floating = micros["float"]

@@ -7,28 +7,30 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from tfmq_fx.backends.cuda.layers import CodesLayer, ConcatLayer
-from tfmq_fx.backends.cuda.matching import called, only_user, written_nodes
+from tfmq_fx.backends.codes.layers import ConcatLayer
+from tfmq_fx.backends.codes.matching import called, layer_on_codes, only_user, written_nodes
 from tfmq_fx.ops import op_name
+
+from .codes_layer import CpuCodesLayer
 
 
 def fuse_activations(gm: fx.GraphModule) -> int:
-    """Give SiLU and GELU to the layers whose results they read, in place; how many.
+    """Let layers apply the SiLU or GELU that reads their result, in place; returns how many.
 
     Left alone where something else reads the result, and where a layer is called twice.
     """
     changed, written = 0, written_nodes(gm)
     for node in list(gm.graph.nodes):
-        layer = called(gm, node, CodesLayer, ConcatLayer)
+        layer = layer_on_codes(gm, node)
         user = only_user(node) if layer is not None else None
         if user is None or layer is None or {node, user} & written:
             continue
         first = layer.first if isinstance(layer, ConcatLayer) else layer
-        assert isinstance(first, CodesLayer)
+        assert isinstance(first, CpuCodesLayer)
         name = activation(gm, user)
         once = len(gm.graph.find_nodes(op="call_module", target=node.target)) == 1
         fresh = first.activation == "none" and "out_scale" not in node.kwargs
-        if name is None or not once or not fresh or not first.on_cpu:
+        if name is None or not once or not fresh:
             continue
         first.activation = name
         user.replace_all_uses_with(node)
@@ -38,7 +40,8 @@ def fuse_activations(gm: fx.GraphModule) -> int:
 
 
 def activation(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """What a node applies to its first argument, by the kernels' name for it; None for all else."""
+    """The activation that a node applies to its first argument, by the kernels' name; None for
+    anything else."""
     silu, gelu = called(gm, node, nn.SiLU), called(gm, node, nn.GELU)
     given = {**node.kwargs}
     if silu is not None:

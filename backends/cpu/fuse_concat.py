@@ -1,4 +1,4 @@
-"""Read the parts of a concatenation where they lie.
+"""Make codes of a concatenation from its parts, which are read where they lie.
 
 norm_codes(cat([a, b], 1))    ->    concat_codes([a, b]), the norm included
 quantize_input(cat([a, b], 1), s)    ->    concat_codes([a, b])
@@ -9,17 +9,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from tfmq_fx.backends.cuda.fuse_norms import norm_codes
-from tfmq_fx.backends.cuda.layers import Pads, quantize_input
-from tfmq_fx.backends.cuda.matching import Codes, is_tensor, written_nodes
+from tfmq_fx.backends.codes.layers import Pads, quantize_input
+from tfmq_fx.backends.codes.matching import Codes, is_tensor, written_nodes
 from tfmq_fx.dialect import Stage
 from tfmq_fx.layers import call_before
 from tfmq_fx.ops import op_name
 
 from . import kernels
+from .norm_codes import norm_codes, rows
 
 _NORM = inspect.signature(norm_codes)
 
@@ -40,14 +39,10 @@ def concat_codes(
     levels: int,
     pads: Pads,
 ) -> Tensor:
-    """`norm_codes` of two tensors (B, C, H, W) and (B, C', H, W) as of their concatenation, into
-    uint8; with 0 groups the codes of the concatenation itself."""
-    weight, bias, factor, shift = (
-        None if v is None else v.flatten(1 if v.dim() > 1 else 0).float().contiguous()
-        for v in (weight, bias, factor, shift)
-    )
+    """The codes of `norm_codes` for the concatenation of x (B, C, H, W) and more (B, C', H, W);
+    with 0 groups those of the concatenation itself."""
     parts = [part.permute(0, 2, 3, 1).contiguous() for part in (x, more)]
-    modulation = (weight, bias, eps, factor, shift, silu)
+    modulation = (rows(weight), rows(bias), eps, rows(factor), rows(shift), silu)
     scales = [scale.reshape(-1) for scale in scales]
     codes: Tensor = kernels.cpu_norm(
         parts[0], groups, *modulation, scales, zeros, sizes, levels, pads, parts[1]
@@ -59,7 +54,7 @@ concat_codes.stage = Stage.LOWERED  # type: ignore[attr-defined]
 
 
 def fuse_concat(gm: fx.GraphModule) -> int:
-    """Replace what makes codes of concatenations of two images, in place; how many."""
+    """Make codes of concatenations of two images from the parts, in place; returns how many."""
     changed, written = 0, written_nodes(gm)
     for node in list(gm.graph.nodes):
         given = _of_norm(node) if node.target is norm_codes else _of_input(node)
@@ -77,19 +72,19 @@ def fuse_concat(gm: fx.GraphModule) -> int:
 
 
 def _of_norm(node: fx.Node) -> tuple[Any, ...] | None:
-    """What `concat_codes` takes beside the parts, for a call of `norm_codes`."""
+    """The arguments of `concat_codes` beside the parts, for a call of `norm_codes`."""
     given = _NORM.bind(*node.args, **node.kwargs).arguments
-    fits = given["dtype"] == torch.uint8 and node.args[0].meta["val"].dim() == 4  # type: ignore[union-attr]
-    return (*list(given.values())[1:-1],) if fits else None
+    is_image = node.args[0].meta["val"].dim() == 4  # type: ignore[union-attr]
+    return (*list(given.values())[1:-1],) if is_image else None
 
 
 def _of_input(node: fx.Node) -> tuple[Any, ...] | None:
-    """What `concat_codes` takes beside the parts, for a call of `quantize_input`."""
+    """The arguments of `concat_codes` beside the parts, for a call of `quantize_input`."""
     if node.target is not quantize_input:
         return None
     codes = Codes.of(node)
     value, scale = codes.x.meta["val"], codes.scale.meta["val"]
-    if codes.dtype != torch.uint8 or codes.pads is None or scale.dim() != 1:
+    if codes.pads is None or scale.dim() != 1:
         return None
     norm = (0, None, None, 0.0, None, None, False)
     return (*norm, [codes.scale], [codes.zero], [value.shape[1]], codes.levels, codes.pads)

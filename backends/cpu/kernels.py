@@ -37,14 +37,14 @@ for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
     _PLAIN.define(_name + _schema)
 cpu_conv = torch.ops.tfmq_fx.cpu_conv.default
-"""The convolution of `conv2d` (`cuda.conv`) on codes in uint8, less what tells panels apart.
+"""The sums of up to two convolutions on codes in uint8, with `codes.arithmetic.finish` after them.
 
 weights: one of `panels` for each segment.  zeros: (O padded to 64,) uint8, of packed weights.
 out: channels O of the result.  taps: height and width of the filters.
 activation: of the sums, before they are written: "none", "silu", "gelu", "gelu_tanh".
 """
 cpu_norm = torch.ops.tfmq_fx.cpu_norm.default
-"""`group_norm_quantize` (`cuda.norm`) into codes in uint8; with 0 groups the codes of x itself.
+"""The codes in uint8 of silu(group_norm(x) * factor + shift), x (B, H, W, C); with 0 groups of x.
 more: (B, H, W, C'), channels that follow those of x, as if both were concatenated."""
 cpu_attention = torch.ops.tfmq_fx.cpu_attention.default
 """softmax(q k^T scale) v for q (B, H, L, D), k, v (B, H, K, D): (B, H, L, D), heads innermost but

@@ -1,4 +1,5 @@
-"""NaN that arises inside a model on integer kernels: codes have none, so the kernels count it."""
+"""Answer NaN where NaN arises inside a model on integer kernels: codes have none, so the kernels
+count it."""
 
 from __future__ import annotations
 
@@ -8,9 +9,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tfmq_fx.backends.cuda.layers import CodesLayer
-
 from . import kernels
+from .codes_layer import CpuCodesLayer
 
 
 def showing_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
@@ -22,7 +22,7 @@ def showing_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., A
     unknown timestep, results stay as they are. Codes that torch's own operators make of a NaN,
     not the kernels, go unseen. Calls in other threads are not mixed up.
     """
-    if not any(isinstance(module, CodesLayer) for module in gm.modules()):
+    if not any(isinstance(module, CpuCodesLayer) for module in gm.modules()):
         return run
 
     def noticing(*inputs: Tensor) -> Any:

@@ -1,5 +1,5 @@
 """CUDA: int8, fp8 and 4-bit kernels in Triton for convolutions and linear layers, as torch ops.
 
 Every op has a reference for the CPU in plain torch, which the kernels are tested against; nothing
-here needs Triton or a GPU to be imported.
+here needs Triton or a GPU to be imported, except the modules in `kernels`.
 """

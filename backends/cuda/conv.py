@@ -6,21 +6,19 @@ summed over one or two segments of input channels, each with scales of its own.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
 
-from tfmq_fx.affine import FP8, to_fp8
+from tfmq_fx.affine import FP8
+from tfmq_fx.backends.codes.arithmetic import finish, row_scales, unpack_weight
+from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.errors import BackendError
 
-from .tiles import Tile
-
-STORED_ZERO = 128  # codes in [0, 255] are stored as code - 128, to fit int8
+from .triton_op import kernel_op, launcher
 
 
 def conv2d_triton(
@@ -59,88 +57,35 @@ def conv2d_triton(
     dtype: of the result.  tile: a `Tile`.
     Raises BackendError for codes of another dtype or layout, and sums that cannot be split.
     """
-    from . import kernels
+    from .kernels.conv import conv_kernel
 
     size = Tile(*tile)
     _check(xs, size)
-    first, last = xs[0], xs[-1]
-    batch, _, width, _ = first.shape
-    out_channels, taps_y, taps_x = weights[0].shape[:3]
-    out_height, out_width = out_size(first, weights[0], stride, dilation)
-    rows = batch * out_height * out_width
-    is_float = first.dtype == FP8
-    shape = (batch, out_height, out_width, out_channels)
+    high, wide = out_size(xs[0], weights[0], stride, dilation)
+    shape = (xs[0].shape[0], high, wide, weights[0].shape[0])
+    is_float = xs[0].dtype == FP8
     if size.split > 1:
         sums = torch.float32 if is_float else torch.int32
-        y = first.new_empty((size.split, *shape), dtype=sums)
+        y = xs[0].new_empty((size.split, *shape), dtype=sums)
     else:
-        y = first.new_empty(shape, dtype=dtype)
-    reach = max(rows * out_channels, *(x.numel() // x.shape[3] * pixel_stride(x) for x in xs))
-
-    def even(x: Tensor, half: int) -> bool:
-        return x.shape[3] % (2 * half or size.k) == 0 and out_channels % size.n == 0
-
-    def given(value: Tensor | None) -> Tensor:
-        return first if value is None else value
-
-    grid = (-(-rows // size.m) * -(-out_channels // size.n), size.split)
-    launcher(kernels.conv_kernel)[grid](
-        first,
-        weights[0],
-        scales[0],
-        weight_scales[0],
-        offsets[0],
-        zeros[0],
-        last,
-        weights[-1],
-        scales[-1],
-        weight_scales[-1],
-        offsets[-1],
-        zeros[-1],
-        given(bias),
-        given(row),
-        given(residual),
-        given(out_scale),
+        y = xs[0].new_empty(shape, dtype=dtype)
+    segments = (xs, weights, scales, weight_scales, offsets, zeros)
+    added = (bias, row, residual, out_scale)
+    rows, columns = math.prod(shape[:3]), shape[3]
+    launcher(conv_kernel)[-(-rows // size.m) * -(-columns // size.n), size.split](
+        *(each[i] for i in (0, -1) for each in segments),
+        *(xs[0] if value is None else value for value in added),
         y,
-        rows,
-        out_height * out_width,
-        rows // scales[0].shape[0],
-        rows // scales[-1].shape[0],
-        rows // out_scale.shape[0] if out_scale is not None else 1,
-        out_width,
-        out_channels,
-        width,
-        first.shape[1] * width,
-        first.shape[3],
-        last.shape[3],
-        pixel_stride(first),
-        pixel_stride(last),
-        weights[0].stride(2),
-        weights[-1].stride(2),
+        *_sizes(xs, weights, scales, out_scale, (high, wide)),
         out_zero,
         out_levels,
-        TAPS_Y=taps_y,
-        TAPS_X=taps_x,
-        STRIDE_Y=stride[0],
-        STRIDE_X=stride[1],
-        DILATION_Y=dilation[0],
-        DILATION_X=dilation[1],
-        SEGMENTS=len(xs),
-        HALF0=halves[0],
-        HALF1=halves[-1],
+        **_geometry(weights[0], stride, dilation),
+        **_layout(xs, columns, halves, size, rows),
         FLOAT=is_float,
         HAS_BIAS=bias is not None,
         HAS_ROW=row is not None,
         HAS_RESIDUAL=residual is not None,
         REQUANTIZE=out_scale is not None,
-        WIDE=bool(reach >= 2**31),
-        EVEN0=even(first, halves[0]),
-        EVEN1=even(last, halves[-1]),
-        BLOCK_M=size.m,
-        BLOCK_N=size.n,
-        BLOCK_K=size.k,
-        GROUP=size.group,
-        SPLIT=size.split,
         num_warps=size.warps,
         num_stages=size.stages,
     )
@@ -150,7 +95,73 @@ def conv2d_triton(
     if not is_float:
         total = total + offsets[0]
     result = total.float() * (row_scales(scales[0], total) * weight_scales[0])
-    return finish(result, bias, row, residual, out_scale, out_zero, out_levels, dtype)
+    return finish(result, *added, out_zero, out_levels, dtype)
+
+
+def _sizes(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    out_scale: Tensor | None,
+    out: tuple[int, int],
+) -> list[int]:
+    """The sizes that `conv_kernel` takes, from `rows` to `tap_stride1`; out: size of the result."""
+    batch, height, width, _ = xs[0].shape
+    image = out[0] * out[1]
+    rows = batch * image
+    return [
+        rows,
+        image,
+        rows // scales[0].shape[0],
+        rows // scales[-1].shape[0],
+        rows // out_scale.shape[0] if out_scale is not None else 1,
+        out[1],
+        weights[0].shape[0],
+        width,
+        height * width,
+        xs[0].shape[3],
+        xs[-1].shape[3],
+        pixel_stride(xs[0]),
+        pixel_stride(xs[-1]),
+        weights[0].stride(2),
+        weights[-1].stride(2),
+    ]
+
+
+def _geometry(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
+    """The constants of `conv_kernel` that say how filters move over the input."""
+    return {
+        "TAPS_Y": weight.shape[1],
+        "TAPS_X": weight.shape[2],
+        "STRIDE_Y": stride[0],
+        "STRIDE_X": stride[1],
+        "DILATION_Y": dilation[0],
+        "DILATION_X": dilation[1],
+    }
+
+
+def _layout(
+    xs: Sequence[Tensor], columns: int, halves: Sequence[int], tile: Tile, rows: int
+) -> dict[str, int | bool]:
+    """The constants of `conv_kernel` that say how segments lie in memory and are cut into tiles."""
+    reach = max(rows * columns, *(x.numel() // x.shape[3] * pixel_stride(x) for x in xs))
+
+    def even(x: Tensor, half: int) -> bool:
+        return x.shape[3] % (2 * half or tile.k) == 0 and columns % tile.n == 0
+
+    return {
+        "SEGMENTS": len(xs),
+        "HALF0": halves[0],
+        "HALF1": halves[-1],
+        "WIDE": bool(reach >= 2**31),
+        "EVEN0": even(xs[0], halves[0]),
+        "EVEN1": even(xs[-1], halves[-1]),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP": tile.group,
+        "SPLIT": tile.split,
+    }
 
 
 def conv2d_reference(
@@ -172,7 +183,7 @@ def conv2d_reference(
     dtype: torch.dtype,
     tile: Sequence[int],
 ) -> Tensor:
-    """What `conv2d_triton` computes, in plain torch on any device; sums are exact for integers."""
+    """The result of `conv2d_triton`, in plain torch on any device; sums of integers are exact."""
     _check(xs, Tile(*tile))
     result: Tensor | None = None
     for x, packed, zero, weight_scale, offset, scale, half in zip(
@@ -189,14 +200,6 @@ def conv2d_reference(
     assert result is not None
     y = finish(result, bias, row, residual, out_scale, out_zero, out_levels, dtype)
     return y.contiguous()
-
-
-def kernel_op(name: str, launch: Callable[..., Tensor]) -> Any:
-    """An operator that launches Triton kernels. Where Triton is missing, torch's triton_op says so
-    at every import; there it is a custom operator, which nothing can call on a GPU either."""
-    if importlib.util.find_spec("triton") is None:
-        return custom_op(name, launch, mutates_args=())
-    return triton_op(name, launch, mutates_args=())
 
 
 conv2d = kernel_op("tfmq_fx::conv2d", conv2d_triton)
@@ -267,85 +270,3 @@ def out_size(
         for i in (0, 1)
     )
     return high, wide
-
-
-def quantize(x: Tensor, scale: Tensor, zero: int, levels: int, dtype: torch.dtype) -> Tensor:
-    """x on the grid of a layer's input, stored: int8 (codes - 128), float8_e4m3fn, or on the CPU
-    uint8.
-
-    x: channels last, (..., C), any float dtype.  scale: float32, broadcasts to x.
-    Plain torch, so that a compiler fuses it with what computes x.
-    """
-    steps = x.float() * (1.0 / scale)
-    if dtype == FP8:
-        return to_fp8(steps)
-    codes = (torch.round(steps) + zero).clamp(0, levels)
-    return codes.to(torch.uint8) if dtype == torch.uint8 else (codes - STORED_ZERO).to(torch.int8)
-
-
-def stored_zero(zero: int, dtype: torch.dtype) -> float:
-    """The stored value that stands for 0: what borders are filled with."""
-    if dtype == FP8:
-        return 0.0
-    return float(zero if dtype == torch.uint8 else zero - STORED_ZERO)
-
-
-def packed_half(channels: int) -> int:
-    """Channels in each half of a run of packed weights: the widest that wastes little.
-
-    Tensor cores sum 32 int8 values at a time, and wider loads are cheaper.
-    """
-    waste = {half: -channels % (2 * half) for half in (64, 32)}
-    return 64 if waste[64] * 8 <= channels or waste[64] <= waste[32] else 32
-
-
-def pack_weight(codes: Tensor, half: int) -> Tensor:
-    """4-bit codes (O, R, S, C) as (O, R, S, bytes) uint8: channel i of each run of 2 * half lies in
-    the low bits of byte i, channel i + half in the high bits. Missing channels hold 0."""
-    filled = F.pad(codes.to(torch.uint8), (0, -codes.shape[3] % (2 * half)))
-    runs = filled.unflatten(3, (-1, 2, half))
-    packed: Tensor = runs[..., 0, :] | (runs[..., 1, :] << 4)
-    return packed.flatten(3).contiguous()
-
-
-def unpack_weight(packed: Tensor, half: int, channels: int, zero: Tensor) -> Tensor:
-    """What `pack_weight` was given, less the zero points (O,): (O, R, S, channels) int8."""
-    runs = packed.unflatten(3, (-1, half))
-    codes = torch.stack([runs & 15, runs >> 4], -2).flatten(3)[..., :channels]
-    return codes.to(torch.int8) - zero.to(torch.int8)[:, None, None, None]
-
-
-def row_scales(scale: Tensor, result: Tensor) -> Tensor:
-    """scale (ranges,) for the pixels of `result` (B, OH, OW, O): broadcasts to it."""
-    batch, height, width = result.shape[:3]
-    rows = scale.repeat_interleave(batch * height * width // scale.shape[0])
-    return rows.view(batch, height, width, 1)
-
-
-def finish(
-    result: Tensor,
-    bias: Tensor | None,
-    row: Tensor | None,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero: int,
-    out_levels: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The epilogue, for a result (B, OH, OW, O) in float32; arguments as of `conv2d_triton`."""
-    if bias is not None:
-        result = result + bias.float()
-    if row is not None:
-        result = result + row.float().view(row.shape[0], 1, 1, -1)
-    if residual is not None:
-        result = result + residual.float()
-    if out_scale is None:
-        return result.to(dtype)
-    return quantize(result, row_scales(out_scale, result), out_zero, out_levels, dtype)
-
-
-def launcher(kernel: Any) -> Any:
-    """What launches `kernel`, seen by torch.compile unless Triton interprets it."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)

@@ -1,4 +1,4 @@
-"""Group norm, modulation, SiLU and quantization of channels-last tensors: two reads, one write.
+"""Group norm, modulation, SiLU and quantization on CUDA, in two reads and one write.
 
 q = quantize(silu(norm(x) * factor + shift)), stored with the borders that a convolution pads with.
 """
@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfmq_fx.backends.codes.arithmetic import quantize, stored_zero
+from tfmq_fx.backends.codes.layers import Pads
+from tfmq_fx.dialect import Stage
 from tfmq_fx.errors import BackendError
 
-from .conv import kernel_op, launcher, quantize, stored_zero
+from .triton_op import kernel_op, launcher
 
 MOST_RUNS = 2  # of channels, with a grid each
 CHUNK = 256  # pixels whose statistics one program takes
@@ -47,16 +50,29 @@ def group_norm_quantize_triton(
     left + W + right, C).
     Raises BackendError for another layout, and more runs than the kernel takes.
     """
-    from . import kernels
-
     _check(x, sizes)
+    a, b = _lines(x, groups, weight, bias, eps, factor, shift)
+    return _apply(x, a, b, silu, scales, zeros, sizes, levels, pads, dtype)
+
+
+def _lines(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    factor: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The norm and its modulation as a line for each channel: x * a + b, both (B, C) float32."""
+    from .kernels.norm import norm_affine_kernel, norm_partial_kernel
+
     batch, height, width, channels = x.shape
     pixels = height * width
     chunks = -(-pixels // CHUNK)
     means = x.new_empty((batch, chunks, channels), dtype=torch.float32)
     squares = torch.empty_like(means)
-    blocks = -(-channels // BLOCK_CHANNELS)
-    launcher(kernels.norm_partial_kernel)[(batch * chunks, blocks)](
+    launcher(norm_partial_kernel)[batch * chunks, -(-channels // BLOCK_CHANNELS)](
         x,
         means,
         squares,
@@ -70,17 +86,11 @@ def group_norm_quantize_triton(
     )
     a = x.new_empty((batch, channels), dtype=torch.float32)
     b = torch.empty_like(a)
-
-    def given(value: Tensor | None) -> Tensor:
-        return a if value is None else value.contiguous()
-
-    launcher(kernels.norm_affine_kernel)[(batch * groups,)](
+    values = (weight, bias, factor, shift)
+    launcher(norm_affine_kernel)[(batch * groups,)](
         means,
         squares,
-        given(weight),
-        given(bias),
-        given(factor),
-        given(shift),
+        *(a if value is None else value.contiguous() for value in values),
         a,
         b,
         pixels,
@@ -98,11 +108,30 @@ def group_norm_quantize_triton(
         BLOCK_W=1 << (channels // groups - 1).bit_length(),
         num_warps=2,
     )
+    return a, b
+
+
+def _apply(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    silu: bool,
+    scales: Sequence[Tensor],
+    zeros: Sequence[int],
+    sizes: Sequence[int],
+    levels: int,
+    pads: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The codes of silu(x * a + b), borders included."""
+    from .kernels.norm import norm_apply_kernel
+
+    batch, height, width, channels = x.shape
     left, right, top, bottom = pads
     out_height, out_width = top + height + bottom, left + width + right
     y = x.new_empty((batch, out_height, out_width, channels), dtype=dtype)
     rows = batch * out_height * out_width
-    launcher(kernels.norm_apply_kernel)[(-(-rows // BLOCK_PIXELS), blocks)](
+    launcher(norm_apply_kernel)[-(-rows // BLOCK_PIXELS), -(-channels // BLOCK_CHANNELS)](
         x,
         a,
         b,
@@ -147,7 +176,7 @@ def group_norm_quantize_reference(
     pads: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """What `group_norm_quantize_triton` computes, in plain torch on any device."""
+    """The result of `group_norm_quantize_triton`, in plain torch on any device."""
     _check(x, sizes)
     images = x.float().permute(0, 3, 1, 2)
     weight, bias = (None if value is None else value.float() for value in (weight, bias))
@@ -202,3 +231,47 @@ def _fake(
 
 
 group_norm_quantize.register_fake(_fake)
+
+
+def norm_codes(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    factor: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    scales: Sequence[Tensor],
+    zeros: Sequence[int],
+    sizes: Sequence[int],
+    levels: int,
+    pads: Pads,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The codes of silu(group_norm(x) * factor + shift); arguments as of `NormCodes`.
+
+    dtype: int8 (codes - 128) or float8_e4m3fn.
+    """
+    images = x if x.dim() == 4 else x.unsqueeze(3)
+    factor, shift = (None if v is None else v.flatten(1) for v in (factor, shift))
+    codes: Tensor = group_norm_quantize(
+        images.permute(0, 2, 3, 1).contiguous(),
+        groups,
+        weight,
+        bias,
+        eps,
+        factor,
+        shift,
+        silu,
+        scales,
+        zeros,
+        sizes,
+        levels,
+        pads,
+        dtype,
+    )
+    return codes
+
+
+norm_codes.stage = Stage.LOWERED  # type: ignore[attr-defined]

@@ -1,12 +1,10 @@
-"""How the work of one convolution is cut into the programs of a kernel."""
+"""Tile sizes to try for the CUDA convolution kernel, ordered by an estimate of their cost."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
-Format = Literal["int8", "fp8", "int4"]  # of the weights; inputs of int4 weights are int8
+from tfmq_fx.backends.codes.problem import Problem, Tile
 
 SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}  # KiB of shared memory of a program
 _LEAST_SHARED = 99
@@ -25,71 +23,6 @@ _SHAPES = [  # m, n, k, warps, stages; with few warps several programs share a m
     (16, 32, 64, 2, 4),
 ]
 _LAUNCH = 2e5  # multiply-adds that a program's start and end cost as much time as
-
-
-class Tile(NamedTuple):
-    """rows x columns of the result by depth of the sum that one program handles at a time.
-
-    m: output pixels.  n: output channels.  k: input channels of one step.  group: rows of tiles
-    that run side by side and share weights in the cache.  split: programs that share one sum.
-    warps, stages: of the program; steps in flight.
-    """
-
-    m: int = 128
-    n: int = 128
-    k: int = 64
-    group: int = 8
-    split: int = 1
-    warps: int = 8
-    stages: int = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One convolution, borders included in height and width; a linear layer has taps (1, 1).
-
-    half: of packed 4-bit weights, else 0.
-    """
-
-    batch: int
-    height: int
-    width: int
-    channels: int
-    out_channels: int
-    taps: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    format: Format
-    half: int
-
-    @property
-    def out_size(self) -> tuple[int, int]:
-        """Height and width of the result."""
-        sizes = zip((self.height, self.width), self.taps, self.stride, self.dilation, strict=True)
-        high, wide = ((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sizes)
-        return high, wide
-
-    @property
-    def rows(self) -> int:
-        """Pixels of the result, all samples together."""
-        return self.batch * math.prod(self.out_size)
-
-    @property
-    def depth(self) -> int:
-        """Terms of each sum."""
-        return math.prod(self.taps) * self.channels
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions."""
-        return 2 * self.rows * self.out_channels * self.depth
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that must move: codes and weights read once, a 16-bit result written once."""
-        read = self.batch * self.height * self.width * self.channels
-        weights = self.out_channels * self.depth
-        return read + (weights // 2 if self.half else weights) + 2 * self.rows * self.out_channels
 
 
 def candidates(

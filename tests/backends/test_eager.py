@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.toys import seeded
 from tfmq_fx import ConfigError, calibrate, convert, prepare
-from tfmq_fx.backends import BACKENDS, backend
+from tfmq_fx.backends import BACKENDS, backend, backend_module
 from tfmq_fx.backends.eager import compile_graph, unavailable
 from tfmq_fx.errors import BackendError
 from tfmq_fx.nn import QuantLayer
@@ -51,6 +51,8 @@ def test_options_are_refused(model):
 def test_backends_are_found_by_name():
     assert all(hasattr(backend("eager"), n) for n in ("unavailable", "compile_graph"))
     assert list(BACKENDS) == sorted(BACKENDS)
+    for name in BACKENDS:
+        assert all(isinstance(option, str) for option in backend_module(name).OPTIONS)
     known = "auto, eager, float, inductor, openvino"
     with pytest.raises(BackendError, match=f"unknown backend 'x'; there are {known}"):
         backend("x")

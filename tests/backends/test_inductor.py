@@ -11,12 +11,12 @@ from torch import nn
 from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, calibrate, compile, convert, prepare
 from tfmq_fx.backends import inductor
-from tfmq_fx.backends.cpu import kernels
+from tfmq_fx.backends.cpu import autotune, kernels
 from tfmq_fx.backends.cpu import lower as lowering
-from tfmq_fx.backends.cpu import trial as trials
-from tfmq_fx.backends.cpu.lower import lower, untried
+from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
+from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
-from tfmq_fx.backends.cuda.layers import CodesLayer
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.backends.saturation import onednn_is_exact
@@ -76,7 +76,7 @@ def kernel(request, monkeypatch):
     return request.param
 
 
-LAYERS = {"ours": CodesLayer, "onednn": OnednnLayer}
+LAYERS = {"ours": CpuCodesLayer, "onednn": OnednnLayer}
 
 
 @needs_compiler
@@ -286,7 +286,7 @@ def test_kernels_are_chosen_by_trial_where_that_is_asked_for(model, monkeypatch,
         asked.append(trial)
         return untried
 
-    monkeypatch.setattr(trials, "by_trial", by_trial)
+    monkeypatch.setattr(autotune, "by_trial", by_trial)
     monkeypatch.setattr(torch, "compile", lambda gm, **options: None)
     inductor.compile_graph(model.gm, trial=trial)
     assert len(asked) == made

@@ -9,8 +9,8 @@ from torch import nn
 from tests.test_api import TIMES, data, fast
 from tests.toys import ToyUNet, seeded
 from tfmq_fx import calibrate, convert, prepare
-from tfmq_fx.backends.cuda.tiles import Tile
-from tfmq_fx.backends.cuda.trial import Choice
+from tfmq_fx.backends.codes.choice import Choice
+from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.backends.layer_times import LayerTime, chooser, layer_time
 from tfmq_fx.nn import QuantLayer
 from tfmq_fx.sites import find_sites

@@ -13,7 +13,7 @@ from tests.backends.test_inductor import data
 from tests.backends.test_self_check import deep
 from tfmq_fx import BackendWarning, compile, report
 from tfmq_fx.backends import auto, eager, float, inductor, openvino
-from tfmq_fx.backends.cuda.layers import CodesLayer
+from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
 from tfmq_fx.errors import BackendError, ConfigError
 
 X, T = data(seed=1)[0]
@@ -164,14 +164,14 @@ def test_options_of_auto_reach_those_that_take_them(using):
 
 def planted(monkeypatch, fault):
     """A kernel of this package that is wrong: in every layer, or in one."""
-    forward = CodesLayer.forward
+    forward = CpuCodesLayer.forward
 
     def wrong_forward(self, codes, scale, *more):
         if fault(self):
             codes = codes + 1
         return forward(self, codes, scale, *more)
 
-    monkeypatch.setattr(CodesLayer, "forward", wrong_forward)
+    monkeypatch.setattr(CpuCodesLayer, "forward", wrong_forward)
 
 
 @needs_kernels
@@ -195,7 +195,7 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch):
     def fail(self, *args):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(CodesLayer, "forward", fail)
+    monkeypatch.setattr(CpuCodesLayer, "forward", fail)
     compiled = compile(deep(), "inductor")
     assert compiled.lowered == 0 and len(compiled.declined) == 4
     assert "its kernel fails here: RuntimeError: no such instruction" in compiled.declined[0][1]

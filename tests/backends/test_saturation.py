@@ -11,7 +11,8 @@ from tests.backends.test_inductor import data, whole
 from tfmq_fx.backends import openvino, saturation
 from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cpu import lower as lowering
-from tfmq_fx.backends.cpu.lower import lower, untried
+from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.backends.openvino_layers import CompressedLinear, IntegerLayer

@@ -13,7 +13,8 @@ from tests.backends.test_inductor import TIMES, converted
 from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, fold_timesteps
 from tfmq_fx.api import _reference
-from tfmq_fx.backends.cpu.lower import alone, lower, untried
+from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.lower import alone, lower
 from tfmq_fx.backends.float import dequantize
 from tfmq_fx.backends.openvino import lower as lower_for_openvino
 

@@ -15,8 +15,8 @@ import torch
 
 import tfmq_fx
 from tests.bench.cuda_models import Case, Request, build, calibrated, recipe, tensor_bytes
+from tfmq_fx.backends.cuda.autotune import untried
 from tfmq_fx.backends.cuda.lower import lower
-from tfmq_fx.backends.cuda.trial import untried
 
 PRESETS = ("w8a8", "fp8", "w4a8")
 HOPPER = (9, 0)

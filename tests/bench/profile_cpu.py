@@ -21,9 +21,9 @@ import torch
 
 import tfmq_fx
 from tests.bench.cpu_models import CASES, job, nearest
-from tfmq_fx.backends.cpu.trial import calls
-from tfmq_fx.backends.cuda.layers import CodesLayer
-from tfmq_fx.backends.cuda.tiles import Problem
+from tfmq_fx.backends.codes.problem import Problem
+from tfmq_fx.backends.cpu.autotune import calls
+from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
 
 RATE = Problem(
     batch=4,
@@ -87,7 +87,7 @@ def main() -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             for _ in range(5):
                 compiled(**given)
-    layers = [m for m in compiled.gm.modules() if isinstance(m, CodesLayer)]
+    layers = [m for m in compiled.gm.modules() if isinstance(m, CpuCodesLayer)]
     limit = sum(layer.problem.operations for layer in layers) / rate
     limit *= next(iter(given.values())).shape[0] / layers[0].problem.batch
     rows = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)

@@ -12,7 +12,7 @@ from tests.bench.cuda_models import CASES, Request, build, recipe, timesteps, ti
 from tests.bench.cuda_results import BROKEN, Results, supervise
 from tests.bench.cuda_timing import full_precision
 from tests.bench.cuda_variants import BASE, MAIN, REST
-from tfmq_fx.backends.cuda.trial import arguments as operands
+from tfmq_fx.backends.cuda.autotune import arguments as operands
 
 
 def small(*more):

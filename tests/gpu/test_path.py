@@ -21,7 +21,7 @@ from tests.gpu.models import (
 )
 from tests.test_end_to_end import steps_of
 from tfmq_fx import compile, fold_timesteps, load, report, save
-from tfmq_fx.backends.cuda import trial
+from tfmq_fx.backends.cuda import autotune
 
 RECIPES = ("w8a8", "w4a8", "fp8")
 EVERY = [(name, dtype, recipe) for name in NAMES for dtype in DTYPES for recipe in RECIPES]
@@ -31,7 +31,7 @@ COMPILED = [case for case in EVERY if case[1] == torch.bfloat16 or case[2] == "w
 @pytest.fixture
 def forced(monkeypatch):
     """Kernels run every layer that they can, whatever they take: tiny layers lose to floats."""
-    monkeypatch.setattr(trial, "by_trial", lambda device: trial.untried)
+    monkeypatch.setattr(autotune, "by_trial", lambda device: autotune.untried)
 
 
 @pytest.mark.parametrize("name", NAMES)

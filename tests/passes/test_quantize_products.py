@@ -12,7 +12,8 @@ from tests.toys import ToyDiT, ToyUNet, seeded
 from tfmq_fx import artifact, metrics
 from tfmq_fx.activation import QuantActivation
 from tfmq_fx.affine import levels
-from tfmq_fx.backends.cpu.lower import lower, untried
+from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.capture import capture
 from tfmq_fx.config import ActivationSpec, AttentionSpec, Config, LayerConfig, WeightSpec

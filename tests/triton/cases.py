@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 
 from tfmq_fx.affine import FP8
-from tfmq_fx.backends.cuda.conv import pack_weight
-from tfmq_fx.backends.cuda.tiles import Tile
+from tfmq_fx.backends.codes.arithmetic import pack_weight
+from tfmq_fx.backends.codes.problem import Tile
 
 
 def codes(shape, format, generator):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from tfmq_fx.backends.codes.arithmetic import STORED_ZERO
+from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.backends.cpu import kernels
-from tfmq_fx.backends.cuda.conv import STORED_ZERO
-from tfmq_fx.backends.cuda.tiles import Tile
 
 needs_kernels = pytest.mark.usefixtures("any_kernels")
 

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.backends.codes import nets
+from tests.backends.codes.nets import EIGHT, conv, net
 from tests.backends.cpu.cases import needs_kernels
-from tests.backends.cuda import nets
-from tests.backends.cuda.nets import EIGHT, conv, net
-from tfmq_fx.backends.cpu.lower import lower, untried
-from tfmq_fx.backends.cuda.layers import CodesLayer
+from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
+from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.metrics import sqnr
 
 pytestmark = needs_kernels
@@ -39,7 +40,7 @@ def lowered(function, **modules):
 ])  # fmt: skip
 def test_silu_and_gelu_are_applied_by_the_kernel(function, modules, name):
     gm, count, near = lowered(function, **modules)
-    found = [m.activation for m in gm.modules() if isinstance(m, CodesLayer)]
+    found = [m.activation for m in gm.modules() if isinstance(m, CpuCodesLayer)]
     assert count == 1 and found.count(name) == 1 and near > SAME
     assert set(found) == {"none", name}
 
@@ -53,7 +54,7 @@ def test_silu_and_gelu_are_applied_by_the_kernel(function, modules, name):
 def test_other_activations_and_readers_are_left_alone(function, modules):
     gm, count, near = lowered(function, **modules)
     assert count == 0 and near > SAME
-    assert {m.activation for m in gm.modules() if isinstance(m, CodesLayer)} == {"none"}
+    assert {m.activation for m in gm.modules() if isinstance(m, CpuCodesLayer)} == {"none"}
 
 
 def test_codes_of_activations_are_made_by_the_kernel_too():

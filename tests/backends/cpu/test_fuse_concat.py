@@ -5,11 +5,12 @@ import operator
 import pytest
 import torch
 
+from tests.backends.codes import nets
+from tests.backends.codes.nets import EIGHT, C, conv, net, norm
 from tests.backends.cpu.cases import needs_kernels
-from tests.backends.cuda import nets
-from tests.backends.cuda.nets import EIGHT, C, conv, net, norm
+from tfmq_fx.backends.cpu.autotune import untried
 from tfmq_fx.backends.cpu.fuse_concat import concat_codes
-from tfmq_fx.backends.cpu.lower import lower, untried
+from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.metrics import sqnr
 from tfmq_fx.ops import op_name
 

@@ -16,8 +16,9 @@ from tests.backends.cpu.cases import (
     norm_arguments,
     norms,
 )
+from tfmq_fx.backends.codes.arithmetic import quantize
 from tfmq_fx.backends.cpu import kernels, library
-from tfmq_fx.backends.cuda.conv import conv2d_reference, quantize
+from tfmq_fx.backends.cuda.conv import conv2d_reference
 from tfmq_fx.backends.cuda.norm import group_norm_quantize_reference
 from tfmq_fx.errors import BackendError
 from tfmq_fx.metrics import sqnr

@@ -6,20 +6,22 @@ import pytest
 import torch
 from torch import nn
 
+from tests.backends.codes import nets
+from tests.backends.codes.nets import EIGHT, LINEARS, C, conv, net, norm
 from tests.backends.cpu.cases import needs_kernels
-from tests.backends.cuda import nets
-from tests.backends.cuda.nets import EIGHT, LINEARS, C, conv, net, norm
 from tests.backends.cuda.test_lower import Net, converted, data, everywhere, quantized
 from tests.toys import ToyDiT, seeded, tiny_unet2d
 from tfmq_fx import ActivationSpec, BackendError, LayerConfig, WeightSpec
+from tfmq_fx.backends.codes.choice import Choice
+from tfmq_fx.backends.codes.layers import ConcatLayer, quantize_input
+from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cpu import lower as lowering
 from tfmq_fx.backends.cpu.attention import attention
-from tfmq_fx.backends.cpu.lower import freezes, kernel_obstacle, lower, untried
+from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
+from tfmq_fx.backends.cpu.lower import freezes, kernel_obstacle, lower
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
-from tfmq_fx.backends.cuda.layers import CodesLayer, ConcatLayer, quantize_input
-from tfmq_fx.backends.cuda.tiles import Tile
-from tfmq_fx.backends.cuda.trial import Choice
 from tfmq_fx.backends.dequantized import DequantizedLayer
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.capture import capture
@@ -56,7 +58,7 @@ def kinds(gm):
     """What layers became, by kind."""
     found = {}
     for module in gm.modules():
-        if type(module) in (CodesLayer, OnednnLayer, FloatLayer, DequantizedLayer):
+        if type(module) in (CpuCodesLayer, OnednnLayer, FloatLayer, DequantizedLayer):
             found[type(module)] = found.get(type(module), 0) + 1
     return found
 
@@ -88,7 +90,7 @@ def test_every_layer_runs_on_a_kernel_and_agrees_with_eager(kind):
     assert stage_of(lowered.gm) is Stage.LOWERED and stage_of(model.gm) is Stage.QUANTIZED
     assert lowered.declined == [] and lowered.details["integer"] == lowered.changed == 4
     assert lowered.details["onednn"] == lowered.details["weight_only"] == []
-    assert lowered.details["micros"] == {} and kinds(lowered.gm) == {CodesLayer: 4}
+    assert lowered.details["micros"] == {} and kinds(lowered.gm) == {CpuCodesLayer: 4}
     assert closeness(model, lowered) > SAME
     codes = lowered.gm.graph.find_nodes(op="call_function", target=quantize_input)
     assert codes and all(n.meta["val"].dtype == torch.uint8 for n in codes)
@@ -110,7 +112,7 @@ def test_without_kernels_every_layer_runs_on_onednn(without_kernels, kind):
 def test_ranges_measured_at_every_call_run_on_kernels(bits):
     model = converted(overrides=everywhere(WeightSpec(bits=bits), DYNAMIC))
     lowered = on(model.gm)
-    assert lowered.declined == [] and kinds(lowered.gm) == {CodesLayer: 4}
+    assert lowered.declined == [] and kinds(lowered.gm) == {CpuCodesLayer: 4}
     assert closeness(model, lowered) > SAME
 
 
@@ -154,7 +156,7 @@ def test_channels_that_kernels_do_not_take_run_on_onednn(ranges):
     else:
         assert lowered.declined == [] and lowered.details["integer"] == 5
         assert lowered.details["onednn"] == ["rgb", "groups", "wide"]
-    assert kinds(lowered.gm)[CodesLayer] == 2 and closeness(model, lowered) > SAME
+    assert kinds(lowered.gm)[CpuCodesLayer] == 2 and closeness(model, lowered) > SAME
 
 
 @needs_kernels
@@ -200,7 +202,7 @@ def test_models_in_bfloat16_run_on_kernels():
         model=seeded(Half).eval().bfloat16(), overrides=everywhere(WeightSpec(), ActivationSpec())
     )
     lowered = on(model.gm)
-    assert lowered.declined == [] and kinds(lowered.gm) == {CodesLayer: 4}
+    assert lowered.declined == [] and kinds(lowered.gm) == {CpuCodesLayer: 4}
     # eager sums in bfloat16, 2**-9 apart: the noise of its own rounding
     assert closeness(model, lowered) > 30
 
@@ -223,7 +225,7 @@ def test_layers_run_on_what_is_chosen():
     assert lowered.details["integer"] == 2 and lowered.details["onednn"] == ["leave", "last"]
     assert closeness(model, lowered) > 25  # of bf16 and inputs that are not rounded: 8-bit noise
     lowered = on(model.gm, chosen({"conv": "onednn", "linear": "cpu"}))
-    assert kinds(lowered.gm) == {OnednnLayer: 2, CodesLayer: 2} and lowered.declined == []
+    assert kinds(lowered.gm) == {OnednnLayer: 2, CpuCodesLayer: 2} and lowered.declined == []
     assert lowered.details["micros"]["last"]["cpu"] == 6.02 and "enter" not in lowered.details[
         "micros"
     ]  # fmt: skip
@@ -242,8 +244,9 @@ def test_float_that_was_tried_alone_is_named():
 def test_ranges_measured_at_every_call_have_no_kernel_of_onednn():
     model = converted(overrides=everywhere(WeightSpec(), DYNAMIC))
     lowered = on(model.gm, chosen({"conv": "onednn", "linear": "onednn"}))
-    assert kinds(lowered.gm) == {CodesLayer: 4}
-    assert all(m.on_cpu for m in lowered.gm.modules() if isinstance(m, CodesLayer))
+    assert kinds(lowered.gm) == {CpuCodesLayer: 4}
+    layers = [m for m in lowered.gm.modules() if isinstance(m, CpuCodesLayer)]
+    assert {m.codes_dtype for m in layers} == {torch.uint8}
     assert closeness(model, lowered) > SAME
 
 
@@ -287,7 +290,7 @@ def test_what_runs_in_floating_point_is_listed_with_its_reason(request, there):
 
 
 def weight_bytes(gm):
-    layers = [m for m in gm.modules() if isinstance(m, CodesLayer)]
+    layers = [m for m in gm.modules() if isinstance(m, CpuCodesLayer)]
     return sum(layer.weight.nbytes for layer in layers)
 
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from tests.backends.codes import nets
+from tests.backends.codes.nets import EIGHT, conv, net, norm
 from tests.backends.cpu.cases import conv_arguments, needs_kernels, norm_arguments
-from tests.backends.cuda import nets
-from tests.backends.cuda.nets import EIGHT, conv, net, norm
 from tfmq_fx.backends.cpu import kernels
-from tfmq_fx.backends.cpu.lower import lower, untried
+from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.cpu.nans import showing_nans
 from tfmq_fx.backends.inductor import compile_graph
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.backends.cuda.test_layers import SCALE, quantized
+from tests.backends.codes.test_layers import SCALE, quantized
 from tests.toys import seeded
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
 from tfmq_fx.dialect import Stage

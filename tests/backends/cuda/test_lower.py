@@ -19,9 +19,11 @@ from tfmq_fx import (
     prepare,
 )
 from tfmq_fx.backends import backend
-from tfmq_fx.backends.cuda.layers import CodesLayer, quantize_input
+from tfmq_fx.backends.codes.choice import Choice
+from tfmq_fx.backends.codes.layers import quantize_input
+from tfmq_fx.backends.cuda.autotune import untried
+from tfmq_fx.backends.cuda.codes_layer import CudaCodesLayer
 from tfmq_fx.backends.cuda.lower import lower
-from tfmq_fx.backends.cuda.trial import Choice, untried
 from tfmq_fx.backends.float_layer import FloatLayer
 from tfmq_fx.dialect import Stage, stage_of
 from tfmq_fx.graph import device_of
@@ -88,7 +90,7 @@ def test_every_layer_runs_on_a_kernel_and_agrees_with_eager(kind):
     assert stage_of(lowered.gm) is Stage.LOWERED and stage_of(model.gm) is Stage.QUANTIZED
     assert lowered.declined == [] and lowered.details["integer"] == 4
     assert lowered.details["torchao"] == [] and lowered.details["micros"] == {}
-    layers = [m for m in lowered.gm.modules() if isinstance(m, CodesLayer)]
+    layers = [m for m in lowered.gm.modules() if isinstance(m, CudaCodesLayer)]
     assert len(layers) == 4
     x, t = data(seed=1)[1]
     t = torch.tensor(TIMES)[[0, 2, 1, 2]]

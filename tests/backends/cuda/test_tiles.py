@@ -1,31 +1,13 @@
-"""Tiles: what a problem amounts to, and which cuts of it are worth trying."""
+"""Tiles: which cuts of a problem are worth trying."""
 
-import dataclasses
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfmq_fx.backends.cuda.tiles import SHARED, Problem, Tile, candidates, cost, default_tile
-
-
-def problem(**changes):
-    base = Problem(2, 34, 34, 640, 320, (3, 3), (1, 1), (1, 1), "int8", 0)
-    return dataclasses.replace(base, **changes)
-
-
-def test_a_problem_knows_its_size():
-    p = problem()
-    assert p.out_size == (32, 32) and p.rows == 2048 and p.depth == 5760
-    assert p.operations == 2 * 2048 * 320 * 5760
-    assert p.bytes == 2 * 34 * 34 * 640 + 320 * 5760 + 2 * 2048 * 320
-    packed = problem(format="int4", half=64)
-    assert p.bytes - packed.bytes == 320 * 5760 // 2
-    assert problem(stride=(2, 2)).out_size == (16, 16)
-    assert problem(dilation=(2, 1)).out_size == (30, 32)
-    assert problem(taps=(1, 1)).out_size == (34, 34)
-
+from tests.backends.codes.test_problem import problem
+from tfmq_fx.backends.cuda.tiles import SHARED, candidates, cost, default_tile
 
 problems = st.builds(
     problem,
@@ -68,7 +50,3 @@ def test_less_shared_memory_means_fewer_steps_in_flight(capability):
     wide = [t for t in candidates(problem(), (9, 0)) if (t.m, t.n, t.k) == (128, 256, 128)]
     narrow = [t for t in candidates(problem(), capability) if (t.m, t.n, t.k) == (128, 256, 128)]
     assert wide[0].stages > narrow[0].stages
-
-
-def test_a_tile_is_a_plain_tuple():
-    assert list(Tile()) == [128, 128, 64, 8, 1, 8, 4] and Tile(*list(Tile())) == Tile()

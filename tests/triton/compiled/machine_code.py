@@ -16,8 +16,9 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tfmq_fx.backends.cuda import kernels
-from tfmq_fx.backends.cuda.tiles import Problem, candidates
+from tfmq_fx.backends.codes.problem import Problem
+from tfmq_fx.backends.cuda.kernels.conv import conv_kernel
+from tfmq_fx.backends.cuda.tiles import candidates
 
 HOPPER, ADA, AMPERE = 90, 89, 80
 
@@ -92,7 +93,7 @@ def convolution(generation, tile, *, format="int8", taps=3, segments=1, even=Tru
     divisible = {"channels0", "channels1", "pixel_stride0", "pixel_stride1", "out_channels"}
     divisible |= {"tap_stride0", "tap_stride1", "rows", "rows_per_sample", "rows_per_range0"}
     return machine_code(
-        kernels.conv_kernel, pointers, constants, divisible, generation, tile.warps, tile.stages
+        conv_kernel, pointers, constants, divisible, generation, tile.warps, tile.stages
     )
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from tests.toys import seeded
 from tests.triton.compiled.without_device import generated_code
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, calibrate, convert, prepare
+from tfmq_fx.backends.cuda.autotune import untried
 from tfmq_fx.backends.cuda.lower import lower
-from tfmq_fx.backends.cuda.trial import untried
 
 TIMES = (0, 3, 7)
 LAYERS = {

@@ -13,9 +13,10 @@ from tests.triton.compiled.machine_code import (
     machine_code,
     problem,
 )
-from tfmq_fx.backends.cuda import kernels
-from tfmq_fx.backends.cuda.tiles import Tile, candidates
-from tfmq_fx.backends.cuda.trial import TRIED
+from tfmq_fx.backends.codes.problem import Tile
+from tfmq_fx.backends.cuda.autotune import TRIED
+from tfmq_fx.backends.cuda.kernels import norm
+from tfmq_fx.backends.cuda.tiles import candidates
 
 MULTIPLIES = {  # what the tensor cores of a generation are told
     (HOPPER, "int8"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
@@ -58,7 +59,7 @@ def test_group_norm_compiles(generation, dtype):
     floats = {"mean_ptr": "fp32", "square_ptr": "fp32", "x_ptr": "bf16"}
     sizes = {"CHUNK": 256, "BLOCK_P": 32, "BLOCK_C": 64}
     _, _, spilled = machine_code(
-        kernels.norm_partial_kernel, floats, sizes, {"channels"}, generation, 4, 3
+        norm.norm_partial_kernel, floats, sizes, {"channels"}, generation, 4, 3
     )
     assert spilled == 0
     names = ("mean", "square", "weight", "bias", "factor", "shift", "a", "b")
@@ -66,7 +67,7 @@ def test_group_norm_compiles(generation, dtype):
     sizes = {"CHUNK": 256, "BLOCK_K": 16, "BLOCK_W": 16, "HAS_WEIGHT": True, "HAS_BIAS": True}
     sizes |= {"HAS_FACTOR": True, "HAS_SHIFT": True}
     _, _, spilled = machine_code(
-        kernels.norm_affine_kernel, floats, sizes, {"channels"}, generation, 2, 3, {"eps": "fp32"}
+        norm.norm_affine_kernel, floats, sizes, {"channels"}, generation, 2, 3, {"eps": "fp32"}
     )
     assert spilled == 0
     rows = ("factor_ptr", "shift_ptr", "scale0_ptr", "scale1_ptr")
@@ -74,7 +75,7 @@ def test_group_norm_compiles(generation, dtype):
     sizes = {"SILU": True, "RANGES0": 1, "RANGES1": 1, "BLOCK_P": 32, "BLOCK_C": 64}
     divisible = {"channels"}
     ptx, _, spilled = machine_code(
-        kernels.norm_apply_kernel, pointers, sizes, divisible, generation, 4, 3
+        norm.norm_apply_kernel, pointers, sizes, divisible, generation, 4, 3
     )
     assert spilled == 0
     assert "ld.global.v4" in ptx, "16 bytes of input at a time"

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 
 from tests.triton.cases import conv_arguments, convolutions
+from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.backends.cuda.conv import conv2d_reference, conv2d_triton
-from tfmq_fx.backends.cuda.tiles import Tile
 from tfmq_fx.errors import BackendError
 
 

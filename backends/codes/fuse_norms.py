@@ -1,6 +1,6 @@
-"""Fuse group norms with what makes codes of their results.
+"""Fuse group norms with the quantization of their results.
 
-q = quantize_input(silu(group_norm(x) * factor + shift), s)    ->    q = norm_codes(x, ..., s)
+q = quantize_input(silu(group_norm(x) * factor + shift), s)    ->    q = norm(x, ..., s)
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ import inspect
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tfmq_fx.backends.cpu import kernels
-from tfmq_fx.dialect import Stage
 from tfmq_fx.layers import call_before
 from tfmq_fx.ops import op_name
 
@@ -33,65 +31,40 @@ from .matching import (
     positions_of,
     written_nodes,
 )
-from .norm import MOST_RUNS, group_norm_quantize
 
 _CASTS = frozenset(["to", "type", "float", "half", "bfloat16"])
 _GROUP_NORM = inspect.signature(F.group_norm)
 
 
-def norm_codes(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Pads,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`group_norm_quantize` of x (B, C, H, W) or (B, C, N), free where channels lie last in memory.
+class NormCodes(Protocol):
+    """An engine's kernel that makes codes of a group norm, as a function that a graph can call."""
 
-    factor, shift: (B, C, 1, ...), or None.  The result is (B, top + H + bottom, left + W + right,
-    C), with N and 1 for H and W.
-    """
-    images = x if x.dim() == 4 else x.unsqueeze(3)
-    factor, shift = (None if v is None else v.flatten(1) for v in (factor, shift))
-    pixels = images.permute(0, 2, 3, 1).contiguous()
-    if dtype == torch.uint8:  # the CPU's codes
-        pixels = pixels if pixels.dtype in kernels.DTYPES else pixels.float()
-        weight, bias = (None if v is None else v.float().contiguous() for v in (weight, bias))
-        factor, shift = (None if v is None else v.float().contiguous() for v in (factor, shift))
-        modulation = (weight, bias, eps, factor, shift, silu)
-        found: Tensor = kernels.cpu_norm(
-            pixels, groups, *modulation, scales, zeros, sizes, levels, pads
-        )
-        return found
-    codes: Tensor = group_norm_quantize(
-        pixels,
-        groups,
-        weight,
-        bias,
-        eps,
-        factor,
-        shift,
-        silu,
-        scales,
-        zeros,
-        sizes,
-        levels,
-        pads,
-        dtype,
-    )
-    return codes
+    def __call__(
+        self,
+        x: Tensor,
+        groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        factor: Tensor | None,
+        shift: Tensor | None,
+        silu: bool,
+        scales: Sequence[Tensor],
+        zeros: Sequence[int],
+        sizes: Sequence[int],
+        levels: int,
+        pads: Pads,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The codes of silu(group_norm(x) * factor + shift), borders included.
 
-
-norm_codes.stage = Stage.LOWERED  # type: ignore[attr-defined]
+        x: (B, C, H, W) or (B, C, N), read without a copy where channels lie last in memory.
+        weight, bias: (C,).  factor, shift: (B, C, 1, ...), or None.  silu: False leaves it out.
+        scales, zeros, sizes: of each run of channels: the scale, (1,) or (B,) float32, the zero
+        point of its grid, and how many channels it has.  levels: the largest code.
+        dtype: of the result, (B, top + H + bottom, left + W + right, C), with N and 1 for H and W.
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -138,30 +111,35 @@ class _Readers:
     tokens: bool = False
 
 
-def fuse_norms(gm: fx.GraphModule) -> int:
-    """quantize_input(silu(group_norm(x) * factor + shift), s)    ->    norm_codes(x, ..., s)
+def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
+    """Replace group norms by a kernel that makes codes at once, in place; returns how many.
+
+    quantize_input(silu(group_norm(x) * factor + shift), s)    ->    norm(x, ..., s)
 
     factor and shift, (B, C, 1, ...), and silu may be missing.  Codes are for convolutions, which
     may read slices of the channels, each on a grid of its own, or for linear layers that read
     places as tokens.  Nothing is rounded to 16 bits between the norm and the codes any more.
     Left alone where something else reads a value on the way.
+    norm: what makes the codes.  most_runs: of channels with a grid each, that one call of it takes.
     """
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
-        norm = _norm(gm, node)
-        if norm is None:
+        found = _norm(gm, node)
+        if found is None:
             continue
-        _modulate(norm)
-        _activate(gm, norm)
-        readers = _of_images(norm.value) or _of_tokens(norm.value)
-        if readers is not None and not norm.reads & written and _hoist(readers.nodes):
-            _replace(gm, norm, readers)
+        _modulate(found)
+        _activate(gm, found)
+        readers = _of_images(found.value) or _of_tokens(found.value)
+        if readers is None or len(readers.nodes) > most_runs or found.reads & written:
+            continue
+        if _hoist(readers.nodes):
+            _replace(gm, found, readers, norm)
             changed += 1
     return changed
 
 
 def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
-    """What a node computes, if it is the group norm of an image or of a row of places."""
+    """The group norm that a node computes, of an image or of a row of places; None for others."""
     module = called(gm, node, nn.GroupNorm)
     norm = None
     if module is not None:
@@ -275,8 +253,6 @@ def _start(node: fx.Node) -> int:
 def _agreed(readers: _Readers) -> _Readers | None:
     """The readers, if one kernel makes their codes: of one dtype, range and border, with scales
     that are known before."""
-    if len(readers.nodes) > MOST_RUNS:
-        return None
     if any(node.target is not quantize_input for node in readers.nodes):
         return None
     calls = [Codes.of(node) for node in readers.nodes]
@@ -298,7 +274,7 @@ def _hoist(nodes: list[fx.Node]) -> bool:
     return True
 
 
-def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers) -> None:
+def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers, kernel: NormCodes) -> None:
     first, calls = min(readers.nodes), [Codes.of(node) for node in readers.nodes]
     weight, bias = norm.weight, norm.bias
     if norm.path is not None:
@@ -306,7 +282,7 @@ def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers) -> None:
     settings = (norm.groups, weight, bias, norm.eps, norm.factor, norm.shift, norm.silu)
     made = call_before(
         first,
-        norm_codes,
+        kernel,
         norm.x,
         *settings,
         [call.scale for call in calls],

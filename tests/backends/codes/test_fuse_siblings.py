@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.backends.cuda.nets import (
+from tests.backends.codes.nets import (
     EIGHT,
     LINEARS,
     C,
@@ -19,8 +19,8 @@ from tests.backends.cuda.nets import (
     net,
     whole_sums,
 )
-from tfmq_fx.backends.cuda.layers import CodesLayer
-from tfmq_fx.backends.cuda.trial import Choice
+from tfmq_fx.backends.codes.choice import Choice
+from tfmq_fx.backends.codes.layers import CodesLayer
 from tfmq_fx.config import ActivationSpec, WeightSpec
 
 BOTH = ("share_quantize", "join_siblings")

@@ -1,57 +1,38 @@
-"""Which kernel runs a convolution or linear layer: decided by timing it, once for each shape.
+"""Choose the kernel that runs a layer on CUDA by timing it, once for each shape.
 
-Results are kept in a file for each kind of device and version of the software, so that the next
+Choices are kept in a file for each kind of device and version of the software, so that the next
 start decides at once: $TFMQ_FX_CACHE, or tfmq_fx in the user's cache directory.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.affine import FP8
-from tfmq_fx.files import cache_folder, make_private, write_whole
+from tfmq_fx.backends.codes import problem as problems
+from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, remembering, runs_on_torch
+from tfmq_fx.backends.codes.problem import Problem
+from tfmq_fx.files import cache_folder
 
 from .conv import conv2d
-from .tiles import Problem, Tile, candidates, default_tile
+from .tiles import candidates, default_tile
 
 logger = logging.getLogger(__name__)
 
-Engine = Literal["triton", "torch", "cpu", "onednn", "float"]
 TRIED = 6  # tiles that are timed for a problem
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What runs a problem: a kernel of `cuda.kernels` with `tile`, torch's own matrix product, or
-    floating point.
-
-    micros: microseconds by what was tried, empty where nothing was timed.
-    """
-
-    engine: Engine
-    tile: Tile
-    micros: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-Timer = Callable[[Callable[[], Any]], float]  # microseconds of a call
-Chooser = Callable[[Problem, torch.dtype], Choice]  # for results of a dtype
-
-
 def untried(problem: Problem, dtype: torch.dtype) -> Choice:
-    """The kernel with the tile that should suit, where no device can try."""
+    """The Triton kernel with the most promising tile, for where nothing is to be timed."""
     return Choice("triton", default_tile(problem))
 
 
@@ -61,37 +42,38 @@ def by_trial(
     timer: Timer | None = None,
     cache: Path | None = None,
 ) -> Chooser:
-    """Chooses by timing on `device` what a problem can run on, beside the float layer.
+    """A chooser that times on `device` what a problem can run on, the float layer included.
 
     What makes the codes is not timed: it is fused into what computes the input.
     timer: how calls are timed; None replays them as a CUDA graph, which leaves launching out.
     cache: file of earlier results; None is the one of this device.
     """
     timer = timer or _median_micros
-    path = cache or cache_file(device)
-    known = read_choices(path)
 
-    def choose(problem: Problem, dtype: torch.dtype) -> Choice:
-        key = json.dumps([dataclasses.asdict(problem), str(dtype)], sort_keys=True)
-        if key not in known:
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                known[key] = _try(problem, device, dtype, timer)
-            if "triton" in known[key].micros:  # else it may have been short of memory
-                write_choices(path, known)
-        return known[key]
+    def decide(problem: Problem, dtype: torch.dtype) -> Choice:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return _try(problem, device, dtype, timer)
 
-    return functools.cache(choose)
+    def ran(choice: Choice) -> bool:
+        return "triton" in choice.micros  # else it may have been short of memory
+
+    return remembering(decide, cache or cache_file(device), keeps=ran)
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where results for the kind of `device`, with these versions and kernels, are kept."""
+    """The file of choices for the kind of `device`, with these versions and kernels."""
     import triton
 
     name = torch.cuda.get_device_name(device)
-    sources = [Path(__file__).with_name(file).read_text() for file in ("kernels.py", "tiles.py")]
-    words = (name, torch.__version__, triton.__version__, *sources)
+    words = (name, torch.__version__, triton.__version__, *(p.read_text() for p in sources()))
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
     return cache_folder() / f"kernels-{digest}.json"
+
+
+def sources() -> list[Path]:
+    """The source files on which measurements depend: a change of one makes earlier choices void."""
+    here = Path(__file__).parent
+    return [*sorted((here / "kernels").glob("*.py")), here / "tiles.py", Path(problems.__file__)]
 
 
 def arguments(problem: Problem, device: torch.device) -> dict[str, Any]:
@@ -164,7 +146,7 @@ def float_call(problem: Problem, device: torch.device, dtype: torch.dtype) -> Ca
 
 @contextmanager
 def best_convolutions() -> Iterator[None]:
-    """Inside, cuDNN tries its algorithms; its other settings stay as they are."""
+    """A context in which cuDNN tries its algorithms; its other settings stay as they are."""
     cudnn = torch.backends.cudnn
     kept = {"deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
     with cudnn.flags(enabled=cudnn.enabled, benchmark=True, **kept):
@@ -185,36 +167,7 @@ def _torch_call(
     return lambda: torch._scaled_mm(codes, weight, one, one, out_dtype=torch.bfloat16).to(dtype)
 
 
-def runs_on_torch(problem: Problem) -> bool:
-    """Whether torch's product of codes takes these sizes on CUDA."""
-    aligned = problem.channels % 16 == 0 and problem.out_channels % 16 == 0
-    return problem.half == 0 and aligned and problem.rows // problem.batch > 16
-
-
 def _median_micros(call: Callable[[], Any]) -> float:
     from triton.testing import do_bench_cudagraph
 
     return 1000.0 * float(do_bench_cudagraph(call, rep=5, return_mode="median"))
-
-
-def read_choices(path: Path) -> dict[str, Choice]:
-    """Earlier results; a file that is missing or damaged holds none."""
-    try:
-        entries = json.loads(path.read_text())
-        return {
-            key: Choice(entry["engine"], Tile(*entry["tile"]), entry["micros"])
-            for key, entry in entries.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def write_choices(path: Path, known: dict[str, Choice]) -> None:
-    """Keep results, those that another process wrote meanwhile included."""
-    merged = read_choices(path) | known
-    text = json.dumps({key: dataclasses.asdict(choice) for key, choice in merged.items()})
-    try:
-        make_private(path.parent)
-        write_whole(path, text)
-    except OSError as error:
-        logger.warning("kernel choices are not kept: %s", error)

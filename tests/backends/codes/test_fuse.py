@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.backends.cuda.nets import (
+from tests.backends.codes.nets import (
     EIGHT,
     LINEARS,
+    NORMS,
     TIMES,
     C,
     apply,
@@ -28,9 +29,9 @@ from tests.backends.cuda.nets import (
 )
 from tests.toys import tiny_unet2d
 from tfmq_fx.affine import dynamic_scale
-from tfmq_fx.backends.cuda import fuse as fusions
+from tfmq_fx.backends.codes import fuse as fusions
+from tfmq_fx.backends.codes.layers import quantize_input
 from tfmq_fx.backends.cuda import lower as lowering
-from tfmq_fx.backends.cuda.layers import quantize_input
 from tfmq_fx.capture import capture
 from tfmq_fx.config import ActivationSpec, LayerConfig, WeightSpec
 from tfmq_fx.graph import fork
@@ -167,7 +168,7 @@ def test_sizes_may_be_free(monkeypatch):
     base = lowered(net(block, **layers), monkeypatch, dynamic=("batch", "spatial"))
     done = fork(base)
     with torch.no_grad():
-        found = fusions.fuse(done, whole_sums)
+        found = fusions.fuse(done, whole_sums, **NORMS)
     done.recompile()
     assert found["absorb_rows"] == 1 and found["absorb_residuals"] == 2 and found["fuse_norms"] == 3
     assert_near(done, base)
@@ -199,7 +200,7 @@ def test_a_unet_of_diffusers_is_fused_throughout(monkeypatch):
         "join_siblings": 8,
     }
     with monkeypatch.context() as patch:
-        patch.setattr(lowering, "fuse", lambda gm, choose: {})
+        patch.setattr(lowering, "fuse", lambda gm, choose, **norms: {})
         base = lowering.lower(gm, choose=whole_sums, capability=(9, 0)).gm
     for found, expected in zip(results(done.gm, calls[:1]), results(base, calls[:1]), strict=True):
         # codes that were rounded the other way change what comes after them

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.backends.cuda.nets import (
+from tests.backends.codes.nets import (
     EIGHT,
     LINEARS,
     C,
@@ -19,8 +19,9 @@ from tests.backends.cuda.nets import (
     net,
     results,
 )
-from tfmq_fx.backends.cuda.layers import ConcatLayer
-from tfmq_fx.backends.cuda.trial import Choice, untried
+from tfmq_fx.backends.codes.choice import Choice
+from tfmq_fx.backends.codes.layers import ConcatLayer
+from tfmq_fx.backends.cuda.autotune import untried
 from tfmq_fx.config import ActivationSpec
 
 

@@ -1,4 +1,4 @@
-"""Give sums of layers' results to the kernels that compute these results."""
+"""Fuse additions and quantization that follow a layer into the kernel of that layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .layers import CodesLayer, ConcatLayer, quantize_input
 from .matching import (
     Codes,
     as_tokens,
-    called,
+    codes_layer,
     is_tensor,
+    layer_on_codes,
     moves,
     node_shape,
     only_user,
@@ -27,7 +28,9 @@ from .matching import (
 
 
 def merge_concat(gm: fx.GraphModule) -> int:
-    """conv.0(q0, s0) + conv.1(q1, s1)    ->    conv.0_1(q0, s0, q1, s1)
+    """Run two layers whose results are added as one kernel, in place; returns how many pairs.
+
+    conv.0(q0, s0) + conv.1(q1, s1)    ->    conv.0_1(q0, s0, q1, s1)
 
     Both of one geometry, at most one with a bias, and what they give used once.  A third part
     stays apart: it is the residual of the others, or they are its.
@@ -50,7 +53,9 @@ def merge_concat(gm: fx.GraphModule) -> int:
 
 
 def absorb_rows(gm: fx.GraphModule) -> int:
-    """conv(q, s) + row[:, :, None, None]    ->    conv(q, s, row=row)
+    """Let layers add a value for each sample and channel, in place; returns how many.
+
+    conv(q, s) + row[:, :, None, None]    ->    conv(q, s, row=row)
 
     And linear(q, s) + row[:, None].  The layer's result is used once.
     """
@@ -71,7 +76,9 @@ def absorb_rows(gm: fx.GraphModule) -> int:
 
 
 def absorb_residuals(gm: fx.GraphModule) -> int:
-    """conv(q, s) + r    ->    conv(q, s, residual=r)
+    """Let layers add a tensor of the size of their result, in place; returns how many.
+
+    conv(q, s) + r    ->    conv(q, s, residual=r)
 
     And image(linear(q, s)) + r    ->    image(linear(q, s, residual=tokens(r))), where views make
     an image (B, C, H, W) of tokens (B, H * W, C).  The layer's result is used once.  Of two layers
@@ -95,14 +102,16 @@ def absorb_residuals(gm: fx.GraphModule) -> int:
 
 
 def requantize(gm: fx.GraphModule) -> int:
-    """quantize_input(linear(q, s), s1)    ->    linear(q, s, out_scale=s1), which gives codes
+    """Let layers make the codes that the next layer reads, in place; returns how many.
+
+    quantize_input(linear(q, s), s1)    ->    linear(q, s, out_scale=s1), which gives codes
 
     And of convolutions, where the codes need no borders.  The layer is called once.
     """
     changed = 0
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
         codes = Codes.of(node)
-        layer = called(gm, codes.x, CodesLayer)
+        layer = codes_layer(gm, codes.x)
         if layer is None or not _adds(gm, codes.x):
             continue
         fits = layer.is_conv == (codes.pads is not None) and not any(codes.pads or ())
@@ -133,8 +142,8 @@ def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _adds(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
-    """Whether a node calls a layer that has none of these arguments yet, for one reader."""
-    if called(gm, call, CodesLayer, ConcatLayer) is None or only_user(call) is None:
+    """Whether a node calls a layer without any of these arguments, and has one reader."""
+    if layer_on_codes(gm, call) is None or only_user(call) is None:
         return False
     return not {*arguments, "out_scale"} & set(call.kwargs)
 
@@ -147,11 +156,8 @@ def _is_conv(gm: fx.GraphModule, call: fx.Node) -> bool:
 
 
 def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
-    """Whether one kernel runs two layers: only their channels, ranges and values differ.
-
-    A sum that is shared by several programs has no place for a second segment.
-    """
-    first, second = (called(gm, c, CodesLayer) for c in (call, other))
+    """Whether one kernel runs two layers: only their channels, ranges and values differ."""
+    first, second = (codes_layer(gm, c) for c in (call, other))
     if first is None or second is None or (first.bias is not None and second.bias is not None):
         return False
 
@@ -160,15 +166,12 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
         geometry = [layer.is_conv, problem.stride, problem.dilation, layer.weight.shape[:3]]
         return [*geometry, layer.codes_dtype, layer.dtype, node_shape(c.all_input_nodes[0])[:-1]]
 
-    choices = first.choice, second.choice
-    return settings(first, call) == settings(second, other) and all(
-        choice.engine == "cpu" or (choice.engine == "triton" and choice.tile.split == 1)
-        for choice in choices
-    )
+    takes = first.takes_second_segment and second.takes_second_segment
+    return takes and settings(first, call) == settings(second, other)
 
 
 def _merged(gm: fx.GraphModule, first: str, second: str) -> str:
-    """The path of the layer that runs those at two paths as one, made where there is none yet."""
+    """The path of the `ConcatLayer` of two layers, which is made if there is none yet."""
     parts = []
     for path in (first, second):
         part = gm.get_submodule(path)
@@ -212,7 +215,7 @@ def _replace(
     views: Sequence[fx.Node] = (),
     **added: Any,
 ) -> None:
-    """Call a layer with what `node` did to its result `added`, in the place of both.
+    """Replace a call of a layer, and `node` that adds to its result, by one call with `added`.
 
     path, args: of the call, where they are not what they were.  views: of the result, in between.
     """

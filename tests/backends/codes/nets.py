@@ -1,4 +1,4 @@
-"""Small nets, lowered to the CUDA kernels and fused; on the CPU the references of these run."""
+"""Small nets, lowered to the CUDA kernels and fused; on the CPU these run as references."""
 
 import dataclasses
 
@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from tests.toys import seeded
-from tfmq_fx.backends.cuda import fuse as fusions
+from tfmq_fx.backends.codes import fuse as fusions
 from tfmq_fx.backends.cuda import lower as lowering
-from tfmq_fx.backends.cuda.trial import untried
+from tfmq_fx.backends.cuda.autotune import untried
+from tfmq_fx.backends.cuda.norm import MOST_RUNS, norm_codes
 from tfmq_fx.capture import capture
 from tfmq_fx.config import ActivationSpec, LayerConfig, WeightSpec
 from tfmq_fx.dialect import Stage, check
@@ -20,6 +21,7 @@ from tfmq_fx.passes.split_concat import split_concat
 from tfmq_fx.sites import find_sites
 
 TIMES = (0, 3, 7)
+NORMS = {"norm": norm_codes, "most_runs": MOST_RUNS}
 C = 16  # channels of the nets below
 EIGHT = LayerConfig(weights=WeightSpec(search=1), activations=ActivationSpec())
 LINEARS = {name: lambda: nn.Linear(C, C) for name in "qkv"}
@@ -88,7 +90,7 @@ def quantized(gm, layers=EIGHT, plan=None):
 def lowered(model, monkeypatch, layers=EIGHT, plan=None, choose=whole_sums, dynamic=()):
     """The lowered graph of a model before it is fused."""
     with monkeypatch.context() as patch:
-        patch.setattr(lowering, "fuse", lambda gm, choose: {})
+        patch.setattr(lowering, "fuse", lambda gm, choose, **norms: {})
         gm = quantized(captured(model, dynamic), layers, plan)
         return lowering.lower(gm, choose=choose, capability=(9, 0)).gm
 
@@ -99,7 +101,8 @@ def apply(gm, *names, choose=whole_sums):
     with torch.no_grad():
         for name in names:
             choosing = (choose,) if name == "join_siblings" else ()
-            counts.append(getattr(fusions, name)(done, *choosing))
+            norms = NORMS if name == "fuse_norms" else {}
+            counts.append(getattr(fusions, name)(done, *choosing, **norms))
             prune(done.graph)
     done.delete_all_unused_submodules()
     done.recompile()

@@ -1,10 +1,9 @@
-"""Fusions of a graph that was lowered to the CUDA kernels: codes are made once, by what computes
-the input, and sums are taken over by the kernels."""
+"""Fuse a lowered graph: codes are made once, by what computes the input, and kernels take over
+sums."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,29 +14,35 @@ from tfmq_fx.dialect import is_timestep_row
 from tfmq_fx.graph import prune
 from tfmq_fx.ops import is_random, op_name
 
+from .choice import Chooser
 from .fuse_epilogues import absorb_residuals, absorb_rows, merge_concat, requantize
-from .fuse_norms import fuse_norms
+from .fuse_norms import NormCodes, fuse_norms
 from .fuse_siblings import join_siblings
 from .layers import quantize_input
 from .matching import Codes, called, is_tensor, same_kind, written_nodes
-from .trial import Chooser
 
 
-def fuse(gm: fx.GraphModule, choose: Chooser) -> dict[str, int]:
-    """Fuse what can be, in place; how often each fusion was made, by name.
+def fuse(gm: fx.GraphModule, choose: Chooser, *, norm: NormCodes, most_runs: int) -> dict[str, int]:
+    """Fuse what can be, in place; returns how often each fusion was made, by name.
 
-    choose: the kernel of a layer that several become.
+    choose: the kernel of a layer that several become.  norm, most_runs: as of `fuse_norms`.
     """
     counts: dict[str, int] = {}
-    for fusion in FUSIONS:
+    for fusion in BEFORE_NORMS:
         counts[fusion.__name__] = counts.get(fusion.__name__, 0) + fusion(gm)
         prune(gm.graph)
+    counts["fuse_norms"] = fuse_norms(gm, norm=norm, most_runs=most_runs)
+    prune(gm.graph)
+    counts["requantize"] = requantize(gm)
+    prune(gm.graph)
     counts["join_siblings"] = join_siblings(gm, choose)
     return counts
 
 
 def loosen_views(gm: fx.GraphModule) -> int:
-    """x.view(sizes)    ->    x.reshape(sizes)
+    """Replace `view` by `reshape`, in place; returns how many.
+
+    x.view(sizes)    ->    x.reshape(sizes)
 
     The kernels' results lie channels last, and `view` refuses what their strides do not allow.
     Left alone where the memory is written in place, which a copy would not see.
@@ -51,7 +56,9 @@ def loosen_views(gm: fx.GraphModule) -> int:
 
 
 def drop_noops(gm: fx.GraphModule) -> int:
-    """x / 1, identity(x), dropout(x) in eval mode, quantize_input(x.contiguous())    ->    x
+    """Remove nodes that give back their input, in place; returns how many.
+
+    x / 1, identity(x), dropout(x) in eval mode, quantize_input(x.contiguous())    ->    x
 
     Left alone where the memory of either is written in place.
     """
@@ -66,7 +73,10 @@ def drop_noops(gm: fx.GraphModule) -> int:
 
 
 def share_quantize(gm: fx.GraphModule) -> int:
-    """quantize_input(x, s0), quantize_input(x, s1) with s0 = s1    ->    quantize_input(x, s0)
+    """Make the codes of a tensor once for all layers that read the same, in place; returns how many
+    fewer are made.
+
+    quantize_input(x, s0), quantize_input(x, s1) with s0 = s1    ->    quantize_input(x, s0)
 
     Scales are equal by content: columns of one look-up by timestep, static ranges, or ranges
     measured alike.
@@ -88,7 +98,11 @@ def share_quantize(gm: fx.GraphModule) -> int:
 
 
 def skip_concat(gm: fx.GraphModule) -> int:
-    """narrow(cat([a, b], 1), 1, 0, channels of a)    ->    a"""
+    """Replace a slice that is one whole part of a concatenation by that part, in place; returns how
+    many.
+
+    narrow(cat([a, b], 1), 1, 0, channels of a)    ->    a
+    """
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
         if op_name(node) != "narrow" or len(node.args) != 4 or not is_tensor(node.args[0]):
@@ -102,7 +116,7 @@ def skip_concat(gm: fx.GraphModule) -> int:
     return changed
 
 
-FUSIONS: tuple[Callable[[fx.GraphModule], int], ...] = (
+BEFORE_NORMS = (
     loosen_views,
     drop_noops,
     share_quantize,
@@ -111,14 +125,12 @@ FUSIONS: tuple[Callable[[fx.GraphModule], int], ...] = (
     absorb_rows,
     absorb_residuals,
     absorb_rows,  # (y + r) + row
-    fuse_norms,
-    requantize,
 )
 """In their order: each finds what those before it leave."""
 
 
 def _same_as(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The argument that a node gives back, for whoever reads it; or None."""
+    """The argument that a node gives back unchanged; None where it computes something."""
     x = next((a for a in node.args if is_tensor(a)), None)
     if x is None:
         return None
@@ -134,7 +146,7 @@ def _same_as(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _content(gm: fx.GraphModule, scale: fx.Node) -> Any:
-    """What is equal for two scales that are equal whenever the graph runs."""
+    """A key of a scale: equal for two scales that are equal whenever the graph runs."""
     if scale.op == "get_attr":
         return _values(gm, scale)
     if scale.target is dynamic_scale:

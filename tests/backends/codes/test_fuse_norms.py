@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.backends.cuda.nets import (
+from tests.backends.codes.nets import (
     EIGHT,
     C,
     apply,
@@ -19,7 +19,7 @@ from tests.backends.cuda.nets import (
     net,
     norm,
 )
-from tfmq_fx.backends.cuda.fuse_norms import norm_codes
+from tfmq_fx.backends.cuda.norm import norm_codes
 from tfmq_fx.config import ActivationSpec, LayerConfig, WeightSpec
 
 

@@ -1,15 +1,12 @@
-"""Which kernel runs a layer on the CPU: decided by timing it, once for each shape.
+"""Choose the kernel that runs a layer on the CPU by timing it, once for each shape.
 
-Results are kept for the next start in `cache_folder()`, by processor, threads, versions, kernels.
+Choices are kept for the next start in `cache_folder()`, by processor, threads, versions, kernels.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,40 +15,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfmq_fx.backends.cuda.tiles import Problem, Tile
-from tfmq_fx.backends.cuda.trial import Choice, Chooser, read_choices, write_choices
+from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, remembering
+from tfmq_fx.backends.codes.problem import Problem, Tile
 from tfmq_fx.backends.dequantized import fast_dtype
+from tfmq_fx.backends.timing import least_micros
 from tfmq_fx.files import cache_folder
 
 from . import kernels, library
 
-Timer = Callable[[Callable[[], Any]], float]  # microseconds of a call
+CALLS = 9  # that are timed of each kernel
 MARGIN = 0.9  # of our kernel's time that another must stay below: ours takes sums and codes along
 
 
 def by_trial(*, timer: Timer | None = None, cache: Path | None = None) -> Chooser:
-    """Chooses by timing what a problem can run on: our kernel, oneDNN's, or floating point.
+    """A chooser that times what a problem can run on: our kernel, oneDNN's, or floating point.
 
     What makes the codes is not timed: it is fused into what computes the input.
     timer: how calls are timed; None is the least of some.  cache: file of earlier results; None is
     the one of this machine.
     """
-    timer = timer or _least_micros
-    path = cache or cache_file()
-    known = read_choices(path)
+    timer = timer or functools.partial(least_micros, calls=CALLS)
+    return remembering(lambda problem, dtype: _try(problem, timer), cache or cache_file())
 
-    def choose(problem: Problem, dtype: torch.dtype) -> Choice:
-        key = json.dumps([dataclasses.asdict(problem), str(dtype)], sort_keys=True)
-        if key not in known:
-            known[key] = _try(problem, timer)
-            write_choices(path, known)
-        return known[key]
 
-    return functools.cache(choose)
+def untried(problem: Problem, dtype: torch.dtype) -> Choice:
+    """The kernel of this package, for where nothing is to be timed."""
+    return Choice("cpu", Tile())
 
 
 def cache_file() -> Path:
-    """Where results for this machine, with these versions, kernels and threads, are kept."""
+    """The file of choices for this machine, with these versions, kernels and threads."""
     threads = str(torch.get_num_threads())
     words = (kernels.processor(), torch.__version__, library.sources(), threads)
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
@@ -67,7 +60,7 @@ def _try(problem: Problem, timer: Timer) -> Choice:
 
 
 def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
-    """What can run a problem, by engine, on random values."""
+    """A call on random values for each engine that can run a problem."""
     p = problem
     x = torch.randint(0, 256, (p.batch, p.height, p.width, p.channels), dtype=torch.uint8)
     most = 7 if p.half else 127
@@ -104,12 +97,3 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
         shape = (p.out_channels, list(p.taps), stride, dilation, torch.float32)
         found["cpu"] = lambda: kernels.cpu_conv(*sums, *shape)
     return found
-
-
-def _least_micros(call: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
-    return min(times)  # what slows others down is not the kernel's

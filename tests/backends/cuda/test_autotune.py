@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import pytest
 import torch
 
-from tfmq_fx.backends.cuda import trial
+from tfmq_fx.backends.codes.choice import Choice
+from tfmq_fx.backends.codes.problem import Problem, Tile
+from tfmq_fx.backends.cuda import autotune
+from tfmq_fx.backends.cuda.autotune import TRIED, arguments, by_trial, untried
 from tfmq_fx.backends.cuda.conv import conv2d_reference
-from tfmq_fx.backends.cuda.tiles import Problem, Tile, candidates
-from tfmq_fx.backends.cuda.trial import TRIED, Choice, arguments, by_trial, runs_on_torch, untried
+from tfmq_fx.backends.cuda.tiles import candidates
 
 CPU = torch.device("cpu")
 LINEAR = Problem(2, 1, 40, 64, 32, (1, 1), (1, 1), (1, 1), "int8", 0)
@@ -37,7 +41,7 @@ def kernel(monkeypatch):
         tiles.append(given["tile"])
         return conv2d_reference(**given)
 
-    monkeypatch.setattr(trial, "conv2d", stand_in)
+    monkeypatch.setattr(autotune, "conv2d", stand_in)
     return tiles
 
 
@@ -102,7 +106,7 @@ def test_tiles_that_fail_are_passed_over(tmp_path, monkeypatch):
     def fails(**given):
         raise RuntimeError("out of resources")
 
-    monkeypatch.setattr(trial, "conv2d", fails)
+    monkeypatch.setattr(autotune, "conv2d", fails)
     choice = by_trial(CPU, timer=Clock(50.0), cache=tmp_path / "k")(CONV, torch.float32)
     assert choice.engine == "float" and choice.micros == {"float": 50.0}
 
@@ -114,27 +118,37 @@ def test_arguments_are_what_the_kernel_takes(format, half):
     assert y.shape == (2, 4, 4, 8) and y.isfinite().all() and y.std() > 0
 
 
-def test_what_torch_multiplies_on_cuda():
-    assert runs_on_torch(LINEAR)
-    for changes in ({"width": 16}, {"channels": 24}, {"out_channels": 40}, {"half": 32}):
-        assert not runs_on_torch(dataclasses.replace(LINEAR, **changes))
-
-
 def test_without_a_device_the_likely_tile_is_taken():
     assert untried(CONV, torch.float32) == Choice("triton", candidates(CONV)[0], {})
 
 
 def test_the_file_is_of_the_device_and_the_versions(monkeypatch, tmp_path):
-    import sys
-    import types
-
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "one")
     monkeypatch.setenv("TFMQ_FX_CACHE", str(tmp_path))
-    one = trial.cache_file(CPU)
+    one = autotune.cache_file(CPU)
     assert one.parent == tmp_path and one.name.startswith("kernels-")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "two")
-    assert trial.cache_file(CPU) != one
+    assert autotune.cache_file(CPU) != one
     monkeypatch.delenv("TFMQ_FX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert trial.cache_file(CPU).parent == tmp_path / "xdg" / "tfmq_fx"
+    assert autotune.cache_file(CPU).parent == tmp_path / "xdg" / "tfmq_fx"
+
+
+def test_a_change_of_a_kernel_makes_earlier_choices_void(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "one")
+    monkeypatch.setenv("TFMQ_FX_CACHE", str(tmp_path))
+    found = autotune.sources()
+    names = {f"{path.parent.name}/{path.name}" for path in found}
+    kernels = {"kernels/conv.py", "kernels/norm.py", "kernels/rounding.py"}
+    assert names >= kernels | {"cuda/tiles.py", "codes/problem.py"}
+    one = autotune.cache_file(CPU)
+    for path in found:
+        changed = tmp_path / path.name
+        changed.write_text(path.read_text() + "#")
+        others = [changed if other == path else other for other in found]
+        with monkeypatch.context() as patch:
+            patch.setattr(autotune, "sources", lambda others=others: others)
+            assert autotune.cache_file(CPU) != one
+    assert autotune.cache_file(CPU) == one

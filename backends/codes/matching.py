@@ -1,4 +1,4 @@
-"""What fusions ask of the nodes of a graph."""
+"""Questions that fusions ask about the nodes of a graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from tfmq_fx.ops import op_name, size_hint, writers
 
-from .layers import Pads
+from .layers import CodesLayer, ConcatLayer, Pads
 
 M = TypeVar("M", bound=nn.Module)
 _MOVES = frozenset(
@@ -30,7 +30,7 @@ class Codes(NamedTuple):
 
     @classmethod
     def of(cls, node: fx.Node) -> Self:
-        """Those that a node gives, all by position."""
+        """The arguments of a node, which gives all of them by position."""
         arguments: Any = node.args
         return cls(*arguments)
 
@@ -59,11 +59,28 @@ def same_kind(node: fx.Node, other: fx.Node) -> bool:
 
 def called(gm: fx.GraphModule, node: Any, *kinds: type[M]) -> M | None:
     """The module that a node calls, where it is of one of these very types and has no hooks."""
+    module: Any = _without_hooks(gm, node)
+    return module if type(module) in kinds else None
+
+
+def codes_layer(gm: fx.GraphModule, node: Any) -> CodesLayer | None:
+    """The layer on codes that a node calls, of any engine; None where it calls none."""
+    module = _without_hooks(gm, node)
+    return module if isinstance(module, CodesLayer) else None
+
+
+def layer_on_codes(gm: fx.GraphModule, node: Any) -> CodesLayer | ConcatLayer | None:
+    """The layer, or sum of two layers, on codes that a node calls; None where it calls none."""
+    module = _without_hooks(gm, node)
+    return module if isinstance(module, (CodesLayer, ConcatLayer)) else None
+
+
+def _without_hooks(gm: fx.GraphModule, node: Any) -> nn.Module | None:
+    """The module that a node calls, where it calls one that has no hooks."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
-    module: Any = gm.get_submodule(str(node.target))
-    plain = not (module._forward_hooks or module._forward_pre_hooks)
-    return module if plain and type(module) in kinds else None
+    module = gm.get_submodule(str(node.target))
+    return None if module._forward_hooks or module._forward_pre_hooks else module
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -72,12 +89,12 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def moves(node: fx.Node) -> bool:
-    """Whether a node gives the elements of its first argument, in other places perhaps."""
+    """Whether a node only moves the elements of its first argument, as views and copies do."""
     return op_name(node) in _MOVES and is_tensor(node.args[0])
 
 
 def positions_after(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
-    """Where nodes that `moves`, one after another, take the elements of a tensor.
+    """The tensor `value` after a chain of nodes that only move elements (see `moves`).
 
     value: positions, with the sizes of capture, which the nodes are given too.
     """
@@ -90,11 +107,11 @@ def positions_after(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
 
 
 def positions_of(node: fx.Node) -> Tensor:
-    """The index of each element of a tensor, in the sizes of capture."""
+    """A tensor of the sizes of a node's value at capture that holds the index of each element."""
     sizes = [size_hint(size) for size in node.meta["val"].shape]
     return torch.arange(torch.Size(sizes).numel(), dtype=torch.int32).view(sizes)
 
 
 def as_tokens(images: Tensor) -> Tensor:
-    """(B, C, ...) as (B, places, C)."""
+    """Images (B, C, ...) as tokens (B, places, C)."""
     return images.flatten(2).transpose(1, 2)

@@ -14,13 +14,14 @@ from torch import fx
 
 from tfmq_fx.layers import call_before
 
+from .choice import Choice, Chooser
 from .layers import CodesLayer, joint_problem
-from .matching import called
-from .trial import Choice, Chooser
+from .matching import codes_layer
 
 
 def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
-    """Join layers that read the same codes with the same scale, in place; how many calls went.
+    """Join layers that read the same codes with the same scale, in place; returns how many calls
+    that saved.
 
     One wide product fills a device that narrow ones leave idle. Left alone where a layer is called
     twice or adds anything to its sums, and where the trial found the narrow ones faster together.
@@ -28,7 +29,7 @@ def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
     """
     families: dict[Any, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_module"):
-        layer = called(gm, node, CodesLayer)
+        layer = codes_layer(gm, node)
         if layer is None or node.kwargs:
             continue
         if len(gm.graph.find_nodes(op="call_module", target=node.target)) == 1:
@@ -37,7 +38,7 @@ def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
             families.setdefault(key, []).append(node)
     changed = 0
     for nodes in families.values():
-        layers = [layer for node in nodes if (layer := called(gm, node, CodesLayer))]
+        layers = [layer for node in nodes if (layer := codes_layer(gm, node))]
         choice = _worth_it(layers, choose) if len(nodes) > 1 else None
         if choice is not None:
             _join(gm, nodes, layers, choice)
@@ -50,8 +51,7 @@ def _worth_it(layers: Sequence[CodesLayer], choose: Chooser) -> Choice | None:
     joint = choose(joint_problem(layers), layers[0].dtype)
     if joint.engine == "float":
         return None
-    if layers[0].on_cpu:  # the only kernel for layers on the CPU's codes
-        joint = dataclasses.replace(joint, engine="cpu")
+    joint = layers[0].as_run(joint)
     if joint.micros and all(layer.choice.micros for layer in layers):
         apart = sum(layer.choice.micros[layer.choice.engine] for layer in layers)
         return joint if joint.micros[joint.engine] < apart else None

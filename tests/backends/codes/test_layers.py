@@ -4,32 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from tests.backends.cuda.nets import whole_sums
+from tests.backends.codes.nets import whole_sums
 from tests.toys import seeded
 from tfmq_fx.affine import FP8, weight_qparams
-from tfmq_fx.backends.cuda.conv import (
-    conv2d,
-    pack_weight,
-    packed_half,
-    quantize,
+from tfmq_fx.backends.codes.arithmetic import (
     stored_zero,
-    unpack_weight,
 )
-from tfmq_fx.backends.cuda.layers import (
-    CodesLayer,
-    ConcatLayer,
-    problem_of,
-    quantize_input,
-)
-from tfmq_fx.backends.cuda.tiles import Tile
-from tfmq_fx.backends.cuda.trial import Choice, untried
-from tfmq_fx.backends.saturation import onednn_is_exact
+from tfmq_fx.backends.codes.layers import ConcatLayer, problem_of, quantize_input
+from tfmq_fx.backends.cuda.autotune import untried
+from tfmq_fx.backends.cuda.codes_layer import CudaCodesLayer
 from tfmq_fx.config import WeightSpec
 from tfmq_fx.nn import QuantConv2d, QuantLinear
 from tfmq_fx.rounding import round_nearest
 
 SCALE = torch.tensor([0.02, 0.05, 0.03])
-TORCH = Choice("torch", Tile())
 
 
 def quantized(source, *, bits=8, act_bits=8, format="int", ranges="per timestep", zero=100):
@@ -55,7 +43,7 @@ def quantized(source, *, bits=8, act_bits=8, format="int", ranges="per timestep"
 
 def lowered(layer, x, choice=None):
     problem = problem_of(layer, x.shape)
-    return CodesLayer(layer, x.dtype, problem, choice or untried(problem, x.dtype))
+    return CudaCodesLayer(layer, x.dtype, problem, choice or untried(problem, x.dtype))
 
 
 def codes_of(made, x, scale):
@@ -163,19 +151,6 @@ def test_two_segments_are_the_sum_of_two_layers(kind, bits):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=bound)
 
 
-@pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_torchs_own_product_gives_the_same(kind):
-    # On the CPU it is oneDNN's, which may saturate in 16 bits with weights of more than 6.
-    bits = 8 if onednn_is_exact() else 6
-    if kind == "conv":
-        layer, x = quantized(seeded(nn.Conv2d, 32, 16, 1), bits=bits), torch.randn(3, 32, 4, 6)
-    else:
-        layer, x = quantized(seeded(nn.Linear, 32, 16), bits=bits), torch.randn(3, 24, 32)
-    ours, other = lowered(layer, x), lowered(layer, x, TORCH)
-    codes, row = codes_of(ours, x, SCALE), torch.randn(3, 16)
-    assert torch.equal(ours(codes, SCALE, row), other(codes, SCALE, row))
-
-
 def test_codes_are_those_of_the_reference():
     layer = quantized(seeded(nn.Conv2d, 4, 4, 3, padding=(1, 2)))
     x = torch.randn(3, 4, 5, 6) * 3
@@ -196,42 +171,6 @@ def test_codes_are_contiguous_wherever_the_input_lies():
     bound = tolerance(layer, tokens, SCALE)
     found = made(codes_of(made, tokens, SCALE), SCALE)
     torch.testing.assert_close(found, layer(tokens, SCALE), rtol=1e-6, atol=bound)
-
-
-def test_half_precision_is_rounded_from_float32():
-    x = torch.randn(3, 8).to(torch.bfloat16)
-    expected = torch.round(x.float() * (1 / 0.02)) + 100
-    found = quantize(x, torch.tensor(0.02), 100, 255, torch.int8).float() + 128
-    assert torch.equal(found, expected.clamp(0, 255))
-
-
-@pytest.mark.parametrize("channels", [1, 4, 31, 32, 64, 65, 96, 128, 320, 640, 1000])
-def test_packing_loses_nothing(channels):
-    half = packed_half(channels)
-    codes = torch.randint(0, 16, (3, 2, 2, channels))
-    zero = torch.tensor([0, 8, 15], dtype=torch.uint8)
-    packed = pack_weight(codes, half)
-    assert packed.dtype == torch.uint8 and packed.shape[3] % half == 0
-    expected = codes - zero.long()[:, None, None, None]
-    assert torch.equal(unpack_weight(packed, half, channels, zero).long(), expected)
-
-
-@pytest.mark.parametrize("channels, half", [(320, 32), (640, 64), (1280, 64), (32, 32), (960, 64)])
-def test_runs_are_as_wide_as_little_waste_allows(channels, half):
-    assert packed_half(channels) == half
-    assert (-(-channels // (2 * half)) * 2 * half - channels) / channels < 0.15 or channels < 64
-
-
-def test_the_op_passes_torchs_own_checks():
-    layer = quantized(seeded(nn.Conv2d, 6, 4, 3, padding=1))
-    x = torch.randn(2, 6, 5, 5)
-    made = lowered(layer, x)
-    arguments = (
-        [codes_of(made, x, SCALE[:2])], [made.weight], [made.zero], [made.weight_scale],
-        [made.offset], [SCALE[:2]], made.bias, None, None, None, 0, 0, [1, 1], [1, 1], [0],
-        torch.float32, list(made.choice.tile),
-    )  # fmt: skip
-    torch.library.opcheck(conv2d, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_the_original_layer_keeps_its_tensors():

@@ -1,7 +1,4 @@
-"""Quantized layers written for kernels on codes: codes in, one kernel, epilogue included.
-
-The kernels are those for CUDA, or with the engine "cpu" those of `cpu`.
-"""
+"""Convolutions and linear layers on codes: integers or fp8 in, one kernel, epilogue included."""
 
 from __future__ import annotations
 
@@ -12,25 +9,17 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tfmq_fx.affine import FP8, levels
-from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.dialect import Stage
+from tfmq_fx.layers import layer_input
 from tfmq_fx.nn import QuantConv, QuantLayer
+from tfmq_fx.ops import size_hint
 
-from .conv import (
-    STORED_ZERO,
-    conv2d,
-    finish,
-    pack_weight,
-    packed_half,
-    quantize,
-    row_scales,
-    stored_zero,
-)
-from .tiles import Problem
-from .trial import Choice
+from .arithmetic import packed_half, quantize, stored_zero
+from .choice import Choice
+from .problem import Problem
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom, as for torch.nn.functional.pad
 
@@ -38,7 +27,7 @@ Pads = tuple[int, int, int, int]  # left, right, top, bottom, as for torch.nn.fu
 def quantize_input(
     x: Tensor, scale: Tensor, zero: int, levels: int, dtype: torch.dtype, pads: Pads | None
 ) -> Tensor:
-    """The codes of a layer's input.
+    """The codes of a layer's input, as its kernel reads them.
 
     x: (B, C, H, W) with `pads`, for convolutions, whose codes are (B, top + H + bottom,
     left + W + right, C) with borders of the zero's code; else (..., C), like its codes.  Codes are
@@ -63,17 +52,21 @@ quantize_input.stage = Stage.LOWERED  # type: ignore[attr-defined]
 
 
 class CodesLayer(nn.Module):
-    """A convolution or linear layer on codes.
+    """A convolution or linear layer on codes; each engine has a subclass whose kernel runs it.
 
-    Buffers: `weight` (O, R, S, C) int8 (codes less zero points) or float8_e4m3fn, or uint8 packed,
-    on the CPU in panels once fusions are done (`to_panels`);
-    `zero` (O,) uint8 zero points of packed weights; `weight_scale` (O,) float32; `offset` (O,)
-    int32; `bias` (O,) or None; `act_scale` (1,) float32, the static range.
+    Buffers: `weight` (O, R, S, C) int8 (codes less zero points), float8_e4m3fn, or as the engine
+    stores it; `zero` (O,) uint8 zero points of packed weights; `weight_scale` (O,) float32;
+    `offset` (O,) int32, added to each sum: it takes off the zero of the codes; `bias` (O,) or None;
+    `act_scale` (1,) float32, the static range.
     problem: what is computed, at the sizes of capture; choice: what computes it.
     pads: borders that the input's codes must have, None for linear layers.  dtype: of the result.
+
+    A subclass defines `run`, and where they differ `integer_dtype`, `stored_weight`,
+    `takes_second_segment` and `as_run`.
     """
 
     stage = Stage.LOWERED
+    integer_dtype = torch.int8  # that integer codes are stored in: int8 (codes - 128) or uint8
 
     def __init__(
         self, layer: QuantLayer, dtype: torch.dtype, problem: Problem, choice: Choice
@@ -84,28 +77,20 @@ class CodesLayer(nn.Module):
             setattr(self, name, getattr(layer, name))
         self.is_conv = isinstance(layer, QuantConv)
         self.pads = pads_of(layer)
-        self.dtype, self.problem, self.choice = dtype, problem, choice
-        self.on_cpu = choice.engine == "cpu"
-        self.codes_dtype = torch.uint8 if self.on_cpu else torch.int8
-        if layer.act_format == "fp8":
-            self.codes_dtype = FP8
+        self.dtype, self.problem, self.choice = dtype, problem, self.as_run(choice)
+        self.codes_dtype = FP8 if layer.act_format == "fp8" else self.integer_dtype
         self.zero_point, self.levels = int(layer.act_zero), levels(layer.act_bits)
         self.out_zero, self.out_levels, self.out_dtype = 0, 0, dtype
-        self.activation = "none"  # of the result; kernels on the CPU have some
 
         codes = _channels_last(layer.weight_codes())
         zero = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
         if problem.half:
             zero = layer.weight_zero.clone()
         sums = codes.float().sum((1, 2, 3)) if self.codes_dtype == FP8 else codes.sum((1, 2, 3))
-        weight = codes
-        if problem.half and not self.on_cpu:
-            unsigned = codes.to(torch.int16) + zero.to(torch.int16)[:, None, None, None]
-            weight = pack_weight(unsigned, problem.half)
-        self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("weight", self.stored_weight(codes, zero).contiguous())
         self.register_buffer("zero", zero)
         self.register_buffer("weight_scale", layer.weight_scale.clone())
-        offset = ((0 if self.on_cpu else STORED_ZERO) - self.zero_point) * sums
+        offset = -int(stored_zero(self.zero_point, self.codes_dtype)) * sums
         self.register_buffer("offset", offset.to(torch.int32))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.clone())
         self.register_buffer("act_scale", layer.act_scale.clone().view(1))
@@ -115,6 +100,20 @@ class CodesLayer(nn.Module):
         self.offset: Tensor
         self.bias: Tensor | None
         self.act_scale: Tensor
+
+    def stored_weight(self, codes: Tensor, zero: Tensor) -> Tensor:
+        """The weights as the engine keeps them, from codes (O, R, S, C) less zero points (O,)."""
+        return codes
+
+    @property
+    def takes_second_segment(self) -> bool:
+        """Whether its kernel adds the sum of another layer of equal geometry (`ConcatLayer`)."""
+        return True
+
+    @classmethod
+    def as_run(cls, choice: Choice) -> Choice:
+        """The choice with the engine that layers of this class run on, whatever was chosen."""
+        return choice
 
     def requantizes(self, zero: int, levels: int, dtype: torch.dtype) -> None:
         """Give codes on another layer's grid instead of floats; calls then pass its scale."""
@@ -126,7 +125,7 @@ class CodesLayer(nn.Module):
         layers that read the same codes and differ in their weights alone."""
         first = layers[0]
         made = copy.copy(first)
-        made.problem, made.choice = joint_problem(layers), choice
+        made.problem, made.choice = joint_problem(layers), first.as_run(choice)
         made._buffers = dict(first._buffers)
         for name in ("weight", "zero", "weight_scale", "offset"):
             made._buffers[name] = torch.cat([getattr(layer, name) for layer in layers])
@@ -140,16 +139,6 @@ class CodesLayer(nn.Module):
             ]
             made._buffers["bias"] = torch.cat(biases)
         return made
-
-    def to_panels(self) -> None:
-        """Bring the weights of a layer on the CPU into the order that its kernel reads."""
-        if self.problem.half:
-            codes = self.weight.to(torch.int16) + self.zero.to(torch.int16)[:, None, None, None]
-            self.weight = kernels.packed_panels(codes.to(torch.uint8))
-            self.zero = F.pad(self.zero, (0, -len(self.zero) % kernels.WIDE))
-        else:
-            self.weight = kernels.panels(self.weight)
-        self.bias = None if self.bias is None else self.bias.float()
 
     def forward(
         self,
@@ -167,6 +156,22 @@ class CodesLayer(nn.Module):
         last (B, OH, OW, O).
         """
         return _run([self], [codes], [scale], row, residual, out_scale)
+
+    def run(
+        self,
+        layers: Sequence[CodesLayer],
+        codes: list[Tensor],
+        scales: list[Tensor],
+        row: Tensor | None,
+        residual: Tensor | None,
+        out_scale: Tensor | None,
+    ) -> Tensor:
+        """The sum of what `layers`, this one first, give for their codes: (B, OH, OW, O).
+
+        codes: (B, H, W, C), of linear layers (B, 1, T, C).  scales: (ranges,) each.
+        row: (B, O).  residual: like the result.  out_scale: as of `forward`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no kernel: give it a `run`")
 
 
 class ConcatLayer(nn.Module):
@@ -194,7 +199,7 @@ class ConcatLayer(nn.Module):
 
 
 def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
-    """What a kernel computes for a layer on an input of `shape`, (B, C, H, W) or (B, ..., C)."""
+    """The problem that a layer poses on an input of `shape`, (B, C, H, W) or (B, ..., C)."""
     out, channels, *taps = layer.weight_shape
     if isinstance(layer, QuantConv):
         left, right, top, bottom = layer.pad_widths
@@ -219,15 +224,20 @@ def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
     )
 
 
+def problem_at(layer: QuantLayer, node: fx.Node) -> Problem:
+    """The problem that a layer poses where `node` calls it, at the sizes of capture."""
+    return problem_of(layer, [size_hint(size) for size in layer_input(node).meta["val"].shape])
+
+
 def joint_problem(layers: Sequence[CodesLayer]) -> Problem:
-    """What layers that read the same codes compute side by side."""
+    """The problem of layers that read the same codes, side by side."""
     width = sum(layer.problem.out_channels for layer in layers)
     return dataclasses.replace(layers[0].problem, out_channels=width)
 
 
 def pads_of(layer: QuantLayer) -> Pads | None:
-    """Borders of the codes of a layer's input, None for linear layers; other padding than by zeros
-    is done in floating point."""
+    """The borders of the codes of a layer's input, None for linear layers; other padding than by
+    zeros is done in floating point."""
     if not isinstance(layer, QuantConv):
         return None
     if layer.padding_mode != "zeros":
@@ -244,6 +254,7 @@ def _run(
     residual: Tensor | None,
     out_scale: Tensor | None,
 ) -> Tensor:
+    """The sum of what layers give for their codes, in the form that `CodesLayer.forward` states."""
     first, shape = layers[0], codes[0].shape
     if not first.is_conv:
         codes = [c.reshape(c.shape[0], 1, -1, c.shape[-1]) for c in codes]
@@ -256,89 +267,12 @@ def _run(
     if row is not None:
         row = row.reshape(row.shape[0], row.shape[-1]).contiguous()
     scales = [scale.reshape(-1) for scale in scales]
-    added = (first.bias, row, residual, out_scale)
-    result = (first.out_zero, first.out_levels)
-    if first.on_cpu:
-        return _shaped(first, shape, out_scale, _run_on_cpu(layers, codes, scales, *added[1:]))
-    if all(layer.choice.engine == "torch" for layer in layers):
-        sums = [_product(*each) for each in zip(layers, codes, scales, strict=True)]
-        y = finish(sum(sums[1:], sums[0]), *added, *result, first.out_dtype)
-    else:
-        y = conv2d(
-            codes,
-            [layer.weight for layer in layers],
-            [layer.zero for layer in layers],
-            [layer.weight_scale for layer in layers],
-            [layer.offset for layer in layers],
-            scales,
-            *added,
-            *result,
-            list(first.problem.stride),
-            list(first.problem.dilation),
-            [layer.problem.half for layer in layers],
-            first.out_dtype,
-            list(first.choice.tile),
-        )
-    return _shaped(first, shape, out_scale, y)
-
-
-def _shaped(layer: CodesLayer, shape: Sequence[int], out_scale: Tensor | None, y: Tensor) -> Tensor:
-    """y (B, OH, OW, O) as the output of a layer on codes of `shape`."""
-    if not layer.is_conv:
+    y = first.run(layers, codes, scales, row, residual, out_scale)
+    if not first.is_conv:
         return y.view(*shape[:-1], y.shape[-1])
     return y if out_scale is not None else y.permute(0, 3, 1, 2)
 
 
-def _run_on_cpu(
-    layers: list[CodesLayer],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    row: Tensor | None,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
-) -> Tensor:
-    first = layers[0]
-    y: Tensor = kernels.cpu_conv(
-        codes,
-        [layer.weight for layer in layers],
-        [layer.zero for layer in layers],
-        [layer.weight_scale for layer in layers],
-        [layer.offset for layer in layers],
-        scales,
-        first.bias,
-        None if row is None else row.to(first.dtype),
-        None if residual is None else residual.to(first.dtype),
-        out_scale,
-        first.out_zero,
-        first.out_levels,
-        len(first.weight_scale),
-        list(first.problem.taps),
-        list(first.problem.stride),
-        list(first.problem.dilation),
-        first.dtype,
-        first.activation,
-    )
-    return y
-
-
-def _product(layer: CodesLayer, codes: Tensor, scale: Tensor) -> Tensor:
-    """The layer's sums in units of its output, (B, 1, T, O) float32, by torch's own kernels."""
-    shape = (*codes.shape[:3], layer.weight.shape[0])
-    rows, weight = codes.reshape(-1, codes.shape[3]), layer.weight.flatten(1)
-    units = row_scales(scale, codes)
-    if layer.codes_dtype == FP8:
-        y = torch._scaled_mm(
-            rows,
-            weight.t(),
-            scale_a=units.reshape(-1, 1),
-            scale_b=layer.weight_scale.unsqueeze(0),
-            out_dtype=torch.bfloat16,
-        )
-        return y.view(shape).float()
-    sums = torch._int_mm(rows, weight.t()).view(shape) + layer.offset
-    return sums.float() * (units * layer.weight_scale)
-
-
 def _channels_last(codes: Tensor) -> Tensor:
-    """(O, R, S, C) of weights (O, C) or (O, C, R, S)."""
+    """Weights (O, C) or (O, C, R, S) as (O, R, S, C)."""
     return codes[:, None, None, :] if codes.dim() == 2 else codes.permute(0, 2, 3, 1)

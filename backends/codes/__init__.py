@@ -1,0 +1,7 @@
+"""Layers on integer or fp8 codes: what the CPU and CUDA lowerings share, whatever runs the kernels.
+
+`problem` and `choice` describe one layer's work and what runs it, `arithmetic` defines the numbers,
+`layers` the modules, `lower` puts them into a graph, and `fuse` with its siblings rewrites that
+graph. An engine, `backends/cpu` or `backends/cuda`, adds a subclass of `CodesLayer`, a group norm
+that makes codes, and what chooses its kernels. Nothing here imports an engine.
+"""

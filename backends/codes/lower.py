@@ -1,0 +1,114 @@
+"""Replace the quantized layers of a graph: the part of lowering that is the same for every engine.
+
+y = conv_q(x, s)    ->    y = conv(quantize_input(x, s), s): codes computed apart, so that they can
+be fused into what computes x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from tfmq_fx.affine import dynamic_scale, symmetric_steps
+from tfmq_fx.backends.float_layer import FloatLayer
+from tfmq_fx.graph import Declined
+from tfmq_fx.layers import buffer_before, call_before, layer_input
+from tfmq_fx.nn import QuantConv, QuantLayer
+
+from .layers import CodesLayer, quantize_input
+
+Calls = dict[str, list[fx.Node]]  # the nodes that call a layer, by its name
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """The module that runs a quantized layer from now on.
+
+    reason: why that is in floating point, None where it is not.  micros: microseconds by what was
+    tried, empty where nothing was timed.
+    """
+
+    module: nn.Module
+    reason: str | None = None
+    micros: dict[str, float] = field(default_factory=dict)
+
+
+def quantized_calls(gm: fx.GraphModule) -> Calls:
+    """The calls of each quantized layer of a graph."""
+    calls: Calls = {}
+    for node in gm.graph.find_nodes(op="call_module"):
+        if isinstance(gm.get_submodule(str(node.target)), QuantLayer):
+            calls.setdefault(str(node.target), []).append(node)
+    return calls
+
+
+def lower_layers(
+    gm: fx.GraphModule,
+    calls: Calls,
+    lower_one: Callable[[QuantLayer, Sequence[fx.Node]], Lowered],
+    refused: Mapping[str, str] | None,
+) -> dict[str, Lowered]:
+    """Replace each quantized layer by what `lower_one` makes of it, in place; returns those.
+
+    Layers on codes are then called with the codes of their input.
+    refused: layers that stay in floating point whatever an engine could do, and why.
+    """
+    found = {}
+    for name, nodes in calls.items():
+        layer = gm.get_submodule(name)
+        assert isinstance(layer, QuantLayer)
+        if (reason := (refused or {}).get(name)) is not None:
+            made = Lowered(FloatLayer(layer), reason)
+        else:
+            made = lower_one(layer, nodes)
+        gm.set_submodule(name, made.module)
+        if isinstance(made.module, CodesLayer):
+            for node in nodes:
+                _give_codes(gm, node, name, layer, made.module)
+        found[name] = made
+    return found
+
+
+def declined(layers: Mapping[str, Lowered]) -> list[Declined]:
+    """The layers that run in floating point, with the reasons."""
+    return [
+        Declined(name, f"runs in floating point: {made.reason}")
+        for name, made in layers.items()
+        if made.reason is not None
+    ]
+
+
+def dtype_obstacle(nodes: Sequence[fx.Node], written: Collection[torch.dtype]) -> str | None:
+    """Why kernels that write these dtypes cannot run a layer called by `nodes`, or None."""
+    dtypes = {node.meta["val"].dtype for node in nodes}
+    if len(dtypes) > 1 or not dtypes <= set(written):
+        return f"its results have dtypes {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def _give_codes(
+    gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, made: CodesLayer
+) -> None:
+    """Pass the codes of its input and their scale to the call of a layer."""
+    x = layer_input(node)
+    if isinstance(layer, QuantConv) and layer.padding_mode != "zeros":
+        padded, mode = f"{node.name}_padded", layer.padding_mode
+        x = call_before(node, F.pad, x, layer.pad_widths, mode=mode, name=padded)
+    if layer.dynamic:
+        assert layer.act_bits is not None
+        steps = symmetric_steps(layer.act_bits, layer.act_format)
+        measured = (dynamic_scale, x, layer.ranged_dims, steps)
+        scale = call_before(node, *measured, name=f"{node.name}_scale")
+    elif layer.per_timestep:
+        given = node.args[1] if len(node.args) > 1 else node.kwargs["scale"]
+        assert isinstance(given, fx.Node)
+        scale = given
+    else:
+        scale = buffer_before(gm, node, f"{name}.act_scale")
+    settings = (made.zero_point, made.levels, made.codes_dtype, made.pads)
+    codes = call_before(node, quantize_input, x, scale, *settings, name=f"{node.name}_codes")
+    node.args, node.kwargs = (codes, scale), {}
