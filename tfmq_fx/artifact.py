@@ -276,7 +276,8 @@ def _read_document(place: Path) -> dict[str, Any]:
     keys(document, str(path), known, "origin" if version > 1 else "")
     if version < 5:
         upgrade(document)
-    return document
+    checked: dict[str, Any] = document
+    return checked
 
 
 def _check_seal(path: Path, content: bytes) -> None:

@@ -10,13 +10,15 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .config import NESTED, Config, LayerConfig, PrologueSpec
+from .config import NESTED, AttentionSpec, Config, LayerConfig, PrologueSpec, RewriteSpec
 from .errors import ArtifactError
 from .reading import parse_json
 from .saved_names import OLD_NAMES
 
 RETIRED: dict[type, dict[str, Mapping[Any, Any] | None]] = {
+    AttentionSpec: {"probabilities": {"adaptive": "log2"}},
     PrologueSpec: {"mode": None, "precision": None},
+    RewriteSpec: {"first_token": None},
 }
 """Fields of recipes that formats 1 to 4 may have, by the class that had them.
 

@@ -152,7 +152,6 @@ def _is_lossy(model: Converted | Compiled) -> bool:
     rounded = (QuantLayer, QuantActivation, QuantTimestepTable)
     return (
         isinstance(model, Compiled)
-        or (isinstance(model, Bound) and model.spec.precision != "exact")
         or any(isinstance(m, rounded) for m in model.gm.modules())
         or any(name.startswith(CORRECTION) for name, _ in model.gm.named_buffers())
     )
