@@ -16,7 +16,7 @@ from .reading import parse_json
 from .saved_names import OLD_NAMES
 
 RETIRED: dict[type, dict[str, Mapping[Any, Any] | None]] = {
-    AttentionSpec: {"probabilities": {"adaptive": "log2"}},
+    AttentionSpec: {"probabilities": {"adaptive": "uniform"}},
     PrologueSpec: {"mode": None, "precision": None},
     RewriteSpec: {"first_token": None},
 }
