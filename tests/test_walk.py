@@ -11,7 +11,7 @@ from tests.strategies import WIDTH, GraphBuilder, captured_graphs, draw_inputs
 from tests.test_sites import graph_of
 from tfmq_fx.graph import fork
 from tfmq_fx.spill import Spill
-from tfmq_fx.walk import Walk, attribute
+from tfmq_fx.walk import Walk
 
 
 def chunks_of(gm, count=2):
@@ -94,15 +94,12 @@ def test_kept_values_stay_until_released():
     assert layers[2] not in walk.values
 
 
-def test_names_and_attributes():
+def test_names():
     b = GraphBuilder()
     value = b.call(torch.add, b.buffer("table", torch.ones(1, WIDTH)), b.x)
     gm = b.finish(value)
     walk = Walk(gm, chunks_of(gm))
     assert walk.has("add") and not walk.has("sub") and walk.node("add") is value
-    assert torch.equal(attribute(gm, "table"), torch.ones(1, WIDTH))
-    with pytest.raises(AttributeError):
-        attribute(gm, "table.missing")
 
 
 def test_nothing_is_recorded_for_gradients():
