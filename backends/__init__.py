@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from tfmq_fx.errors import BackendError
-from tfmq_fx.graph import Rewrite
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.ir.graph_pass import Rewrite
 
-CPU = torch.device("cpu")
+from .support import CPU
 
 
 class Backend(Protocol):

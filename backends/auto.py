@@ -22,12 +22,13 @@ from tfmq_fx.backends.cpu import kernels, library
 from tfmq_fx.backends.proven import Made, make, options_of, refusal, warn
 from tfmq_fx.backends.self_check import Check, Reference
 from tfmq_fx.backends.timing import least_micros
-from tfmq_fx.errors import BackendError
-from tfmq_fx.files import cache_folder, make_private, write_whole
-from tfmq_fx.graph import Rewrite, device_of, timestep_node
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.ops import size_hint
-from tfmq_fx.progress import progress_bar
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.core.files import cache_folder, make_private, write_whole
+from tfmq_fx.core.progress import progress_bar
+from tfmq_fx.ir.graph import device_of, timestep_node
+from tfmq_fx.ir.graph_pass import Rewrite
+from tfmq_fx.ir.node_info import size_hint
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 logger = logging.getLogger(__name__)
 CANDIDATES = ("inductor", "openvino", "float")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfmq_fx.backends import CPU
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import Declined, Rewrite
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.backends.support import CPU
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.ir.graph_pass import Declined, Rewrite
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 OPTIONS: tuple[str, ...] = ()
 

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.backends import CPU
-from tfmq_fx.backends.attention import pad_attention
-from tfmq_fx.backends.dequantized import DequantizedLayer, fast_dtype
+from tfmq_fx.backends.cpu.kernels import fast_dtype
+from tfmq_fx.backends.cpu.pad_attention import pad_attention
 from tfmq_fx.backends.inductor import TORCH_OPTIONS, CpuCallable, check_options
 from tfmq_fx.backends.inductor import unavailable as no_compiler
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, graph_pass
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.backends.support import CPU
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.quant.quant_layer import QuantLayer
+
+from .float_layers import DequantizedLayer
 
 OPTIONS = ("artifact", *TORCH_OPTIONS)
 

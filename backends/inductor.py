@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from tfmq_fx.backends import CPU
-from tfmq_fx.backends.artifact import with_artifact
 from tfmq_fx.backends.inputs import apart, formats_of, plain
 from tfmq_fx.backends.layer_check import Alone
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import Rewrite, device_of
+from tfmq_fx.backends.support import CPU
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.ir.graph import device_of
+from tfmq_fx.ir.graph_pass import Rewrite
+
+from .compile_cache import with_artifact
 
 TORCH_OPTIONS = ("dynamic", "mode", "options", "disable")  # of torch.compile
 OPTIONS = ("trial", "artifact", *TORCH_OPTIONS)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.ops import size_hint
+from tfmq_fx.ir.node_info import size_hint
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 

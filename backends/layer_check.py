@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from tfmq_fx.affine import levels
 from tfmq_fx.backends.codes.layers import CodesLayer, quantize_input
-from tfmq_fx.nn import QuantConv, QuantLayer
+from tfmq_fx.quant.affine import levels
+from tfmq_fx.quant.modules import QuantConv
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 # The least signal to difference in dB: sums of float32 differ by 1e-6, TF32 of the reference by
 # 2**-11 and results in half precision by 2**-9, of each value; products of fp8 may be summed in

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from tfmq_fx.kernels import obstacle
-from tfmq_fx.layers import groups_of
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.ops import size_hint
+from tfmq_fx.backends.codes.choice import Chooser
+from tfmq_fx.backends.codes.layers import problem_at
+from tfmq_fx.ir.layer_edits import groups_of
+from tfmq_fx.ir.node_info import size_hint
+from tfmq_fx.quant.quant_layer import QuantLayer
 
-from .codes.choice import Chooser
-from .codes.layers import problem_at
+from .support import obstacle
 
 _RATE = 2e5  # multiply-adds a microsecond in floating point, where nothing can be timed
 _SPEEDUP = 2.0  # of integers, likewise

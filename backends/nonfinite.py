@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from tfmq_fx.graph import timestep_node
+from tfmq_fx.ir.graph import timestep_node
 
 
 def is_finite(inputs: Sequence[Tensor]) -> bool:

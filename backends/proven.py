@@ -12,9 +12,10 @@ from torch import fx
 
 from tfmq_fx.backends import backend, backend_module, inductor
 from tfmq_fx.backends.self_check import Check, Reference
-from tfmq_fx.errors import BackendError, BackendWarning, ConfigError
-from tfmq_fx.graph import Rewrite, device_of
-from tfmq_fx.version import __version__
+from tfmq_fx.core.errors import BackendError, BackendWarning, ConfigError
+from tfmq_fx.core.version import __version__
+from tfmq_fx.ir.graph import device_of
+from tfmq_fx.ir.graph_pass import Rewrite
 
 NEXT = ("float", "eager")  # what runs a model where the backend asked for is wrong
 

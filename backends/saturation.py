@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq_fx.affine import levels
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.quant.affine import levels
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 _MOST = 2**15 - 1  # of 16 bits
 _CHANNELS, _OUT, _SIZE = 64, 32, 6

@@ -34,13 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from tfmq_fx.activation import QuantActivation
 from tfmq_fx.backends.cpu.attention import attention
-from tfmq_fx.backends.dequantized import DequantizedLayer
 from tfmq_fx.backends.layer_check import Alone, LayerByLayer
-from tfmq_fx.graph import device_of
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.ops import timestep_row
+from tfmq_fx.ir.graph import device_of
+from tfmq_fx.quant.activation import QuantActivation
+from tfmq_fx.quant.quant_layer import QuantLayer
+from tfmq_fx.quant.timestep_lookup import timestep_row
+
+from .float_layers import DequantizedLayer
 
 UNITS = 8
 CLIPPED = 1 / 4

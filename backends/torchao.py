@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfmq_fx.affine import FP8_MAX, TINY_SCALE, QParams
-from tfmq_fx.dialect import Stage
-from tfmq_fx.errors import BackendError
-from tfmq_fx.nn import QuantLayer, QuantLinear
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.quant.affine import FP8_MAX, TINY_SCALE, QParams
+from tfmq_fx.quant.modules import QuantLinear
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 _INPUTS_SINCE = (0, 18)  # of torchao: whose tensors take static and bounded input ranges
 _GROUPS = (32, 64, 128, 256)  # of input channels, in the int4 kernel

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.activation import QuantActivation
-from tfmq_fx.affine import levels
-from tfmq_fx.dialect import Stage, is_timestep_row
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import Rewrite, graph_pass, timestep_node
-from tfmq_fx.ops import check_timesteps, timestep_index
-from tfmq_fx.tables import FEATURE, TABLE, QuantTimestepTable
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
+from tfmq_fx.ir.verifier import is_timestep_row
+from tfmq_fx.quant.activation import QuantActivation
+from tfmq_fx.quant.affine import levels
+from tfmq_fx.quant.timestep_lookup import check_timesteps, timestep_index
+from tfmq_fx.quant.timestep_table import FEATURE, TABLE, QuantTimestepTable
 
 
 @graph_pass(takes=(Stage.FOLDED, Stage.QUANTIZED), gives=None)

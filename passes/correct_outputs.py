@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from tfmq_fx.config import Correction
-from tfmq_fx.correction import OutputErrors, channel_count, channel_dim, first_output, obstacle
-from tfmq_fx.dialect import Stage
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row
+from tfmq_fx.calibration.output_errors import (
+    OutputErrors,
+    channel_count,
+    channel_dim,
+    first_output,
+    obstacle,
+)
+from tfmq_fx.core.config import Correction
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import insert_timestep_row
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 
 CORRECTION = "output_correction"  # buffer: D of each channel and, with "noise", 1 / (1 + k)
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, graph_pass
-from tfmq_fx.layers import call_before, replace_call
-from tfmq_fx.ops import is_view, op_name
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.ir.layer_edits import call_before, replace_call
+from tfmq_fx.ir.node_info import is_view, op_name
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _NEEDS_LAYOUT = ("view", "view_as", "as_strided")

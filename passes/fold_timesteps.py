@@ -16,20 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
-from tfmq_fx.dataflow import Binding, Feature, binding_times, temporal_block
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import (
-    Declined,
-    Rewrite,
-    graph_pass,
-    insert_timestep_row,
-    prune,
-    timestep_node,
-)
-from tfmq_fx.ops import check_timesteps, is_view, op_name
-from tfmq_fx.regions import as_input, compute_rows
-from tfmq_fx.tables import FEATURE, TABLE, feature_slice
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.binding_times import Binding, binding_times
+from tfmq_fx.ir.graph import feature_slice, insert_timestep_row, timestep_node
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass, prune
+from tfmq_fx.ir.node_info import is_view, op_name
+from tfmq_fx.ir.subgraphs import as_input, compute_rows
+from tfmq_fx.ir.temporal_block import Feature, temporal_block
+from tfmq_fx.quant.timestep_lookup import check_timesteps
+from tfmq_fx.quant.timestep_table import FEATURE, TABLE
 
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED), gives=Stage.FOLDED)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tfmq_fx.dataflow import binding_times
-from tfmq_fx.dialect import REPLACED, Stage
-from tfmq_fx.graph import Rewrite, fork, graph_pass, module_path, prune
+from tfmq_fx.core.stages import REPLACED, Stage
+from tfmq_fx.ir.binding_times import binding_times
+from tfmq_fx.ir.graph import fork, module_path
+from tfmq_fx.ir.graph_pass import Rewrite, graph_pass, prune
 
 _aten = torch.ops.aten
 _KINDS: dict[Any, type[nn.Module]] = {

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.dataflow import RANDOM, WRITTEN, binding_times
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Rewrite, fork, graph_pass
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.binding_times import RANDOM, WRITTEN, binding_times
+from tfmq_fx.ir.graph import fork
+from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
 
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Rewrite, graph_pass
-from tfmq_fx.observers import RangeObserver
-from tfmq_fx.sites import Site, find_sites
+from tfmq_fx.calibration.observers import RangeObserver
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
+from tfmq_fx.ir.sites import Site, find_sites
 
 PREFIX = "observers"
 

@@ -11,15 +11,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.affine import activation_scales, weight_groups, weight_qparams
-from tfmq_fx.config import ActivationSpec, LayerConfig
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row, timestep_node
-from tfmq_fx.layers import call_before
-from tfmq_fx.nn import QuantLayer, kind_of
-from tfmq_fx.observers import Ranges
-from tfmq_fx.rounding import round_nearest
-from tfmq_fx.sites import Site, find_sites
+from tfmq_fx.calibration.observers import Ranges
+from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import insert_timestep_row, timestep_node
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.sites import Site, find_sites
+from tfmq_fx.quant.affine import activation_scales, weight_groups, weight_qparams
+from tfmq_fx.quant.gptq import round_nearest
+from tfmq_fx.quant.modules import kind_of
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 SCALES = "activation_scales"  # buffer: one row of input scales for each timestep
 

@@ -12,21 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.activation import Grid, QuantActivation
-from tfmq_fx.affine import levels, shared_zero_scales
-from tfmq_fx.config import AttentionSpec
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, graph_pass, insert_timestep_row
-from tfmq_fx.layers import call_before
-from tfmq_fx.products import (
-    SIDES,
-    Measured,
-    Operand,
-    Product,
-    Side,
-    find_products,
-    replace_operand,
-)
+from tfmq_fx.calibration.product_ranges import Measured, Operand
+from tfmq_fx.core.config import AttentionSpec
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import insert_timestep_row
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.products import SIDES, Product, Side, find_products, replace_operand
+from tfmq_fx.quant.activation import Grid, QuantActivation
+from tfmq_fx.quant.affine import levels, shared_zero_scales
 
 SCALES = "product_scales"  # buffer: one row of scales for each timestep
 PREFIX = "quantized_products"

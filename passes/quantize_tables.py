@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.dialect import Stage, is_timestep_row
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import Rewrite, graph_pass, timestep_node
-from tfmq_fx.tables import BITS, FEATURE, QuantTimestepTable, cache_error
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
+from tfmq_fx.ir.verifier import is_timestep_row
+from tfmq_fx.quant.timestep_table import BITS, FEATURE, QuantTimestepTable, cache_error
 
 CACHE = "temporal_cache_int"  # followed by the bits: path of the cached table
 

@@ -14,27 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.activation import QuantActivation
-from tfmq_fx.blocks import Unit, unit_nodes, units
-from tfmq_fx.checkpoint import (
-    Checkpoint,
-    Part,
-    finished,
-    record,
-    rounded_state,
-    seeded_generator,
-    with_rounded_state,
-)
-from tfmq_fx.config import ReconstructionSpec
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, fork, graph_pass, timestep_node
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.ops import writers
-from tfmq_fx.processes import exchange, rank, world
-from tfmq_fx.progress import progress_bar
-from tfmq_fx.regions import extract, region_inputs, region_outputs
-from tfmq_fx.sites import find_sites
-from tfmq_fx.soft import (
+from tfmq_fx.calibration.activation_store import Spill
+from tfmq_fx.calibration.executor import Held, Walk
+from tfmq_fx.core.config import ReconstructionSpec
+from tfmq_fx.core.distributed import exchange, rank, world
+from tfmq_fx.core.progress import progress_bar
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import fork, timestep_node
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.ir.node_info import writers
+from tfmq_fx.ir.reconstruction_units import Unit, unit_nodes, units
+from tfmq_fx.ir.sites import find_sites
+from tfmq_fx.ir.subgraphs import extract, region_inputs, region_outputs
+from tfmq_fx.quant.activation import QuantActivation
+from tfmq_fx.quant.adaround import (
     Batch,
     SoftLayer,
     learn,
@@ -43,8 +36,16 @@ from tfmq_fx.soft import (
     sum_of_squares,
     with_float_inputs,
 )
-from tfmq_fx.spill import Spill
-from tfmq_fx.walk import Held, Walk
+from tfmq_fx.quant.quant_layer import QuantLayer
+from tfmq_fx.serialization.checkpoint import (
+    Checkpoint,
+    Part,
+    finished,
+    record,
+    rounded_state,
+    seeded_generator,
+    with_rounded_state,
+)
 
 
 @graph_pass(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)

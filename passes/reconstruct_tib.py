@@ -11,7 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.checkpoint import (
+from tfmq_fx.core.config import ReconstructionSpec
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.ir.subgraphs import at_timesteps
+from tfmq_fx.quant.adaround import Batch, SoftLayer, learn, start_of
+from tfmq_fx.quant.quant_layer import QuantLayer
+from tfmq_fx.serialization.checkpoint import (
     Checkpoint,
     Part,
     finished,
@@ -20,12 +26,6 @@ from tfmq_fx.checkpoint import (
     seeded_generator,
     with_rounded_state,
 )
-from tfmq_fx.config import ReconstructionSpec
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, graph_pass
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.regions import at_timesteps
-from tfmq_fx.soft import Batch, SoftLayer, learn, start_of
 
 
 @graph_pass(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)

@@ -11,10 +11,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.dialect import Stage
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import Declined, Rewrite, graph_pass, set_buffer
-from tfmq_fx.layers import (
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import set_buffer
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.ir.layer_edits import (
     bias_of,
     buffer_before,
     call_before,
@@ -24,7 +25,7 @@ from tfmq_fx.layers import (
     sites_named,
     weight_of,
 )
-from tfmq_fx.sites import Site
+from tfmq_fx.ir.sites import Site
 
 ROTATION = "hadamard"  # buffers of the matrices
 

@@ -13,8 +13,22 @@ import torch
 from torch import Tensor, fx
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from tfmq_fx.affine import QParams, dequantize, weight_qparams
-from tfmq_fx.checkpoint import (
+from tfmq_fx.calibration.activation_store import Spill
+from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.core.config import ReconstructionSpec
+from tfmq_fx.core.distributed import collect, exchange, mine, rank, world
+from tfmq_fx.core.errors import CalibrationError
+from tfmq_fx.core.layer_config import LayerConfig
+from tfmq_fx.core.progress import progress_bar
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.ir.sites import Site, find_sites
+from tfmq_fx.quant.affine import QParams, dequantize, weight_qparams
+from tfmq_fx.quant.gptq import refine, round_nearest, round_second_order
+from tfmq_fx.quant.input_statistics import InputStatistics, input_rows, row_count
+from tfmq_fx.quant.modules import QuantConv
+from tfmq_fx.quant.quant_layer import QuantLayer
+from tfmq_fx.serialization.checkpoint import (
     Checkpoint,
     Part,
     finished,
@@ -23,18 +37,6 @@ from tfmq_fx.checkpoint import (
     seeded_generator,
     with_rounded_state,
 )
-from tfmq_fx.config import LayerConfig, ReconstructionSpec
-from tfmq_fx.dialect import Stage
-from tfmq_fx.errors import CalibrationError
-from tfmq_fx.gram import InputStatistics, input_rows, row_count
-from tfmq_fx.graph import Declined, Rewrite, graph_pass
-from tfmq_fx.nn import QuantConv, QuantLayer
-from tfmq_fx.processes import collect, exchange, mine, rank, world
-from tfmq_fx.progress import progress_bar
-from tfmq_fx.rounding import refine, round_nearest, round_second_order
-from tfmq_fx.sites import Site, find_sites
-from tfmq_fx.spill import Spill
-from tfmq_fx.walk import Walk
 
 ROWS = 20_000  # rows of each layer's input that its Gram matrix is made of
 # of each channel's mean square; float32 sums of thousands of products are good to about 1e-6

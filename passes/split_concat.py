@@ -10,10 +10,10 @@ from collections.abc import Collection
 import torch
 from torch import fx, nn
 
-from tfmq_fx.channels import part_sizes, seams
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Declined, Rewrite, graph_pass
-from tfmq_fx.layers import (
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.concat_tracking import part_sizes, seams
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.ir.layer_edits import (
     bias_of,
     call_before,
     channel_dim,
@@ -25,7 +25,7 @@ from tfmq_fx.layers import (
     sites_named,
     weight_of,
 )
-from tfmq_fx.sites import Site
+from tfmq_fx.ir.sites import Site
 
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)

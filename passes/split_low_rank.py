@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.dialect import Stage
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import Declined, Rewrite, graph_pass
-from tfmq_fx.layers import (
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
+from tfmq_fx.ir.layer_edits import (
     bias_of,
     call_before,
     groups_of,
@@ -24,8 +24,8 @@ from tfmq_fx.layers import (
     sites_named,
     weight_of,
 )
-from tfmq_fx.lowrank import LowRank, low_rank_factors
-from tfmq_fx.sites import Site
+from tfmq_fx.ir.sites import Site
+from tfmq_fx.quant.low_rank import LowRank, low_rank_factors
 
 SUFFIX = "_low_rank"  # of the branch's path
 

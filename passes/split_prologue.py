@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from tfmq_fx.dialect import check, stage_of
-from tfmq_fx.graph import Declined, timestep_node
-from tfmq_fx.ops import is_heavy, is_view
-from tfmq_fx.regions import extract
-from tfmq_fx.request import find_request, left_nodes, stored_bytes, tensors_of
+from tfmq_fx.core.stages import stage_of
+from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.graph_pass import Declined
+from tfmq_fx.ir.node_info import is_heavy, is_view
+from tfmq_fx.ir.request_cut import find_request, left_nodes, stored_bytes, tensors_of
+from tfmq_fx.ir.subgraphs import extract
+from tfmq_fx.ir.verifier import check
 
 
 @dataclass(frozen=True, slots=True)

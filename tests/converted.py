@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
+from tests.conversion.test_recipes import short
 from tests.test_api import TIMES, calibrated, data, fast
-from tests.test_recipes import short
 from tests.toys import ToyUNet, seeded
 from tfmq_fx import convert
-from tfmq_fx.capture import capture
-from tfmq_fx.drawn_inputs import Draw, Example, batches, draw_examples
-from tfmq_fx.modules import Converted
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.presets import resolve
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.conversion.models import Converted
+from tfmq_fx.core.presets import resolve
+from tfmq_fx.diagnostics.random_inputs import Draw, Example, batches, draw_examples
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 KEYS = torch.tensor(TIMES)
 

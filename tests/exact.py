@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests import zoo
 from tests.toys import seeded, tiny_unet2d
-from tfmq_fx.capture import capture
-from tfmq_fx.graph import Rewrite
-from tfmq_fx.sites import Site, find_sites
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.ir.graph_pass import Rewrite
+from tfmq_fx.ir.sites import Site, find_sites
 
 # Sums of up to thousands of products in another order differ by about 1e-14 in double precision,
 # and dozens of layers with norms between them amplify that by a few orders; a wrong weight or
@@ -121,7 +121,7 @@ def all_sites(gm: fx.GraphModule) -> list[Site]:
 def captured(name: str) -> fx.GraphModule:
     """A model in double precision: "digits", the shipped UNet, "tiny", another, or of the zoo."""
     if name == "digits":
-        from tfmq_fx.digits import load_unet
+        from tfmq_fx.evaluation.digits import load_unet
 
         model: nn.Module = load_unet().double()
         example = {"sample": torch.randn(2, 1, 16, 16).double(), "timestep": torch.tensor([3, 9])}

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 import tfmq_fx
-from tfmq_fx.artifact import GRAPH_FILE, ORIGIN_FILE, ORIGIN_TENSORS, TENSORS_FILE
-from tfmq_fx.errors import ArtifactError
+from tfmq_fx.core.errors import ArtifactError
+from tfmq_fx.serialization.artifact import GRAPH_FILE, ORIGIN_FILE, ORIGIN_TENSORS, TENSORS_FILE
 
 TIMESTEPS = [0, 250, 500, 999]
 SECONDS, BYTES = 20, 1 << 31  # that refusing or loading one small folder may take

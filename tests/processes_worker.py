@@ -24,14 +24,16 @@ from diffusers import DDIMScheduler
 
 from tests.test_traps import recipe
 from tests.toys import ToyUNet, seeded, tiny_unet2d
-from tfmq_fx import CalibrationError, ConfigError, api, calibrate, convert, prepare, processes, save
-from tfmq_fx.capture import capture
-from tfmq_fx.comparison import compare
-from tfmq_fx.metrics import sample, sqnr
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.observers import RangeObserver, SampleCache
+from tfmq_fx import CalibrationError, ConfigError, api, calibrate, convert, prepare, save
+from tfmq_fx.calibration.ddim import sample
+from tfmq_fx.calibration.observers import RangeObserver, SampleCache
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.core import distributed
+from tfmq_fx.core.presets import resolve
+from tfmq_fx.evaluation.compare import compare
 from tfmq_fx.passes import round_weights
-from tfmq_fx.presets import resolve
+from tfmq_fx.quant.quant_layer import QuantLayer
+from tfmq_fx.quant.sqnr import sqnr
 
 round_module = sys.modules[round_weights.__name__]
 
@@ -92,11 +94,11 @@ def by_scheduler(folder):
     # room for few samples, so that the cache has to choose
     for room in (1 << 30, 7 * (3 * SIZE * SIZE * 4 + 8)):
         many = driven(ready(cache=room))
-        with processes.alone():
+        with distributed.alone():
             one = driven(ready(cache=room))
         same_calibration(many, one)
         driven(many, seed=1)
-        with processes.alone():
+        with distributed.alone():
             driven(one, seed=1)
         same_calibration(many, one)
         assert len(one.cache) in (14 * STEPS, 2 * 14 * STEPS) or room < 1 << 20
@@ -108,11 +110,11 @@ def by_pipeline(folder):
     for name, count in (("DDPM", 7), ("DDIM", 2)):
         scheduler = getattr(diffusers, f"{name}Scheduler")()
         many, seen = by_pipe(getattr(diffusers, f"{name}Pipeline")(unet, scheduler), unet, count)
-        with processes.alone():
+        with distributed.alone():
             pipe = getattr(diffusers, f"{name}Pipeline")(unet, scheduler)
             one, all_seen = by_pipe(pipe, unet, count)
         same_calibration(many, one)
-        assert sum(processes.exchange(len(seen), "calls")) == len(all_seen) == 3 * -(-count // 2)
+        assert sum(distributed.exchange(len(seen), "calls")) == len(all_seen) == 3 * -(-count // 2)
 
 
 def by_pipe(pipe, unet, count):
@@ -136,7 +138,7 @@ def counting(prepared):
 
 def by_inputs(folder):
     many = calibrate(ready(), calls(), progress=False)
-    with processes.alone():
+    with distributed.alone():
         one = calibrate(ready(), calls(), progress=False)
     same_calibration(many, one)
 
@@ -169,7 +171,7 @@ def second_order(folder):
     many = convert(driven(ready()), progress=False)
     save(many, folder / "many", calibration=True)
     assert (folder / "many").exists()  # in every process, as soon as save() is over
-    with processes.alone():
+    with distributed.alone():
         one = convert(driven(ready()), progress=False)
         save(one, folder / f"alone-{dist.get_rank()}", calibration=True)
     same_model(many, one)
@@ -186,7 +188,7 @@ def recipes(folder):
         example = torch.zeros(2, *SHAPE), torch.tensor([0, 1])
         prepared = driven(prepare(toy(), example, config=config))
         many = convert(prepared, budget=budget, progress=False)
-        with processes.alone():
+        with distributed.alone():
             same_model(many, convert(prepared, budget=budget, progress=False))
 
 
@@ -195,9 +197,9 @@ def blocks(folder):
     # chunks of 5, 5, 5 and 1, so that of the last one process has none
     config = {"rounding": "nearest", "iters": 20, "batch_size": 5, "samples": 16}
     many = convert(driven(ready(**config)), progress=False)
-    with processes.alone():
+    with distributed.alone():
         one = convert(driven(ready(**config)), progress=False)
-    both = processes.exchange(many.state_dict(), "models")
+    both = distributed.exchange(many.state_dict(), "models")
     assert all(torch.equal(value, both[0][name]) for name, value in both[1].items())
     left, right = (learnt_errors(model) for model in (many, one))
     assert left.keys() == right.keys()
@@ -239,7 +241,7 @@ def rounds_and_correction(folder):
     config.recipe = dataclasses.replace(config.recipe, correction="noise")
     driven(config, samples=5)
     many = convert(config, progress=False)
-    with processes.alone():
+    with distributed.alone():
         one = convert(config, progress=False)
     left, right = (
         next(p for p in m.record["passes"] if p["name"] == "correct_outputs") for m in (many, one)
@@ -288,30 +290,31 @@ def compared(folder):
 def exchanged(folder):
     """What processes hand to each other, and who takes what."""
     place = dist.get_rank()
-    assert (processes.rank(), processes.world(), list(processes.mine(5))) == (
+    assert (distributed.rank(), distributed.world(), list(distributed.mine(5))) == (
         place,
         2,
         [[0, 2, 4], [1, 3]][place],
     )
     value = {"x": torch.full((2, 3, 4, 5), float(place)).to(memory_format=torch.channels_last)}
-    first, second = processes.exchange(value, "values")
+    first, second = distributed.exchange(value, "values")
     assert torch.equal(second["x"], torch.ones(2, 3, 4, 5))
     assert first["x"].stride() == second["x"].stride() == value["x"].stride()
-    assert processes.exchange(place or None, "some") == [None, 1]
-    assert processes.from_first(place + 7, "first") == 7
+    assert distributed.exchange(place or None, "some") == [None, 1]
+    assert distributed.from_first(place + 7, "first") == 7
     assert (
-        processes.collect((place, torch.tensor(place)), "all") == [(0, 0), (1, 1)][: 2 - 2 * place]
+        distributed.collect((place, torch.tensor(place)), "all")
+        == [(0, 0), (1, 1)][: 2 - 2 * place]
     )
-    assert processes.summed(torch.tensor([1.0, place]), "sum").tolist() == [2, 1]
-    squares = processes.in_order(iter(range(5)), lambda i: (i * i, place), "squares")
+    assert distributed.summed(torch.tensor([1.0, place]), "sum").tolist() == [2, 1]
+    squares = distributed.in_order(iter(range(5)), lambda i: (i * i, place), "squares")
     assert list(squares) == [(0, 0), (1, 1), (4, 0), (9, 1), (16, 0)]
-    assert processes.interleaved([place] * (3 - place), 5, "items") == [0, 1, 0, 1, 0]
+    assert distributed.interleaved([place] * (3 - place), 5, "items") == [0, 1, 0, 1, 0]
     rounds = []
-    assert list(processes.dealt("abc", lambda: rounds.append(1))) == [["a", "c"], ["b"]][place]
+    assert list(distributed.dealt("abc", lambda: rounds.append(1))) == [["a", "c"], ["b"]][place]
     assert len(rounds) == 2
-    with processes.alone():
-        assert (processes.rank(), processes.world()) == (0, 1)
-        assert processes.exchange(place, "own") == processes.collect(place, "own") == [place]
+    with distributed.alone():
+        assert (distributed.rank(), distributed.world()) == (0, 1)
+        assert distributed.exchange(place, "own") == distributed.collect(place, "own") == [place]
 
 
 def failures(folder):
@@ -330,15 +333,15 @@ def failures(folder):
     assert type(prepared.cache) is SampleCache
     driven(prepared)  # and the model is as usable as it was
     for failing in (0, 1):
-        with pytest.raises(OSError, match="no space"), processes.together("a test"):
+        with pytest.raises(OSError, match="no space"), distributed.together("a test"):
             if place == failing:
                 raise OSError("no space")
             for i in range(9):
-                processes.exchange(i, f"turn {i}")
-    with pytest.raises(RuntimeError, match="Odd"), processes.together("a test"):
+                distributed.exchange(i, f"turn {i}")
+    with pytest.raises(RuntimeError, match="Odd"), distributed.together("a test"):
         if place == 1:
             raise Odd(lambda: None, 3)  # which cannot be pickled
-    with pytest.raises(ValueError, match="0"), processes.together("a test"):
+    with pytest.raises(ValueError, match="0"), distributed.together("a test"):
         raise ValueError(str(place))  # both fail: the first one's error counts
     # a layer whose rounding fails where the first process alone works
     prepared = ready()
@@ -384,7 +387,7 @@ def disagreement(folder):
 def evaluated(folder):
     """Each process computes its own results, and the table has all of them."""
     from tests.subjects import tiny_subject
-    from tfmq_fx.evaluation import evaluate
+    from tfmq_fx.evaluation.evaluate import evaluate
 
     said = []
     usual = {"samples": 16, "seeds": [0, 1], "steps": 2, "batch": 8, "backend": "eager"}
@@ -418,7 +421,7 @@ def checkpoints(folder):
         many = convert(prepared, checkpoint=folder / "many", progress=False)
         assert made
         made.clear()
-        with processes.alone():
+        with distributed.alone():
             if place == 0:
                 one = convert(prepared, checkpoint=folder / "many", progress=False)
                 same_model(many, one)
@@ -426,7 +429,7 @@ def checkpoints(folder):
                 same_model(many, half)
                 for path in sorted((folder / "one").glob("rounding*"))[::2]:
                     path.unlink()
-        processes.exchange(None, "written")
+        distributed.exchange(None, "written")
         total, found = len(list((folder / "many").iterdir())), len(list((folder / "one").iterdir()))
         made.clear()
         again = convert(prepared, checkpoint=folder / "one", progress=False)
@@ -434,7 +437,7 @@ def checkpoints(folder):
         assert len(made) == total - found > 2
         assert len(list((folder / "one").iterdir())) == total
         taken = [p["details"].get("checkpoint", {}).get("taken") for p in again.record["passes"]]
-        assert processes.exchange(taken, "taken") == [taken, taken]
+        assert distributed.exchange(taken, "taken") == [taken, taken]
         with pytest.raises(ConfigError, match="another conversion"):
             convert(driven(ready(), seed=1), checkpoint=folder / "one", progress=False)
 

@@ -27,7 +27,7 @@ from tfmq_fx import (
     TemporalSpec,
     WeightSpec,
 )
-from tfmq_fx.module_json import tensors_of
+from tfmq_fx.serialization.module_json import tensors_of
 
 TIMESTEPS = [0, 256, 512, 768]
 CHANNELS, SIZE = 8, 4

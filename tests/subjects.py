@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.toys import seeded, tiny_unet2d
-from tfmq_fx import digits
-from tfmq_fx.digits import ImageClassifier
-from tfmq_fx.suite import Subject
+from tfmq_fx.evaluation import digits
+from tfmq_fx.evaluation.digits import ImageClassifier
+from tfmq_fx.evaluation.subjects import Subject
 
 SHAPE = (3, 8, 8)
 

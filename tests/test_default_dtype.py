@@ -8,7 +8,7 @@ import torch
 from tests.adapters import Denoiser
 from tests.toys import seeded
 from tfmq_fx import PRESETS, bind_request, calibrate, compile, convert, load, prepare, refresh, save
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 STEPS = [0.25, 500.5, 998.25]  # no half precision holds the last two
 

@@ -31,10 +31,10 @@ from tfmq_fx import (
     save,
 )
 from tfmq_fx.backends.inductor import unavailable
-from tfmq_fx.metrics import sqnr
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.pipelines import find_timestep
-from tfmq_fx.structure import outline
+from tfmq_fx.capture.inputs import find_timestep
+from tfmq_fx.capture.nested_values import outline
+from tfmq_fx.quant.quant_layer import QuantLayer
+from tfmq_fx.quant.sqnr import sqnr
 
 NAMES = ("sd15", "sdxl", "dit-xl-2", "pixart-alpha", "flux-dev")
 RECIPES = ("w8a8", "w4a8")

@@ -9,7 +9,7 @@ from torch import nn
 
 import tfmq_fx
 from tfmq_fx import TfmqError
-from tfmq_fx.evaluation import evaluate
+from tfmq_fx.evaluation.evaluate import evaluate
 
 
 class Net(nn.Module):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.toys import seeded
-from tfmq_fx.api import fold_timesteps, load, save
-from tfmq_fx.capture import Captured, capture
-from tfmq_fx.errors import CaptureError, InputError
+from tfmq_fx.api import fold_timesteps, save
+from tfmq_fx.capture.capture import Captured, capture
+from tfmq_fx.core.errors import CaptureError, InputError
+from tfmq_fx.prologue.load_model import load
 
 pytest.importorskip("einops")
 from tests import handwritten

@@ -17,8 +17,8 @@ import torch
 import tfmq_fx
 from tests import mutations
 from tests.mutations import INPUTS, MODELS, call, seal
-from tfmq_fx.artifact import GRAPH_FILE, ORIGIN_FILE, TENSORS_FILE
-from tfmq_fx.errors import ArtifactError
+from tfmq_fx.core.errors import ArtifactError
+from tfmq_fx.serialization.artifact import GRAPH_FILE, ORIGIN_FILE, TENSORS_FILE
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def state():
 
 before, levels = state()
 import tfmq_fx
-import tfmq_fx.cli, tfmq_fx.digits, tfmq_fx.demo
+import tfmq_fx.evaluation.cli, tfmq_fx.evaluation.digits, tfmq_fx.evaluation.demo
 after, later = state()
 assert before == after, [k for k in before if before[k] != after[k]]
 assert all(later[n] == level for n, level in levels.items())

@@ -49,22 +49,26 @@ def test_they_cannot_be_imported_twice(name):
 
 
 def test_package_data_is_listed_and_present():
-    patterns = SETUPTOOLS["package-data"]["tfmq_fx"]
-    package = ROOT / "tfmq_fx"
+    data = SETUPTOOLS["package-data"]
+    root, package = ROOT / "tfmq_fx", ROOT / "tfmq_fx" / "evaluation"
+    assert data["tfmq_fx"] == ["py.typed"] and (root / "py.typed").is_file()
+    patterns = data["tfmq_fx.evaluation"]
     files = [
         str(path.relative_to(package))
-        for folder in (package, package / "assets", *(package / "assets").glob("*/"))
-        for path in folder.iterdir()
+        for path in package.rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     ]
-    assert "py.typed" in files
     for name in ("digits-unet", "glyphs-dit", "glyphs-unet"):
         assert any(f.startswith(f"assets/{name}/") for f in files)
     assert [f for f in files if not any(fnmatch.fnmatch(f, p) for p in patterns)] == []
     for pattern in patterns:
         assert fnmatch.filter(files, pattern), pattern
-    assets = [p for p in (package / "assets").rglob("*") if p.is_file()]
-    assert len(assets) == sum(f.startswith("assets/") for f in files)  # no deeper folder
+    others = [
+        path
+        for path in root.rglob("*")  # links are not followed
+        if path.is_file() and path.suffix not in (".py", ".pyc") and package not in path.parents
+    ]
+    assert others == [root / "py.typed"]
 
 
 def test_sources_of_kernels_are_package_data():
@@ -119,8 +123,10 @@ def test_every_module_has_its_place_in_the_layers():
     named = {
         n for line in layers["layers"] for n in line.replace("|", ":").replace(" ", "").split(":")
     }
-    modules = {p.stem for p in (ROOT / "tfmq_fx").glob("*.py")} - {"__init__"}
-    assert modules | set(LINKED) == named
+    package = ROOT / "tfmq_fx"
+    modules = {p.stem for p in package.glob("*.py")} - {"__init__"}
+    folders = {p.parent.name for p in package.glob("*/__init__.py")}
+    assert modules | folders == named
 
 
 def test_what_is_imported_is_declared():

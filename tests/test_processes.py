@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from tfmq_fx import processes
-from tfmq_fx.processes import pack, unpack
+from tfmq_fx.core import distributed
+from tfmq_fx.core.distributed import pack, unpack
 
 FAST = (
     "exchanged",
@@ -79,7 +79,7 @@ def test_a_group_is_started_as_torchrun_says(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os\n"
-        "from tfmq_fx import processes\n"
+        "from tfmq_fx.core import distributed as processes\n"
         "assert processes.world() == 1\n"
         "with processes.started(), processes.started():\n"
         "    found = processes.exchange(processes.rank(), 'ranks')\n"
@@ -99,16 +99,16 @@ def test_a_group_is_started_as_torchrun_says(tmp_path):
 
 
 def test_without_a_group_there_is_one_process():
-    assert (processes.rank(), processes.world(), list(processes.mine(3))) == (0, 1, [0, 1, 2])
+    assert (distributed.rank(), distributed.world(), list(distributed.mine(3))) == (0, 1, [0, 1, 2])
     value = torch.ones(2)
-    (found,) = processes.exchange(value, "values")
-    assert found is value and processes.from_first(value, "first") is value
-    assert processes.summed(value, "sum") is value
-    assert list(processes.in_order(range(3), str, "words")) == ["0", "1", "2"]
+    (found,) = distributed.exchange(value, "values")
+    assert found is value and distributed.from_first(value, "first") is value
+    assert distributed.summed(value, "sum") is value
+    assert list(distributed.in_order(range(3), str, "words")) == ["0", "1", "2"]
     done = []
-    assert list(processes.dealt("ab", lambda: done.append(1))) == ["a", "b"] and not done
-    processes.agree("anything", {"a": 1})
-    with pytest.raises(ValueError, match="own"), processes.together("a test"):
+    assert list(distributed.dealt("ab", lambda: done.append(1))) == ["a", "b"] and not done
+    distributed.agree("anything", {"a": 1})
+    with pytest.raises(ValueError, match="own"), distributed.together("a test"):
         raise ValueError("own")
 
 

@@ -8,13 +8,16 @@ from torch import nn
 
 from tests.passes.test_quantize_layers import relative_error
 from tests.toys import ToyUNet, seeded, tiny_unet2d
-from tfmq_fx.api import convert, load, prepare, save
-from tfmq_fx.config import ReconstructionSpec, TemporalSpec, WeightSpec
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.observers import SampleCache
-from tfmq_fx.presets import PRESETS
-from tfmq_fx.report import report
-from tfmq_fx.walk import Walk
+from tfmq_fx.api import prepare, save
+from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.calibration.observers import SampleCache
+from tfmq_fx.conversion.convert import convert
+from tfmq_fx.core.config import ReconstructionSpec, TemporalSpec
+from tfmq_fx.core.layer_config import WeightSpec
+from tfmq_fx.core.presets import PRESETS
+from tfmq_fx.diagnostics.report import report
+from tfmq_fx.prologue.load_model import load
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 STEPS = 4
 

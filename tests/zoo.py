@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.examples import example_inputs
+from tfmq_fx.capture.diffusers_inputs import example_inputs
 
 CONFIGS = Path(__file__).parent / "configs"
 Inputs = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,33 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import artifact, backends
-from .arguments import check_dynamic, check_names, path_of
-from .backends.auto import compile_fastest, example_inputs
-from .backends.proven import make_right
-from .backends.self_check import Reference
-from .behaviour import behaviour
-from .bound import Bound
-from .capture import capture
-from .config import (
-    Config,
-    LayerConfig,
-    to_dict,
-)
-from .convert import convert as convert
-from .describe import Dynamic
-from .errors import ArtifactError, ConfigError
-from .graph import device_of
-from .inference import outside_inference_mode
-from .loading import load as load
-from .merging import facts, observe
-from .modules import Compiled, Converted, Prepared
-from .ops import check_timesteps
-from .pipelines import find_timestep, named_inputs, sampling_pass
-from .presets import resolve
-from .processes import agree, rank, together, world
-from .recall import observed
-from .timesteps import timestep_values
+from tfmq_fx import backends
+from tfmq_fx.backends.auto import compile_fastest, example_inputs
+from tfmq_fx.backends.proven import make_right
+from tfmq_fx.backends.self_check import Reference
+
+from .calibration.sampling_pass import sampling_pass
+from .capture.call_inference import Dynamic
+from .capture.capture import capture
+from .capture.inputs import find_timestep, named_inputs
+from .conversion.convert import convert as convert
+from .conversion.distributed_calibration import facts, observe
+from .conversion.models import Compiled, Converted, Prepared
+from .conversion.prepare_model import captured_only, observed
+from .core.arguments import check_dynamic, check_names, path_of
+from .core.config import Config, PrologueSpec
+from .core.config_json import to_dict
+from .core.distributed import agree, rank, together, world
+from .core.errors import ArtifactError, ConfigError
+from .core.inference import outside_inference_mode
+from .core.layer_config import LayerConfig
+from .core.presets import resolve
+from .core.timesteps import timestep_values
+from .ir.graph import device_of
+from .prologue.bound_model import Bound
+from .prologue.weight_offload import check_offload
+from .quant.timestep_lookup import check_timesteps
+from .serialization import artifact
+from .serialization.module_settings import behaviour
 
 
 @outside_inference_mode
@@ -298,3 +300,54 @@ def _plain(config: Any) -> dict[str, Any] | None:
         except TypeError:
             continue
     return plain
+
+
+@outside_inference_mode
+def bind_request(
+    model: nn.Module,
+    timesteps: Any = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    timestep: str | None = None,
+    spec: PrologueSpec | None = None,
+    **options: Any,
+) -> Bound:
+    """`model`, with all that the timestep and the conditions fix computed when a request begins.
+
+    What depends on the timestep and on inputs that stay for a whole request (class label, text,
+    sizes, guidance) is computed for every step when such an input or the schedule is new, and read
+    at the steps; what depends on those inputs alone, once. Values are never stale: inputs are known
+    by object and version, or by content.
+
+    model: a converted (and loaded) model, whose quantized layers and tables stay as they are; or
+    any denoiser, captured here from example_inputs (as for `prepare`) and left in floating point.
+    timesteps: the schedule, as for `Bound.set_timesteps`; left out, timesteps are met as they come.
+    options: of a PrologueSpec, in place of `spec`.
+    Exact: outputs equal the model's bit for bit, at any batch size, where all samples are at one
+    timestep, and up to float reassociation elsewhere.
+    Raises ConfigError for options or inputs that cannot be used.
+    """
+    if spec is not None and options:
+        raise ConfigError(f"give a PrologueSpec or {', '.join(options)}, not both")
+    if isinstance(model, (Prepared, Compiled)):
+        raise ConfigError(
+            f"bind_request() takes a converted or a plain model, not a {type(model).__name__}; "
+            "bind before compiling"
+        )
+    if isinstance(model, Converted) and (example_inputs is not None or timestep is not None):
+        raise ConfigError("a converted model is not captured again: leave out its example inputs")
+    if spec is not None and not isinstance(spec, PrologueSpec):
+        raise ConfigError(f"spec must be a PrologueSpec, not a {type(spec).__name__}")
+    known = [field.name for field in dataclasses.fields(PrologueSpec)]
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigError(f"bind_request() has no option {unknown[0]!r}; it has {', '.join(known)}")
+    spec = PrologueSpec(**options) if spec is None else spec
+    if isinstance(model, Bound):
+        model = model.unbound()
+    elif not isinstance(model, Converted):
+        model = captured_only(prepare(model, example_inputs, timestep=timestep, config="fp"))
+    check_offload(spec.offload, model.device)
+    bound = Bound(model, spec)
+    if timesteps is not None:
+        bound.set_timesteps(timesteps)
+    return bound

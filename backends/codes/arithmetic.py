@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfmq_fx.affine import FP8, to_fp8
+from tfmq_fx.quant.affine import FP8, to_fp8
 
 STORED_ZERO = 128  # codes in [0, 255] are stored as code - 128, to fit int8
 

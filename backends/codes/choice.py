@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from tfmq_fx.files import make_private, write_whole
+from tfmq_fx.core.files import make_private, write_whole
 
 from .problem import Problem, Tile
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.affine import dynamic_scale
-from tfmq_fx.dialect import is_timestep_row
-from tfmq_fx.graph import prune
-from tfmq_fx.ops import is_random, op_name
+from tfmq_fx.ir.graph_pass import prune
+from tfmq_fx.ir.node_info import is_random, op_name
+from tfmq_fx.ir.verifier import is_timestep_row
+from tfmq_fx.quant.affine import dynamic_scale
 
 from .choice import Chooser
 from .fuse_epilogues import absorb_residuals, absorb_rows, merge_concat, requantize

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tfmq_fx.layers import call_before
-from tfmq_fx.ops import op_name
+from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.node_info import op_name
 
 from .layers import CodesLayer, ConcatLayer, quantize_input
 from .matching import (

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tfmq_fx.layers import call_before
-from tfmq_fx.ops import op_name
+from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.node_info import op_name
 
 from .layers import Pads, quantize_input
 from .matching import (

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from tfmq_fx.layers import call_before
+from tfmq_fx.ir.layer_edits import call_before
 
 from .choice import Choice, Chooser
 from .layers import CodesLayer, joint_problem

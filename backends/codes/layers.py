@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tfmq_fx.affine import FP8, levels
-from tfmq_fx.dialect import Stage
-from tfmq_fx.layers import layer_input
-from tfmq_fx.nn import QuantConv, QuantLayer
-from tfmq_fx.ops import size_hint
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.layer_edits import layer_input
+from tfmq_fx.ir.node_info import size_hint
+from tfmq_fx.quant.affine import FP8, levels
+from tfmq_fx.quant.modules import QuantConv
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 from .arithmetic import packed_half, quantize, stored_zero
 from .choice import Choice

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tfmq_fx.affine import dynamic_scale, symmetric_steps
-from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.graph import Declined
-from tfmq_fx.layers import buffer_before, call_before, layer_input
-from tfmq_fx.nn import QuantConv, QuantLayer
+from tfmq_fx.backends.float_layers import FloatLayer
+from tfmq_fx.ir.graph_pass import Declined
+from tfmq_fx.ir.layer_edits import buffer_before, call_before, layer_input
+from tfmq_fx.quant.affine import dynamic_scale, symmetric_steps
+from tfmq_fx.quant.modules import QuantConv
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 from .layers import CodesLayer, quantize_input
 

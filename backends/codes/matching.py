@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self, TypeGuard, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.ops import op_name, size_hint, writers
+from tfmq_fx.ir.node_info import op_name, size_hint, writers
 
 from .layers import CodesLayer, ConcatLayer, Pads
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from tfmq_fx.dialect import Stage
+from tfmq_fx.core.stages import Stage
 
 from . import kernels
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, remembering
 from tfmq_fx.backends.codes.problem import Problem, Tile
-from tfmq_fx.backends.dequantized import fast_dtype
+from tfmq_fx.backends.cpu.kernels import fast_dtype
 from tfmq_fx.backends.timing import least_micros
-from tfmq_fx.files import cache_folder
+from tfmq_fx.core.files import cache_folder
 
 from . import kernels, library
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tfmq_fx.backends.codes.choice import Choice
 from tfmq_fx.backends.codes.layers import CodesLayer
 from tfmq_fx.backends.codes.problem import Problem
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 from . import kernels
 

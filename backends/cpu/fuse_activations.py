@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from tfmq_fx.backends.codes.layers import ConcatLayer
 from tfmq_fx.backends.codes.matching import called, layer_on_codes, only_user, written_nodes
-from tfmq_fx.ops import op_name
+from tfmq_fx.ir.node_info import op_name
 
 from .codes_layer import CpuCodesLayer
 

@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 from tfmq_fx.backends.codes.layers import Pads, quantize_input
 from tfmq_fx.backends.codes.matching import Codes, is_tensor, written_nodes
-from tfmq_fx.dialect import Stage
-from tfmq_fx.layers import call_before
-from tfmq_fx.ops import op_name
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.node_info import op_name
 
 from . import kernels
 from .norm_codes import norm_codes, rows

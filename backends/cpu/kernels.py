@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfmq_fx.errors import BackendError
+from tfmq_fx.core.errors import BackendError
 
 from . import library
 
@@ -194,3 +194,9 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 torch.library.register_fake("tfmq_fx::cpu_conv", _fake_conv, lib=_LIBRARY)
 torch.library.register_fake("tfmq_fx::cpu_norm", _fake_norm, lib=_LIBRARY)
 torch.library.register_fake("tfmq_fx::cpu_attention", _fake_attention, lib=_LIBRARY)
+
+
+def fast_dtype() -> torch.dtype:
+    """The dtype in which the processor multiplies floats fastest."""
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and not limited()
+    return torch.bfloat16 if fast else torch.float32

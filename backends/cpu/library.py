@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from tfmq_fx.errors import BackendError
-from tfmq_fx.files import cache_folder, make_private, open_trusted
-from tfmq_fx.leftovers import folder_beside
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.core.files import cache_folder, make_private, open_trusted
+from tfmq_fx.core.temporary_files import folder_beside
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # products and sums are those that are written: the same results of every compiler and build

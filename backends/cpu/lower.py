@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
-from tfmq_fx.backends.attention import pad_attention
 from tfmq_fx.backends.codes.choice import Choice, Chooser, slower
 from tfmq_fx.backends.codes.fuse import fuse
 from tfmq_fx.backends.codes.fuse_epilogues import requantize
@@ -21,14 +20,15 @@ from tfmq_fx.backends.codes.lower import (
     quantized_calls,
 )
 from tfmq_fx.backends.codes.problem import Tile
-from tfmq_fx.backends.dequantized import DequantizedLayer, fast_dtype
-from tfmq_fx.backends.float_layer import FloatLayer
+from tfmq_fx.backends.cpu.kernels import fast_dtype
+from tfmq_fx.backends.float_layers import DequantizedLayer, FloatLayer
 from tfmq_fx.backends.saturation import onednn_is_exact, saturates
+from tfmq_fx.backends.support import keeps_integer_weights, obstacle
 from tfmq_fx.backends.torchao import to_torchao
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Rewrite, graph_pass, prune
-from tfmq_fx.kernels import keeps_integer_weights, obstacle
-from tfmq_fx.nn import QuantConv, QuantLayer, QuantLinear
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph_pass import Rewrite, graph_pass, prune
+from tfmq_fx.quant.modules import QuantConv, QuantLinear
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 from . import kernels
 from .attention import use_kernel
@@ -37,6 +37,7 @@ from .fuse_activations import fuse_activations
 from .fuse_concat import fuse_concat
 from .norm_codes import MOST_RUNS, norm_codes
 from .onednn import OnednnLayer
+from .pad_attention import pad_attention
 
 MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
 

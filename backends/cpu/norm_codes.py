@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tfmq_fx.backends.codes.layers import Pads
-from tfmq_fx.dialect import Stage
-from tfmq_fx.errors import BackendError
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.core.stages import Stage
 
 from . import kernels
 

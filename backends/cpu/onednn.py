@@ -16,9 +16,10 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfmq_fx.affine import levels
-from tfmq_fx.dialect import Stage
-from tfmq_fx.nn import QuantConv, QuantLayer
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.quant.affine import levels
+from tfmq_fx.quant.modules import QuantConv
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 
 class OnednnLayer(nn.Module):

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfmq_fx.affine import FP8
 from tfmq_fx.backends.codes import problem as problems
 from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, remembering, runs_on_torch
 from tfmq_fx.backends.codes.problem import Problem
-from tfmq_fx.files import cache_folder
+from tfmq_fx.core.files import cache_folder
+from tfmq_fx.quant.affine import FP8
 
 from .conv import conv2d
 from .tiles import candidates, default_tile

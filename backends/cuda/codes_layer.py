@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tfmq_fx.affine import FP8
 from tfmq_fx.backends.codes.arithmetic import finish, pack_weight, row_scales
 from tfmq_fx.backends.codes.layers import CodesLayer
+from tfmq_fx.quant.affine import FP8
 
 from .conv import conv2d
 

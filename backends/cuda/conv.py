@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfmq_fx.affine import FP8
 from tfmq_fx.backends.codes.arithmetic import finish, row_scales, unpack_weight
 from tfmq_fx.backends.codes.problem import Tile
-from tfmq_fx.errors import BackendError
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.quant.affine import FP8
 
 from .triton_op import kernel_op, launcher
 
@@ -57,7 +57,7 @@ def conv2d_triton(
     dtype: of the result.  tile: a `Tile`.
     Raises BackendError for codes of another dtype or layout, and sums that cannot be split.
     """
-    from .kernels.conv import conv_kernel
+    from tfmq_fx.backends.cuda.kernels.conv import conv_kernel
 
     size = Tile(*tile)
     _check(xs, size)

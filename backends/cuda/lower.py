@@ -18,12 +18,13 @@ from tfmq_fx.backends.codes.lower import (
     lower_layers,
     quantized_calls,
 )
-from tfmq_fx.backends.float_layer import FloatLayer
+from tfmq_fx.backends.float_layers import FloatLayer
+from tfmq_fx.backends.support import obstacle
 from tfmq_fx.backends.torchao import to_torchao, torchao_obstacle
-from tfmq_fx.dialect import Stage
-from tfmq_fx.graph import Rewrite, graph_pass
-from tfmq_fx.kernels import obstacle
-from tfmq_fx.nn import QuantLayer, QuantLinear
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
+from tfmq_fx.quant.modules import QuantLinear
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 from .codes_layer import CudaCodesLayer
 from .norm import MOST_RUNS, norm_codes

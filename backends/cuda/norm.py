@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tfmq_fx.backends.codes.arithmetic import quantize, stored_zero
 from tfmq_fx.backends.codes.layers import Pads
-from tfmq_fx.dialect import Stage
-from tfmq_fx.errors import BackendError
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.core.stages import Stage
 
 from .triton_op import kernel_op, launcher
 
@@ -65,7 +65,7 @@ def _lines(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The norm and its modulation as a line for each channel: x * a + b, both (B, C) float32."""
-    from .kernels.norm import norm_affine_kernel, norm_partial_kernel
+    from tfmq_fx.backends.cuda.kernels.norm import norm_affine_kernel, norm_partial_kernel
 
     batch, height, width, channels = x.shape
     pixels = height * width
@@ -124,7 +124,7 @@ def _apply(
     dtype: torch.dtype,
 ) -> Tensor:
     """The codes of silu(x * a + b), borders included."""
-    from .kernels.norm import norm_apply_kernel
+    from tfmq_fx.backends.cuda.kernels.norm import norm_apply_kernel
 
     batch, height, width, channels = x.shape
     left, right, top, bottom = pads

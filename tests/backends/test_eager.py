@@ -8,8 +8,8 @@ from tests.toys import seeded
 from tfmq_fx import ConfigError, calibrate, convert, prepare
 from tfmq_fx.backends import BACKENDS, backend, backend_module
 from tfmq_fx.backends.eager import compile_graph, unavailable
-from tfmq_fx.errors import BackendError
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 
 class Net(nn.Module):

@@ -6,11 +6,12 @@ import torch
 from tests.backends.cuda.test_lower import data, quantized
 from tests.backends.test_inductor import needs_compiler
 from tfmq_fx.backends import float as floats
-from tfmq_fx.backends.dequantized import DequantizedLayer, fast_dtype
+from tfmq_fx.backends.cpu.kernels import fast_dtype
 from tfmq_fx.backends.float import compile_graph, dequantize, unavailable
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.metrics import sqnr
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.backends.float_layers import DequantizedLayer
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.quant.quant_layer import QuantLayer
+from tfmq_fx.quant.sqnr import sqnr
 
 
 @pytest.mark.parametrize("dtype, least", [(torch.float32, 30), (torch.bfloat16, 30)])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.test_nn import FP8, make, quantized
-from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.dialect import Stage
+from tests.quant.test_modules import FP8, make, quantized
+from tfmq_fx.backends.float_layers import FloatLayer
+from tfmq_fx.core.stages import Stage
 
 DYNAMIC = {"act_bits": 8, "dynamic": True}
 

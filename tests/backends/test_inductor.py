@@ -17,13 +17,14 @@ from tfmq_fx.backends.cpu.autotune import untried
 from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
 from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
-from tfmq_fx.backends.float_layer import FloatLayer
+from tfmq_fx.backends.float_layers import FloatLayer
 from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.backends.saturation import onednn_is_exact
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.kernels import obstacle
-from tfmq_fx.nn import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
+from tfmq_fx.backends.support import obstacle
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.quant.modules import QuantConv1d, QuantConv2d, QuantLinear
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 TIMES = (0, 3, 7)
 REASON = unavailable()

@@ -12,8 +12,8 @@ from tfmq_fx import calibrate, convert, prepare
 from tfmq_fx.backends.codes.choice import Choice
 from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.backends.layer_times import LayerTime, chooser, layer_time
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.sites import find_sites
+from tfmq_fx.ir.sites import find_sites
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 
 @functools.cache

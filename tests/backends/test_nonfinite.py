@@ -77,7 +77,7 @@ def test_on_other_devices_samples_are_marked_without_asking(monkeypatch):
     """As where the model is gone, whether or not anything is NaN."""
     compiled = compile(deep(), "inductor", check=False)
     expected = compiled(X, T)
-    monkeypatch.setattr("tfmq_fx.modules.is_finite", lambda inputs: False)
+    monkeypatch.setattr("tfmq_fx.conversion.models.is_finite", lambda inputs: False)
     monkeypatch.setattr(compiled, "_reference", lambda: None)
     assert torch.equal(compiled(X, T), expected)
     found = compiled(spoiled(math.nan), T)

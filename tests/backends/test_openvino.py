@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.bound.toys import TOKENS, WIDTH, Conditional
+from tests.prologue.bound.toys import TOKENS, WIDTH, Conditional
 from tests.toys import ToyDiT, seeded, tiny_unet2d
 from tfmq_fx import (
     PRESETS,
@@ -22,19 +22,19 @@ from tfmq_fx import (
     convert,
     prepare,
 )
-from tfmq_fx.backends import openvino as lowering
-from tfmq_fx.backends.openvino import lower, unavailable
-from tfmq_fx.backends.openvino_layers import (
+from tfmq_fx.backends.openvino import lower as lowering
+from tfmq_fx.backends.openvino.layers import (
     ChannelsLastNorm,
     IntegerLayer,
     fake_quantize,
     float_reason,
 )
+from tfmq_fx.backends.openvino.lower import lower, unavailable
 from tfmq_fx.backends.saturation import openvino_is_exact
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.errors import BackendError, ConfigError, InputError
-from tfmq_fx.metrics import sqnr
-from tfmq_fx.nn import QUANTIZED
+from tfmq_fx.core.errors import BackendError, ConfigError, InputError
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.quant.modules import QUANTIZED
+from tfmq_fx.quant.sqnr import sqnr
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, while exporting
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from tests.backends.test_inductor import data, whole
-from tfmq_fx.backends import openvino, saturation
+from tfmq_fx.backends import saturation
 from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cpu import lower as lowering
 from tfmq_fx.backends.cpu.autotune import untried
 from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
-from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.backends.openvino_layers import CompressedLinear, IntegerLayer
+from tfmq_fx.backends.float_layers import FloatLayer
+from tfmq_fx.backends.openvino import lower as openvino
+from tfmq_fx.backends.openvino.layers import CompressedLinear, IntegerLayer
 from tfmq_fx.backends.saturation import fits_pairs, onednn_is_exact, openvino_is_exact
 
 

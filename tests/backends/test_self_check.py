@@ -16,7 +16,7 @@ from tfmq_fx.api import _reference
 from tfmq_fx.backends.cpu.autotune import untried
 from tfmq_fx.backends.cpu.lower import alone, lower
 from tfmq_fx.backends.float import dequantize
-from tfmq_fx.backends.openvino import lower as lower_for_openvino
+from tfmq_fx.backends.openvino.lower import lower as lower_for_openvino
 
 
 class Deep(nn.Module):

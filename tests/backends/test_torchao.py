@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from tests.test_nn import quantized
+from tests.quant.test_modules import quantized
 from tests.toys import seeded
-from tfmq_fx.affine import QParams, to_fp8, weight_groups, weight_qparams
 from tfmq_fx.backends.torchao import int4_obstacle, int4_parts, to_torchao, torchao_obstacle
-from tfmq_fx.config import WeightSpec
-from tfmq_fx.errors import BackendError
-from tfmq_fx.nn import QuantLinear
-from tfmq_fx.rounding import round_nearest
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.core.layer_config import WeightSpec
+from tfmq_fx.quant.affine import QParams, to_fp8, weight_groups, weight_qparams
+from tfmq_fx.quant.gptq import round_nearest
+from tfmq_fx.quant.modules import QuantLinear
 
 
 def layer(bits, *, bias=True, dtype=torch.float32):

@@ -27,12 +27,12 @@ from torch import nn
 
 import tfmq_fx
 from tests.bench.bench_cpu import cifar10
-from tfmq_fx import digits
-from tfmq_fx.config import Config
-from tfmq_fx.judge import STEPS
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.presets import PRESETS
-from tfmq_fx.walk import Walk
+from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.core.config import Config
+from tfmq_fx.core.presets import PRESETS
+from tfmq_fx.evaluation import digits
+from tfmq_fx.evaluation.benchmark import STEPS
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 MIB = 2**20
 

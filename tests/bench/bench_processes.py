@@ -29,9 +29,10 @@ from torch import nn
 
 import tfmq_fx
 from tests.toys import cifar10_unet
-from tfmq_fx import digits, metrics
-from tfmq_fx.checkpoint import digest
-from tfmq_fx.presets import resolve
+from tfmq_fx.calibration import ddim
+from tfmq_fx.core.presets import resolve
+from tfmq_fx.evaluation import digits
+from tfmq_fx.serialization.checkpoint import digest
 
 PARTS = ("calibrate", "convert", "draw")
 
@@ -68,7 +69,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     converted = timed("convert", lambda: tfmq_fx.convert(prepared, progress=False))
     images = timed(
         "draw",
-        lambda: metrics.sample(
+        lambda: ddim.sample(
             model, source[0], (args.images, *shape), seed=1, parallel=True, **settings
         ),
     )

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 import tfmq_fx
 from tests.bench.bench_cpu import interleaved, nearest
-from tfmq_fx.capture import capture
-from tfmq_fx.offload import give_back
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.capture.inputs import find_timestep, named_inputs
+from tfmq_fx.diagnostics.meta_model import skeleton
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.split_prologue import split_prologue
-from tfmq_fx.pipelines import find_timestep, named_inputs
-from tfmq_fx.skeletons import skeleton
+from tfmq_fx.prologue.weight_offload import give_back
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REDUCED: dict[str, tuple[str, str, dict[str, Any]]] = {

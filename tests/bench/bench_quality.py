@@ -20,21 +20,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tfmq_fx
-from tfmq_fx.baselines import nearest
-from tfmq_fx.checkpoint import digest
-from tfmq_fx.config import (
-    ActivationSpec,
-    AttentionSpec,
-    Config,
-    RewriteSpec,
-    Softmax,
-    TemporalSpec,
-    to_dict,
-)
-from tfmq_fx.files import write_whole
-from tfmq_fx.judge import Bench, seeds_of
-from tfmq_fx.presets import PRESETS, resolve
-from tfmq_fx.suite import SUBJECTS
+from tfmq_fx.core.config import AttentionSpec, Config, RewriteSpec, Softmax, TemporalSpec
+from tfmq_fx.core.config_json import to_dict
+from tfmq_fx.core.files import write_whole
+from tfmq_fx.core.layer_config import ActivationSpec
+from tfmq_fx.core.presets import PRESETS, resolve
+from tfmq_fx.evaluation.benchmark import Bench, seeds_of
+from tfmq_fx.evaluation.recipes import nearest
+from tfmq_fx.evaluation.subjects import SUBJECTS
+from tfmq_fx.serialization.checkpoint import digest
 
 SEEDS = (0, 1, 2)
 

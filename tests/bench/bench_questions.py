@@ -21,13 +21,14 @@ import torch
 
 import tfmq_fx
 from tests.bench.bench_quality import plain, rounding, static
-from tfmq_fx.config import Config, LayerConfig, TemporalSpec
-from tfmq_fx.feature_errors import temporal_errors
-from tfmq_fx.judge import Bench, seeds_of
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.presets import resolve
-from tfmq_fx.sensitivity import measure
-from tfmq_fx.suite import SUBJECTS
+from tfmq_fx.conversion.sensitivity import measure
+from tfmq_fx.core.config import Config, TemporalSpec
+from tfmq_fx.core.layer_config import LayerConfig
+from tfmq_fx.core.presets import resolve
+from tfmq_fx.diagnostics.feature_errors import temporal_errors
+from tfmq_fx.evaluation.benchmark import Bench, seeds_of
+from tfmq_fx.evaluation.subjects import SUBJECTS
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 SHOWN, FEW = 8, 16  # layers in a table; samples that layers are tried on alone
 STEPS = (5, 20, 50, 100, 250, 1000)  # of the set, for the selection

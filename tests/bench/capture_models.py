@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from tests import handwritten, test_handwritten, zoo
-from tests.test_architectures import LISTS_OF_SAMPLES, ONE_RESOLUTION, free_sizes
-from tfmq_fx.capture import Captured, capture
-from tfmq_fx.dataflow import temporal_block
-from tfmq_fx.pipelines import find_timestep
-from tfmq_fx.progress import progress_bar
-from tfmq_fx.structure import outline
+from tests.capture.test_architectures import LISTS_OF_SAMPLES, ONE_RESOLUTION, free_sizes
+from tfmq_fx.capture.capture import Captured, capture
+from tfmq_fx.capture.inputs import find_timestep
+from tfmq_fx.capture.nested_values import outline
+from tfmq_fx.core.progress import progress_bar
+from tfmq_fx.ir.temporal_block import temporal_block
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- the table below is written by a command -->\n", "<!-- end of the table -->\n"

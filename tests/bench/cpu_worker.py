@@ -23,7 +23,7 @@ from tests.bench.cpu_models import job
 from tests.bench.cpu_timing import forget_peak, kernels, memory_peak, resident
 from tests.bench.cpu_variants import REFERENCE, VARIANTS
 from tests.bench.cuda_results import reason_of
-from tfmq_fx.metrics import output_sqnr
+from tfmq_fx.quant.sqnr import output_sqnr
 
 SETTLING = 0.015  # seconds: what ends a parallel region spins for some of them
 _STEADY = 3  # calls in which the peak of memory is taken

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from tests.bench.cuda_results import BROKEN, Results, reason_of
 from tests.bench.cuda_timing import is_usable, machine, micros, synchronize
-from tfmq_fx.affine import FP8
 from tfmq_fx.backends.codes.arithmetic import packed_half
 from tfmq_fx.backends.codes.problem import Format, Problem
 from tfmq_fx.backends.cuda.autotune import arguments, best_convolutions
 from tfmq_fx.backends.cuda.conv import conv2d, conv2d_reference, conv2d_triton
 from tfmq_fx.backends.cuda.tiles import candidates
+from tfmq_fx.quant.affine import FP8
 
 TORCH = "torch"  # what the kernels are held against, as one of the things to time
 FORMATS: tuple[Format, ...] = ("int8", "fp8", "int4")

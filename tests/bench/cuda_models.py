@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tfmq_fx
 from tests import zoo
-from tfmq_fx.examples import example_inputs
+from tfmq_fx.capture.diffusers_inputs import example_inputs
 
 STEPS = 20  # of a request
 CALIBRATED = 4  # of them, that calibration visits

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfmq_fx.files import write_whole
+from tfmq_fx.core.files import write_whole
 
 BROKEN = 3  # exit status: the device cannot be used by this process any more
 _GRACE = 10  # seconds that a process gets beyond its time

@@ -31,8 +31,8 @@ from tests.bench.cuda_models import (
     torchao_quantized,
 )
 from tests.bench.cuda_timing import allocated, full_precision, graph_count, milliseconds
-from tfmq_fx.metrics import sqnr
-from tfmq_fx.structure import outline
+from tfmq_fx.capture.nested_values import outline
+from tfmq_fx.quant.sqnr import sqnr
 
 BASE = "bf16 compiled"
 MAIN = (BASE, "w8a8", "fp8", "w4a8", "w8a8 prologue", "fp8 prologue", "w4a8 prologue")

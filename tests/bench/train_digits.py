@@ -1,4 +1,5 @@
-"""Train the classifier and the denoiser of `tfmq_fx.digits` and write them as package assets.
+"""Train the classifier and the denoiser of `tfmq_fx.evaluation.digits` and write them as package
+assets.
 
     python -m tests.bench.train_digits
     python -m tests.bench.train_digits --only evaluate
@@ -21,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.bench import training
-from tfmq_fx import digits, metrics
+from tfmq_fx.calibration import ddim
+from tfmq_fx.evaluation import digits
 
 UNET = {
     "sample_size": digits.IMAGE_SIZE,
@@ -72,7 +74,7 @@ def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) 
     train, _ = digits.load_images("train")
     heldout, labels = digits.load_images("heldout")
     model = digits.load_classifier()
-    drawn = metrics.sample(
+    drawn = ddim.sample(
         digits.load_unet(),
         digits.make_scheduler(),
         (count, 1, digits.IMAGE_SIZE, digits.IMAGE_SIZE),

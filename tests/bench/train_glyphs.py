@@ -1,4 +1,5 @@
-"""Train the classifier and the denoisers of `tfmq_fx.glyphs` and write them as package assets.
+"""Train the classifier and the denoisers of `tfmq_fx.evaluation.glyphs` and write them as package
+assets.
 
     python -m tests.bench.train_glyphs --only classifier
     python -m tests.bench.train_glyphs --only dit
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.bench import training
-from tfmq_fx import glyphs, metrics
+from tfmq_fx.calibration import ddim
+from tfmq_fx.evaluation import glyphs
 
 TRAIN_IMAGES, TRAIN_SEED = 20_000, 0
 HELDOUT_IMAGES, HELDOUT_SEED = 2_000, 1
@@ -117,7 +119,7 @@ def draw(model: Any, count: int, *, inference_steps: int, seed: int) -> tuple[Te
         asked = torch.arange(len(x)) % glyphs.CLASSES  # every batch starts at class 0
         return model(x, timestep=t.expand(len(x)), class_labels=asked)
 
-    drawn = metrics.sample(
+    drawn = ddim.sample(
         denoiser,
         glyphs.make_scheduler(),
         (count, 3, glyphs.IMAGE_SIZE, glyphs.IMAGE_SIZE),

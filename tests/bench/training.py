@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tfmq_fx import digits, metrics
+from tfmq_fx.evaluation import digits, image_metrics
 
 # (call, noisy images, timesteps, rows of the images, generator) to the model's answer.
 Predict = Callable[[Any, Tensor, Tensor, Tensor, torch.Generator], Tensor]
@@ -244,14 +244,14 @@ def quality(
     noise = torch.randn(drawn.shape, generator=generator).clamp(-1, 1)
     _, blank = logits_and_features(model, noise)
     return {
-        "fid": metrics.frechet_distance(generated, real),
-        "fid_interval": metrics.bootstrap_interval(generated, real, generator=generator),
-        f"fid_of_{same_size}": metrics.frechet_distance(generated[:same_size], real),
-        "fid_heldout": metrics.frechet_distance(unseen, real),
-        f"fid_{same_size}_of_train": metrics.frechet_distance(subset, real),
-        "fid_noise": metrics.frechet_distance(blank, real),
-        "confident": metrics.confident_share(logits),
-        "confident_heldout": metrics.confident_share(heldout_logits),
+        "fid": image_metrics.frechet_distance(generated, real),
+        "fid_interval": image_metrics.bootstrap_interval(generated, real, generator=generator),
+        f"fid_of_{same_size}": image_metrics.frechet_distance(generated[:same_size], real),
+        "fid_heldout": image_metrics.frechet_distance(unseen, real),
+        f"fid_{same_size}_of_train": image_metrics.frechet_distance(subset, real),
+        "fid_noise": image_metrics.frechet_distance(blank, real),
+        "confident": image_metrics.confident_share(logits),
+        "confident_heldout": image_metrics.confident_share(heldout_logits),
         "classes": logits.argmax(1).bincount(minlength=digits.CLASSES).tolist(),
         "nearest_train": nearest(drawn, train),
         "nearest_train_heldout": nearest(heldout, train),

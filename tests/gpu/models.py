@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tests import zoo
 from tests.test_end_to_end import answer, fast, redrawn, steps_of
 from tfmq_fx import Converted, Prepared, calibrate, convert, prepare
-from tfmq_fx.metrics import sqnr
-from tfmq_fx.pipelines import find_timestep
+from tfmq_fx.capture.inputs import find_timestep
+from tfmq_fx.quant.sqnr import sqnr
 
 DEVICE = os.environ.get("TFMQ_FX_TEST_DEVICE", "cuda")
 NAMES = ("ddpm-cifar10", "sd15", "dit-xl-2")

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
-from tests.bound.toys import STEPS, conditional, draw
 from tests.gpu.models import DEVICE, calls, converted, moved, source, told
+from tests.prologue.bound.toys import STEPS, conditional, draw
 from tests.test_end_to_end import steps_of
 from tfmq_fx import ConfigError, InputError, bind_request, convert, load, prepare, save
-from tfmq_fx.config import PrologueSpec
+from tfmq_fx.core.config import PrologueSpec
 
 elsewhere = pytest.mark.skipif(DEVICE == "cpu", reason="there is one device")
 AWAY = "none" if DEVICE == "cpu" else "cpu"

@@ -9,7 +9,7 @@ from tests.converted import KEYS, lossy, toy
 from tests.gpu.models import DEVICE, check_near, converted, moved, source
 from tests.test_api import data
 from tfmq_fx import ConfigError, InputError, prepare
-from tfmq_fx.ops import timestep_row
+from tfmq_fx.quant.timestep_lookup import timestep_row
 
 elsewhere = pytest.mark.skipif(DEVICE == "cpu", reason="there is one device")
 

@@ -8,12 +8,12 @@ import torch
 from tests.gpu.models import DEVICE
 from tests.triton.cases import conv_arguments
 from tests.triton.interpreted.test_norm import arguments as norm_arguments
-from tfmq_fx.affine import FP8
 from tfmq_fx.backends.codes.problem import Problem, Tile
 from tfmq_fx.backends.cuda.autotune import arguments as operands
 from tfmq_fx.backends.cuda.conv import conv2d, conv2d_reference
 from tfmq_fx.backends.cuda.norm import group_norm_quantize, group_norm_quantize_reference
 from tfmq_fx.backends.cuda.tiles import candidates
+from tfmq_fx.quant.affine import FP8
 
 pytestmark = pytest.mark.usefixtures("kernels")
 FORMATS = ("int8", "fp8", "int4")

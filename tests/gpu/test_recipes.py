@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
+from tests.conversion.test_recipes import short
 from tests.gpu.models import DEVICE
 from tests.test_api import TIMES, data
-from tests.test_recipes import short
 from tests.toys import ToyUNet, seeded
 from tfmq_fx import PRESETS, calibrate, convert, fold_timesteps, prepare, refresh, report, verify
-from tfmq_fx.metrics import sqnr
-from tfmq_fx.presets import RECIPES, resolve
+from tfmq_fx.core.presets import RECIPES, resolve
+from tfmq_fx.quant.sqnr import sqnr
 
 # Those that sample again need a scheduler; their parts are in the others.
 NAMES = [name for name in PRESETS if not resolve(name).reconstruction.rounds and name != "fp"]

@@ -17,14 +17,14 @@ from tests.passes.test_quantize_products import spec as product_spec
 from tests.passes.test_quantize_products import with_choices
 from tests.strategies import STEPS, captured_graphs, draw_inputs
 from tests.toys import ToyDiT, seeded
-from tfmq_fx.activation import QuantActivation
-from tfmq_fx.affine import shared_zero_scales
-from tfmq_fx.capture import capture
-from tfmq_fx.config import LayerConfig, WeightSpec
-from tfmq_fx.correction import measure_errors
-from tfmq_fx.dataflow import temporal_block
-from tfmq_fx.dialect import stage_of
-from tfmq_fx.errors import ConfigError, InputError
+from tfmq_fx.calibration.output_errors import measure_errors
+from tfmq_fx.calibration.product_ranges import measure_products
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.core.errors import ConfigError, InputError
+from tfmq_fx.core.layer_config import LayerConfig, WeightSpec
+from tfmq_fx.core.stages import stage_of
+from tfmq_fx.ir.subgraphs import compute_rows
+from tfmq_fx.ir.temporal_block import temporal_block
 from tfmq_fx.passes.change_timesteps import change_timesteps
 from tfmq_fx.passes.correct_outputs import CORRECTION, correct_outputs
 from tfmq_fx.passes.decompose_attention import decompose_attention
@@ -33,8 +33,8 @@ from tfmq_fx.passes.quantize_layers import SCALES, quantize_layers
 from tfmq_fx.passes.quantize_products import SCALES as PRODUCT_SCALES
 from tfmq_fx.passes.quantize_products import quantize_products
 from tfmq_fx.passes.quantize_tables import quantize_tables
-from tfmq_fx.products import measure_products
-from tfmq_fx.regions import compute_rows
+from tfmq_fx.quant.activation import QuantActivation
+from tfmq_fx.quant.affine import shared_zero_scales
 
 OTHER = torch.tensor([1, 3, 8, 499, 999, 4])
 

@@ -5,27 +5,30 @@ import copy
 import pytest
 import torch
 
+from tests.calibration.test_output_errors import Estimate, captured, chunks
+from tests.ir.test_sites import graph_of
 from tests.passes.test_quantize_layers import (
     TIMES,
     as_tensor,
     quantize,
     relative_error,
 )
-from tests.test_correction import Estimate, captured, chunks
-from tests.test_sites import graph_of
 from tests.toys import ToyUNet, TupleOutput, seeded
-from tfmq_fx.api import load, save
-from tfmq_fx.capture import capture
-from tfmq_fx.config import Config, LayerConfig, WeightSpec
-from tfmq_fx.correction import measure_errors
-from tfmq_fx.dialect import Stage, is_timestep_row, stage_of
-from tfmq_fx.errors import ConfigError, GraphError, InputError
-from tfmq_fx.modules import Converted
+from tfmq_fx.api import save
+from tfmq_fx.calibration.output_errors import measure_errors
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.conversion.models import Converted
+from tfmq_fx.conversion.records import pass_record
+from tfmq_fx.core.config import Config
+from tfmq_fx.core.errors import ConfigError, GraphError, InputError
+from tfmq_fx.core.layer_config import LayerConfig, WeightSpec
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.sites import find_sites
+from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.passes.correct_outputs import CORRECTION, correct_outputs
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 from tfmq_fx.passes.quantize_layers import quantize_layers
-from tfmq_fx.records import pass_record
-from tfmq_fx.sites import find_sites
+from tfmq_fx.prologue.load_model import load
 
 W2 = LayerConfig(weights=WeightSpec(bits=2, search=1))
 

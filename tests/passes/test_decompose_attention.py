@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.toys import ToyDiT, ToyUNet, seeded
-from tfmq_fx.capture import capture
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.ops import op_name
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.node_info import op_name
 from tfmq_fx.passes.decompose_attention import decompose_attention
 
 # Sums of at most 64 terms of order 1 in another order: off by at most 64 * 2**-53 of their terms.

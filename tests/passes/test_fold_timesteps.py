@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.strategies import STEPS, WIDTH, GraphBuilder, captured_graphs, draw_inputs
-from tfmq_fx.dataflow import temporal_block
-from tfmq_fx.dialect import Stage, is_timestep_row, stage_of
-from tfmq_fx.errors import ConfigError, InputError
+from tfmq_fx.core.errors import ConfigError, InputError
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.temporal_block import temporal_block
+from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 
 # Tables hold rows computed at batch 1; the original multiplies at batch B, where BLAS may take

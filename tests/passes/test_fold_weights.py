@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tfmq_fx import CoverageWarning, StaleError, convert, fold_timesteps, prepare, refresh, report
-from tfmq_fx.capture import capture
-from tfmq_fx.metrics import sqnr
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.ir.sites import find_sites, left_by_module
 from tfmq_fx.passes.fold_weights import fold_weights
-from tfmq_fx.sites import find_sites, left_by_module
+from tfmq_fx.quant.sqnr import sqnr
 
 STEPS = [700, 3]
 

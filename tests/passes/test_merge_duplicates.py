@@ -10,8 +10,8 @@ from torch import nn
 from tests.strategies import captured_graphs, draw_inputs
 from tests.toys import sinusoidal
 from tfmq_fx import fold_timesteps, prepare
-from tfmq_fx.capture import capture
-from tfmq_fx.dataflow import temporal_block
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.ir.temporal_block import temporal_block
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 
 

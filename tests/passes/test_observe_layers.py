@@ -5,14 +5,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.ir.test_sites import graph_of
 from tests.strategies import captured_graphs, draw_inputs
-from tests.test_sites import graph_of
 from tests.toys import SharedTwice, ToyUNet, seeded
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.errors import CalibrationError, GraphError
-from tfmq_fx.observers import RangeObserver
+from tfmq_fx.calibration.observers import RangeObserver
+from tfmq_fx.core.errors import CalibrationError, GraphError
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.sites import find_sites
 from tfmq_fx.passes.observe_layers import observe_layers, observer_name
-from tfmq_fx.sites import find_sites
 
 PATHS = st.lists(st.text("ad_", min_size=1, max_size=4), min_size=1, max_size=3).map(".".join)
 

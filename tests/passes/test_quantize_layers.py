@@ -7,17 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.ir.test_sites import graph_of
 from tests.strategies import STEPS, WIDTH, GraphBuilder, captured_graphs, draw_inputs
-from tests.test_sites import graph_of
 from tests.toys import SharedTwice, ToyUNet, seeded
-from tfmq_fx.config import ActivationSpec, Config, LayerConfig, WeightSpec
-from tfmq_fx.dialect import Stage, is_timestep_row, stage_of
-from tfmq_fx.errors import InputError
-from tfmq_fx.nn import QuantLayer
-from tfmq_fx.observers import RangeObserver
+from tfmq_fx.calibration.observers import RangeObserver
+from tfmq_fx.core.config import Config
+from tfmq_fx.core.errors import InputError
+from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig, WeightSpec
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.sites import find_sites, plan_sites
+from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.passes.observe_layers import observe_layers, observer_name
 from tfmq_fx.passes.quantize_layers import quantize_layers
-from tfmq_fx.sites import find_sites, plan_sites
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 W8 = LayerConfig(weights=WeightSpec(bits=8))
 W8A8 = LayerConfig(weights=WeightSpec(bits=8), activations=ActivationSpec(bits=8))

@@ -9,27 +9,31 @@ import torch
 from torch import nn
 
 from tests.toys import ToyDiT, ToyUNet, seeded
-from tfmq_fx import artifact, metrics
-from tfmq_fx.activation import QuantActivation
-from tfmq_fx.affine import levels
 from tfmq_fx.backends.cpu.autotune import untried
 from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.inductor import unavailable
-from tfmq_fx.capture import capture
-from tfmq_fx.config import ActivationSpec, AttentionSpec, Config, LayerConfig, WeightSpec
-from tfmq_fx.dialect import Stage, is_timestep_row, stage_of
-from tfmq_fx.errors import InputError
-from tfmq_fx.graph import fork
-from tfmq_fx.layers import call_before
-from tfmq_fx.modules import Converted
-from tfmq_fx.observers import RangeObserver
+from tfmq_fx.calibration.observers import RangeObserver
+from tfmq_fx.calibration.product_ranges import measure_products
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.conversion.models import Converted
+from tfmq_fx.core.config import AttentionSpec, Config
+from tfmq_fx.core.errors import InputError
+from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig, WeightSpec
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.graph import fork
+from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.products import find_products
+from tfmq_fx.ir.sites import find_sites
+from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.passes.decompose_attention import decompose_attention
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 from tfmq_fx.passes.observe_layers import observe_layers
 from tfmq_fx.passes.quantize_layers import quantize_layers
 from tfmq_fx.passes.quantize_products import SCALES, quantize_products
-from tfmq_fx.products import find_products, measure_products
-from tfmq_fx.sites import find_sites
+from tfmq_fx.quant import sqnr as metrics
+from tfmq_fx.quant.activation import QuantActivation
+from tfmq_fx.quant.affine import levels
+from tfmq_fx.serialization import artifact
 
 TIMES = torch.arange(4)
 W8A8 = LayerConfig(weights=WeightSpec(search=1), activations=ActivationSpec())

@@ -9,11 +9,11 @@ from torch import nn
 
 from tests.passes.test_fold_timesteps import unet
 from tests.strategies import STEPS, WIDTH, GraphBuilder, captured_graphs, draw_inputs
-from tfmq_fx.dialect import is_timestep_row
-from tfmq_fx.errors import ConfigError, GraphError, InputError
+from tfmq_fx.core.errors import ConfigError, GraphError, InputError
+from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 from tfmq_fx.passes.quantize_tables import quantize_tables
-from tfmq_fx.tables import QuantTimestepTable, cache_error, cache_rows, restore_rows
+from tfmq_fx.quant.timestep_table import QuantTimestepTable, cache_error, cache_rows, restore_rows
 
 rows_of = st.integers(0, 10_000).map(
     lambda seed: (

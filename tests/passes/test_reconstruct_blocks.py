@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.ir.test_sites import graph_of
 from tests.passes.test_quantize_layers import (
     FP8,
     TIMES,
@@ -13,15 +14,15 @@ from tests.passes.test_quantize_layers import (
     toy_batches,
 )
 from tests.passes.test_round_weights import Edge, two_timesteps
-from tests.test_sites import graph_of
 from tests.toys import SharedTwice, ToyUNet, seeded
-from tfmq_fx.blocks import units
-from tfmq_fx.config import LayerConfig, ReconstructionSpec, WeightSpec
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.core.config import ReconstructionSpec
+from tfmq_fx.core.layer_config import LayerConfig, WeightSpec
+from tfmq_fx.ir.reconstruction_units import units
+from tfmq_fx.ir.sites import find_sites
 from tfmq_fx.passes.reconstruct_blocks import reconstruct_blocks
 from tfmq_fx.passes.round_weights import round_weights
-from tfmq_fx.sites import find_sites
-from tfmq_fx.walk import Walk
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 W3 = LayerConfig(weights=WeightSpec(bits=3))
 

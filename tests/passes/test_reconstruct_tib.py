@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from tests.ir.test_sites import graph_of
 from tests.passes.test_quantize_layers import FP8, quantize
-from tests.test_sites import graph_of
 from tests.toys import ToyUNet, seeded
-from tfmq_fx.config import LayerConfig, ReconstructionSpec, WeightSpec
-from tfmq_fx.dataflow import temporal_block
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.core.config import ReconstructionSpec
+from tfmq_fx.core.layer_config import LayerConfig, WeightSpec
+from tfmq_fx.ir.temporal_block import temporal_block
 from tfmq_fx.passes.reconstruct_tib import feature_errors, reconstruct_tib, relative_errors
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 TIMES = torch.arange(0, 1000, 50)
 W4 = LayerConfig(weights=WeightSpec(bits=4))

@@ -22,11 +22,11 @@ from tests.exact import (
 )
 from tests.strategies import WIDTH, GraphBuilder
 from tests.toys import SharedTwice, seeded
-from tfmq_fx import artifact
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.effects import inplace_
-from tfmq_fx.errors import ConfigError
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.functionalize import inplace_
 from tfmq_fx.passes.rotate_inputs import hadamard, rotate_inputs
+from tfmq_fx.serialization import artifact
 
 
 def rotations(gm):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.ir.test_sites import graph_of
 from tests.passes.test_quantize_layers import (
     FP8,
     STATIC,
@@ -18,18 +19,19 @@ from tests.passes.test_quantize_layers import (
     toy_batches,
 )
 from tests.strategies import WIDTH, GraphBuilder, draw_inputs
-from tests.test_sites import graph_of
 from tests.toys import ToyUNet, seeded
-from tfmq_fx.api import convert, prepare
-from tfmq_fx.checkpoint import with_rounded_state
-from tfmq_fx.config import LayerConfig, ReconstructionSpec, TemporalSpec, WeightSpec
-from tfmq_fx.errors import CalibrationError
-from tfmq_fx.gram import InputStatistics
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.api import prepare
+from tfmq_fx.conversion.convert import convert
+from tfmq_fx.core.config import ReconstructionSpec, TemporalSpec
+from tfmq_fx.core.errors import CalibrationError
+from tfmq_fx.core.layer_config import LayerConfig, WeightSpec
+from tfmq_fx.core.presets import PRESETS
+from tfmq_fx.ir.sites import find_sites
 from tfmq_fx.passes.round_weights import round_layer, round_weights
-from tfmq_fx.presets import PRESETS
-from tfmq_fx.rounding import round_second_order
-from tfmq_fx.sites import find_sites
+from tfmq_fx.quant.gptq import round_second_order
+from tfmq_fx.quant.input_statistics import InputStatistics
+from tfmq_fx.quant.quant_layer import QuantLayer
+from tfmq_fx.serialization.checkpoint import with_rounded_state
 
 W3 = LayerConfig(weights=WeightSpec(bits=3))
 

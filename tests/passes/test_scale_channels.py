@@ -19,10 +19,10 @@ from tests.exact import (
 )
 from tests.strategies import WIDTH, GraphBuilder
 from tests.toys import seeded
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.effects import inplace_
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.layers import groups_of, weight_of
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.functionalize import inplace_
+from tfmq_fx.ir.layer_edits import groups_of, weight_of
 from tfmq_fx.passes.scale_channels import scale_channels
 
 

@@ -21,11 +21,11 @@ from tests.exact import (
 )
 from tests.strategies import GraphBuilder
 from tests.toys import seeded
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import module_path
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.graph import module_path
+from tfmq_fx.ir.subgraphs import region
 from tfmq_fx.passes.split_concat import split_concat
-from tfmq_fx.regions import region
 
 
 class Concatenated(nn.Module):

@@ -19,13 +19,13 @@ from tests.exact import (
 )
 from tests.strategies import GraphBuilder
 from tests.toys import SharedTwice, seeded
-from tfmq_fx import artifact
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph import module_path
-from tfmq_fx.layers import weight_of
-from tfmq_fx.lowrank import LowRank
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.graph import module_path
+from tfmq_fx.ir.layer_edits import weight_of
 from tfmq_fx.passes.split_low_rank import split_low_rank
+from tfmq_fx.quant.low_rank import LowRank
+from tfmq_fx.serialization import artifact
 
 
 class SharedLinear(SharedTwice):

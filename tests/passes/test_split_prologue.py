@@ -14,14 +14,14 @@ from torch import Tensor, fx, nn
 from tests.exact import assert_untouched, snapshot
 from tests.strategies import STEPS, WIDTH, GraphBuilder, captured_graphs, draw_inputs
 from tests.toys import ToyDiT, seeded
-from tfmq_fx.capture import capture
-from tfmq_fx.dialect import Stage
-from tfmq_fx.effects import inplace_
-from tfmq_fx.errors import ConfigError
-from tfmq_fx.graph_json import from_json, to_json
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.functionalize import inplace_
+from tfmq_fx.ir.request_cut import looks_up
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 from tfmq_fx.passes.split_prologue import Split, split_prologue
-from tfmq_fx.request import looks_up
+from tfmq_fx.serialization.graph_json import from_json, to_json
 
 
 def run(split: Split, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

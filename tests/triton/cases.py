@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from tfmq_fx.affine import FP8
 from tfmq_fx.backends.codes.arithmetic import pack_weight
 from tfmq_fx.backends.codes.problem import Tile
+from tfmq_fx.quant.affine import FP8
 
 
 def codes(shape, format, generator):

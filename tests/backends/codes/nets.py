@@ -10,15 +10,17 @@ from tfmq_fx.backends.codes import fuse as fusions
 from tfmq_fx.backends.cuda import lower as lowering
 from tfmq_fx.backends.cuda.autotune import untried
 from tfmq_fx.backends.cuda.norm import MOST_RUNS, norm_codes
-from tfmq_fx.capture import capture
-from tfmq_fx.config import ActivationSpec, LayerConfig, WeightSpec
-from tfmq_fx.dialect import Stage, check
-from tfmq_fx.graph import fork, prune
-from tfmq_fx.observers import Ranges
+from tfmq_fx.calibration.observers import Ranges
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig, WeightSpec
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import fork
+from tfmq_fx.ir.graph_pass import prune
+from tfmq_fx.ir.sites import find_sites
+from tfmq_fx.ir.verifier import check
 from tfmq_fx.passes.fold_timesteps import fold_timesteps
 from tfmq_fx.passes.quantize_layers import quantize_layers
 from tfmq_fx.passes.split_concat import split_concat
-from tfmq_fx.sites import find_sites
 
 TIMES = (0, 3, 7)
 NORMS = {"norm": norm_codes, "most_runs": MOST_RUNS}

@@ -28,13 +28,13 @@ from tests.backends.codes.nets import (
     whole_sums,
 )
 from tests.toys import tiny_unet2d
-from tfmq_fx.affine import dynamic_scale
 from tfmq_fx.backends.codes import fuse as fusions
 from tfmq_fx.backends.codes.layers import quantize_input
 from tfmq_fx.backends.cuda import lower as lowering
-from tfmq_fx.capture import capture
-from tfmq_fx.config import ActivationSpec, LayerConfig, WeightSpec
-from tfmq_fx.graph import fork
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig, WeightSpec
+from tfmq_fx.ir.graph import fork
+from tfmq_fx.quant.affine import dynamic_scale
 
 
 def test_views_that_channels_last_refuses_become_reshapes(monkeypatch):

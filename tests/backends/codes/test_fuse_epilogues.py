@@ -22,7 +22,7 @@ from tests.backends.codes.nets import (
 from tfmq_fx.backends.codes.choice import Choice
 from tfmq_fx.backends.codes.layers import ConcatLayer
 from tfmq_fx.backends.cuda.autotune import untried
-from tfmq_fx.config import ActivationSpec
+from tfmq_fx.core.layer_config import ActivationSpec
 
 
 def shortcut(m, x, row):

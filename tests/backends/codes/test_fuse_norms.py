@@ -20,7 +20,7 @@ from tests.backends.codes.nets import (
     norm,
 )
 from tfmq_fx.backends.cuda.norm import norm_codes
-from tfmq_fx.config import ActivationSpec, LayerConfig, WeightSpec
+from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig, WeightSpec
 
 
 class Norm32(nn.GroupNorm):

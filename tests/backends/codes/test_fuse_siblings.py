@@ -21,7 +21,7 @@ from tests.backends.codes.nets import (
 )
 from tfmq_fx.backends.codes.choice import Choice
 from tfmq_fx.backends.codes.layers import CodesLayer
-from tfmq_fx.config import ActivationSpec, WeightSpec
+from tfmq_fx.core.layer_config import ActivationSpec, WeightSpec
 
 BOTH = ("share_quantize", "join_siblings")
 PACKED = dataclasses.replace(EIGHT, weights=WeightSpec(bits=4, search=1))

@@ -6,16 +6,16 @@ from torch import nn
 
 from tests.backends.codes.nets import whole_sums
 from tests.toys import seeded
-from tfmq_fx.affine import FP8, weight_qparams
 from tfmq_fx.backends.codes.arithmetic import (
     stored_zero,
 )
 from tfmq_fx.backends.codes.layers import ConcatLayer, problem_of, quantize_input
 from tfmq_fx.backends.cuda.autotune import untried
 from tfmq_fx.backends.cuda.codes_layer import CudaCodesLayer
-from tfmq_fx.config import WeightSpec
-from tfmq_fx.nn import QuantConv2d, QuantLinear
-from tfmq_fx.rounding import round_nearest
+from tfmq_fx.core.layer_config import WeightSpec
+from tfmq_fx.quant.affine import FP8, weight_qparams
+from tfmq_fx.quant.gptq import round_nearest
+from tfmq_fx.quant.modules import QuantConv2d, QuantLinear
 
 SCALE = torch.tensor([0.02, 0.05, 0.03])
 

@@ -13,9 +13,9 @@ from tfmq_fx.backends.codes.lower import (
     lower_layers,
     quantized_calls,
 )
-from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.graph import fork
-from tfmq_fx.nn import QuantLayer
+from tfmq_fx.backends.float_layers import FloatLayer
+from tfmq_fx.ir.graph import fork
+from tfmq_fx.quant.quant_layer import QuantLayer
 
 
 class NoEngine(CodesLayer):

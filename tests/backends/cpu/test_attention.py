@@ -8,8 +8,8 @@ from torch import fx, nn
 from tests.backends.cpu.cases import needs_kernels
 from tests.toys import ToyDiT, seeded
 from tfmq_fx.backends.cpu.attention import attention, use_kernel
-from tfmq_fx.capture import capture
-from tfmq_fx.metrics import sqnr
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.quant.sqnr import sqnr
 
 SHAPE = (2, 4, 9, 8)
 

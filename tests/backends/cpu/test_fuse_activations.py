@@ -11,7 +11,7 @@ from tests.backends.cpu.cases import needs_kernels
 from tfmq_fx.backends.cpu.autotune import untried
 from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
 from tfmq_fx.backends.cpu.lower import lower
-from tfmq_fx.metrics import sqnr
+from tfmq_fx.quant.sqnr import sqnr
 
 pytestmark = needs_kernels
 SAME = 45  # as in test_lower

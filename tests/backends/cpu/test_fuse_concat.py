@@ -11,8 +11,8 @@ from tests.backends.cpu.cases import needs_kernels
 from tfmq_fx.backends.cpu.autotune import untried
 from tfmq_fx.backends.cpu.fuse_concat import concat_codes
 from tfmq_fx.backends.cpu.lower import lower
-from tfmq_fx.metrics import sqnr
-from tfmq_fx.ops import op_name
+from tfmq_fx.ir.node_info import op_name
+from tfmq_fx.quant.sqnr import sqnr
 
 pytestmark = needs_kernels
 SAME = 45  # as in test_lower

@@ -20,8 +20,8 @@ from tfmq_fx.backends.codes.arithmetic import quantize
 from tfmq_fx.backends.cpu import kernels, library
 from tfmq_fx.backends.cuda.conv import conv2d_reference
 from tfmq_fx.backends.cuda.norm import group_norm_quantize_reference
-from tfmq_fx.errors import BackendError
-from tfmq_fx.metrics import sqnr
+from tfmq_fx.core.errors import BackendError
+from tfmq_fx.quant.sqnr import sqnr
 
 BF16_STEP = 2**-7  # between neighbours in bfloat16, of the lower one
 ACTIVATIONS = {

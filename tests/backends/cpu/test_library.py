@@ -9,7 +9,7 @@ import pytest
 
 from tfmq_fx.backends.cpu import library
 from tfmq_fx.backends.cpu.library import NATIVE, load
-from tfmq_fx.errors import BackendError
+from tfmq_fx.core.errors import BackendError
 
 
 @pytest.fixture

@@ -22,11 +22,10 @@ from tfmq_fx.backends.cpu.autotune import untried
 from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
 from tfmq_fx.backends.cpu.lower import freezes, kernel_obstacle, lower
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
-from tfmq_fx.backends.dequantized import DequantizedLayer
-from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.capture import capture
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.metrics import sqnr
+from tfmq_fx.backends.float_layers import DequantizedLayer, FloatLayer
+from tfmq_fx.capture.capture import capture
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.quant.sqnr import sqnr
 
 TIMES = (0, 3, 7)
 DYNAMIC = ActivationSpec(dynamic=True, per_timestep=False)

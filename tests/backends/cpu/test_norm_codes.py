@@ -6,7 +6,7 @@ import torch
 from tests.backends.cpu.cases import needs_kernels
 from tfmq_fx.backends.cpu import norm_codes as cpu
 from tfmq_fx.backends.cuda import norm as cuda
-from tfmq_fx.errors import BackendError
+from tfmq_fx.core.errors import BackendError
 
 
 def arguments(shape, dtype):

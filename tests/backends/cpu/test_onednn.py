@@ -7,7 +7,7 @@ from torch import nn
 from tests.backends.codes.test_layers import SCALE, quantized
 from tests.toys import seeded
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
-from tfmq_fx.dialect import Stage
+from tfmq_fx.core.stages import Stage
 
 LAYERS = {
     "linear": (lambda: seeded(nn.Linear, 33, 20), (3, 7, 33)),

@@ -24,10 +24,10 @@ from tfmq_fx.backends.codes.layers import quantize_input
 from tfmq_fx.backends.cuda.autotune import untried
 from tfmq_fx.backends.cuda.codes_layer import CudaCodesLayer
 from tfmq_fx.backends.cuda.lower import lower
-from tfmq_fx.backends.float_layer import FloatLayer
-from tfmq_fx.dialect import Stage, stage_of
-from tfmq_fx.graph import device_of
-from tfmq_fx.metrics import sqnr
+from tfmq_fx.backends.float_layers import FloatLayer
+from tfmq_fx.core.stages import Stage, stage_of
+from tfmq_fx.ir.graph import device_of
+from tfmq_fx.quant.sqnr import sqnr
 
 TIMES = (0, 3, 7)
 HOPPER, ADA, AMPERE, TURING = (9, 0), (8, 9), (8, 0), (7, 5)

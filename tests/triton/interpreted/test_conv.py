@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from tests.triton.cases import conv_arguments, convolutions
 from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.backends.cuda.conv import conv2d_reference, conv2d_triton
-from tfmq_fx.errors import BackendError
+from tfmq_fx.core.errors import BackendError
 
 
 def both(**settings):

@@ -1,0 +1,176 @@
+"""Run a graph node by node over many samples, stopping where a pass wants to look or change.
+
+A walk keeps only live values: the graph's widest cut times the samples, not the sum of all
+activations. It goes from stop to stop with one chunk of samples after another, so that no more of
+them need be in memory than one chunk has; the others may wait in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.ir.node_info import writes_to_values
+
+from .activation_store import Spill
+
+
+class Held(Sequence[Any]):
+    """The value of one node for each chunk."""
+
+    def __init__(self, spill: Spill) -> None:
+        self._spill = spill
+        self.packed: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, chunk: Any) -> Any:
+        return self._spill.unpack(self.packed[chunk])
+
+
+class Walk:
+    """Lazy execution of `gm` over chunks of inputs.
+
+    chunks: for each chunk the placeholder values in order.  spill: where values wait; in memory by
+    default, and always in memory where the graph writes to its values in place, as they may share
+    it.  Modules are looked up when their node runs, so a layer replaced before the walk
+    reaches it is the one that runs.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]], *, spill: Spill | None = None
+    ) -> None:
+        self.gm, self.chunks = gm, chunks
+        self.values: dict[fx.Node, Held] = {}
+        self._spill = Spill() if spill is None or writes_to_values(gm) else spill
+        tensors = [x for chunk in chunks for x in chunk if isinstance(x, Tensor)]
+        self._pinned = {x.untyped_storage().data_ptr() for x in tensors}
+        self._nodes: list[fx.Node] = list(gm.graph.nodes)
+        self._by_name = {node.name: node for node in self._nodes}
+        self._inputs = [node for node in self._nodes if node.op == "placeholder"]
+        self._position = 0
+        self._order = {node: i for i, node in enumerate(self._nodes)}
+        self._last_use = _last_uses(self._nodes)
+        self._kept: set[fx.Node] = set()
+
+    def node(self, name: str) -> fx.Node:
+        """The node of that name."""
+        return self._by_name[name]
+
+    def has(self, name: str) -> bool:
+        """Whether the graph has a node of that name."""
+        return name in self._by_name
+
+    def stop_before(self, node: fx.Node) -> None:
+        """Run every node in front of `node`; its inputs are then in `values`."""
+        if self._position > self._order[node]:
+            raise ValueError(f"{node.name} has run already")
+        self._advance(self._order[node])
+
+    def run_past(self, nodes: Iterable[fx.Node]) -> None:
+        """Run until every one of `nodes` has run."""
+        self._advance(max(self._order[node] for node in nodes) + 1)
+
+    def keep(self, nodes: Iterable[fx.Node]) -> None:
+        """Hold the values of `nodes` past their last use, until `release`."""
+        self._kept.update(nodes)
+
+    def release(self, nodes: Iterable[fx.Node] | None = None) -> None:
+        """Drop values (all by default) that `keep` held and that are no longer needed."""
+        for node in self._kept.intersection(self._kept if nodes is None else nodes):
+            self._kept.discard(node)
+            if self._last_use.get(node, -1) < self._position:
+                self._drop(node)
+
+    def step(self) -> fx.Node:
+        """Run the next node on every chunk and drop what is no longer needed."""
+        node = self._nodes[self._position]
+        self._advance(self._position + 1)
+        return node
+
+    def arguments(self, node: fx.Node, chunk: int) -> tuple[Any, dict[str, Any]]:
+        """The call arguments of `node` for one chunk."""
+
+        def value(used: fx.Node) -> Any:
+            return self.values[used][chunk]
+
+        return fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+
+    @torch.no_grad()
+    def ahead(self, chunk: int) -> Any:
+        """What the graph gives for one chunk when it runs on to its end from here, as it is now;
+        the walk stays where it is. Not for graphs that write in place: they would write to values
+        that the walk holds."""
+        held = Held(self._spill)
+        self._run_chunk(self._nodes[self._position :], chunk, {self._nodes[-1]: held})
+        return held[0]
+
+    @torch.no_grad()
+    def _advance(self, stop: int) -> None:
+        """Run the nodes in front of position `stop`, chunk by chunk."""
+        if stop <= self._position:
+            return
+        nodes = self._nodes[self._position : stop]
+        needed = [n for n in nodes if n in self._kept or self._last_use[n] >= stop]
+        made = {node: Held(self._spill) for node in needed}
+        for chunk in range(len(self.chunks)):
+            self._run_chunk(nodes, chunk, made)
+        self._position = stop
+        self.values |= made
+        for node in list(self.values):
+            if self._last_use[node] < stop and node not in self._kept:
+                self._drop(node)
+
+    def _run_chunk(
+        self, nodes: Sequence[fx.Node], chunk: int, made: Mapping[fx.Node, Held]
+    ) -> None:
+        values = dict[fx.Node, Any]()
+
+        def value(used: fx.Node) -> Any:
+            if used not in values:
+                values[used] = self.values[used][chunk]
+            return values[used]
+
+        for position, node in enumerate(nodes, self._position):
+            values[node] = self._run(node, chunk, value)
+            for used in {*node.all_input_nodes, node}:
+                if self._last_use[used] <= position and used not in made:
+                    values.pop(used, None)
+        for node, held in made.items():
+            held.packed.append(self._spill.pack(values[node], self._pinned))
+
+    def _drop(self, node: fx.Node) -> None:
+        if held := self.values.pop(node, None):
+            for packed in held.packed:
+                self._spill.drop(packed)
+
+    def _run(self, node: fx.Node, chunk: int, value: Callable[[fx.Node], Any]) -> Any:
+        if node.op == "placeholder":
+            return self.chunks[chunk][self._inputs.index(node)]
+        if node.op == "get_attr":
+            found = attrgetter(str(node.target))(self.gm)
+            if isinstance(found, Tensor):
+                self._pinned.add(found.untyped_storage().data_ptr())
+            return found
+        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        if node.op == "call_module":
+            return self.gm.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_function":
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+        return args[0]  # output
+
+
+def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    last = {node: i for i, node in enumerate(nodes)}
+    for i, node in enumerate(nodes):
+        for used in node.all_input_nodes:
+            last[used] = i
+    return last

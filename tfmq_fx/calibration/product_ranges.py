@@ -1,0 +1,168 @@
+"""Ranges of the operands of products, as in attention, measured over samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.core.config import AttentionSpec
+from tfmq_fx.core.errors import CalibrationError
+from tfmq_fx.core.layer_config import ActivationSpec
+from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.products import SIDES, Product, Side, find_products
+
+from .executor import Walk
+from .input_profiles import ProfileObserver, input_ranges
+from .observers import Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """What calibration found of one operand, over a set of K timesteps.
+
+    ranges: to be covered, groups and clipping included.  probabilities: whether it is a softmax's
+    result.  static: why one range must do for all timesteps, or None.
+    """
+
+    ranges: Ranges
+    probabilities: bool
+    static: str | None
+
+
+Measured = Mapping[str, Mapping[Side, Operand]]
+Reasons = dict[tuple[str, Side], str]  # product and side -> why its rows are not the samples'
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def measure_products(
+    gm: fx.GraphModule,
+    chunks: Iterable[Sequence[Any]],
+    *,
+    spec: AttentionSpec,
+    timesteps: Tensor,
+    seed: int = 0,
+) -> dict[str, dict[Side, Operand]]:
+    """What each operand of each product of `gm` needs, by the name of the product's node.
+
+    chunks: for each batch the placeholder values in order; run one by one, up to the last product.
+    timesteps: (K,) sorted; ranges at those not visited are interpolated.  seed: of the values kept
+    for the search of clipped ranges.
+    Raises CalibrationError on NaN or Inf in an operand, and where there are products and no data.
+    """
+    products = find_products(gm)
+    if not products:
+        return {}
+    observers = {
+        (product.name, side): ProfileObserver(
+            f"the product {product.name} ({side})",
+            channel_dim=-1,
+            seed=seed,
+            keeps_values=spec.activations.ranges != "minmax",
+        )
+        for product in products
+        for side in SIDES
+    }
+    position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
+    static: Reasons | None = None
+    seen = False
+    for chunk in chunks:
+        seen, t = True, chunk[position]
+        if static is None and len(t) > 1:
+            static = _without_order(gm, products, chunk)
+        walk = Walk(gm, [chunk])
+        for product in products:
+            walk.stop_before(product.node)
+            for side in SIDES:
+                (x,) = walk.values[product.operand(side)]
+                own = static is None or (product.name, side) not in static
+                # all values alike, as if of one channel: a text may have another length next time
+                flat = x.reshape(x.shape[0] if own and x.dim() else 1, -1, 1)
+                observers[product.name, side](flat, t if own else t.unique())
+    if not seen:
+        raise CalibrationError("the products of attention are to be quantized, but saw no data")
+    if static is None:
+        static = _without_batch(gm, products)
+    found: dict[str, dict[Side, Operand]] = {}
+    for product in products:
+        found[product.name] = {}
+        for side in SIDES:
+            probabilities = product.probabilities == side
+            reason = static.get((product.name, side))
+            ranged = _as_ranged(spec, probabilities, reason)
+            profile = observers[product.name, side].profile()
+            ranges = input_ranges(profile, ranged, timesteps, torch.ones(1))
+            found[product.name][side] = Operand(ranges, probabilities, reason)
+    return found
+
+
+def _as_ranged(spec: AttentionSpec, probabilities: bool, static: str | None) -> ActivationSpec:
+    """How the range of an operand is found."""
+    acts = spec.activations
+    if probabilities:
+        acts = dataclasses.replace(acts, bits=spec.probabilities_bits)
+        if spec.probabilities == "log2":  # nothing to clip: the grid is finest near 0
+            acts = dataclasses.replace(acts, ranges="minmax")
+    if static is not None:
+        acts = dataclasses.replace(acts, per_timestep=False, timestep_groups=None)
+    return acts
+
+
+# ---------------------------------------------------------------------------- whose rows
+
+
+def _without_order(
+    gm: fx.GraphModule, products: Sequence[Product], chunk: Sequence[Any]
+) -> Reasons:
+    """Why the rows of operands are not the samples' own, one sample after the other.
+
+    Judged by an experiment, as sizes cannot tell (B heads, ...) from (heads B, ...): with another
+    first sample, no row may change but the first n of n B.
+    """
+    t = timestep_node(gm)
+    batch = str(t.meta["val"].shape[0])
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    other = []
+    for node, value in zip(inputs, chunk, strict=True):
+        shape = node.meta["val"].shape
+        if node is not t and value.is_floating_point() and shape and str(shape[0]) == batch:
+            value = torch.cat([value[:1] / 2 + value[1:2], value[1:]])
+        other.append(value)
+    count = len(chunk[inputs.index(t)])
+    walk, found = Walk(gm, [chunk, other]), Reasons()
+    for product in products:
+        walk.stop_before(product.node)
+        for side in SIDES:
+            x, y = walk.values[product.operand(side)]
+            own = x.shape[0] // count
+            if x.dim() < 2 or x.shape[0] % count:
+                shape = tuple(x.shape)
+                found[product.name, side] = f"dim 0 of its {side} operand {shape} is not the batch"
+            elif not torch.allclose(x[own:], y[own:], rtol=1e-3, atol=1e-6):
+                reason = f"the rows of its {side} operand do not follow the order of the batch"
+                found[product.name, side] = reason
+    return found
+
+
+def _without_batch(gm: fx.GraphModule, products: Sequence[Product]) -> Reasons:
+    """The same by sizes alone, where calibration never saw two samples at once."""
+    batch, found = timestep_node(gm).meta["val"].shape[0], Reasons()
+    for product in products:
+        for side in SIDES:
+            shape = product.operand(side).meta["val"].shape
+            if len(shape) < 2 or not _is_multiple(shape[0], batch):
+                shape = tuple(shape)
+                found[product.name, side] = f"dim 0 of its {side} operand {shape} is not the batch"
+    return found
+
+
+def _is_multiple(size: int | torch.SymInt, batch: int | torch.SymInt) -> bool:
+    if isinstance(size, int) or isinstance(batch, int):
+        return batch == 1 or (isinstance(size, int) and size == batch)
+    return bool((size.node.expr / batch.node.expr).is_integer)

@@ -1,0 +1,343 @@
+"""nn.Module -> flat graph: trace on symbolic sizes, then prove it equal to the model by replay."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.proxy import Proxy
+
+from tfmq_fx.core.errors import CaptureError, InputError, StateError, TfmqError
+from tfmq_fx.core.module_overrides import refuse_hooks
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph_pass import prune
+from tfmq_fx.ir.verifier import check
+
+from .attribute_names import check_names
+from .call_inference import Dynamic, describe_call
+from .call_spec import CallSpec
+from .export_route import Exported, export
+from .free_sizes import held_sizes, less_batch, mixes_batch, sizes_without
+from .guards import guard, same_operations
+from .input_checks import BATCH
+from .model_checks import check_model
+from .nested_values import Branch, Const, Structure, outline
+from .outside_tensors import BAKED, OUTSIDE
+from .plain_transformers import plain_transformers
+from .replay import arguments, replay, runs, structural_clone
+from .size_tests import SizeTest
+from .tracer import ValueTracer
+
+log = logging.getLogger(__name__)
+
+_INEQUALITIES = ("StrictGreaterThan", "GreaterThan", "StrictLessThan", "LessThan")  # of sympy
+_TRIES = 8  # tests on sizes tried one by one for whether they matter
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A flat graph and how to call it like the model. notes: what a report should say about it."""
+
+    gm: fx.GraphModule
+    call: CallSpec
+    route: str
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    *,
+    timestep: str,
+    dynamic: Dynamic = ("batch",),
+) -> Captured:
+    """The model's graph at Stage.CAPTURED, in eval mode; the model is not changed.
+
+    example_inputs: by parameter name of forward; tensors, also inside dicts and lists, become
+    placeholders, everything else is fixed.  timestep: which of them is the timestep; the graph
+    takes it as a tensor (batch,) of the example's dtype (int -> int64, float -> float32).
+    dynamic: "batch" frees dim 0 of every input that has the sample's batch; "spatial" the last two
+    dims of inputs with four or more dims that have the sample's, or the tokens (dim 1 of a sample
+    (batch, tokens, channels)) wherever another input has as many in dim 0 or 1.  Or exactly what is
+    free, by name: {"hidden_states": {0: "batch", 1: "tokens"}, "img_ids": {0: "tokens"}}.
+    Parameters and buffers are shared with the model; modules are copies.
+    Traced, or exported by torch.export and traced then; raises CaptureError, naming module and
+    line, where neither gives a graph that is equal to the model bit for bit.
+    """
+    check_model(model)
+    start = time.perf_counter()
+    refuse_hooks(model)
+    with _evaluated(model), plain_transformers(model) as transformers:
+        found = _free(model, example_inputs, timestep, dynamic)
+    if (refusal := _refusal(found.call, example_inputs)) is not None:
+        raise CaptureError(f"the graph would refuse the example itself: {refusal}") from refusal
+    seconds = time.perf_counter() - start
+    log.debug("captured %s in %.2f s", type(model).__name__, seconds)
+    return dataclasses.replace(found, seconds=seconds, notes=(*found.notes, *transformers))
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and then as it was: a function that a module holds may call parts of
+    the model itself, of which capturing makes copies."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _free(
+    model: nn.Module, example_inputs: Mapping[str, Any], timestep: str, dynamic: Dynamic
+) -> Captured:
+    """The graph with the sizes that `dynamic` frees, less those that the model's code fixes.
+
+    An input that has as many rows as there are samples need not have one for each: where the graph
+    says otherwise, it keeps its own size."""
+    call, examples = describe_call(model, example_inputs, timestep, dynamic)
+
+    def attempt(free: Mapping[str, Mapping[int, str]]) -> Captured:
+        return _either(model, *describe_call(model, example_inputs, timestep, free))
+
+    def settled(found: Captured) -> bool:
+        return BATCH not in held_sizes(found.call, examples) and not mixes_batch(found.gm)
+
+    refusal: CaptureError | None = None
+    found: Captured | None = None
+    try:
+        found = _either(model, call, examples)
+    except StateError:
+        raise
+    except CaptureError as error:
+        if runs(model, call, examples):
+            raise
+        refusal = error
+    if found is None or not settled(found):
+        for free in less_batch(call):
+            with contextlib.suppress(CaptureError):
+                if settled(other := attempt(free)):
+                    found = other
+                    break
+    if found is None:
+        assert refusal is not None
+        raise refusal
+    held = held_sizes(found.call, examples)
+    if BATCH not in held and _refusal(found.call, example_inputs) is not None:
+        held[BATCH] = "the batch is that of the example, of which the model asks"
+    if not held:
+        return found
+    notes = [f"{name} is fixed: captured where {reason}" for name, reason in held.items()]
+    fixed = attempt(sizes_without(found.call, held))
+    call = dataclasses.replace(fixed.call, fixed=tuple(held.values()))
+    return dataclasses.replace(fixed, call=call, notes=(*notes, *fixed.notes))
+
+
+def _refusal(call: CallSpec, example_inputs: Mapping[str, Any]) -> InputError | None:
+    """Why the graph would not take the example that it was captured with; None where it does."""
+    try:
+        call.bind((), dict(example_inputs))
+    except InputError as error:
+        return error
+    return None
+
+
+def _either(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Captured:
+    """The graph by the tracer, or where that refuses by torch.export."""
+    try:
+        trace = _trace(model, call, examples)
+        binding = _binding(model, call, examples, trace)
+        gm, call, notes = _proved(model, call, examples, trace, binding)
+        route = "trace"
+    except StateError:
+        raise
+    except CaptureError as refusal:
+        try:
+            trace = _export(model, call, examples)
+            gm, call, notes = _proved(model, call, examples, trace, trace.tests)
+        except CaptureError as error:
+            refusal.add_note(f"torch.export does not help: {_first_line(error)}")
+            raise refusal from error
+        route, notes = "export", [f"captured by torch.export, since {_first_line(refusal)}", *notes]
+    return Captured(gm, call, route, 0.0, tuple(notes))
+
+
+def _proved(
+    model: nn.Module,
+    call: CallSpec,
+    examples: list[Tensor],
+    trace: _Trace,
+    binding: list[SizeTest],
+) -> tuple[fx.GraphModule, CallSpec, list[str]]:
+    """The graph, how it is called, and what to say about it; raises unless it equals the model.
+
+    binding: those tests on sizes that every call has to pass."""
+    notes = [f"captured where {t.expression} is {t.held} ({t.source})" for t in binding]
+    if idle := [f"{t.expression} ({t.source})" for t in trace.tests if t not in binding]:
+        notes.append(
+            f"{', '.join(idle)}: chooses a memory layout only; where it comes out otherwise than "
+            f"here, the graph equals the model up to the order of float additions"
+        )
+    guards = tuple(guard(test) for test in binding)
+    call = dataclasses.replace(call, output=trace.output, guards=guards)
+    notes += replay(model, trace.gm, call, examples)
+    return trace.gm, call, notes
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """A graph, the structure of its output, and the tests on sizes that led there."""
+
+    gm: fx.GraphModule
+    output: Structure
+    tests: list[SizeTest]
+
+
+def _trace(
+    model: nn.Module,
+    call: CallSpec,
+    examples: list[Tensor],
+    forced: Mapping[SizeTest, bool] | None = None,
+    exported: Exported | None = None,
+) -> _Trace:
+    """Trace the model; tests in `forced` come out as given there instead of as they do.
+
+    exported: trace this form of the model in place of its code.
+    """
+    import sympy  # type: ignore[import-untyped]
+    from torch._dynamo.source import ConstantSource  # takes longer to import than all of torch
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    clone = structural_clone(model)
+    if exported is not None:
+        exported.register(clone)
+    # No sizes that come from data: neither guards nor binding times could speak of them.
+    shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # with free sizes, to look a result up takes longer than to make it
+    sizes: dict[str, Any] = {}
+    names: dict[sympy.Symbol, sympy.Symbol] = {}
+    fakes: dict[str, Tensor] = {}
+    for spec, example in zip(call.inputs, examples, strict=True):
+        for size, hint in zip(spec.shape, example.shape, strict=True):
+            if isinstance(size, str) and size not in sizes:
+                source = ConstantSource(size)
+                symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+                sizes[size] = shapes.create_symintnode(symbol, hint=hint, source=source)
+                names[symbol] = sympy.Symbol(size, integer=True, positive=True)
+        with mode:
+            shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+            fakes[spec.name] = torch.empty(shape, dtype=spec.dtype, device=example.device)
+
+    output: Structure = Const(None)
+    samples = examples[call.names.index(call.timestep)].shape[0]
+
+    def run(proxies: list[Any]) -> tuple[Any, ...]:
+        nonlocal output
+        if exported is not None:
+            output = exported.output
+            return exported.run(tracer, clone, proxies)
+        output, leaves = _flat(clone, call, proxies, samples)
+        return leaves
+
+    tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {})
+    try:
+        graph = tracer.run()
+        if tracer.leaves_values():  # does the next call read them?
+            tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {})
+            graph = tracer.run()
+    except TfmqError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{tracer.last}: tracing {type(model).__name__} failed: {type(error).__name__}: {error}"
+        ) from error
+    _check_output(output)
+    check_names(graph)
+    gm = fx.GraphModule(clone, graph, type(model).__name__)
+    gm.eval()
+    prune(gm.graph)
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+    gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep, conditions=list(call.conditions))
+    outside = tracer.outside if exported is None else exported.constants
+    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    gm.meta[BAKED] = sorted(tracer.baked)
+    gm.meta[OUTSIDE] = {name: weakref.ref(v) for name, v in outside.items() if name in read}
+    check(gm, Stage.CAPTURED)
+    return _Trace(gm, output, tracer.tests)
+
+
+def _flat(
+    model: nn.Module, call: CallSpec, values: list[Any], samples: int
+) -> tuple[Structure, tuple[Any, ...]]:
+    """Call the model; the structure of its output, and its tensors."""
+    kwargs = arguments(call, values, samples)
+    if call.return_dict is not None:
+        kwargs["return_dict"] = True
+    # _call_impl: while tracing, __call__ is patched to trace submodules, and the root is none.
+    output, leaves = outline(model._call_impl(**kwargs))
+    return output, tuple(value for _, value in leaves)
+
+
+def _export(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> _Trace:
+    """The graph by way of torch.export, for a model that the tracer refused."""
+    clone = structural_clone(model)
+    samples = examples[call.names.index(call.timestep)].shape[0]
+    exported = export(
+        clone,
+        lambda *values: _flat(clone, call, list(values), samples),
+        examples,
+        [spec.shape for spec in call.inputs],
+    )
+    trace = _trace(model, call, examples, exported=exported)
+    return _Trace(trace.gm, trace.output, [*exported.tests, *trace.tests])
+
+
+def _binding(
+    model: nn.Module, call: CallSpec, examples: list[Tensor], trace: _Trace
+) -> list[SizeTest]:
+    """The tests whose outcome matters: with the others turned round, the operations are the same.
+
+    diffusers tests batch >= 64 and numel > 2**31 only to call contiguous(), which changes no value.
+    """
+
+    def idle(tests: list[SizeTest]) -> bool:
+        turned = {dataclasses.replace(test, held=True): not test.held for test in tests}
+        try:
+            other = _trace(model, call, examples, turned)
+        except TfmqError:
+            return False
+        return other.output == trace.output and same_operations(trace.gm.graph, other.gm.graph)
+
+    branches = [test for test in trace.tests if test.branch]
+    # Those that choose a memory layout ask whether something is large; tracing again takes time.
+    large = [test for test in branches if type(test.expression).__name__ in _INEQUALITIES]
+    free = set(large) if large and idle(large) else set()
+    if not free and 1 < len(large) <= _TRIES:
+        free = {test for test in large if idle([test])}
+    return [test for test in trace.tests if test not in free]
+
+
+def _check_output(output: Structure) -> None:
+    if isinstance(output, Branch):
+        for child in output.children:
+            _check_output(child)
+    elif isinstance(output, Const) and isinstance(output.value, (Proxy, torch.SymInt)):
+        raise CaptureError("forward returns a size that varies; return tensors and constants only")

@@ -1,0 +1,152 @@
+"""Values of nodes while a model is traced: fake tensors and symbolic sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._device
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+
+from tfmq_fx.core.errors import CaptureError
+
+from .size_tests import SizeTests
+
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+class FakeValues(SizeTests):
+    """The part of a tracer that computes each node's value from the values of its arguments."""
+
+    computing: bool
+    _mode: FakeTensorMode
+    _known: dict[Any, dict[str, Any]]  # likeness of a node -> layout of its value
+    _numbers: dict[Any, int]  # expression of a size -> what stands for it there
+    _fakes: dict[int, tuple[Tensor, Tensor]]
+    _writes: dict[fx.Node, tuple[fx.Node, ...]]
+
+    def whereabouts(self) -> str:
+        """Module path and source line of what is being traced."""
+        paths = [path for path, _ in self.module_stack.values()]
+        return f"{paths[-1] if paths else 'the model'} ({self._line()})"
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self._fakes:
+            fake = self._mode.from_tensor(tensor, static_shapes=True)
+            self._fakes[id(tensor)] = (fake, tensor)
+        return self._fakes[id(tensor)][0]
+
+    def _compute(self, node: fx.Node) -> Any:
+        """The node's value, from the values of its arguments."""
+
+        def value(argument: fx.Node) -> Any:
+            return argument.meta["val"]
+
+        args: Any = fx.node.map_arg(node.args, value)
+        kwargs: Any = fx.node.map_arg(node.kwargs, value)
+        target: Any = node.target
+        if target is torch.ops.aten.sym_size.int:
+            return args[0].shape[args[1]]
+        if node.op == "call_method":
+            args, target = args[1:], getattr(args[0], target)
+        elif node.op == "call_module":
+            module = self.root.get_submodule(target)
+            target = type(module).forward.__get__(module)
+        tensors = [arg for arg in node.all_input_nodes if isinstance(arg.meta["val"], Tensor)]
+        versions = [arg.meta["val"]._version for arg in tensors]
+        self.computing = True
+        try:
+            # Without the Python dispatcher some kernels fix free sizes to the example's.
+            with self._mode, enable_python_dispatcher():
+                alike = self._likeness(node)
+                if alike in self._known:
+                    return torch.empty_strided(**self._known[alike])
+                result = _evenly_spaced(target, args, kwargs)
+                if result is None:
+                    result = target(*args, **kwargs)
+        except _data_dependent() as error:
+            name = getattr(node.target, "__name__", str(node.target))
+            what = "size" if isinstance(error, DynamicOutputShapeException) else "value"
+            raise CaptureError(
+                f"{self.whereabouts()}: the {what} of what {name} returns depends on a tensor's "
+                f"data, and a graph has no such {what}s. Compute all positions and mask those that "
+                f"do not count (torch.where), or compute {name} outside of the model and pass its "
+                f"result as an input."
+            ) from error
+        finally:
+            self.computing = False
+        self._note_fixed()
+        written = [
+            arg
+            for arg, version in zip(tensors, versions, strict=True)
+            if arg.meta["val"]._version != version
+        ]
+        if written:
+            self._writes[node] = tuple(written)
+        elif isinstance(result, Tensor) and not _shares_memory(result, tensors):
+            self._known[alike] = {
+                "size": result.shape,
+                "stride": result.stride(),
+                "dtype": result.dtype,
+                "device": result.device,
+            }
+        return result
+
+    def _likeness(self, node: fx.Node) -> Any:
+        """Equal for nodes whose values have the same shape, strides, dtype and device."""
+        target: Any = node.target
+        if node.op == "call_module":
+            module = self.root.get_submodule(target)
+            parameters = [*module.parameters(), *module.buffers()]
+            layouts = tuple((p.shape, p.stride(), p.dtype) for p in parameters)
+            target = (type(module), repr(module), layouts)
+
+        def named(value: Any) -> str:
+            if not isinstance(value, SYMBOLIC):
+                return str(value)
+            # To print an expression takes longer than most operations take on fake tensors.
+            key = type(value), value.node.expr
+            return f"<{self._numbers.setdefault(key, len(self._numbers))}>"
+
+        def layout(argument: fx.Node) -> str:
+            value = argument.meta["val"]
+            if not isinstance(value, Tensor):
+                return named(value)
+            sizes = (*value.shape, *value.stride(), value.storage_offset())
+            return f"({', '.join(map(named, sizes))}, {value.dtype}, {value.device})"
+
+        arguments: Any = fx.node.map_arg((node.args, node.kwargs), layout)  # type: ignore[arg-type]
+        return node.op, target, repr(arguments)
+
+
+def _data_dependent() -> tuple[type[Exception], ...]:
+    """What torch raises where a result's shape or a branch depends on a tensor's data."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
+def _shares_memory(value: Tensor, others: list[fx.Node]) -> bool:
+    memory = value.untyped_storage()._cdata
+    return any(other.meta["val"].untyped_storage()._cdata == memory for other in others)
+
+
+def _evenly_spaced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What linspace and logspace return for a symbolic number of steps, which their own kernels
+    would fix; None for other calls."""
+    if target not in (torch.linspace, torch.logspace):
+        return None
+    steps = kwargs.get("steps", args[2] if len(args) > 2 else None)
+    if not isinstance(steps, torch.SymInt):
+        return None
+    settings = {name: value for name, value in kwargs.items() if name in ("dtype", "device")}
+    return torch.empty(steps, **settings)

@@ -1,0 +1,95 @@
+"""Which sizes a captured graph really leaves free, and which inputs have a row for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.ir.graph import timestep_node
+
+from .call_spec import CallSpec, Guard
+from .input_checks import BATCH, Input
+from .nested_values import Expression
+
+Free = dict[str, dict[int, str]]
+_TRIED = 8  # sizes beyond twice the example's at which a guard is tried
+
+
+def held_sizes(call: CallSpec, examples: Collection[Tensor]) -> dict[str, str]:
+    """The free sizes that a guard holds to the example's, with where the model's code does it."""
+    sizes = {
+        name: size
+        for spec, example in zip(call.inputs, examples, strict=True)
+        for name, size in zip(spec.shape, example.shape, strict=True)
+        if isinstance(name, str)
+    }
+    found: dict[str, str] = {}
+    for guard in call.guards:
+        names = _names(guard.expression)
+        if len(names) == 1:
+            (name,) = names
+            if name in sizes and _holds_to(guard, name, sizes[name]):
+                found.setdefault(name, f"{guard.text} is {guard.holds} ({guard.source})")
+    return found
+
+
+def sizes_without(call: CallSpec, names: Collection[str]) -> Free:
+    """The free sizes of the inputs, by path and dim, without those named."""
+    return {spec.path: _free(spec, names) for spec in call.inputs}
+
+
+def less_batch(call: CallSpec) -> Iterator[Free]:
+    """The free sizes of the inputs with fewer of them taken for the batch: not the first with most
+    dims nor the timestep, but each of the others, those of one argument, of one dim, and all."""
+    rows = [spec for spec in call.inputs if spec.shape[:1] == (BATCH,)]
+    most = max((len(spec.shape) for spec in rows), default=0)
+    sample = next((spec.path for spec in rows if len(spec.shape) == most), None)
+    doubtful = [s for s in rows if s.path != sample and s.name != call.timestep]
+    doubtful.sort(key=lambda spec: len(spec.shape))
+    arguments = dict.fromkeys(spec.path.partition(".")[0] for spec in doubtful)
+    groups = [
+        *([spec] for spec in doubtful),
+        *([s for s in doubtful if s.path.partition(".")[0] == name] for name in arguments),
+        [spec for spec in doubtful if len(spec.shape) == 1],
+        doubtful,
+    ]
+    for paths in dict.fromkeys(frozenset(spec.path for spec in group) for group in groups):
+        if paths:
+            yield {
+                spec.path: _free(spec, {BATCH} if spec.path in paths else ())
+                for spec in call.inputs
+            }
+
+
+def mixes_batch(gm: fx.GraphModule) -> bool:
+    """Whether an output has the batch in another dim than its first."""
+    batch = timestep_node(gm).meta["val"].shape[0]
+    if not isinstance(batch, torch.SymInt):
+        return False
+    symbols = batch.node.expr.free_symbols
+    (output,) = gm.graph.find_nodes(op="output")
+    return any(
+        isinstance(size, torch.SymInt) and not symbols.isdisjoint(size.node.expr.free_symbols)
+        for node in output.all_input_nodes
+        for size in node.meta["val"].shape[1:]
+    )
+
+
+def _free(spec: Input, less: Collection[str]) -> dict[int, str]:
+    return {i: n for i, n in enumerate(spec.shape) if isinstance(n, str) and n not in less}
+
+
+def _names(expression: Expression) -> set[str]:
+    """The sizes in an expression."""
+    if isinstance(expression, str):
+        return {expression}
+    if not isinstance(expression, tuple):
+        return set()
+    return set().union(*(_names(operand) for operand in expression[1:]))
+
+
+def _holds_to(guard: Guard, name: str, size: int) -> bool:
+    others = (n for n in range(1, 2 * size + _TRIED) if n != size)
+    return not any(guard.allows({name: n}) for n in others)

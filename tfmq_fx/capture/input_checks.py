@@ -1,0 +1,155 @@
+"""Checks of one input of a call: shape, dtype, timestep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfmq_fx.core.errors import InputError
+
+BATCH = "batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A placeholder. shape: a number for a fixed size, a name for a free one."""
+
+    name: str
+    path: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    device: str
+
+
+def check_tensor(spec: Input, value: Any, sizes: dict[str, int], fixed: Sequence[str]) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{spec.path}: expected a tensor, got {shown(value)}")
+    if value.ndim != len(spec.shape):
+        raise InputError(
+            f"{spec.path}: expected {len(spec.shape)} dimensions {spec.shape}, "
+            f"got {value.ndim} {tuple(value.shape)}"
+        )
+    if value.dtype != spec.dtype:
+        raise InputError(
+            f"{spec.path}: captured for {spec.dtype}, got {value.dtype}. Cast the input or "
+            f"capture again."
+        )
+    if value.device.type != spec.device:
+        raise InputError(
+            f"{spec.path}: captured for device {spec.device}, got {value.device.type}. "
+            f"Move the input or the model."
+        )
+    for i, expected in enumerate(spec.shape):
+        found = value.shape[i]
+        if isinstance(expected, str):
+            if expected not in sizes:
+                sizes[expected] = found
+            elif found != sizes[expected]:
+                raise InputError(
+                    f"{spec.path}: dimension {i} is {found}, but {expected} is "
+                    f"{sizes[expected]} in another input"
+                )
+        elif found != expected:
+            raise InputError(
+                f"{spec.path}: dimension {i} was captured as {expected}, got {found}. Capture "
+                f"again with an example of that size{_freeing(spec, i, fixed)}."
+            )
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy, or an array of numbers, as torch takes it; all else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.tensor(np.ascontiguousarray(value)) if value.ndim else value.item()
+    return value
+
+
+def _freeing(spec: Input, dim: int, fixed: Sequence[str]) -> str:
+    """How else a dimension can be other than it was, or why it cannot."""
+    if fixed:
+        return f"; the graph was captured where {' and '.join(fixed)}"
+    if len(spec.shape) >= 4 and dim >= len(spec.shape) - 2:
+        return f", or with dynamic={(BATCH, 'text', 'spatial')}, which frees height and width"
+    return f", or free it: dynamic={{{spec.path!r}: {{{dim}: 'a name', ...}}, ...}}"
+
+
+def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) -> Tensor:
+    """The timestep as (batch,) of the captured dtype."""
+    size = spec.shape[0]
+    integral = not spec.dtype.is_floating_point
+    value = plain_number(value)
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex() or value.ndim > 1:
+            raise InputError(
+                f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got a "
+                f"{value.dtype} tensor of shape {tuple(value.shape)}"
+            )
+        if value.dtype.is_floating_point and value.dtype != spec.dtype:
+            raise InputError(
+                f"{spec.path}: captured for {spec.dtype}, got {value.dtype}. Cast the timestep or "
+                f"capture again with that dtype."
+            )
+        rows = value.shape[0] if value.ndim == 1 else 1
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if integral and value % 1 != 0:  # NaN and Inf too
+            raise InputError(
+                f"{spec.path}: captured for integer timesteps ({spec.dtype}), got {value!r}. "
+                f"Capture again with a float timestep."
+            )
+        rows = 1
+    else:
+        raise InputError(
+            f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got {shown(value)}"
+        )
+    batch = sizes.setdefault(size, rows) if isinstance(size, str) else size
+    if rows != 1 and rows != batch:
+        raise InputError(f"{spec.path}: {rows} timesteps for a batch of {batch}")
+    if not isinstance(value, Tensor):
+        if not torch.compiler.is_compiling() and not _can_hold(spec.dtype, value):
+            raise InputError(_not_held(spec, value))
+        number = int(value) if integral else float(value)
+        return torch.full((batch,), number, dtype=spec.dtype, device=device or spec.device)
+    row = value.reshape(rows).to(device=device, dtype=spec.dtype)
+    # on a device this would wait for it
+    if not value.dtype.is_floating_point and row.dtype.is_floating_point and _is_at_hand(row):
+        for found, given in zip(row.tolist(), value.reshape(rows).tolist(), strict=True):
+            if found != given:
+                raise InputError(_not_held(spec, given))
+    return row if rows == batch else row.expand(batch).contiguous()
+
+
+def _can_hold(dtype: torch.dtype, value: int | float) -> bool:
+    """Whether a dtype holds a number: an integer as it is, others rounded but in range."""
+    if not dtype.is_floating_point:
+        return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
+    limits = torch.finfo(dtype)
+    if not math.isfinite(value):
+        return True
+    if abs(value) > limits.max:
+        return False
+    odd = abs(value) // max(value & -value, 1) if isinstance(value, int) else 0
+    return odd < 2 / limits.eps
+
+
+def _not_held(spec: Input, value: int | float) -> str:
+    return (
+        f"{spec.path}: captured for {spec.dtype}, which cannot hold {value!r}. Give a timestep "
+        "that it holds, or capture again with one of another dtype."
+    )
+
+
+def _is_at_hand(value: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return type(value) is Tensor and value.device.type == "cpu"
+
+
+def shown(value: Any) -> str:
+    return type(value).__name__ if value is not None else "None"

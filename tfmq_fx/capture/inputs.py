@@ -1,0 +1,84 @@
+"""Example inputs by name, and which of them is the timestep."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+
+from tfmq_fx.core.errors import ConfigError
+
+from .call_inference import TIMESTEP_NAMES
+from .diffusers_inputs import example_inputs as derived_inputs
+from .model_checks import check_model, forward_parameters
+
+
+def named_inputs(
+    model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Example inputs by parameter name: as given, or derived from a diffusers config.
+
+    Raises ConfigError where they were not given and cannot be derived.
+    """
+    check_model(model)
+    if isinstance(example_inputs, Mapping):
+        return dict(example_inputs)
+    if example_inputs is not None:
+        if isinstance(example_inputs, Tensor):
+            raise ConfigError("example_inputs must be a tuple or a dict, not one tensor")
+        if not isinstance(example_inputs, Sequence):
+            raise ConfigError(
+                f"example_inputs must be a tuple or a dict, not {type(example_inputs).__name__}"
+            )
+        names = forward_parameters(model)
+        if len(example_inputs) > len(names):
+            instead = _named_otherwise(model, len(example_inputs))
+            raise ConfigError(
+                f"{len(example_inputs)} example_inputs given, but {type(model).__name__}.forward "
+                f"takes {len(names)}: {', '.join(names)}{instead}"
+            )
+        return dict(zip(names, example_inputs, strict=False))
+    return derived_inputs(model)
+
+
+def _named_otherwise(model: nn.Module, count: int) -> str:
+    """What else could be passed, where forward does not take so many inputs by name."""
+    fits = [n for n, part in model.named_children() if len(forward_parameters(part)) >= count]
+    if len(fits) == 1 and isinstance(model, nn.Sequential):
+        return f". To prepare the model that it holds, pass model[{fits[0]}]"
+    if len(fits) == 1:
+        return f". To prepare the model that it holds, pass model.{fits[0]}"
+    takes_names = inspect.Parameter.VAR_KEYWORD in {
+        p.kind for p in inspect.signature(model.forward).parameters.values()
+    }
+    return ". Give them by name, as a dict" if takes_names else ""
+
+
+def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
+    """The name of the timestep among `inputs`. Raises ConfigError listing candidates in doubt."""
+    if timestep is not None:
+        if timestep not in inputs:
+            raise ConfigError(
+                f"no input named {timestep!r}; the example inputs are {', '.join(inputs)}. "
+                "Pass timestep=<one of them> to prepare()."
+            )
+        return timestep
+    named = [name for name in inputs if name in TIMESTEP_NAMES]
+    if len(named) == 1:
+        return named[0]
+    scalar = [
+        name
+        for name, value in inputs.items()
+        if (isinstance(value, Real) and not isinstance(value, bool))
+        or (isinstance(value, Tensor) and value.dim() <= 1)
+    ]
+    if not named and len(scalar) == 1:
+        return scalar[0]
+    candidates = ", ".join(named or scalar or inputs)
+    raise ConfigError(
+        f"cannot tell which input is the timestep; candidates are {candidates}. "
+        "Pass timestep=<name> to prepare()."
+    )

@@ -1,0 +1,288 @@
+"""What a model's code sees in place of tensors and sizes while it is traced."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import Proxy
+
+from tfmq_fx.core.errors import CaptureError
+from tfmq_fx.ir.functionalize import PURE_FORMS, setitem_
+
+_EMPTY = torch.empty  # the original: while tracing, torch.empty records
+_LIBRARY = os.path.dirname(torch.__file__) + os.sep
+_OURS = tuple(
+    os.path.join(os.path.dirname(__file__), f"{name}.py")
+    for name in ("proxies", "tracer", "torch_patches", "size_tests", "fake_values")
+)
+
+
+def source_line() -> str:
+    """file.py:line of the innermost frame outside torch and the tracer."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_LIBRARY, "<")) and name not in _OURS:
+            break
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+class Sizes(tuple[Any, ...]):
+    """A shape whose free sizes are proxies."""
+
+    def numel(self) -> Any:
+        return math.prod(self)
+
+
+class Recorder(fx.Tracer):
+    """What proxies ask of the tracer that made them."""
+
+    def size_of(self, proxy: TensorProxy, dim: int) -> Any:
+        """A size of what a proxy stands for: a number or a proxy."""
+        raise NotImplementedError
+
+    def decide(self, value: Any) -> bool:
+        """The outcome of a condition on sizes."""
+        raise NotImplementedError
+
+    def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any:
+        """The number that a size is at the example."""
+        raise NotImplementedError
+
+    def whereabouts(self) -> str:
+        """Module path and source line of what is being traced."""
+        raise NotImplementedError
+
+
+class ValueProxy(Proxy):
+    """A proxy that knows the value of its node."""
+
+    tracer: Recorder
+    _is_param = False  # nn.Module.__setattr__ asks
+
+    @property
+    def value(self) -> Any:
+        return self.node.meta["val"]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
+    """Stands for a tensor; what needs its data is refused with the module and line that asked.
+
+    It is a tensor, on the meta device, so that isinstance holds and compiled code that is handed
+    one finds no data instead of foreign memory; but all that Python code asks of it is answered
+    here, from the value of its node.
+    """
+
+    def __new__(cls, node: fx.Node, tracer: Recorder) -> TensorProxy:
+        value = node.meta["val"]
+        with torch._C.DisableTorchFunction():
+            bare = _EMPTY([0] * value.dim(), dtype=value.dtype, device="meta")
+            return Tensor._make_subclass(cls, bare)
+
+    def __init__(self, node: fx.Node, tracer: Recorder) -> None:
+        ValueProxy.__init__(self, node, tracer)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _OF_TENSORS:
+            return self._attribute(name)
+        return super().__getattribute__(name)
+
+    @property
+    def shape(self) -> Sizes:  # type: ignore[override]
+        return Sizes(self.tracer.size_of(self, i) for i in range(self.value.dim()))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return int(self.value.dim())
+
+    ndimension = dim
+
+    def numel(self) -> Any:
+        return math.prod(self.shape)
+
+    nelement = numel
+
+    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+        return bool(self.value.is_contiguous(*args, **kwargs))
+
+    def is_floating_point(self) -> bool:
+        return bool(self.value.is_floating_point())
+
+    def is_complex(self) -> bool:
+        return bool(self.value.is_complex())
+
+    def element_size(self) -> int:
+        return int(self.value.element_size())
+
+    def get_device(self) -> int:
+        return int(self.value.get_device())
+
+    def __len__(self) -> int:
+        if not self.value.dim():
+            raise TypeError("len() of a 0-d tensor")
+        return operator.index(self.shape[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))
+
+    def _refuse(self, what: str) -> Any:
+        raise CaptureError(
+            f"{self.tracer.whereabouts()}: {what} of a tensor's data ({self.node.name}) decides "
+            f"what runs next; a graph cannot follow it. Make the decision from shapes or from "
+            f"constants, or move it out of the model."
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self._refuse("bool()"))
+
+    def __int__(self) -> int:
+        return int(self._refuse("int()"))
+
+    def __index__(self) -> int:
+        return int(self._refuse("an index"))
+
+    def __float__(self) -> float:
+        return float(self._refuse("float()"))
+
+    def __contains__(self, item: Any) -> bool:
+        return bool(self._refuse("'in'"))
+
+    def item(self) -> Any:
+        return self._refuse(".item()")
+
+    def tolist(self) -> Any:
+        return self._refuse(".tolist()")
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        return self._refuse(".numpy()")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._refuse("numpy()")
+
+    # The next five use only another tensor's shape, dtype or device: no data edge to it.
+    def type_as(self, other: Any) -> Any:
+        return self.to(other)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], Tensor):
+            kwargs = {"device": args[0].device, "dtype": args[0].dtype, **kwargs}
+            args = args[1:]
+        return self.tracer.create_proxy("call_method", "to", (self, *args), kwargs)
+
+    def expand_as(self, other: Any) -> Any:
+        return self.expand(other.shape)
+
+    def view_as(self, other: Any) -> Any:
+        return self.view(other.shape)
+
+    def reshape_as(self, other: Any) -> Any:
+        return self.reshape(other.shape)
+
+    def type(self, dtype: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        if dtype is None:
+            return self.value.type()
+        if isinstance(dtype, torch.dtype):
+            return self.to(dtype, **kwargs)
+        return self._method("type", dtype, **kwargs)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", setitem_, (self, key, value), {})
+
+    def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise CaptureError(
+                f"{self.tracer.whereabouts()}: forward puts other data into a tensor "
+                f"({self.node.name}.data = ...). Use the new tensor in its place, or copy_()."
+            )
+        super().__setattr__(name, value)
+
+    def _attribute(self, name: str) -> Any:
+        """An attribute or method of torch.Tensor."""
+        if name == "data":  # the same memory, and gradients are off here
+            return self
+        found = getattr(self.value, name)
+        if callable(found):
+            return lambda *args, **kwargs: self._method(name, *args, **kwargs)
+        if isinstance(found, Tensor):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+
+
+def _inplace_operator(target: Callable[..., Any]) -> Callable[[TensorProxy, Any], Any]:
+    def apply(self: TensorProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return apply
+
+
+for _target in PURE_FORMS:
+    if callable(_target):
+        setattr(TensorProxy, f"__{_target.__name__}__", _inplace_operator(_target))
+
+# What TensorProxy leaves to its value: all of torch.Tensor's public attributes but its own.
+_OF_TENSORS = frozenset(
+    name
+    for name in dir(Tensor)
+    if not name.startswith("_") and not any(name in vars(k) for k in TensorProxy.__mro__[:3])
+)
+
+
+class SizeProxy(ValueProxy):
+    """Stands for a size, or a number or condition computed from sizes."""
+
+    @property  # as a torch.SymInt, torch's argument parser takes it for a size without reading it
+    def __class__(self) -> type:
+        return type(self.value)
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a traced size is fixed")
+
+    def __bool__(self) -> bool:
+        return self.tracer.decide(self.value)
+
+    def __int__(self) -> int:
+        return int(self.tracer.fix(self.value, int))
+
+    def __index__(self) -> int:
+        return int(self.tracer.fix(self.value, int))
+
+    def __float__(self) -> float:
+        return float(self.tracer.fix(self.value, float))
+
+    def _recorded(self, target: Callable[..., Any]) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self,), {})
+
+    def __ceil__(self) -> Any:
+        return self._recorded(math.ceil)
+
+    def __floor__(self) -> Any:
+        return self._recorded(math.floor)
+
+    def __trunc__(self) -> Any:
+        return self._recorded(math.trunc)
+
+    def is_integer(self) -> bool:
+        return bool(self.value.is_integer())
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)

@@ -1,0 +1,200 @@
+"""Proof by example: a captured graph must equal its model exactly, at several sizes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tfmq_fx.core.errors import CaptureError
+from tfmq_fx.ir.graph import same_memory
+
+from .call_spec import CallSpec
+from .input_checks import BATCH
+from .nested_values import outline, rebuild
+
+log = logging.getLogger(__name__)
+
+
+def structural_clone(model: nn.Module) -> nn.Module:
+    """A copy of the module tree, in eval mode, on the same memory.
+
+    Parameters of the copy are objects of their own that want a gradient where the model's do (torch
+    chooses matrix kernels by that); what is learnt later is never the model's.
+    """
+    try:
+        return copy.deepcopy(model, same_memory(model)).eval()
+    except (TypeError, RuntimeError) as error:
+        raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
+
+
+def arguments(call: CallSpec, values: list[Any], samples: int) -> dict[str, Any]:
+    """Keyword arguments of forward with `values` for its tensors, for a batch of `samples`."""
+    return {
+        argument.name: rebuild(argument.structure, values[argument.first :], samples)
+        for argument in call.arguments
+        if argument.name != "return_dict"
+    }
+
+
+def runs(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> bool:
+    """Whether the model itself runs at the example's sizes."""
+    return _fault(model, call, examples) is None
+
+
+def _fault(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exception | None:
+    """What the model itself raises at the example's sizes, in a first call or in a second."""
+    reference, sizes = structural_clone(model), _sizes(call, examples)
+    devices = [value.device for value in examples if value.is_cuda][:1]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        for seed in (0, 1):
+            try:
+                reference(**_inputs(call, examples, sizes, seed, True))
+            except Exception as error:
+                return error
+    return None
+
+
+def replay(
+    model: nn.Module, gm: fx.GraphModule, call: CallSpec, examples: list[Tensor]
+) -> list[str]:
+    """Run graph and model at the example's sizes and at others; raise unless exactly equal."""
+    if any(t.is_meta for t in (*examples, *model.parameters(), *model.buffers())):
+        return ["not replayed: tensors on the meta device have no data"]
+    sizes = _sizes(call, examples)
+    if not _equal(model, gm, call, examples, sizes, seed=0):
+        fault = _fault(model, call, examples)
+        raise CaptureError(
+            f"at the example's sizes {sizes}: {type(model).__name__} cannot be called twice "
+            f"itself: {type(fault).__name__}: {fault}"
+        )
+    for n, others in enumerate(_other_sizes(call, sizes), start=1):
+        if _equal(model, gm, call, examples, others, seed=n):
+            return []
+    return [f"replayed at {sizes} only: no other size that the guards allow could be run"]
+
+
+def _sizes(call: CallSpec, examples: list[Tensor]) -> dict[str, int]:
+    return {
+        name: found
+        for spec, example in zip(call.inputs, examples, strict=True)
+        for name, found in zip(spec.shape, example.shape, strict=True)
+        if isinstance(name, str)
+    }
+
+
+def _other_sizes(call: CallSpec, sizes: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Sizes to try after the example's, as the guards allow; first those that change every size."""
+    images: list[dict[str, int]] = [{}]
+    others = {name: n + 8 for name, n in sizes.items() if name not in (BATCH, "height", "width")}
+    if "height" in sizes and "width" in sizes:
+        h, w = sizes["height"], sizes["width"]
+        images = [
+            {"height": h + 8, "width": w + 16},  # not square, lest one size stand for both
+            {"height": 2 * h, "width": 3 * w},
+            {"height": h + 8, "width": w + 8},
+            {"height": h // 2, "width": w // 2},
+            {},
+        ]
+    if others:
+        images = [{**image, **others} for image in images] + images
+    batches = [{BATCH: n} for n in (3, 4, 5)] if BATCH in sizes else []
+    for change in [{**batch, **image} for image in images for batch in (*batches, {})]:
+        tried = {**sizes, **change}
+        if tried != sizes and all(guard.allows(tried) for guard in call.guards):
+            yield tried
+
+
+def _equal(
+    model: nn.Module,
+    gm: fx.GraphModule,
+    call: CallSpec,
+    examples: list[Tensor],
+    sizes: dict[str, int],
+    seed: int,
+) -> bool:
+    """Compare graph and model on random inputs; False if the model itself fails at these sizes."""
+    want_dict = seed == 0
+    kwargs = _inputs(call, examples, sizes, seed, want_dict)
+    reference = structural_clone(model)
+    devices = [value.device for value in examples if value.is_cuda][:1]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        try:
+            if seed == 0:  # what a call leaves behind must not show in the next
+                reference(**_inputs(call, examples, sizes, seed - 1, want_dict))
+            torch.manual_seed(seed)
+            expected = reference(**kwargs)
+        except Exception as error:
+            log.debug("%s cannot run at %s: %s", type(model).__name__, sizes, error)
+            return False
+        torch.manual_seed(seed)
+        # again: the model may have taken things out of its lists and dicts
+        bound, _ = call.bind((), _inputs(call, examples, sizes, seed, want_dict))
+        try:
+            found = call.rebuild(gm(*bound), want_dict)
+        except Exception as error:
+            raise CaptureError(
+                f"replay at {sizes}: the model runs, its graph raises {type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]}"
+            ) from error
+    _compare(expected, found, sizes)
+    return True
+
+
+def _inputs(
+    call: CallSpec, examples: list[Tensor], sizes: dict[str, int], seed: int, want_dict: bool
+) -> dict[str, Any]:
+    """Random arguments of forward at the given sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    values = [
+        _random(example, [sizes[s] if isinstance(s, str) else s for s in spec.shape], generator)
+        for spec, example in zip(call.inputs, examples, strict=True)
+    ]
+    at = call.names.index(call.timestep)
+    values[at] = _timesteps(examples[at], values[at].shape[0], seed)
+    kwargs = arguments(call, values, values[at].shape[0])
+    if call.return_dict is not None:
+        kwargs["return_dict"] = want_dict
+    return kwargs
+
+
+def _random(example: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:
+    """Noise where the example is floating; elsewhere values of the example, which are legal."""
+    if example.dtype.is_floating_point or example.dtype.is_complex:
+        dtype = torch.complex64 if example.dtype.is_complex else torch.float32
+        return torch.randn(shape, generator=generator, dtype=dtype).to(example)
+    picks = torch.randint(max(example.numel(), 1), shape, generator=generator)
+    return example.flatten()[picks.to(example.device)]
+
+
+def _timesteps(example: Tensor, batch: int, seed: int) -> Tensor:
+    """Timesteps up to the example's largest (at least 1), different from row to row."""
+    top = max(float(example.max()), 1.0)
+    steps = torch.arange(batch, dtype=torch.float64) * 0.37 + 0.29 * (seed + 1)
+    steps = steps % 1.0 * top
+    if not example.dtype.is_floating_point:
+        steps = steps.round()
+    return steps.to(example)
+
+
+def _compare(expected: Any, found: Any, sizes: dict[str, int]) -> None:
+    wanted, theirs = outline(expected)
+    given, ours = outline(found)
+    if wanted != given:
+        raise CaptureError(f"replay at {sizes}: the model returns {wanted}, the graph {given}")
+    for (path, a), (_, b) in zip(theirs, ours, strict=True):
+        if (
+            a.shape != b.shape
+            or a.dtype != b.dtype
+            or not torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all()
+        ):
+            raise CaptureError(
+                f"replay at {sizes}: output {path or 'tensor'} of the graph differs from the "
+                f"model's ({tuple(b.shape)} {b.dtype} against {tuple(a.shape)} {a.dtype}). The "
+                f"model does something that a trace does not see, such as numpy, a cache kept "
+                f"between calls, or a context manager."
+            )

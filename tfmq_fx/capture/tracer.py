@@ -1,0 +1,368 @@
+"""A torch.fx.Tracer whose proxies carry values: fake tensors and symbolic sizes.
+
+Every recorded node is run on its fake values, so shape, dtype, length and comparison of sizes are
+answered while tracing; they create no data edges and take the branch the model would take.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import operator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.utils._device
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.proxy import Proxy
+
+from tfmq_fx.core.errors import CaptureError, StateError
+from tfmq_fx.core.module_overrides import is_plain, replaced_forward
+from tfmq_fx.core.stages import REPLACED
+from tfmq_fx.ir.functionalize import purify
+from tfmq_fx.ir.node_info import value_inputs
+
+from .fake_values import SYMBOLIC, FakeValues
+from .proxies import SizeProxy, Sizes, TensorProxy
+from .size_tests import SizeTest
+from .torch_patches import RECORDED, patched
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+TRACING = threading.RLock()  # torch.fx patches nn.Module for the whole process: one trace at a time
+
+
+class ValueTracer(FakeValues):
+    """Traces one model, once.
+
+    original: the model that `model` is a copy of, which forwards and hooks put on its parts may
+    refer to: what they read and call there counts as the copy's.
+    inputs: fake tensors of `mode`, one for each placeholder.  call: runs the model, given a proxy
+    for each input, and returns the flat outputs.  The modules of the model are changed only where
+    one works in place (inplace=True) without need.
+    names: symbol of a free size -> symbol with a readable name.  forced: outcomes to pretend, keyed
+    by the test with held=True.
+    tests: the conditions on sizes that the model's code tested, in order.  outside: tensors that
+    the code reads and no module of the model holds, by the names of their copies in the graph.
+    baked: names of the model's tensors that its code computed constants of, which a graph cannot
+    follow (a function that holds a weight by itself).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        mode: FakeTensorMode,
+        inputs: dict[str, Tensor],
+        call: Callable[[list[Any]], Any],
+        names: Mapping[Any, Any],
+        forced: Mapping[SizeTest, bool],
+    ) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.tests: list[SizeTest] = []
+        self.computing = False
+        self.last = "before its first operation"  # module and line of the latest operation
+        self.source: str | None = None  # of the code that is traced, where no frame tells
+        self._model, self._mode, self._inputs, self._call = model, mode, inputs, call
+        self._shapes: Any = mode.shape_env
+        self._names, self._forced = names, forced
+        self._thread = threading.get_ident()
+        self._sizes: dict[Any, Any] = {}
+        self._tied: set[Any] = set()
+        self._known: dict[Any, dict[str, Any]] = {}  # likeness of a node -> layout of its value
+        self._numbers: dict[Any, int] = {}  # expression of a size -> what stands for it there
+        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        # Reversed: of several names for one module or tensor, the first counts.
+        modules = reversed(list(model.named_modules(remove_duplicate=False)))
+        self._paths = {module: name for name, module in modules}
+        tensors = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+        self._tensors = {
+            **{id(tensor): name for name, tensor in reversed([*_tensors_of(original)])},
+            **{id(tensor): name for name, tensor in reversed(tensors)},
+        }
+        copies = dict(model.named_modules(remove_duplicate=False))
+        self._copies = {m: copies[name] for name, m in original.named_modules() if name in copies}
+        self._replaced: list[str] = []  # why the layers that are traced are not taken as layers
+        self.outside: dict[str, Tensor] = {}
+        self.baked: set[str] = set()
+        self._buffers = dict(model.named_buffers(remove_duplicate=False))
+
+    def run(self) -> fx.Graph:
+        """The graph: one placeholder for each input, a flat tuple of outputs."""
+        model = self._model
+        with TRACING, torch.no_grad(), patched(self.make):
+            graph = self.trace(model)
+        purify(graph, model, self._writes)
+        self._check_state()
+        graph._tracer_cls = None  # a tracer class of ours would have to be unpickled
+        for node in graph.nodes:
+            stack = node.meta.get("nn_module_stack") or {}
+            root = {"": ("", type(model))}
+            node.meta["nn_module_stack"] = collections.OrderedDict({**root, **stack})
+            node.meta.setdefault("source", "")
+        return graph
+
+    def _check_state(self) -> None:
+        """Refuse a model whose forward put something else in the place of a buffer."""
+        now = {
+            name: id(tensor) for name, tensor in self._model.named_buffers(remove_duplicate=False)
+        }
+        before = {name: id(tensor) for name, tensor in self._buffers.items()}
+        if changed := [name for name in {**now, **before} if now.get(name) != before.get(name)]:
+            raise StateError(
+                f"{changed[0].rpartition('.')[0] or 'the model'}: forward assigns to the buffer "
+                f"{changed[0]}, so one call changes the next; a graph holds no such state"
+            )
+
+    def leaves_values(self) -> bool:
+        """Whether the model's code put a traced tensor that depends on an input on a module."""
+
+        def tensors(value: Any) -> Iterator[TensorProxy]:
+            if isinstance(value, TensorProxy):
+                yield value
+            elif isinstance(value, (list, tuple)):
+                for item in value:
+                    yield from tensors(item)
+            elif isinstance(value, dict):
+                for item in value.values():
+                    yield from tensors(item)
+
+        kept = [p.node for m in self._model.modules() for p in tensors(_own_attributes(m))]
+        reached: set[fx.Node] = set()
+        while kept:
+            node = kept.pop()
+            if node.op == "placeholder":
+                return True
+            if node not in reached:
+                reached.add(node)
+                kept += value_inputs(node)
+        return False
+
+    # What the model's code asks
+
+    def size_of(self, proxy: TensorProxy, dim: int) -> Any:
+        """A size: a number where fixed, else one proxy for each distinct expression, read from the
+        first input that has it."""
+        size = proxy.value.shape[dim]
+        if isinstance(size, int):
+            return size
+        key = size.node.expr
+        if key.is_number:
+            return int(key)
+        if key not in self._sizes:
+            read = torch.ops.aten.sym_size.int
+            self._sizes[key] = self.create_proxy("call_function", read, (proxy, dim), {})
+        return self._sizes[key]
+
+    def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a torch function that got no proxy, or record it if it is a tensor factory."""
+        if not self._idle() and func in RECORDED:
+            with contextlib.suppress(NotImplementedError):  # arguments no graph can hold: numpy
+                return self.create_proxy("call_function", func, args, kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and not isinstance(result, Proxy) and not self._idle():
+            given = [a for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter)]
+            self.baked |= {self._tensors[id(a)] for a in given if id(a) in self._tensors}
+        return result
+
+    # fx.Tracer's hooks
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._inputs]
+        for proxy in proxies:  # bare sizes are read from the inputs, whichever tensor was asked
+            for dim in range(proxy.value.dim()):
+                size = proxy.value.shape[dim]
+                if not isinstance(size, int) and size.node.expr not in self._sizes:
+                    self.size_of(proxy, dim)
+        return (lambda root: self._call(proxies)), [self.root]
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        node = self.create_node(
+            kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr
+        )
+        node.meta["source"] = self._line()
+        self.last = self.whereabouts()
+        if kind == "placeholder":
+            node.meta["val"] = self._inputs[target]
+        elif kind != "get_attr":
+            node.meta["val"] = self._compute(node)
+        return self._wrap(node)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise CaptureError(
+                f"{self.whereabouts()}: autocast is on here; a graph would lose it. Take it out of "
+                f"forward, or convert the model to the dtype it shall run in."
+            )
+        node = super().create_node(kind, *args, **kwargs)
+        if self._replaced:
+            node.meta[REPLACED] = self._replaced[-1]
+        if kind == "get_attr":
+            node.meta["source"] = self._line()
+            value: Any = self.root
+            for part in str(node.target).split("."):
+                value = _attribute(value, part)
+            node.meta["val"] = self._fake(value) if isinstance(value, Tensor) else value
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Proxy):
+            if a.tracer is not self:
+                raise StateError(
+                    f"{self.whereabouts()}: forward reads a value that an earlier call left on the "
+                    f"module, so one call changes the next; a graph holds no such state"
+                )
+            return a.node
+        if isinstance(a, (Sizes, torch.Size)):
+            a = tuple(a)
+        if isinstance(a, SYMBOLIC):
+            raise CaptureError(f"{self.whereabouts()}: a size escaped the trace")
+        if isinstance(a, Tensor):
+            name = self._tensors.get(id(a)) or self._take_in(a)
+            return self.create_node("get_attr", name, (), {})
+        return super().create_arg(a)
+
+    def _take_in(self, tensor: Tensor) -> str:
+        """Give the model a copy of a tensor that is none of its modules'; the copy's name."""
+        known = self.tensor_attrs.get(tensor)
+        name = str(known or self.get_fresh_qualname("_tensor_constant"))
+        if known is None:
+            self.outside[name] = tensor
+            copied: Any = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            setattr(self.root, name, copied)
+            self._tensors[id(copied)] = name
+        self._tensors[id(tensor)] = name
+        return name
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._idle() or not isinstance(attr_val, Tensor):
+            return attr_val
+        name = self._tensors.get(id(attr_val))
+        if name is None and isinstance(attr_val, nn.Parameter):  # of a module outside the model
+            name = self._take_in(attr_val)
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # A module made inside forward, such as a slice of an nn.Sequential, has no name: its
+        # children are traced under theirs.
+        if self._idle():
+            return forward(*args, **kwargs)
+        if m in self._copies and self._copies[m] is not self.root:
+            return self._copies[m](*args, **kwargs)
+        if m not in self._paths:
+            return forward(*args, **kwargs)
+        reason = replaced_forward(m) if isinstance(m, _LAYERS) else None
+        with self._marked(reason):
+            return super().call_module(m, forward, args, kwargs)
+
+    @contextlib.contextmanager
+    def _marked(self, reason: str | None) -> Iterator[None]:
+        """Mark what is recorded with why the layer it belongs to is not taken as one."""
+        if reason is None:
+            yield
+            return
+        self._replaced.append(reason)
+        try:
+            yield
+        finally:
+            self._replaced.pop()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # what computes a weight, layers that compute something else, and those made of others are
+        # traced
+        return (
+            type(m).__module__ != "torch.nn.modules.transformer"
+            and super().is_leaf_module(m, module_qualified_name)
+            and not type(m).__module__.startswith("torch.nn.utils.")
+            and all(is_plain(part) for part in m.modules())
+        )
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        return str(self._paths[mod])
+
+    def _idle(self) -> bool:
+        return self.computing or threading.get_ident() != self._thread
+
+    # Values
+
+    def _wrap(self, node: fx.Node) -> Any:
+        """What the model's code gets for a node: a proxy, or the value itself where it is known."""
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            return TensorProxy(node, self)
+        if isinstance(value, SYMBOLIC):
+            expression = value.node.expr
+            if getattr(expression, "free_symbols", None):
+                return SizeProxy(node, self)
+            self.graph.erase_node(node)
+            return _number(expression)
+        if isinstance(value, (tuple, list)):
+            return self._unpack(node, value)
+        if value is not None and not node.users:  # None: called for its effect
+            self.graph.erase_node(node)
+        return value
+
+    def _unpack(self, node: fx.Node, value: Any) -> Any:
+        parts = [
+            self.create_proxy("call_function", operator.getitem, (Proxy(node, self), i), {})
+            if isinstance(part, (Tensor, *SYMBOLIC, tuple, list))
+            else part
+            for i, part in enumerate(value)
+        ]
+        if isinstance(value, list):
+            return parts
+        names = getattr(value, "_fields", None) or getattr(value, "__match_args__", None)
+        if not names or type(value) is tuple:
+            return tuple(parts)
+        return collections.namedtuple(type(value).__name__, names)(*parts)
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors that the modules of a model hold, by name: parameters, buffers and others."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for held in (module._parameters, module._buffers, vars(module)):
+            for leaf, value in held.items():
+                if isinstance(value, Tensor):
+                    yield f"{path}.{leaf}".removeprefix("."), value
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    containers = ("_parameters", "_buffers", "_modules")
+    return {name: value for name, value in vars(module).items() if name not in containers}
+
+
+def _number(expression: Any) -> bool | int | float:
+    if expression.is_Boolean:
+        return bool(expression)
+    return int(expression) if expression.is_integer else float(expression)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """getattr past torch.fx's patch of nn.Module.__getattr__."""
+    for kind in ("_parameters", "_buffers", "_modules"):
+        if name in value.__dict__.get(kind, {}):
+            return value.__dict__[kind][name]
+    return value.__dict__[name]

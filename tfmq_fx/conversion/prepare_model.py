@@ -1,0 +1,186 @@
+"""From a captured graph to a model that `convert` takes, the first time and, recalled, later on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from tfmq_fx.calibration.observers import RangeObserver, SampleCache
+from tfmq_fx.capture.call_spec import CallSpec
+from tfmq_fx.capture.outside_tensors import OUTSIDE
+from tfmq_fx.core.config import Config
+from tfmq_fx.core.errors import CalibrationError
+from tfmq_fx.core.layer_config import LayerConfig
+from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.sites import check_weights, find_sites, plan_sites, weights_left
+from tfmq_fx.passes.fold_weights import fold_weights
+from tfmq_fx.passes.merge_duplicates import merge_duplicates
+from tfmq_fx.passes.observe_layers import observe_layers
+from tfmq_fx.serialization.module_settings import Behaviour
+from tfmq_fx.serialization.outside_watch import Outside
+from tfmq_fx.serialization.provenance import Calibration, Origin, Rows, describe
+from tfmq_fx.serialization.staleness import SourceWatch
+
+from .coverage import parameter_record
+from .models import Converted, Prepared
+from .records import ConversionRecord, site_records
+
+
+def captured_only(prepared: Prepared) -> Converted:
+    """The captured model as a converted one in which nothing is changed."""
+    gm = prepared.gm
+    origin, watch = remember(prepared, None, calibrated=False, sampled=False)
+    sites, declined = find_sites(gm)
+    folded = gm.meta.get("capture", {}).get("folded", {})
+    record = ConversionRecord(
+        capture=gm.meta.pop("capture", {}),
+        sites=site_records(gm, {}, {}),
+        declined=[[d.site, d.reason] for d in declined],
+        left_weights=weights_left(gm, sites),
+        parameters=parameter_record(gm, origin, prepared.source, folded),
+        float_bytes=prepared.nbytes(),
+    )
+    return Converted(
+        gm,
+        prepared.call,
+        recipe=prepared.recipe,
+        record=record.to_dict(),
+        model_config=prepared.model_config,
+        origin=origin,
+        watch=watch,
+    )
+
+
+def observed(
+    captured: fx.GraphModule,
+    call: CallSpec,
+    *,
+    recipe: Config,
+    overrides: Mapping[str, LayerConfig],
+    source: nn.Module,
+    timesteps: Tensor | None,
+    facts: Mapping[str, Any],
+    behaves: Behaviour,
+) -> Prepared:
+    """A captured graph without its repetitions, with observers, that has seen nothing yet.
+
+    timesteps: the finite set (K,) if it is known, sorted keys.  facts: what to report of capturing.
+    behaves: how the source did when it was captured.
+    Raises ConfigError for weights that hold NaN and overrides that match nothing.
+    """
+    merged = merge_duplicates(captured)
+    folded = fold_weights(merged.gm)
+    gm = folded.gm
+    sites, _ = find_sites(gm)
+    check_weights(sites)
+    plan_sites(sites, recipe, overrides=overrides)  # refuse a pattern that matches nothing now
+    if timesteps is not None:
+        gm.meta["timesteps"] = timesteps.to(timestep_node(gm).meta["val"].device)
+    gm.meta["capture"] = {
+        **facts,
+        "nodes": len(gm.graph.nodes),
+        "merged": merged.details["merged"],
+        "folded": folded.details["folded"],
+    }
+    spec = recipe.reconstruction
+    return Prepared(
+        gm,
+        observe_layers(gm).gm,
+        call,
+        recipe=recipe,
+        overrides=overrides,
+        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
+        source=source,
+        model_config=getattr(source, "config", None),
+        unmerged=captured,
+        behaviour=behaves,
+    )
+
+
+def remember(
+    prepared: Prepared,
+    timesteps: Tensor | None,
+    *,
+    calibrated: bool,
+    sampled: bool,
+    steps: tuple[str, ...] = (),
+) -> tuple[Origin, SourceWatch]:
+    """What a conversion of `prepared` over `timesteps` (K,) was made from, and a watch over that.
+    timesteps: None where there is no table.
+
+    calibrated: whether it read calibration at all.  sampled: whether it read the samples, too.
+    steps: the names of its steps, in order.
+    """
+    spec, cache = prepared.recipe.reconstruction, prepared.cache
+    calibration = None
+    if calibrated:
+        observers = prepared.observed.modules()
+        center = spec.center if spec.sampling == "normal" else None
+        rows = cache.needed(spec.samples, seed=spec.seed, center=center) if sampled else {}
+        calibration = Calibration(
+            seen={o.site: dict(o.seen) for o in observers if isinstance(o, RangeObserver)},
+            rows=_moved(rows, "cpu"),
+            sampling=prepared.sampling if spec.rounds else None,
+        )
+    described, held = describe(prepared.unmerged, prepared.source)
+    origin = Origin(
+        call=prepared.call,
+        overrides=prepared.overrides,
+        timesteps=None if timesteps is None else timesteps.cpu(),
+        visits=dict(cache.visits),
+        merged=prepared.gm.meta.get("capture", {}).get("merged", {}),
+        calibrated=calibrated,
+        calibration=calibration,
+        behaviour=prepared.behaviour,
+        steps=steps,
+        **described,
+    )
+    outside = Outside(prepared.unmerged.meta.get(OUTSIDE, {}))
+    watch = SourceWatch(prepared.source, origin.fingerprints, held, origin.behaviour, outside)
+    return origin, watch
+
+
+def recall(origin: Origin, recipe: Config, source: nn.Module, facts: Mapping[str, Any]) -> Prepared:
+    """The calibrated model that `remember` was given, on the weights of `source`.
+
+    facts: what was reported of capturing.  Raises ConfigError where `source` is another model,
+    CalibrationError where the recipe calibrates again and cannot.
+    """
+    captured = origin.captured(source)
+    calibration = origin.calibration
+    if recipe.reconstruction.rounds and (calibration is None or calibration.sampling is None):
+        raise CalibrationError(
+            f"recipe {recipe.name!r} samples again with the quantized model, by the pipeline or "
+            "scheduler that it was calibrated with, which no save holds: prepare, calibrate and "
+            "convert the source."
+        )
+    prepared = observed(
+        captured,
+        origin.call,
+        recipe=recipe,
+        overrides=origin.overrides,
+        source=source,
+        timesteps=origin.timesteps,
+        facts=facts,
+        behaves=origin.behaviour,
+    )
+    rows: Rows = {}
+    if calibration is not None:
+        rows, prepared.sampling = _moved(calibration.rows, prepared.device), calibration.sampling
+        for observer in prepared.observed.modules():
+            if isinstance(observer, RangeObserver):
+                # a layer that was one with another when ranges were observed read the same value
+                names = (observer.site, origin.merged.get(observer.site, ""))
+                seen = [calibration.seen[name] for name in names if name in calibration.seen]
+                observer.seen = dict(seen[0]) if seen else {}
+    prepared.cache = SampleCache.holding(rows, origin.visits)
+    return prepared
+
+
+def _moved(rows: Rows, device: Any) -> Rows:
+    return {
+        step: [tuple(value.to(device) for value in row) for row in samples]
+        for step, samples in rows.items()
+    }

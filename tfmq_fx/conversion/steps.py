@@ -1,0 +1,414 @@
+"""The steps of `convert`, in the order in which they run.
+
+Each function is one step: it takes a Job and returns a new one. `STEPS`, at the end, says what each
+needs and promises; `print(tfmq_fx.STEPS)` shows that as a table.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+from tfmq_fx.calibration.output_errors import measure_errors
+from tfmq_fx.calibration.product_ranges import measure_products as measure_product_ranges
+from tfmq_fx.core.config import RewriteSpec
+from tfmq_fx.core.distributed import from_first
+from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.sites import find_sites
+from tfmq_fx.passes.correct_outputs import correct_outputs as correct_outputs_pass
+from tfmq_fx.passes.decompose_attention import decompose_attention as decompose_attention_pass
+from tfmq_fx.passes.fold_timesteps import fold_timesteps as fold_timesteps_pass
+from tfmq_fx.passes.quantize_layers import quantize_layers as quantize_layers_pass
+from tfmq_fx.passes.quantize_products import quantize_products as quantize_products_pass
+from tfmq_fx.passes.quantize_tables import quantize_tables as quantize_tables_pass
+from tfmq_fx.passes.reconstruct_blocks import reconstruct_blocks as reconstruct_blocks_pass
+from tfmq_fx.passes.round_weights import round_weights as round_weights_pass
+
+from .bit_planning import given_bits
+from .bit_planning import plan_bits as plan_bits_within
+from .calibration_data import observed_ranges, resampled
+from .job import Job, Samples
+from .layer_rewrites import profiled_ranges, unchanged_sites
+from .layer_rewrites import rewrite_layers as rewrite_planned_layers
+from .step import Guarantee, Need, Step, Steps
+from .temporal_forms import choose_temporal
+
+
+def rewrite_layers(job: Job) -> Job:
+    """Rewrite layers so that they quantize better: split at concatenations (Q-Diffusion), scaled
+    (TCAQ-DM's TCR, SmoothQuant), rotated (QuaRot, ConvRot), with a low-rank branch (SVDQuant)."""
+    block = job.temporal_block()
+    rewritten = rewrite_planned_layers(
+        job.gm,
+        job.recipe.rewrites,
+        plan=job.plan,
+        fixed=block.modules,
+        chunks=job.samples.chunks,
+        seed=job.recipe.reconstruction.seed,
+        progress=job.progress,
+    )
+    rewritten.gm.requires_grad_(False)  # what a rewrite computes is not learnt
+    return job.applied(*rewritten.passes, plan=rewritten.plan)
+
+
+def _no_rewrites(job: Job) -> str | None:
+    return "the recipe asks for none" if job.recipe.rewrites == RewriteSpec() else None
+
+
+def decompose_attention(job: Job) -> Job:
+    """Take fused attention apart into its two products and the softmax."""
+    return job.applied(decompose_attention_pass(job.gm))
+
+
+def _no_attention(job: Job) -> str | None:
+    wanted = job.recipe.attention is not None
+    return None if wanted else "the recipe leaves attention's products in floating point"
+
+
+def measure_ranges(job: Job) -> Job:
+    """Read the input range of each layer at each timestep from what calibration observed."""
+    sites, _ = find_sites(job.captured)
+    plan = {site.name: job.plan[site.name] for site in sites if site.name in job.plan}
+    kept = [site for site in sites if site.name in plan]
+    return replace(job, ranges=observed_ranges(job.prepared, kept, plan, job.timesteps))
+
+
+def _nothing_ranged(job: Job) -> str | None:
+    ranged = any(layer.calibrated for layer in job.plan.values())
+    return None if ranged else "no layer's input range is calibrated"
+
+
+def profile_ranges(job: Job) -> Job:
+    """Measure anew the input ranges of rewritten layers, and those that are grouped or clipped."""
+    specs = {name: acts for name, layer in job.plan.items() if (acts := layer.calibrated)}
+    profiled = profiled_ranges(
+        job.gm,
+        {name: specs[name] for name in _profiled(job)},
+        timesteps=job.timesteps,
+        chunks=job.samples.chunks,
+        seed=job.recipe.reconstruction.seed,
+        progress=job.progress,
+    )
+    return replace(job, ranges={**job.ranges, **profiled})
+
+
+def _profiled(job: Job) -> list[str]:
+    """The layers whose ranges need more than the lowest and highest input seen by calibration."""
+    unchanged = unchanged_sites(job.captured, job.gm)
+    chosen = job.recipe.reconstruction.sampling != "uniform"
+    return [
+        name
+        for name, layer in job.plan.items()
+        if (acts := layer.calibrated) is not None
+        and (name not in unchanged or acts.ranges != "minmax" or acts.timestep_groups or chosen)
+    ]
+
+
+def _nothing_profiled(job: Job) -> str | None:
+    return None if _profiled(job) else "every range is the lowest and highest input observed"
+
+
+def measure_products(job: Job) -> Job:
+    """Measure the ranges of the operands of attention's products."""
+    assert job.recipe.attention is not None
+    measured = measure_product_ranges(
+        job.reference,
+        job.samples.chunks,
+        spec=job.recipe.attention,
+        timesteps=job.timesteps,
+        seed=job.recipe.reconstruction.seed,
+    )
+    return replace(job, products=measured)
+
+
+def choose_temporal_forms(job: Job) -> Job:
+    """Choose for each temporal feature exact rows, int8 or int4 rows, or its layers quantized by
+    TIAR, by measured error under a byte budget."""
+    block = job.temporal_block()
+    chosen = choose_temporal(
+        block,
+        config=job.recipe,
+        plan=job.plan,
+        ranges=job.ranges,
+        timesteps=job.timesteps,
+        visits=job.visits,
+        checkpoint=job.parts("choose_temporal_forms"),
+    )
+    return replace(job, block=block, temporal=chosen, passes=(*job.passes, *chosen.passes))
+
+
+def fold_timesteps(job: Job) -> Job:
+    """Replace temporal features by look-ups in a table with one row for each timestep."""
+    only = job.temporal.tabled
+    return job.applied(fold_timesteps_pass(job.gm, timesteps=job.timesteps, only=only))
+
+
+def quantize_tables(job: Job) -> Job:
+    """Keep the rows of features that were chosen to be cached as int8 or int4."""
+    return job.applied(quantize_tables_pass(job.gm, bits=job.temporal.cached))
+
+
+def _nothing_cached(job: Job) -> str | None:
+    if job.temporal.choice and not job.temporal.cached:
+        return "no feature was chosen to be cached as integers"
+    return None if job.temporal.choice else "the model has no temporal features"
+
+
+def plan_bits(job: Job) -> Job:
+    """Choose the weight bits of each layer within the budget, by measured output error."""
+    trial = quantize_layers(job)  # at the widths of the recipe
+    trial = trial if job.products is None else quantize_products(trial)
+    planned = plan_bits_within(
+        trial.gm,
+        prepared=job.prepared,
+        reference=job.reference,
+        layers=job.plan,
+        fixed={*job.temporal.layers, *given_bits(job.plan, job.prepared.overrides)},
+        chunks=job.samples.chunks,
+        timesteps=job.timesteps,
+        budget=job.budget,
+        checkpoint=job.parts("plan_bits"),
+        progress=job.progress,
+    )
+    return replace(job, bits=from_first(planned, "bits"))  # processes measure different times
+
+
+def _no_budget(job: Job) -> str | None:
+    if job.budget is not None:
+        return None
+    return "no budget was given" if job.bits is None else "the bits were given"
+
+
+def quantize_layers(job: Job) -> Job:
+    """Give convolutions and linear layers integer weights and inputs, with an input range for each
+    timestep (FSC), group of timesteps, or call."""
+    plan = job.plan if job.bits is None else job.bits.layers(dict(job.plan))
+    quantized = quantize_layers_pass(
+        job.gm,
+        plan=plan,
+        ranges=job.ranges,
+        timesteps=job.timesteps,
+        ready=job.temporal.layers,
+    )
+    return job.applied(quantized, plan=plan)
+
+
+def quantize_products(job: Job) -> Job:
+    """Round the operands of attention's products to integers."""
+    assert job.recipe.attention is not None and job.products is not None
+    return job.applied(
+        quantize_products_pass(
+            job.gm, measured=job.products, spec=job.recipe.attention, timesteps=job.timesteps
+        )
+    )
+
+
+def round_weights(job: Job) -> Job:
+    """Round weights to second order (GPTQ) on the inputs that each layer really gets, in execution
+    order."""
+    return job.applied(
+        round_weights_pass(
+            job.gm,
+            reference=job.reference,
+            chunks=job.samples.chunks,
+            plan=dict(job.plan),
+            spec=job.recipe.reconstruction,
+            weights=job.samples.weights,
+            skip=job.untouched(),
+            checkpoint=job.parts("round_weights"),
+            progress=job.progress,
+        )
+    )
+
+
+def _no_second_order(job: Job) -> str | None:
+    if not job.quantizes:
+        return "no weights are quantized"
+    nearest = job.recipe.reconstruction.rounding == "nearest"
+    return "the recipe rounds to nearest" if nearest else None
+
+
+def reconstruct_blocks(job: Job) -> Job:
+    """Learn the rounding of each block (BRECQ, AdaRound) so that its output is the full-precision
+    one."""
+    return _reconstructed(job, job.recipe.reconstruction.iters, "reconstruct_blocks")
+
+
+def _reconstructed(job: Job, iters: int, group: str) -> Job:
+    return job.applied(
+        reconstruct_blocks_pass(
+            job.gm,
+            reference=job.reference,
+            chunks=job.samples.chunks,
+            spec=job.recipe.reconstruction,
+            iters=iters,
+            weights=job.samples.weights,
+            skip=job.untouched(),
+            checkpoint=job.parts(group),
+            progress=job.progress,
+        )
+    )
+
+
+def _not_learnt(job: Job) -> str | None:
+    if not job.quantizes:
+        return "no weights are quantized"
+    return None if job.recipe.reconstruction.iters else "the recipe learns no rounding (iters=0)"
+
+
+def resample_and_reconstruct(job: Job) -> Job:
+    """Sample again with the quantized model (TCAQ-DM's PAR), and learn the rounding of each block
+    on that."""
+    spec, samples = job.recipe.reconstruction, job.samples
+    for i in range(spec.rounds):
+        visited = Samples(resampled(job.prepared, job.gm))
+        job = replace(job, samples=visited)
+        job = _reconstructed(job, spec.round_iters, f"resample_and_reconstruct {i}")
+    return replace(job, samples=samples)
+
+
+def _not_resampled(job: Job) -> str | None:
+    if not job.quantizes:
+        return "no weights are quantized"
+    return None if job.recipe.reconstruction.rounds else "the recipe samples once (rounds=0)"
+
+
+def correct_outputs(job: Job) -> Job:
+    """Subtract the mean error of the output at each timestep (PTQD), where that helps on held-out
+    samples."""
+    errors = measure_errors(job.reference, job.gm, job.samples.chunks, timesteps=job.timesteps)
+    kind = job.recipe.correction
+    return job.applied(
+        correct_outputs_pass(job.gm, errors=errors, kind=kind, timesteps=job.timesteps)
+    )
+
+
+def _not_corrected(job: Job) -> str | None:
+    if job.recipe.correction == "none":
+        return "the recipe corrects nothing"
+    changed = job.quantizes or job.recipe.attention is not None
+    return None if changed else "nothing is quantized"
+
+
+_captured = functools.partial(Step, takes=Stage.CAPTURED, gives=Stage.CAPTURED)
+_folded = functools.partial(Step, takes=Stage.FOLDED, gives=Stage.FOLDED)
+_quantized = functools.partial(Step, takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
+_SAMPLES = frozenset({Need.SAMPLES})
+
+STEPS = Steps(
+    _captured(
+        name="rewrite_layers",
+        run=rewrite_layers,
+        skip=_no_rewrites,
+        needs=_SAMPLES,
+        guarantee=Guarantee.REASSOCIATION,
+        cost="a pass over the samples for each rewrite",
+    ),
+    _captured(
+        name="decompose_attention",
+        run=decompose_attention,
+        skip=_no_attention,
+        guarantee=Guarantee.REASSOCIATION,
+        cost="seconds",
+    ),
+    _captured(
+        name="measure_ranges",
+        run=measure_ranges,
+        skip=_nothing_ranged,
+        needs=frozenset({Need.RANGES}),
+        guarantee=Guarantee.UNCHANGED,
+        cost="seconds",
+    ),
+    _captured(
+        name="profile_ranges",
+        run=profile_ranges,
+        skip=_nothing_profiled,
+        needs=_SAMPLES,
+        guarantee=Guarantee.UNCHANGED,
+        cost="a pass over the samples",
+    ),
+    _captured(
+        name="measure_products",
+        run=measure_products,
+        skip=_no_attention,
+        needs=_SAMPLES,
+        guarantee=Guarantee.UNCHANGED,
+        cost="a pass over the samples",
+    ),
+    _captured(
+        name="choose_temporal_forms",
+        run=choose_temporal_forms,
+        guarantee=Guarantee.UNCHANGED,
+        cost="seconds, or tiar_iters steps of learning",
+    ),
+    Step(
+        name="fold_timesteps",
+        run=fold_timesteps,
+        takes=Stage.CAPTURED,
+        gives=Stage.FOLDED,
+        guarantee=Guarantee.BIT_EXACT,
+        cost="seconds",
+    ),
+    _folded(
+        name="quantize_tables",
+        run=quantize_tables,
+        skip=_nothing_cached,
+        guarantee=Guarantee.MEASURED,
+        cost="seconds",
+    ),
+    _folded(
+        name="plan_bits",
+        run=plan_bits,
+        skip=_no_budget,
+        needs=_SAMPLES,
+        guarantee=Guarantee.UNCHANGED,
+        cost="layers x bit widths, each a pass over the samples",
+    ),
+    Step(
+        name="quantize_layers",
+        run=quantize_layers,
+        takes=Stage.FOLDED,
+        gives=Stage.QUANTIZED,
+        guarantee=Guarantee.MEASURED,
+        cost="seconds",
+    ),
+    _quantized(
+        name="quantize_products",
+        run=quantize_products,
+        skip=_no_attention,
+        guarantee=Guarantee.MEASURED,
+        cost="seconds",
+    ),
+    _quantized(
+        name="round_weights",
+        run=round_weights,
+        skip=_no_second_order,
+        needs=_SAMPLES,
+        guarantee=Guarantee.MEASURED,
+        cost="two passes over the samples, and a factorization for each layer",
+    ),
+    _quantized(
+        name="reconstruct_blocks",
+        run=reconstruct_blocks,
+        skip=_not_learnt,
+        needs=_SAMPLES,
+        guarantee=Guarantee.MEASURED,
+        cost="blocks x iters steps of learning",
+    ),
+    _quantized(
+        name="resample_and_reconstruct",
+        run=resample_and_reconstruct,
+        skip=_not_resampled,
+        needs=frozenset({Need.SAMPLES, Need.RESAMPLING}),
+        guarantee=Guarantee.MEASURED,
+        cost="rounds x (a calibration, and blocks x round_iters steps of learning)",
+    ),
+    _quantized(
+        name="correct_outputs",
+        run=correct_outputs,
+        skip=_not_corrected,
+        needs=_SAMPLES,
+        guarantee=Guarantee.MEASURED,
+        cost="two passes over the samples",
+    ),
+)

@@ -1,0 +1,6 @@
+"""What every part of the library uses: configuration, errors, stages, files, processes.
+
+Public face: Config and its specs, the errors, PRESETS, Stage, distributed.alone.
+
+May import: nothing of the library.
+"""

@@ -1,0 +1,298 @@
+"""Frozen configuration values: what is quantized, to how many bits, and how it is reconstructed.
+
+Every value checks itself when it is made, prints as the call that makes it, changes with
+`dataclasses.replace`, and survives `to_dict` / `from_dict` (unknown keys are errors).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .layer_config import ActivationSpec, LayerConfig, WeightSpec
+from .spec_checks import check_kinds, one_of, require
+
+Rounding = Literal["nearest", "second-order"]
+Sampling = Literal["uniform", "normal"]
+Softmax = Literal["uniform", "log2"]
+Correction = Literal["none", "bias", "noise"]
+TemporalMode = Literal["select", "table", "cache", "tib"]
+Offload = Literal["none", "cpu", "disk"]
+OnMiss = Literal["compute", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemporalSpec:
+    """What becomes of the temporal information block (everything that depends on t alone).
+
+    mode: "table" stores exact rows, "cache" stores rows as integers of `cache_bits`, "tib" keeps
+    the block as quantized modules reconstructed over every timestep (TIAR), "select" chooses per
+    feature by measured disturbance under `budget` (TFMQ-DM's journal extension).
+    budget: bytes for tables and kept weights together; None is the size of the quantized block,
+    so that a table is never chosen where it outweighs the weights it replaces.
+    tiar_iters: Adam steps of temporal information aware reconstruction; 0 rounds to nearest.
+    """
+
+    mode: TemporalMode = "select"
+    cache_bits: tuple[int, ...] = (8, 4)
+    budget: int | None = None
+    tiar_iters: int = 1000
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        one_of("TemporalSpec.mode", self.mode, TemporalMode)
+        object.__setattr__(self, "cache_bits", tuple(self.cache_bits))
+        require(
+            bool(self.cache_bits) and set(self.cache_bits) <= {4, 8},
+            f"TemporalSpec.cache_bits must be drawn from 4 and 8, got {self.cache_bits}",
+        )
+        require(
+            self.budget is None or self.budget >= 0,
+            f"TemporalSpec.budget must be a number of bytes or None, got {self.budget}",
+        )
+        require(
+            self.tiar_iters >= 0,
+            f"TemporalSpec.tiar_iters must not be negative, got {self.tiar_iters}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewriteSpec:
+    """Rewrites of quantized layers that change nothing before they are quantized.
+
+    split_concat: the parts of a channel concatenation get layers, and so ranges, of their own
+    (Q-Diffusion).
+    tcr: timestep-channel joint reparameterisation of convolutions and linear layers (TCAQ-DM):
+    input channels are divided by a factor between 1 and this limit; None leaves it out.
+    smooth: exponent alpha of SmoothQuant's factors for linear layers, 0 to 1; None leaves it out.
+    rotate: channels in each Hadamard block that rotates the input of linear layers (a power of
+    two); layers it does not divide take the largest power of two that does. None leaves it out.
+    low_rank: rank of a 16-bit branch beside each layer, of whose weight the rest is quantized
+    (SVDQuant); 0 leaves it out.
+    """
+
+    split_concat: bool = False
+    tcr: float | None = None
+    smooth: float | None = None
+    rotate: int | None = None
+    low_rank: int = 0
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        require(
+            self.tcr is None or self.tcr >= 1,
+            f"RewriteSpec.tcr must be a limit of at least 1 or None, got {self.tcr}",
+        )
+        require(
+            self.smooth is None or 0 <= self.smooth <= 1,
+            f"RewriteSpec.smooth must be 0 to 1 or None, got {self.smooth}",
+        )
+        require(
+            self.tcr is None or self.smooth is None,
+            "RewriteSpec: tcr and smooth both scale the input channels of linear layers; "
+            "choose one of them",
+        )
+        require(
+            self.rotate is None or (self.rotate >= 2 and self.rotate & (self.rotate - 1) == 0),
+            f"RewriteSpec.rotate must be a power of two or None, got {self.rotate}",
+        )
+        require(
+            self.low_rank >= 0,
+            f"RewriteSpec.low_rank must not be negative, got {self.low_rank}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Quantized attention: both matrix products of activations, q.k and softmax.v.
+
+    Fused attention never forms what this quantizes, so it is written out as products and a softmax;
+    no integer kernel runs it yet.
+    activations: of queries, keys and values.  probabilities_bits: of the softmax's result.
+    probabilities: their grid: "uniform", or "log2", which measured better at 4 bits and worse at 8
+    (docs/quality.md).
+    """
+
+    activations: ActivationSpec = field(default_factory=ActivationSpec)
+    probabilities_bits: int = 8
+    probabilities: Softmax = "uniform"
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        one_of("AttentionSpec.probabilities", self.probabilities, Softmax)
+        require(
+            self.activations.format == "int" and not self.activations.dynamic,
+            "AttentionSpec.activations must be integers with calibrated ranges, "
+            f"got {self.activations}",
+        )
+        require(
+            self.probabilities_bits in (4, 5, 6, 7, 8, 16),
+            f"AttentionSpec.probabilities_bits must be 4 to 8 or 16, got {self.probabilities_bits}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconstructionSpec:
+    """How weights are rounded outside the temporal block.
+
+    rounding: "nearest", or "second-order": column-wise rounding against the Gram matrix of the
+    layer's inputs (GPTQ), in execution order.
+    refine: sweeps of coordinate descent over second-order codes and their scales.
+    iters: Adam steps of AdaRound for each block (BRECQ units); 0 leaves it out.
+    quantize_inputs: whether AdaRound of blocks sees quantized activations, or full-precision ones
+    as in the released code of BRECQ and TFMQ-DM.
+    rounds: rounds of resampling with the quantized model and learning again on what it visits
+    (progressively aligned reconstruction, PAR, of TCAQ-DM).  round_iters: Adam steps of each.
+    sampling: how many samples each timestep contributes: "uniform", or "normal": timesteps drawn
+    from a normal distribution about `center` (share of the way from noise 0 to 1) with a deviation
+    of half the set (PTQ4DM).
+    samples: calibration samples used at most.
+    cache: bytes of sample inputs that calibration keeps.
+    memory: bytes of activations held in memory between steps; what is more waits on disk. A model
+    that writes to activations in place has all of them held in memory.
+    batch_size: samples per step of AdaRound and per forward of a block.
+    learning_rate: of AdaRound, here and in TIAR.  regularization: weight of its rounding term
+    against an error that starts at 1.
+    damping: share of the mean diagonal added to Gram matrices.
+    seed: of every random draw.
+    """
+
+    rounding: Rounding = "second-order"
+    refine: int = 0
+    iters: int = 0
+    quantize_inputs: bool = True
+    rounds: int = 0
+    round_iters: int = 0
+    sampling: Sampling = "uniform"
+    center: float = 0.4
+    samples: int = 640
+    cache: int = 1 << 30
+    memory: int = 64 << 20
+    batch_size: int = 64
+    learning_rate: float = 3e-2
+    regularization: float = 30.0
+    damping: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        one_of("ReconstructionSpec.rounding", self.rounding, Rounding)
+        one_of("ReconstructionSpec.sampling", self.sampling, Sampling)
+        for name in ("samples", "cache", "memory", "batch_size"):
+            value = getattr(self, name)
+            require(value > 0, f"ReconstructionSpec.{name} must be positive, got {value}")
+        not_negative = (
+            "refine",
+            "iters",
+            "rounds",
+            "round_iters",
+            "learning_rate",
+            "regularization",
+            "damping",
+        )
+        for name in not_negative:
+            value = getattr(self, name)
+            require(value >= 0, f"ReconstructionSpec.{name} must not be negative, got {value}")
+        require(
+            0 <= self.center <= 1, f"ReconstructionSpec.center must be 0 to 1, got {self.center}"
+        )
+        require(
+            self.rounds == 0 or self.round_iters > 0,
+            "ReconstructionSpec: rounds of resampling need round_iters, Adam steps of each",
+        )
+        require(
+            self.rounding == "second-order" or self.refine == 0,
+            "ReconstructionSpec: refine improves second-order codes; rounding is 'nearest'",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One whole recipe.
+
+    layers: every convolution and linear layer outside the temporal block (and, for weights, in it).
+    first, last: what the first and last layer get instead; None treats them like the rest.
+    rewrites: of the layers, before they are quantized.
+    attention: how attention's own products are quantized; None leaves them fused and in float.
+    correction: per-timestep correction of the output against full precision, measured on
+    calibration samples: "bias" subtracts the mean error of each channel; "noise" is PTQD's model of
+    it, a factor and a mean.
+    """
+
+    name: str = "custom"
+    layers: LayerConfig = field(default_factory=LayerConfig)
+    first: LayerConfig | None = None
+    last: LayerConfig | None = None
+    rewrites: RewriteSpec = field(default_factory=RewriteSpec)
+    attention: AttentionSpec | None = None
+    temporal: TemporalSpec = field(default_factory=TemporalSpec)
+    reconstruction: ReconstructionSpec = field(default_factory=ReconstructionSpec)
+    correction: Correction = "none"
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        one_of("Config.correction", self.correction, Correction)
+        acts = self.layers.activations
+        scaling = [n for n in ("tcr", "smooth", "rotate") if getattr(self.rewrites, n) is not None]
+        require(
+            acts is not None or not scaling,
+            f"Config {self.name!r}: rewrites.{', '.join(scaling)} make inputs easier to quantize, "
+            "but layers.activations is None",
+        )
+        require(
+            self.layers.weights is not None or self.rewrites == RewriteSpec(),
+            f"Config {self.name!r}: rewrites are of quantized layers, but layers.weights is None",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrologueSpec:
+    """How values that a request fixes are computed before its steps, and kept.
+
+    conditions: inputs that are fixed for a request, by name, dotted path or placeholder; None is
+    all but the sample, the timestep and what another network adds at every step.
+    steps: timesteps of a request, about; decides which values are worth storing. None is as many as
+    the model was made for, or 50.
+    capacity: conditions kept at once; the least recently used goes first.
+    offload: what becomes of weights that no step reads once the values are there: "cpu" moves them
+    off the accelerator, "disk" maps them from a temporary file that memory need not hold.
+    on_miss: a timestep outside the schedule is computed, or is an error.
+    """
+
+    conditions: tuple[str, ...] | None = None
+    steps: int | None = None
+    capacity: int = 4
+    offload: Offload = "none"
+    on_miss: OnMiss = "compute"
+
+    def __post_init__(self) -> None:
+        require(
+            not isinstance(self.conditions, str),
+            f"PrologueSpec.conditions must be a sequence of names, got {self.conditions!r}",
+        )
+        check_kinds(self)
+        if self.conditions is not None:
+            object.__setattr__(self, "conditions", tuple(self.conditions))
+        require(
+            self.steps is None or self.steps >= 1,
+            f"PrologueSpec.steps must be at least 1, got {self.steps}",
+        )
+        require(
+            self.capacity >= 1, f"PrologueSpec.capacity must be at least 1, got {self.capacity}"
+        )
+        one_of("PrologueSpec.offload", self.offload, Offload)
+        one_of("PrologueSpec.on_miss", self.on_miss, OnMiss)
+
+
+NESTED: dict[str, type] = {
+    "weights": WeightSpec,
+    "activations": ActivationSpec,
+    "layers": LayerConfig,
+    "first": LayerConfig,
+    "last": LayerConfig,
+    "rewrites": RewriteSpec,
+    "attention": AttentionSpec,
+    "temporal": TemporalSpec,
+    "reconstruction": ReconstructionSpec,
+}
+"""Fields whose value is a configuration of its own, and of which kind."""

@@ -1,0 +1,23 @@
+"""Progress bars for long work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from .distributed import rank
+
+T = TypeVar("T")
+
+
+def progress_bar(
+    items: Iterable[T], description: str, *, enabled: bool, total: int | None = None
+) -> Iterable[T]:
+    """`items`, with a bar on stderr where enabled, in the first process if there are many."""
+    if not enabled or rank():
+        return items
+    bar: Iterable[T] = tqdm(items, desc=description, total=total, file=sys.stderr, leave=False)
+    return bar

@@ -1,0 +1,123 @@
+"""Temporal features of a model against rows recomputed from its reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.subgraphs import compute_rows, extract
+from tfmq_fx.ir.temporal_block import temporal_block
+from tfmq_fx.ir.verifier import is_timestep_row
+from tfmq_fx.passes.reconstruct_tib import relative_errors
+from tfmq_fx.quant.timestep_table import FEATURE, QuantTimestepTable, cache_rows, restore_rows
+
+_ROUNDING = 16  # of the dtype's eps: what another machine's order of additions leaves in a row
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureError:
+    """One temporal feature over the set of K timesteps.
+
+    rows: the reference's, (K, ...).  stored: what a sound model has in their place; None where its
+    layers compute them.  found: what this one has.  errors: |found - rows| / |rows|, (K,).
+    """
+
+    name: str
+    rows: Tensor
+    stored: Tensor | None
+    found: Tensor
+    errors: Tensor
+
+    @property
+    def wrong(self) -> Tensor:
+        """The timesteps whose row is not what its form explains: (K,) bool.
+
+        Features that layers compute are judged by those.
+        """
+        if self.stored is None:
+            return torch.zeros(len(self.errors), dtype=torch.bool)
+        (sound,) = relative_errors((self.stored,), (self.rows,))
+        rounding = _ROUNDING * torch.finfo(self.rows.dtype).eps
+        explained: Tensor = self.errors <= 2 * sound.cpu() + rounding
+        return ~explained
+
+    @property
+    def broken(self) -> bool:
+        """Whether any row is wrong."""
+        return bool(self.wrong.any())
+
+    @property
+    def worst(self) -> int:
+        """The row that is furthest off, of the wrong ones where there are any."""
+        errors = self.errors.nan_to_num(nan=math.inf)
+        return int((errors.masked_fill(~self.wrong, -1.0) if self.broken else errors).argmax())
+
+    def note(self, timesteps: Tensor) -> str:
+        """What is wrong with it, in words."""
+        wrong, row = self.wrong, self.worst
+        if self.stored is None or not self.broken:
+            return ""
+        found = []
+        if wrong.sum() > 1:
+            found.append(f"wrong at {int(wrong.sum())} of {len(wrong)} timesteps")
+        twins = [i for i, each in enumerate(self.stored) if torch.equal(each, self.found[row])]
+        if twins:  # not the row itself, which would not be wrong
+            there, other = float(timesteps[row]), float(timesteps[twins[0]])
+            found.append(f"at t={there:g} it has the row of t={other:g}")
+        return "; ".join(found)
+
+
+def feature_errors(
+    reference: fx.GraphModule, model: fx.GraphModule, timesteps: Tensor
+) -> list[FeatureError]:
+    """Each temporal feature of `reference` that `model` still has.
+
+    reference: the captured graph.  model: folded or quantized from it.  timesteps: (K,).
+    """
+    block = temporal_block(reference)
+    by_feature = {n.meta[FEATURE]: n for n in model.graph.nodes if FEATURE in n.meta}
+    by_name = {n.name: n for n in model.graph.nodes}
+    named = {f.name: by_feature.get(f.name) or by_name.get(f.node.name) for f in block.features}
+    nodes = {name: node for name, node in named.items() if node is not None}
+    if not nodes:
+        return []
+    computed = compute_rows(block.graph, timesteps)
+    rows = {f.name: row for f, row in zip(block.features, computed, strict=True)}
+    graph = extract(model, list(nodes.values()), [timestep_node(model)])
+    result = []
+    for (name, node), values in zip(nodes.items(), compute_rows(graph, timesteps), strict=True):
+        found = values.view_as(rows[name])
+        (errors,) = relative_errors((found,), (rows[name],))
+        stored = _stored(model, node, rows[name])
+        result.append(FeatureError(name, rows[name], stored, found, errors.cpu()))
+    return result
+
+
+def temporal_errors(
+    reference: fx.GraphModule, model: fx.GraphModule, timesteps: Tensor
+) -> tuple[list[str], Tensor]:
+    """Names of the temporal features and their relative error in `model`: (features, K).
+
+    reference: the captured graph.  model: folded or quantized from it.
+    """
+    found = feature_errors(reference, model, timesteps)
+    if not found:
+        return [], torch.zeros(0, len(timesteps), dtype=torch.float32)
+    return [f.name for f in found], torch.stack([f.errors for f in found])
+
+
+def _stored(model: fx.GraphModule, node: fx.Node, rows: Tensor) -> Tensor | None:
+    """What a sound model holds of rows (K, ...): these themselves, or as integers, or nothing."""
+    row = node.args[0] if FEATURE in node.meta else None
+    if not isinstance(row, fx.Node):
+        return None
+    if is_timestep_row(row):
+        return rows
+    table = model.get_submodule(str(row.target)) if row.op == "call_module" else None
+    if not isinstance(table, QuantTimestepTable):
+        return None
+    return restore_rows(*cache_rows(rows.flatten(1), table.bits)).to(rows.dtype).view_as(rows)

@@ -1,0 +1,170 @@
+"""Inputs on which a model is compared with its reference, drawn from a seed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from tfmq_fx.capture.call_spec import CallSpec
+from tfmq_fx.capture.input_checks import BATCH, Input
+from tfmq_fx.ir.node_info import is_view, op_name
+from tfmq_fx.ir.verifier import is_timestep_row
+
+Example = list[Tensor]  # placeholder values, in order
+_CASTS = ("long", "int", "short")
+# what rewrites of a layer put in front of it
+_REWRITES = (torch.narrow, torch.unflatten, torch.flatten, torch.mul, torch.matmul)
+
+
+class Draw:
+    """Draws placeholder values of `model`, a graph that is called by `call`, over `timesteps` (K,).
+
+    The batch is 1 where it is free, other free sizes are those of the capture.  Floats are standard
+    normal, integers uniform over the rows of the embedding that looks them up, 0 where none is
+    known; booleans are true, and masks by name 1, for nothing is masked.
+    """
+
+    def __init__(
+        self, model: fx.GraphModule, call: CallSpec, timesteps: Tensor, *, seed: int
+    ) -> None:
+        self.call, self.timesteps = call, timesteps
+        self.generator = torch.Generator().manual_seed(seed)
+        nodes = dict(zip(call.names, model.graph.find_nodes(op="placeholder"), strict=True))
+        self.sizes = {spec.name: _sizes(spec, nodes[spec.name]) for spec in call.inputs}
+        self.spread = {
+            name: _spread([s for s in input_scales(model, node) if len(s) == len(timesteps)])
+            for name, node in nodes.items()
+            if name not in call.conditions
+        }
+        self.rows: Mapping[str, int] = {}
+
+    def example(self, step: int, given: Mapping[str, Tensor]) -> Example:
+        """Values at the timestep at position `step` of the set.  given: the conditions.
+
+        Where the model has ranges per timestep for what the placeholder holds, it is narrower than
+        standard normal wherever its range is narrower than the widest one, in proportion: images
+        with little noise do not span what pure noise does, and no model is to be judged by what it
+        clips there.
+        """
+        values = []
+        for spec in self.call.inputs:
+            if spec.name == self.call.timestep:
+                count = spec.shape[0] if isinstance(spec.shape[0], int) else 1
+                t = self.timesteps[step]
+                value = t.to(device=spec.device, dtype=spec.dtype).repeat(count)
+            elif spec.name in given:
+                value = given[spec.name]
+            else:
+                spread = self.spread.get(spec.name)
+                value = self.value(spec)
+                if spread is not None and spec.dtype.is_floating_point:
+                    value = value * spread[step].to(value)
+            values.append(value)
+        return values
+
+    def conditions(self) -> dict[str, Tensor]:
+        """One value of each input that is the same in every step of a request."""
+        specs = [spec for spec in self.call.inputs if spec.name in self.call.conditions]
+        return {spec.name: self.value(spec) for spec in specs}
+
+    def value(self, spec: Input) -> Tensor:
+        """A value of one placeholder."""
+        sizes, made = self.sizes[spec.name], torch.zeros((), dtype=torch.float32)
+        if spec.dtype.is_floating_point:
+            made = torch.randn(sizes, dtype=torch.float32, generator=self.generator)
+        elif spec.dtype == torch.bool or ("mask" in spec.path and spec.name not in self.rows):
+            made = torch.ones(sizes, dtype=torch.float32)
+        else:
+            made = torch.randint(self.rows.get(spec.name, 1), sizes, generator=self.generator)
+        return made.to(device=spec.device, dtype=spec.dtype)
+
+
+def draw_examples(draw: Draw, *, conditions: int, every: bool) -> list[Example]:
+    """Examples over all timesteps.
+
+    conditions: how many values are drawn of the inputs besides sample and timestep; the timesteps
+    take them in turn, or, where `every`, there is an example for each timestep and each of them.
+    """
+    given = [draw.conditions() for _ in range(conditions if draw.call.conditions else 1)]
+    steps = range(len(draw.timesteps))
+    if every:
+        return [draw.example(step, found) for found in given for step in steps]
+    return [draw.example(step, given[step % len(given)]) for step in steps]
+
+
+def join(call: CallSpec, examples: Sequence[Example]) -> Example | None:
+    """The examples as one batch; None where they do not share what carries no batch."""
+    joined = []
+    for spec, values in zip(call.inputs, zip(*examples, strict=True), strict=True):
+        if spec.shape and spec.shape[0] == BATCH:
+            if len({value.shape[1:] for value in values}) > 1:
+                return None
+            joined.append(torch.cat(values))
+        elif all(value is values[0] or torch.equal(value, values[0]) for value in values):
+            joined.append(values[0])
+        else:
+            return None
+    return joined
+
+
+def batches(call: CallSpec, examples: Sequence[Example], size: int) -> list[Example]:
+    """The examples in order, at most `size` joined where they can be."""
+    found: list[Example] = []
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        joined = join(call, part)
+        found += part if joined is None else [joined]
+    return found
+
+
+def rows_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """How many rows the embedding has that looks up `node`, perhaps through views and casts; the
+    smallest of several, None where there is none."""
+    found: list[int] = []
+    for user in node.users:
+        if user.op == "call_module":
+            module = gm.get_submodule(str(user.target))
+            found += [module.num_embeddings] if isinstance(module, nn.Embedding) else []
+        elif op_name(user) == "embedding":
+            weights = [n for n in user.all_input_nodes if n.op == "get_attr" and n is not node]
+            found += [len(operator.attrgetter(str(n.target))(gm)) for n in weights]
+        elif (is_view(user) or op_name(user) in _CASTS) and user.all_input_nodes[:1] == [node]:
+            found += [rows for rows in [rows_of(gm, user)] if rows]
+    return min(found, default=None)
+
+
+def _sizes(spec: Input, node: fx.Node) -> list[int]:
+    shape = node.meta["val"].shape
+    return [
+        size if isinstance(size, int) else 1 if size == BATCH else known.node.hint
+        for size, known in zip(spec.shape, shape, strict=True)
+    ]
+
+
+def _spread(scales: Sequence[Tensor]) -> Tensor | None:
+    """How wide a value is at each timestep, as a share of the widest, by the scales (K,) of the
+    layers that read it: (K,), at most 1."""
+    shares = [s / s.max() for s in scales if bool((torch.isfinite(s) & (s > 0)).all())]
+    return torch.stack(shares).amax(0) if shares else None
+
+
+def input_scales(model: fx.GraphModule, placeholder: fx.Node) -> list[Tensor]:
+    """The scales (K,) of each layer that reads a placeholder, as it is or rewritten."""
+    found = []
+    for node in model.graph.find_nodes(op="call_module"):
+        x, *scales = node.args
+        while isinstance(x, fx.Node) and x.target in _REWRITES:
+            x, *others = x.all_input_nodes
+            if any(other.op != "get_attr" for other in others):
+                break  # it is no rewrite
+        scale = scales[0] if scales else None
+        if x is placeholder and isinstance(scale, fx.Node) and scale.target is operator.getitem:
+            row, place = scale.args
+            if isinstance(row, fx.Node) and is_timestep_row(row) and isinstance(place, tuple):
+                (table, *_), (_, column) = row.all_input_nodes, place
+                assert isinstance(column, int)
+                found.append(model.get_buffer(str(table.target))[:, column])
+    return found

@@ -1,0 +1,212 @@
+"""What was done to a model, layer by layer and feature by feature: JSON-ready and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tfmq_fx.conversion.models import Compiled, Converted
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.prologue.bound_model import Bound
+from tfmq_fx.quant.bit_plan import BitPlan
+
+
+class Report:
+    """The report on a converted model. `str()` is for reading, `data` for programs."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+
+    @property
+    def weight_coverage(self) -> float:
+        """Share of convolution and linear weights in the graph that are quantized, those that no
+        pass can quantize counted as well."""
+        sites = self.data["sites"].values()
+        total = sum(s["weights"] for s in sites) + self.data.get("left_weights", 0)
+        return sum(s["weights"] for s in sites if s["weight_bits"]) / total if total else 0.0
+
+    @property
+    def activation_coverage(self) -> float:
+        """Share of convolution and linear layers in the graph whose input is quantized."""
+        sites = self.data["sites"].values()
+        return sum(s["act_bits"] is not None for s in sites) / len(sites) if sites else 0.0
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                *self._head(),
+                "",
+                *self._temporal(),
+                *self._prologue(),
+                "",
+                *self._sites(),
+                "",
+                *self._steps(),
+                *self._passes(),
+            ]
+        )
+
+    def _head(self) -> list[str]:
+        d = self.data
+        capture = d["capture"]
+        guards = "; ".join(capture.get("guards", [])) or "none"
+        lines = [
+            f"recipe {d['recipe']}: {d['bytes'] / 1024:.1f} KiB, "
+            f"float {d['float_bytes'] / 1024:.1f} KiB "
+            f"({d['float_bytes'] / max(d['bytes'], 1):.2f}x smaller)",
+            f"captured by {capture.get('route', '?')} in {capture.get('seconds', 0):.1f} s, "
+            f"{capture.get('nodes', 0)} nodes; guards: {guards}",
+            *(f"  {note}" for note in capture.get("notes", [])),
+            f"timesteps: {d['timesteps']}{_interpolated(d)}",
+            f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
+            f"{100 * self.activation_coverage:.1f} % of layer inputs are quantized",
+            *_parameters(d),
+        ]
+        samples = d.get("samples", {"used": 0})
+        if samples["used"] and samples["used"] < samples["asked"]:
+            lines.append(
+                f"calibration gave {samples['used']} samples, where the recipe takes up to "
+                f"{samples['asked']}; calibrate with more (samples=, more calls) for as many"
+            )
+        if (bits := d.get("bits")) is not None:
+            plan = BitPlan.from_dict(bits)
+            lines.append(
+                f"bits chosen for {plan.budget}: {plan.shares()} "
+                f"({plan.sqnr:.1f} dB by the measured noises)"
+            )
+        if merged := capture.get("merged", {}):
+            first, kept = next(iter(merged.items()))
+            lines.append(f"merged with equal ones: {len(merged)} layers ({first} with {kept}, ...)")
+        if (compiled := d.get("compiled")) is not None:
+            checked = compiled["check"] or "not compared with the reference"
+            lines.append(f"backend {compiled['backend']}: {checked}")
+            lines += [f"  {site}: {why}" for site, why in compiled["declined"]]
+        return lines + [f"  left in floating point: {site}: {why}" for site, why in d["declined"]]
+
+    def _temporal(self) -> list[str]:
+        block, temporal = self.data["block"], self.data["temporal"]
+        lines = [
+            f"temporal information block: {len(block['features'])} features, "
+            f"{temporal.get('parameters', 0)} parameters in {len(block['modules'])} layers "
+            f"(shared: {', '.join(block['shared']) or 'none'})"
+        ]
+        if temporal.get("exact_fits"):
+            lines.append("  exact rows of every feature fit the budget: the block was not learnt")
+        for name, feature in temporal.get("features", {}).items():
+            others = ", ".join(
+                f"{form} {c['error']:.2g}/{c['bytes']} B"
+                for form, c in feature["candidates"].items()
+            )
+            error, weighed = feature["error"], feature["candidates"][feature["chosen"]]["error"]
+            when = "" if error == weighed else f" after later passes, chosen at {weighed:.2g}"
+            lines.append(f"  {name}: {feature['chosen']} (error {error:.2g}{when}; {others})")
+        return lines
+
+    def _prologue(self) -> list[str]:
+        found = self.data.get("prologue")
+        if found is None:
+            return []
+        lines = [
+            "",
+            f"prologue: {found['freed_bytes'] / 1024:.1f} KiB of weights that no step reads "
+            f"(offload: {found['offload']})",
+        ]
+        for part in found["parts"]:
+            what = ", ".join(part["conditions"]) or "the timestep alone"
+            when = "a step" if part["stepped"] else "a request"
+            lines.append(
+                f"  {what}: {len(part['values'])} values, {part['bytes'] / 1024:.1f} KiB for "
+                f"{when} and sample; {part['kept']} kept ({part['kept_bytes'] / 1024:.1f} KiB)"
+            )
+            if part["interpolated"]:
+                lines.append(f"    {part['interpolated']} ranges interpolated for new timesteps")
+        return lines + [
+            f"  computed at every step: {site}: {why}" for site, why in found["declined"]
+        ]
+
+    def _sites(self) -> list[str]:
+        lines = ["layers (weight bits / activation bits / ranges / bytes):"]
+        for name, s in self.data["sites"].items():
+            weights, acts = (_number(s, side) for side in ("weight", "act"))
+            groups = f", {s['weight_groups']} groups" if s.get("weight_groups", 1) > 1 else ""
+            why = s.get("reference_only")
+            kernel = f"; reference only: {why}" if why else ""
+            more = f", {s['interpolated']} ranges interpolated" if s["interpolated"] else ""
+            lines.append(
+                f"  {name}: {s['kind']} {weights} / {acts} / {s['ranges']} / "
+                f"{s['bytes']}{groups}{more}{kernel}"
+            )
+        for name, p in self.data.get("products", {}).items():
+            lines.append(
+                f"  {name}: product operand, {p['bits']} bits, {p['grid']}; reference only"
+            )
+        return lines
+
+    def _steps(self) -> list[str]:
+        lines = ["steps:"]
+        for step in self.data.get("steps", []):
+            done = f"{step['seconds']:.1f} s, {step['guarantee']}"
+            left = f"left out, {step['skipped']}"
+            lines.append(f"  {step['name']}: {left if step['skipped'] else done}")
+        return lines if len(lines) > 1 else []
+
+    def _passes(self) -> list[str]:
+        lines = ["passes:"]
+        for p in self.data["passes"]:
+            lines.append(f"  {p['name']}: {p['changed']} changed, {p['seconds']:.1f} s")
+            lines += [f"    left {site}: {why}" for site, why in p["declined"]]
+        return lines
+
+
+def _number(site: Mapping[str, Any], side: str) -> str:
+    """Bits of the weights or inputs of a layer, or what they are instead."""
+    if site.get(f"{side}_format") == "fp8":
+        return "fp8"
+    return str(site[f"{side}_bits"] or "float")
+
+
+def _parameters(data: Mapping[str, Any]) -> list[str]:
+    """Where the parameters of the model ended up."""
+    if (found := data.get("parameters")) is None:
+        return []
+    return [
+        f"parameters of the model: {found['model']:,}: {found['quantized']:,} quantized, "
+        f"{found['float']:,} in floating point, {found['tables']:,} replaced by tables, "
+        f"{found['unused']:,} unused; constants of the graph: {found['constants']:,}"
+    ]
+
+
+def _interpolated(data: Mapping[str, Any]) -> str:
+    """How many timesteps have scales that calibration did not measure."""
+    count = data.get("interpolated", 0)
+    return f" ({count} between those of calibration: scales interpolated)" if count else ""
+
+
+def _compiled(model: Compiled) -> dict[str, Any]:
+    """What became of a model on its backend."""
+    check = model.check
+    return {
+        "backend": model.backend,
+        "check": None if check is None else str(check),
+        "steps": [] if check is None else [dataclasses.asdict(step) for step in check.steps],
+        "declined": model.declined,
+    }
+
+
+def report(model: Converted | Compiled) -> Report:
+    """What was done to `model`, and why not elsewhere."""
+    if not isinstance(model, (Converted, Compiled)):
+        raise ConfigError(f"report() takes a converted model, not a {type(model).__name__}")
+    keys = model.timesteps
+    span = "none" if keys is None else f"{len(keys)} from {keys[0].item()} to {keys[-1].item()}"
+    return Report(
+        {
+            "recipe": model.recipe.name,
+            "bytes": model.nbytes(),
+            "timesteps": span,
+            "compiled": _compiled(model) if isinstance(model, Compiled) else None,
+            "prologue": model.prologue.summary() if isinstance(model, Bound) else None,
+            **model.record,
+        }
+    )

@@ -1,0 +1,241 @@
+"""Recipes side by side on the shipped models: every figure, over seeds, with what it cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tfmq_fx.core.arguments import check_many, path_of
+from tfmq_fx.core.config import Config
+from tfmq_fx.core.config_json import to_dict
+from tfmq_fx.core.distributed import alone, exchange, from_first, mine, rank, together
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.inference import outside_inference_mode
+
+from .benchmark import BATCH, STEPS, Bench, Judge, whole_batches
+from .image_quality import Seen, see
+from .output_files import write_files
+from .recipes import FEW, Baseline, baselines
+from .result_store import DONE, FAILED, FULL_PRECISION, Cell, Cells
+from .run_cell import compute_cell
+from .subjects import Subject, contents, find_subjects
+from .table import Row
+
+SAMPLES, SEEDS = 5000, (0, 1, 2)
+BACKENDS = ("inductor", "eager")
+SMALL: dict[str, Any] = {
+    "models": ["digits"],
+    "recipes": ["nearest", "tfmq", "best"],
+    "bits": ["w4a8"],
+    "samples": 1000,
+    "seeds": [0],
+}
+"""Arguments for a table within minutes."""
+
+
+@outside_inference_mode
+def evaluate(
+    models: Iterable[str | Subject] | None = None,
+    recipes: Iterable[str | Config] | None = None,
+    bits: Sequence[str] | None = None,
+    *,
+    out: str | Path,
+    samples: int = SAMPLES,
+    seeds: Sequence[int] = SEEDS,
+    steps: int = STEPS,
+    learning: str | int = FEW,
+    backend: str = "inductor",
+    device: str = "cpu",
+    batch: int = BATCH,
+    compute: bool = True,
+    retry: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+    command: str = "tfmq_fx.evaluation.evaluate.evaluate",
+) -> list[Row]:
+    """Quantize, sample and judge: a row for each model and recipe, full precision first.
+
+    models: names of `subjects.SUBJECTS`, or Subjects; None is all.  recipes: names of
+    `recipes.NAMES`, each at all `bits` ("w4a8"; None is all of `recipes.BITS`), or Configs;
+    None is all.
+    samples: images for each Frechet distance, rounded up to whole batches.  seeds: each stands for
+    one seed of calibration and one of sampling.  steps: of DDIM.
+    learning: for recipes that learn by gradient steps: the most steps a block, or "published",
+    which leaves them as they are.
+    backend: what samples, "inductor" (eager where that fails, and the result says so) or "eager".
+    device: "cpu" or "cuda".  batch: images at a time; one batch is also paired for the grids.
+    out: gets cells/, table.md, table.json, quality-MODEL.png and grid-MODEL.png. Results
+    that are there are not computed again, failed ones only with `retry`; compute=False computes
+    nothing.  say: where lines of text go.  command: stated in the table.
+
+    Of many processes (`torchrun`) each computes whole results, every n-th; the files are shared.
+    A recipe that fails is a row with its error. An interrupted run writes the tables of what there
+    is. Raises ConfigError for arguments that cannot be used, ImportError without what
+    `pip install "tfmq_fx[demo,evaluate]"` brings.
+    """
+    check_many(models, "models", "names")
+    check_many(recipes, "recipes", "names")
+    check_many(bits, "bits", "widths")
+    check_many(seeds, "seeds", "numbers")
+    out = path_of(out, "out")
+    subjects, chosen = find_subjects(models), baselines(recipes, bits, learning)
+    _check(samples, seeds, steps, batch, backend, device)
+    folder = make_folder(out)
+    whole = whole_batches(samples, batch)
+    if whole != samples:
+        say(f"{samples} samples are rounded up to {whole}, whole batches of {batch}")
+    cells = Cells(folder / "cells")
+    usual = {"samples": whole, "steps": steps, "batch": batch, "backend": backend, "device": device}
+    planned = [cell for s in subjects for cell in plan(s, chosen, seeds=seeds, **usual)]
+    try:
+        if compute:
+            _compute_missing(subjects, planned, cells, retry=retry, progress=progress, say=say)
+    finally:
+        rows = gather(planned, cells)
+        if rank() == 0:
+            write_files(folder, rows, planned, cells, command)
+    exchange(None, "tables")
+    return rows
+
+
+def make_folder(out: str | Path) -> Path:
+    """`out`, a directory from now on. Raises ConfigError where it can be none."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out must be a directory that can be made: {error}") from error
+    return folder
+
+
+def plan(
+    subject: Subject, chosen: Sequence[Baseline], *, seeds: Sequence[int], **usual: Any
+) -> list[Cell]:
+    """All cells of a model in the order of the table, seed by seed; each is independent of the
+    others. usual: the rest of a Cell, the same for all."""
+    weights = contents(subject.load(), subject.classifier())
+    recipes: list[tuple[str, str, dict[str, Any] | None]] = [(FULL_PRECISION, "", None)]
+    recipes += [(b.name, b.bits, to_dict(b.config)) for b in chosen]
+    return [
+        Cell(
+            model=subject.name,
+            recipe=name,
+            bits=bits,
+            config=None if config is None else json.loads(json.dumps(config)),
+            contents=weights,
+            reference=subject.reference,
+            seed=seed,
+            **usual,
+        )
+        for seed in seeds
+        for name, bits, config in recipes
+    ]
+
+
+def _compute_missing(
+    subjects: Sequence[Subject], planned: Sequence[Cell], cells: Cells, *, retry: bool, **usual: Any
+) -> None:
+    """Compute the cells that have no result, each process its share. usual: as for `_compute`."""
+
+    def missing(cell: Cell) -> bool:
+        found = cells.read(cell)
+        return found is None or (retry and found["status"] == FAILED)
+
+    with together("evaluation"):
+        todo = from_first([i for i, cell in enumerate(planned) if missing(cell)], "cells")
+        own = [planned[todo[i]] for i in mine(len(todo))]
+        with alone():
+            _compute(subjects, own, missing, cells, **usual)
+
+
+def _compute(
+    subjects: Sequence[Subject],
+    todo: Sequence[Cell],
+    missing: Callable[[Cell], bool],
+    cells: Cells,
+    *,
+    progress: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Compute cells and keep each as soon as it is done: by model and seed, and none that another
+    run has finished meanwhile."""
+    real: dict[str, Seen] = {}  # two models share their reference images
+    with tqdm(total=len(todo), disable=not progress, file=sys.stderr, leave=False) as bar:
+        for subject in subjects:
+            own = [cell for cell in todo if cell.model == subject.name]
+            if not own:
+                continue
+            bar.set_description(f"{subject.name}: reference images")
+            first = own[0]
+            bench = Bench(subject, steps=first.steps, batch=first.batch, device=first.device)
+            if subject.reference not in real:
+                real[subject.reference] = see(subject.classifier(), subject.images())
+            for seed in dict.fromkeys(cell.seed for cell in own):
+                judge = Judge(
+                    bench,
+                    real[subject.reference],
+                    seed=seed,
+                    samples=first.samples,
+                    backend=first.backend,
+                )
+                for cell in (c for c in own if c.seed == seed):
+                    if missing(cell):
+                        result, images = compute_cell(cell, judge, bar.set_description)
+                        cells.write(cell, result, images)
+                        with tqdm.external_write_mode(file=sys.stderr):
+                            say(told(cell.title, result))
+                    bar.update()
+
+
+def gather(planned: Sequence[Cell], cells: Cells) -> list[Row]:
+    """A row for each model, recipe and width, whatever became of its cells."""
+    groups: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in planned:
+        groups.setdefault((cell.model, cell.recipe, cell.bits), []).append(cell)
+    return [
+        Row(
+            model=model,
+            recipe=recipe,
+            bits=bits,
+            results={cell.seed: cells.read(cell) for cell in group},
+        )
+        for (model, recipe, bits), group in groups.items()
+    ]
+
+
+def told(title: str, result: Mapping[str, Any]) -> str:
+    """A result in one line that begins with what it is of."""
+    if result["status"] != DONE:
+        return f"{title}: failed: {result['error']}"
+    figures = result["figures"]
+    parts = [f"FID {figures['images']['fid']:.2f}"]
+    if figures["sqnr"] is not None:
+        parts.append(f"output SQNR {figures['sqnr']:.1f} dB")
+        parts.append(f"PSNR {figures['pairs']['psnr']:.1f} dB")
+        parts.append(f"quantized in {figures['quantize_seconds']:.0f} s")
+    parts.append(f"compiled in {figures['compile_seconds']:.0f} s")
+    parts.append(f"sampled in {figures['sample_seconds']:.0f} s ({figures['backend']})")
+    return f"{title}: {', '.join(parts)}"
+
+
+def _check(
+    samples: int, seeds: Sequence[int], steps: int, batch: int, backend: str, device: str
+) -> None:
+    """Raise ConfigError for what cannot be used."""
+    for name, value, least in (("samples", samples, 2), ("steps", steps, 1), ("batch", batch, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ConfigError(f"seeds must be different numbers of at least 0, got {list(seeds)}")
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch finds no CUDA device")

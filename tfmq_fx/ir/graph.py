@@ -1,0 +1,121 @@
+"""Nodes, modules and buffers of a graph: find them, copy them, add them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+
+from tfmq_fx.core.errors import GraphError
+from tfmq_fx.core.inference import ordinary
+from tfmq_fx.quant.timestep_lookup import timestep_row
+
+KEYS = "temporal_keys"  # buffer of the timesteps that tables have rows for
+
+
+def fork(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module that shares modules and parameters with `gm` and owns its graph."""
+    # The constructor copies only what the graph refers to, as a tree of fresh containers:
+    # replacing a submodule in the fork leaves the original alone.
+    forked = fx.GraphModule(gm, copy.deepcopy(gm.graph), type(gm).__name__)
+    forked.meta = dict(gm.meta)
+    forked.train(gm.training)
+    return forked
+
+
+def same_memory(module: nn.Module) -> dict[int, Any]:
+    """A memo for copy.deepcopy by which copies lie on the memory of `module`: they share buffers,
+    and have Parameters of their own that want a gradient where the module's do. What was made in
+    inference mode is copied."""
+    memo: dict[int, Any] = {id(b): ordinary(b) if b.is_inference() else b for b in module.buffers()}
+    for part in module.modules():  # a weight that a hook computes cannot be copied with its history
+        computed = (v for v in vars(part).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+        memo |= {id(value): value.detach() for value in computed}
+    return memo | {id(p): nn.Parameter(ordinary(p), p.requires_grad) for p in module.parameters()}
+
+
+def own_modules(gm: fx.GraphModule) -> None:
+    """Give a graph modules and Parameters of its own, on the memory of those it shares."""
+    memo = same_memory(gm)
+    for name, child in list(gm.named_children()):
+        gm.add_module(name, copy.deepcopy(child, memo))
+    for name, parameter in list(gm.named_parameters(recurse=False)):
+        gm.register_parameter(name, memo[id(parameter)])
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module whose forward recorded `node`; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1] if paths else ""
+
+
+def device_of(gm: fx.GraphModule) -> torch.device:
+    """Where a graph runs: the device of its tensors, or of its inputs where it has none."""
+    for tensor in itertools.chain(gm.buffers(), gm.parameters()):
+        return tensor.device
+    value = timestep_node(gm).meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value.device
+
+
+def set_buffer(gm: fx.GraphModule, name: str, value: torch.Tensor) -> str:
+    """Register `value` as a buffer `name`, or `name_1`, ... if taken; returns the name used."""
+    free, n = name, 0
+    while hasattr(gm, free):
+        n += 1
+        free = f"{name}_{n}"
+    gm.register_buffer(free, value)
+    return free
+
+
+def timestep_node(gm: fx.GraphModule) -> fx.Node:
+    """The placeholder of the timestep, (B,)."""
+    name = gm.meta.get("timestep")
+    placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
+    for node in placeholders:
+        if node.target == name:
+            return node
+    raise GraphError(f"the graph has no input {name!r}, the timestep its metadata names")
+
+
+def insert_timestep_row(
+    gm: fx.GraphModule, name: str, table: torch.Tensor, timesteps: torch.Tensor
+) -> fx.Node:
+    """A look-up of `table` (K, F) by t behind the placeholders; its value is (B, F).
+
+    timesteps: (K,) sorted keys, stored once for all look-ups over the same set.
+    """
+    t = timestep_node(gm)
+    last = list(gm.graph.find_nodes(op="placeholder"))[-1]
+    table_name = set_buffer(gm, name, table)
+    keys_name = next(
+        (n for n, b in gm.named_buffers() if n.startswith(KEYS) and torch.equal(b, timesteps)), None
+    ) or set_buffer(gm, KEYS, timesteps.clone())
+    with gm.graph.inserting_after(last):
+        keys = gm.graph.get_attr(keys_name)
+    with gm.graph.inserting_after(keys):
+        rows = gm.graph.get_attr(table_name)
+    with gm.graph.inserting_after(rows):
+        row = gm.graph.call_function(timestep_row, (rows, keys, t))
+    batch = t.meta["val"]
+    with batch.fake_mode:
+        value = torch.empty(
+            (batch.shape[0], table.shape[1]), dtype=table.dtype, device=batch.device
+        )
+    row.meta = {"val": value, "nn_module_stack": {"": ("", type(gm))}}
+    return row
+
+
+def feature_slice(graph: fx.Graph, row: fx.Node, start: int, width: int, name: str) -> fx.Node:
+    """A new node row[:, start : start + width], with its value, at the graph's insertion point."""
+    columns = (slice(None), slice(start, start + width))
+    node = graph.create_node("call_function", operator.getitem, (row, columns), name=name)
+    with enable_python_dispatcher():
+        node.meta["val"] = row.meta["val"][columns]
+    return node

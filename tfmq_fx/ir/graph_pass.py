@@ -1,0 +1,89 @@
+"""Graph rewrites as pure functions: fork, rewrite, say what was done and what was left alone."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec
+
+import torch
+from torch import fx
+
+from tfmq_fx.core.errors import TfmqError
+from tfmq_fx.core.stages import Stage, stage_of
+
+from .graph import fork
+from .verifier import check
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """A candidate that a pass left alone, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Rewrite:
+    """What a pass returns.
+
+    changed: the number of sites rewritten; 0 means the graph is as it was.
+    details: JSON-ready facts for the report (errors measured, choices made).
+    """
+
+    gm: fx.GraphModule
+    changed: int
+    declined: list[Declined] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    seconds: float = 0.0
+
+
+def graph_pass(
+    *, takes: Stage | tuple[Stage, ...], gives: Stage | None
+) -> Callable[
+    [Callable[Concatenate[fx.GraphModule, P], Rewrite]],
+    Callable[Concatenate[fx.GraphModule, P], Rewrite],
+]:
+    """Make a function GraphModule -> Rewrite a pass.
+
+    The input is checked, forked and never changed, the body runs without grad, dead code goes, and
+    the output is marked and checked as `gives`, or where that is None as the stage it had."""
+    accepted = takes if isinstance(takes, tuple) else (takes,)
+
+    def decorate(
+        body: Callable[Concatenate[fx.GraphModule, P], Rewrite],
+    ) -> Callable[Concatenate[fx.GraphModule, P], Rewrite]:
+        @functools.wraps(body)
+        def run(gm: fx.GraphModule, /, *args: P.args, **kwargs: P.kwargs) -> Rewrite:
+            found = stage_of(gm)
+            check(gm, found if found in accepted else accepted[0])
+            start = time.perf_counter()
+            try:
+                with torch.no_grad():
+                    result = body(fork(gm), *args, **kwargs)
+            except TfmqError as error:
+                error.add_note(f"in pass {body.__name__}")
+                raise
+            prune(result.gm.graph)
+            result.gm.delete_all_unused_submodules()
+            result.gm.recompile()
+            result.gm.meta["stage"] = gives or found
+            result.name = body.__name__
+            result.seconds = time.perf_counter() - start
+            check(result.gm, gives or found)
+            return result
+
+        return run
+
+    return decorate
+
+
+def prune(graph: fx.Graph) -> None:
+    """Remove what nothing uses, but for writes in place."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() or "writes" in node.meta)

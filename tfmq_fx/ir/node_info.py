@@ -1,0 +1,212 @@
+"""What is known about torch's operators: what they read, what they write, which are heavy."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tfmq_fx.core.stages import Stage, introduced_by
+
+# ---------------------------------------------------------------------------- facts about torch
+
+
+def op_name(node: fx.Node) -> str:
+    """The bare name of a call: "add" for operator.add, torch.add, aten.add.Tensor and x.add(...);
+    "" for other nodes, calls of modules among them."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
+
+
+def size_hint(size: Any) -> int:
+    """A size as it was when the model was captured; 1 where that is not known."""
+    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SHAPE_READS = _words(
+    """sym_size sym_numel sym_stride size numel nelement stride dim ndim shape dtype device layout
+    is_floating_point is_complex is_contiguous _assert_tensor_metadata"""
+)
+_SHAPE_OF_FIRST = _words(
+    """zeros_like ones_like empty_like full_like rand_like randn_like randint_like
+    new_zeros new_ones new_empty new_full new_tensor"""
+)
+_SHAPE_OF_SECOND = _words("to type_as view_as expand_as reshape_as")
+_RANDOM = _words(
+    """rand randn randint randperm normal bernoulli multinomial poisson
+    rand_like randn_like randint_like"""
+)
+_WRITES = _words("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul")
+_VIEWS = _words(
+    """view reshape view_as reshape_as expand expand_as transpose permute movedim swapaxes t mT
+    unsqueeze squeeze flatten unflatten ravel narrow select chunk split unbind tensor_split getitem
+    getattr contiguous to type type_as float half bfloat16 double detach alias dropout real imag
+    view_as_real view_as_complex diagonal as_strided unfold"""
+)
+_HEAVY = _words(
+    """linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    convolution embedding embedding_bag matmul mm bmm mv addmm addmv baddbmm addbmm einsum tensordot
+    scaled_dot_product_attention multi_head_attention_forward"""
+)
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values `node` reads; not those it asks only for shape, dtype or device."""
+    name = op_name(node)
+    if name in _SHAPE_READS or (name == "getattr" and node.args[1] in _SHAPE_READS):
+        return []
+    ignored = 0 if name in _SHAPE_OF_FIRST else 1 if name in _SHAPE_OF_SECOND else None
+    found: list[fx.Node] = []
+    for i, argument in enumerate(node.args):
+        if i != ignored:
+            _collect(argument, found)
+    _collect(node.kwargs, found)
+    return found
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the result of `node` may share memory with its first argument, judged by name."""
+    return op_name(node) in _VIEWS
+
+
+def is_random(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` draws random numbers; dropout does so only where it is in training mode."""
+    if node.op == "call_module":
+        return any(
+            isinstance(part, (nn.modules.dropout._DropoutNd, nn.RReLU)) and part.training
+            for part in gm.get_submodule(str(node.target)).modules()
+        )
+    name = op_name(node)
+    if "dropout" in name or name == "rrelu":
+        return _argument(node, "training", "dropout" in name) is not False
+    if name == "scaled_dot_product_attention":
+        rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(rate != 0)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags
+    return name in _RANDOM
+
+
+def writers(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
+    """Each node that writes in place, with every node that may share the memory it writes."""
+    targets = {node: _written_nodes(gm, node) for node in gm.graph.nodes}
+    if not any(targets.values()):
+        return
+    memory = {node: _storages(node.meta.get("val")) for node in gm.graph.nodes}
+    for node, todo in targets.items():
+        found: set[fx.Node] = set()
+        while todo:
+            base = todo.pop()
+            if base in found:
+                continue
+            found.add(base)
+            # Recorded values tell by shared storage; where there are none, names of views do.
+            if is_view(base):
+                todo += base.all_input_nodes[:1]
+            for other, storages in memory.items():
+                same = other.op == base.op == "get_attr" and other.target == base.target
+                if same or storages & memory[base]:
+                    todo.append(other)
+        if found:
+            yield node, found
+
+
+def writes_in_place(gm: fx.GraphModule) -> bool:
+    """Whether any node may write to memory that it did not make; some that do, do not say so:
+    norms to running statistics, embeddings with `max_norm` to the weight."""
+    silent = ("batch_norm", "instance_norm", "embedding")
+    return writes_to_values(gm) or any(op_name(node) in silent for node in gm.graph.nodes)
+
+
+def writes_to_values(gm: fx.GraphModule) -> bool:
+    """Whether any node writes to the value of another one."""
+    return any(_written_nodes(gm, node) for node in gm.graph.nodes)
+
+
+def _written(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
+    name, first = op_name(node), list(node.args[:1])
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        idle = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
+        return first if getattr(module, "inplace", False) is True and not idle else []
+    if isinstance(node.target, torch._ops.OpOverload):
+        values = zip_longest(node.target._schema.arguments, node.args)
+        return [
+            node.kwargs.get(a.name) if value is None else value
+            for a, value in values
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
+    if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+        return first
+    if name and _argument(node, "inplace", False) is True:
+        return first or [node.kwargs.get("input")]
+    out = node.kwargs.get("out")
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def _written_nodes(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    return [
+        value
+        for value in _written(gm, node)
+        if isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), _SCALARS)
+    ]
+
+
+_SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _storages(value: Any) -> frozenset[int]:
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        return frozenset([value.untyped_storage()._cdata])
+    if isinstance(value, (tuple, list)):
+        return frozenset().union(*map(_storages, value))
+    return frozenset()
+
+
+def is_heavy(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` multiplies matrices, looks up an embedding or calls a module with weights."""
+    if node.op == "call_module":
+        return has_weights(gm.get_submodule(str(node.target)))
+    return op_name(node) in _HEAVY
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether a module holds parameters, as floats or quantized."""
+    quantized = introduced_by(module) in (Stage.QUANTIZED, Stage.LOWERED)
+    return quantized or any(True for _ in module.parameters())
+
+
+def _collect(argument: Any, found: list[fx.Node]) -> None:
+    def visit(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.map_arg(argument, visit)
+
+
+_signature = functools.lru_cache(inspect.signature)
+
+
+def _argument(node: fx.Node, name: str, default: Any) -> Any:
+    """An argument of a Python function by name, its default included; else `default`."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if not isinstance(node.target, types.FunctionType):
+        return default
+    try:
+        bound = _signature(node.target).bind_partial(*node.args, **node.kwargs)
+    except TypeError:
+        return default
+    bound.apply_defaults()
+    return bound.arguments.get(name, default)

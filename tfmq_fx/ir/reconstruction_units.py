@@ -1,0 +1,63 @@
+"""Reconstruction units: which layers are learnt together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from .sites import Site
+from .subgraphs import region
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Layers reconstructed together: a residual block, an attention block, or one layer alone.
+
+    path: the module that holds them; equal to the site's own name where it stands alone.
+    """
+
+    path: str
+    sites: tuple[Site, ...]
+
+
+def units(sites: Sequence[Site]) -> list[Unit]:
+    """Units in execution order: each site goes with the innermost module that holds two or more
+    sites, unless that module also holds other units, in which case the site stands alone (BRECQ's
+    blocks, found by structure instead of by class)."""
+    holding: dict[str, list[Site]] = {}
+    for site in sites:
+        for path in _callers(site):
+            holding.setdefault(path, []).append(site)
+    home = {
+        site.name: next((p for p in _callers(site) if len(holding[p]) > 1), site.name)
+        for site in sites
+    }
+    whole = {
+        path
+        for path in set(home.values())
+        if all(home[s.name] == path for s in holding.get(path, ()))
+    }
+    grouped: dict[str, list[Site]] = {}
+    for site in sites:
+        path = home[site.name] if home[site.name] in whole else site.name
+        grouped.setdefault(path, []).append(site)
+    return [Unit(path, tuple(members)) for path, members in grouped.items()]
+
+
+def unit_nodes(gm: fx.GraphModule, unit: Unit) -> list[fx.Node]:
+    """The nodes of a unit in execution order: all that its module's forward recorded."""
+    if len(unit.sites) == 1 and unit.path == unit.sites[0].name:
+        return list(unit.sites[0].nodes)
+    return region(gm, unit.path)
+
+
+def _callers(site: Site) -> list[str]:
+    """Enclosing modules whose forward called the site, innermost first, the model itself ("") left
+    out: not the lists that modules lie in, nor the one that holds the parts of a split layer."""
+    parts = site.name.split(".")[:-1]
+    stack = site.nodes[0].meta.get("nn_module_stack") or {}
+    called = {path for path, _ in stack.values()}
+    enclosing = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return [path for path in enclosing if path in called]

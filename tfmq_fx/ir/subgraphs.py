@@ -1,0 +1,147 @@
+"""Regions of a graph as graphs of their own, sharing its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.core.errors import GraphError
+
+from .graph import timestep_node
+from .node_info import op_name, writers
+
+
+def extract(
+    gm: fx.GraphModule,
+    outputs: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    *,
+    until: fx.Node | None = None,
+) -> fx.GraphModule:
+    """The graph module inputs -> tuple of outputs, sharing the modules and parameters of `gm`.
+
+    Sizes are read from those inputs that carry the same symbol, wherever `gm` reads them.  Writes
+    in place to values inside the region come along, those behind `until` (left out, behind the last
+    of `outputs`) excepted.  Raises GraphError if `outputs` need another input.
+    """
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in inputs:
+        env[node] = graph.placeholder(str(node.target) if node.op == "placeholder" else node.name)
+        env[node].meta = dict(node.meta)
+    for node in extract_nodes(gm, outputs, inputs, until=until):
+        source = size_source(node, inputs)
+        if source is None:
+            env[node] = graph.node_copy(node, env.__getitem__)
+        else:
+            size = graph.call_function(torch.ops.aten.sym_size.int, (env[source[0]], source[1]))
+            size.meta, env[node] = dict(node.meta), size
+    graph.output(tuple(env[node] for node in outputs))
+    made = fx.GraphModule(gm, graph, type(gm).__name__)
+    made.meta = {key: gm.meta[key] for key in ("stage", "timestep") if key in gm.meta}
+    made.train(gm.training)
+    return made
+
+
+def at_timesteps(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
+    """The outputs (K, ...) of an extracted `graph` (t (B,) -> tuple) at `timesteps` (K,), in one
+    call, or in several where it was captured at one batch size."""
+    (t,) = graph.graph.find_nodes(op="placeholder")
+    size = t.meta["val"].shape[0]
+    if not isinstance(size, int):
+        found: tuple[Tensor, ...] = graph(timesteps)
+        return found
+    parts = [graph(part) for part in timesteps.split(size)]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
+    """Timesteps (K,) in the dtype and on the device in which the graph takes them."""
+    value = timestep_node(graph).meta["val"]
+    return timesteps.to(device=value.device, dtype=value.dtype)
+
+
+def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
+    """Each output of an extracted `graph` (t (B,) -> tuple) at each of `timesteps` (K,), (K, ...),
+    computed one timestep at a time as tables are."""
+    steps = as_input(graph, timesteps)
+    with torch.no_grad():
+        rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
+def extract_nodes(
+    gm: fx.GraphModule,
+    outputs: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    *,
+    until: fx.Node | None = None,
+) -> dict[fx.Node, None]:
+    """The nodes, in graph order, that compute `outputs` from `inputs`, which are not among them."""
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    last = max((position[node] for node in ([until] if until else outputs)), default=-1)
+    writes = [(node, bases) for node, bases in writers(gm) if position[node] < last]
+    needed, todo, given = set[fx.Node](), list(outputs), set(inputs)
+    while todo:
+        node = todo.pop()
+        if node in needed or node in given:
+            continue
+        if node.op == "placeholder":
+            names = ", ".join(n.name for n in outputs)
+            raise GraphError(f"{names}: cannot be computed without input {node.target!r}")
+        needed.add(node)
+        if size_source(node, inputs) is None:
+            todo += node.all_input_nodes
+        todo += [writer for writer, bases in writes if node in bases]
+    return {node: None for node in gm.graph.nodes if node in needed}
+
+
+def size_source(node: fx.Node, inputs: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
+    """An input, and its dimension, of the size that `node` holds; None if it holds none of them."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.SymInt):
+        return None
+    for source in inputs:
+        tensor = source.meta.get("val")
+        if isinstance(tensor, Tensor):
+            for i, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == value.node.expr:
+                    return source, i
+    return None
+
+
+def region(gm: fx.GraphModule, path: str) -> list[fx.Node]:
+    """The nodes recorded inside the module at `path` ("" is the whole model), in graph order."""
+
+    def inside(node: fx.Node) -> bool:
+        stack = node.meta.get("nn_module_stack") or {}
+        return not path or path in (found for found, _ in stack.values())
+
+    return [n for n in gm.graph.nodes if n.op not in ("placeholder", "output") and inside(n)]
+
+
+def region_inputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
+    """The values that `nodes` take from outside, in order of first use; buffers are not among them,
+    nor sizes that an input tensor carries."""
+    inside = set(nodes)
+    used = dict.fromkeys(used for node in nodes for used in node.all_input_nodes)
+    found = [node for node in used if node not in inside and node.op != "get_attr"]
+    return [node for node in found if size_source(node, found) is None]
+
+
+def region_outputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
+    """The tensors (and tuples) of `nodes` used outside, in graph order; sizes do not count."""
+    inside = set(nodes)
+    return [
+        node
+        for node in nodes
+        if node.op != "get_attr"
+        and isinstance(node.meta.get("val"), (Tensor, tuple, list))
+        and any(user not in inside and reads_tensor(user) for user in node.users)
+    ]
+
+
+def reads_tensor(node: fx.Node) -> bool:
+    """Whether a node needs its inputs themselves, not just their sizes, which other inputs have."""
+    return op_name(node) != "sym_size"

@@ -1,0 +1,159 @@
+"""A converted model bound to the request: what the timestep and the conditions fix is computed when
+a request begins, and read at its steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx
+
+from tfmq_fx.conversion.models import Converted
+from tfmq_fx.core.config import PrologueSpec
+from tfmq_fx.ir.request_cut import has_lookups
+from tfmq_fx.passes.split_prologue import split_prologue
+
+from .prologue import Prologue
+from .timestep_schedule import Schedule
+
+_STEPS = 50  # of a request, where nothing tells
+
+
+class Bound(Converted):
+    """A converted model in two: a prologue, run when conditions or timesteps are new, and a step.
+
+    `gm` is the whole graph, as it is saved and verified; `step` and the parts of `prologue` are cut
+    from it and share its modules.  Values are computed without gradients.
+    """
+
+    why_no_gradient = (
+        "no gradient with respect to what a request fixes, whose values are kept. Detach it, or "
+        "call model.unbound()"
+    )
+
+    def __init__(
+        self, model: Converted, spec: PrologueSpec, schedule: Schedule | None = None
+    ) -> None:
+        super().__init__(
+            model.gm,
+            model.call,
+            recipe=model.recipe,
+            record=model.record,
+            model_config=model.model_config,
+            origin=model.origin,
+            watch=model.watch,
+        )
+        self.spec = spec
+        self.conditions = model.call.named_conditions(spec.conditions)
+        self._split(schedule)
+
+    @property
+    def step(self) -> fx.GraphModule:
+        """The graph of one step: what is left of the inputs, and then the prologue's values."""
+        return self._steps[0]
+
+    @property
+    def runnable(self) -> fx.GraphModule:
+        return self._steps[0]
+
+    @property
+    def feed(self) -> Callable[[list[Tensor]], list[Tensor]] | None:
+        return self.prologue.step_inputs
+
+    @property
+    def lookup_keys(self) -> Tensor | None:
+        return self.timesteps if has_lookups(self.step) else None
+
+    def without_gradient(self) -> Sequence[str]:
+        parts = [kept.part for kept in self.prologue.parts]
+        stepped = (self.call.timestep,) if any(part.stepped for part in parts) else ()
+        return (*stepped, *dict.fromkeys(name for part in parts for name in part.conditions))
+
+    def run(self, inputs: list[Tensor]) -> Any:
+        if torch.compiler.is_compiling():  # somebody compiles the whole: nothing may be kept
+            return self.gm(*inputs)
+        return self.step(*self.prologue.step_inputs(inputs))
+
+    def set_timesteps(self, timesteps: Any) -> None:
+        """The timesteps of the requests to come: an int N (0 to N - 1), values as the model
+        receives them, a scheduler, which is followed from then on, or None for whatever comes.
+
+        What is kept for current conditions is computed anew, at once.
+        """
+        self.prologue.set_timesteps(timesteps)
+
+    def resident_bytes(self) -> int:
+        """Bytes on the model's device between steps: weights that steps read, prologue weights
+        that are not away, and the values kept."""
+        freed = self.prologue.offloaded
+        away = freed.nbytes() if freed.is_away else 0
+        return self.nbytes() - away + self.prologue.nbytes()
+
+    def print_readable(self) -> None:
+        """Print the prologue's graphs and the step's as code."""
+        for kept in self.prologue.parts:
+            part = kept.part
+            when = "for each step" if part.stepped else "once"
+            print(f"# computed {when} for {', '.join(part.conditions) or 'a schedule'}")
+            part.graph.print_readable()
+        print("# computed at every step")
+        self.step.print_readable()
+
+    def unbound(self) -> Converted:
+        """The same model without a prologue; it shares all tensors with this one."""
+        self.prologue.restore()
+        return Converted(
+            self.gm,
+            self.call,
+            recipe=self.recipe,
+            record=self.record,
+            model_config=self.model_config,
+            origin=self.origin,
+            watch=self.watch,
+        )
+
+    def bound_alike(self, model: Converted, timesteps: Any = None) -> Bound:
+        bound = Bound(model, self.spec, self.prologue.schedule)
+        if timesteps is not None:
+            bound.set_timesteps(timesteps)
+        return bound
+
+    def forget_source(self) -> None:
+        if self.watch is not None:
+            self.prologue.restore()
+            super().forget_source()
+            self._split(self.prologue.schedule)  # the parts hold what the graph held
+
+    def _split(self, schedule: Schedule | None) -> None:
+        known = self.timesteps
+        steps = self.spec.steps or (_STEPS if known is None else len(known))
+        split = split_prologue(self.gm, self.conditions, steps=steps)
+        # in a tuple it is no submodule: its tensors are the graph's
+        self._steps = (split.step,)
+        self.prologue = Prologue(
+            self.gm,
+            split,
+            self.spec,
+            names=self.call.names,
+            timestep=self.call.timestep,
+            schedule=schedule,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.prologue.restore()
+        super()._apply(fn, recurse)
+        self._split(self.prologue.schedule)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
+        schedule = copy.deepcopy(self.prologue.schedule, memo)
+        return Bound(copy.deepcopy(self.unbound(), memo), self.spec, schedule)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bound, (self.unbound(), self.spec, self.prologue.schedule)
+
+    def extra_repr(self) -> str:
+        values = sum(len(kept.part.names) for kept in self.prologue.parts)
+        return f"{super().extra_repr()}, prologue of {values} values"

@@ -1,0 +1,120 @@
+"""A value of the graph rounded to integers and back, where no layer's weights go with it.
+
+Stands in front of the products of attention. Reference semantics in floating point; gradients pass
+straight through the rounding, so that layers in front of it can be learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.stages import Stage
+
+from .affine import TINY_SCALE, finite_only, levels, rounded
+
+Grid = Literal["uniform", "log2", "adaptive"]
+_EXACT = ("act_scale",)  # keeps float32 whatever the model's dtype
+
+
+class QuantActivation(nn.Module):
+    """The nearest value of x on its grid, in x's shape and dtype: (x), (x, scale) or, with an
+    adaptive grid, (x, scale, log2).
+
+    grid "uniform": scale * (q - zero), q in [0, 2**bits - 1], as in QuantLayer.
+    grid "log2", for x >= 0: scale * 2**-q with q = clip(round(-log2(x / scale)), 0, 2**bits - 1),
+    but that the largest code stands for 0, which all values that round to it become: masked
+    probabilities stay 0.  Negative values become 0.
+    grid "adaptive": log2 for the samples whose flag is set, uniform (zero point 0) for the others.
+    Buffers: `act_scale`, `act_zero`, 0-d float32 and int32: the static range, or the shared zero
+    point where scales come per timestep.
+    """
+
+    stage = Stage.QUANTIZED
+
+    def __init__(self, *, bits: int, grid: Grid = "uniform", per_timestep: bool) -> None:
+        super().__init__()
+        if grid not in get_args(Grid) or bits not in range(2, 17):
+            raise ConfigError(f"there is no {grid!r} grid of {bits} bits")
+        if grid == "adaptive" and not per_timestep:
+            raise ConfigError("a grid that adapts to the timestep needs a scale per timestep")
+        self.bits, self.per_timestep = bits, per_timestep
+        self.grid: Grid = grid
+        self.register_buffer("act_scale", torch.ones((), dtype=torch.float32))
+        self.register_buffer("act_zero", torch.zeros((), dtype=torch.int32))
+        self.act_scale: Tensor
+        self.act_zero: Tensor
+
+    def set_static_range(self, scale: float, zero: int) -> None:
+        """Use one range for every timestep (or, with per_timestep, the shared zero point)."""
+        self.act_scale = torch.tensor(
+            max(float(scale), TINY_SCALE), dtype=torch.float32, device=self.act_scale.device
+        )
+        self.act_zero = torch.tensor(int(zero), dtype=torch.int32, device=self.act_zero.device)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, log2: Tensor | None = None) -> Tensor:
+        """x: (n B, ...), sample by sample; scale: (B,) where given per timestep; log2: (B,), not 0
+        where the grid is logarithmic."""
+        spread = self.spread(x, scale) if self.per_timestep else self.act_scale
+        if self.grid == "uniform":
+            return self.uniform(x, spread).to(x.dtype)
+        if self.grid == "log2":
+            return self.logarithmic(x, spread).to(x.dtype)
+        chosen = self.spread(x, log2) != 0
+        return torch.where(chosen, self.logarithmic(x, spread), self.uniform(x, spread)).to(x.dtype)
+
+    def uniform(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The nearest uniform value in float32; `scale` broadcasts to x.
+
+        Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale.
+        """
+        zero = self.act_zero.to(torch.float32)
+        codes = (rounded(x.float() * (1.0 / scale)) + zero).clamp(0, levels(self.bits))
+        return finite_only(codes - zero, x.float()) * scale
+
+    def logarithmic(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The nearest power of two times `scale`, judged by logarithms, or 0; in float32."""
+        top = levels(self.bits)
+        share = x.float() / scale
+        # bounded below: the gradient of log2 at 0 is infinite, and no smaller code is of use
+        codes = rounded(-torch.log2(share.clamp(min=TINY_SCALE))).clamp(0, top)
+        empty = (share <= 0) | (codes == top)
+        return finite_only(torch.where(empty, 0.0, torch.exp2(-codes) * scale), x.float())
+
+    def spread(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """`rows` (B,), each repeated for the rows of x (n B, ...) that are its sample's."""
+        if rows is None:
+            raise ConfigError("this value is quantized per timestep: it needs a row for each")
+        if not torch.compiler.is_compiling() and x.shape[0] % rows.shape[0]:
+            raise ConfigError(f"{x.shape[0]} rows of x do not belong to {rows.shape[0]} samples")
+        times = x.shape[0] // rows.shape[0]
+        return rows[:, None].expand(-1, times).reshape(-1, *[1] * (x.dim() - 1))
+
+    def range_kind(self) -> str:
+        """How x is ranged: "static" or "per timestep"."""
+        return "per timestep" if self.per_timestep else "static"
+
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready constructor arguments; `from_spec` builds the module, empty, from them."""
+        return {"bits": self.bits, "grid": self.grid, "per_timestep": self.per_timestep}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """The module that `spec` describes, its buffers still empty."""
+        return cls(**spec)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: getattr(self, name) for name in _EXACT}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():  # .half() must not touch scales
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits {self.grid}, {self.range_kind()}"

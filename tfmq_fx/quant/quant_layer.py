@@ -1,0 +1,276 @@
+"""The base class of quantized layers: integer buffers, reference semantics in eager.
+
+A layer holds weight codes (packed), a scale and zero point per output channel, and says how its
+input is quantized: not at all, with one static range, with a scale per timestep that arrives as an
+argument, or with ranges measured at every call. Backends replace these modules by their own;
+results are compared with these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.layer_config import Format
+from tfmq_fx.core.stages import Stage
+
+from .affine import (
+    FP8,
+    TINY_SCALE,
+    QParams,
+    dynamic_scale,
+    finite_only,
+    levels,
+    rounded,
+    rounded_to_fp8,
+    symmetric_steps,
+    to_fp8,
+)
+from .packing import pack, packed_size, unpack
+
+_FLOAT_BUFFERS = ("weight_scale", "act_scale")  # keep float32 whatever the model's dtype
+
+
+class QuantLayer(nn.Module):
+    """Common part of quantized linear and convolution layers.
+
+    weight_format, act_format: "int", or "fp8" (float8_e4m3fn, 8 bits).  dynamic: whether the
+    input's range is measured at every call, instead of one static range or one per timestep.
+    Buffers: `codes` uint8, packed (see `packing`; of fp8 the bits); `weight_scale` float32 and
+    `weight_zero` uint8, (out,), or (out, weight_groups) where runs of input channels have their
+    own; `bias` (out,) in the model's dtype, or None; `act_scale`, `act_zero`, 0-d float32 and
+    int32: the static input range, or the zero point of all ranges where they come per timestep or
+    are dynamic.
+    """
+
+    stage = Stage.QUANTIZED
+    settings: tuple[str, ...] = ()  # what the torch.nn layer calls its settings; answered here too
+
+    def __init__(
+        self,
+        *,
+        weight_shape: tuple[int, ...],
+        weight_bits: int,
+        act_bits: int | None,
+        per_timestep: bool,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
+        weight_groups: int = 1,
+        weight_format: Format = "int",
+        act_format: Format = "int",
+        dynamic: bool = False,
+    ) -> None:
+        super().__init__()
+        if (per_timestep or dynamic) and act_bits is None:
+            raise ConfigError("a layer without activation bits has no scale per timestep or call")
+        if per_timestep and dynamic:
+            raise ConfigError("ranges measured at every call have no scale per timestep")
+        if weight_format == "fp8" and (weight_bits != 8 or weight_groups > 1):
+            raise ConfigError("fp8 weights have 8 bits and one scale per output channel")
+        if weight_bits not in range(1, 9) or act_bits not in (None, *range(2, 17)):
+            raise ConfigError(f"no layer has weights of {weight_bits} bits, inputs of {act_bits}")
+        if {weight_format, act_format} - {"int", "fp8"} or weight_groups < 1:
+            raise ConfigError(
+                f"no layer has {weight_groups} groups of {weight_format} for {act_format} inputs"
+            )
+        if act_format == "fp8" and act_bits != 8:
+            raise ConfigError(f"fp8 activations have 8 bits, not {act_bits}")
+        self.weight_shape, self.weight_bits = tuple(weight_shape), weight_bits
+        self.act_bits, self.per_timestep, self.dtype = act_bits, per_timestep, dtype
+        self.weight_groups = weight_groups
+        self.weight_format, self.act_format, self.dynamic = weight_format, act_format, dynamic
+        out, count = weight_shape[0], torch.Size(weight_shape).numel()
+        self.register_buffer(
+            "codes", torch.empty(packed_size(count, weight_bits), dtype=torch.uint8)
+        )
+        grid = (out,) if weight_groups == 1 else (out, weight_groups)
+        self.register_buffer("weight_scale", torch.empty(grid, dtype=torch.float32))
+        self.register_buffer("weight_zero", torch.empty(grid, dtype=torch.uint8))
+        self.register_buffer("bias", torch.empty(out, dtype=dtype) if bias else None)
+        self.register_buffer("act_scale", torch.ones((), dtype=torch.float32))
+        middle = 2 ** (act_bits - 1) if dynamic and act_bits and act_format == "int" else 0
+        self.register_buffer("act_zero", torch.tensor(middle, dtype=torch.int32))
+        self.codes: Tensor
+        self.weight_scale: Tensor
+        self.weight_zero: Tensor
+        self.bias: Tensor | None
+        self.act_scale: Tensor
+        self.act_zero: Tensor
+
+    # ------------------------------------------------------------------ weights
+
+    def set_weight(self, codes: Tensor, grid: QParams) -> None:
+        """Store `codes` (out, ...) on `grid`: integers, or of fp8 the values in units of the scale.
+
+        Earlier tensors are replaced, not written.
+        """
+        fits = tuple(codes.shape) == self.weight_shape and grid.scale.shape[1:].numel() == (
+            self.weight_groups
+        )
+        found = _number(grid.bits, grid.format)
+        wanted = _number(self.weight_bits, self.weight_format)
+        if not fits or found != wanted:
+            raise ConfigError(
+                f"codes of shape {tuple(codes.shape)} at {found} do not fit a layer of "
+                f"shape {self.weight_shape} at {wanted} (scales "
+                f"{tuple(grid.scale.shape)}, {self.weight_groups} for each channel)"
+            )
+        if self.weight_format == "fp8":
+            codes = to_fp8(codes.detach()).view(torch.uint8)
+        self.codes = pack(codes, self.weight_bits)
+        self.weight_scale = grid.scale.detach().float().clone()
+        self.weight_zero = grid.zero.detach().to(torch.uint8)
+
+    def grid(self) -> QParams:
+        """Scales and zero points of the weight."""
+        zero = self.weight_zero.float()
+        return QParams(self.weight_scale, zero, self.weight_bits, self.weight_format)
+
+    def weight_codes(self) -> Tensor:
+        """Codes less their zero points: (out, ...) int8, every bit width included, or of fp8
+        float8_e4m3fn, sharing memory with `codes`."""
+        if self.weight_format == "fp8":
+            return self.codes.view(FP8).view(self.weight_shape)
+        codes = unpack(self.codes, self.weight_bits, self.weight_shape).to(torch.int16).flatten(1)
+        _, zero = self.grid().over(codes.shape[1])
+        return (codes - zero.to(torch.int16)).to(torch.int8).view(self.weight_shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight these codes stand for: (out, ...) float32."""
+        codes = self.weight_codes().float().flatten(1)
+        scale, _ = self.grid().over(codes.shape[1])
+        return (codes * scale).view(self.weight_shape)
+
+    # ------------------------------------------------------------------ activations
+
+    def set_static_range(self, scale: float, zero: int) -> None:
+        """Use one range for every timestep (or, with per_timestep, the shared zero point)."""
+        self.act_scale = torch.tensor(
+            max(float(scale), TINY_SCALE), dtype=torch.float32, device=self.act_scale.device
+        )
+        self.act_zero = torch.tensor(int(zero), dtype=torch.int32, device=self.act_zero.device)
+
+    def input_codes(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Input codes less the zero point, as float32; `scale` broadcasts to x.
+
+        Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale; gradients pass
+        straight through it, within the range.  NaN and infinities are NaN.
+        """
+        assert self.act_bits is not None
+        x = x.float()  # half precision holds neither all codes nor a product with 1 / scale
+        if self.act_format == "fp8":
+            return finite_only(rounded_to_fp8(x * (1.0 / scale)), x)
+        zero = self.act_zero.to(torch.float32)
+        codes = (rounded(x * (1.0 / scale)) + zero).clamp(0, levels(self.act_bits))
+        return finite_only(codes - zero, x)
+
+    def broadcast_scale(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """`scale` (B,) shaped to multiply x (B, ...), or the scales x has by itself."""
+        if self.dynamic:
+            return self.measured_scale(x)
+        if not self.per_timestep:
+            return self.act_scale
+        if scale is None:
+            raise ConfigError("this layer's input is quantized per timestep: it needs a scale")
+        return scale.view(-1, *[1] * (x.dim() - 1))
+
+    def measured_scale(self, x: Tensor) -> Tensor:
+        """The dynamic scale of each token or sample of x, float32, shaped to multiply it: the
+        largest magnitude over 2**(bits - 1) - 1, or over 448 in fp8."""
+        assert self.act_bits is not None
+        return dynamic_scale(x, self.ranged_dims, symmetric_steps(self.act_bits, self.act_format))
+
+    @property
+    def ranged_dims(self) -> tuple[int, ...]:
+        """The dimensions of x that share a dynamic scale: those of a linear layer's token, its
+        last, or of a convolution's sample, its channels and positions."""
+        return tuple(range(1 - len(self.weight_shape), 0))
+
+    def quantized_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """What the layer sees of x, in x's dtype: x itself, or its nearest representable value."""
+        if self.act_bits is None:
+            return x
+        broadcast = self.broadcast_scale(x, scale)
+        return (self.input_codes(x, broadcast) * broadcast).to(x.dtype)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The layer's output on x (B, ...), in x's dtype; scale: (B,) where given per timestep."""
+        if self.act_bits is None:
+            return self.apply_op(x, self.weight.to(x.dtype), self.bias)
+        broadcast = self.broadcast_scale(x, scale)
+        y = self.apply_op(self.input_codes(x, broadcast), self.weight, None) * broadcast
+        if self.bias is not None:
+            y = y + self.bias.view(self.bias_shape)
+        return y.to(x.dtype)
+
+    def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float operation: linear or convolution."""
+        raise TypeError("use QuantLinear or one of the QuantConv classes")
+
+    @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """Shape in which a bias is added to the output."""
+        return (-1,)
+
+    # ------------------------------------------------------------------ plumbing
+
+    def weight_shape_numel(self) -> int:
+        """The number of weights."""
+        return torch.Size(self.weight_shape).numel()
+
+    def range_kind(self) -> str:
+        """How the input is ranged: "none", "static", "per timestep" or "dynamic"."""
+        if self.act_bits is None:
+            return "none"
+        if self.dynamic:
+            return "dynamic"
+        return "per timestep" if self.per_timestep else "static"
+
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready constructor arguments; `from_spec` builds the module, empty, from them."""
+        return {
+            "weight_shape": list(self.weight_shape),
+            "weight_bits": self.weight_bits,
+            "act_bits": self.act_bits,
+            "per_timestep": self.per_timestep,
+            "bias": self.bias is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weight_groups": self.weight_groups,
+            "weight_format": self.weight_format,
+            "act_format": self.act_format,
+            "dynamic": self.dynamic,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """The module that `spec` describes, its buffers still empty."""
+        shape, dtype = tuple(spec["weight_shape"]), getattr(torch, spec["dtype"])
+        return cls(**{**spec, "weight_shape": shape, "dtype": dtype})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: getattr(self, name) for name in _FLOAT_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():  # .half() must not touch scales
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # where there is no bias, too
+        return self
+
+    def extra_repr(self) -> str:
+        acts = "float"
+        if self.act_bits is not None:
+            acts = f"{_number(self.act_bits, self.act_format)} {self.range_kind()}"
+        shape = "x".join(map(str, self.weight_shape))
+        groups = f" in {self.weight_groups} groups" if self.weight_groups > 1 else ""
+        weights = _number(self.weight_bits, self.weight_format)
+        return f"{shape}, weights {weights}{groups}, activations {acts}"
+
+
+def _number(bits: int, format: Format) -> str:
+    return "fp8" if format == "fp8" else f"{bits} bits"
