@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.backends import CPU, backend
+from tfmq_fx.backends import backend
 from tfmq_fx.backends.cpu import kernels, library
 from tfmq_fx.backends.proven import Made, make, options_of, refusal, warn
 from tfmq_fx.backends.self_check import Check, Reference
+from tfmq_fx.backends.support import CPU
 from tfmq_fx.backends.timing import least_micros
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.core.files import cache_folder, make_private, write_whole
