@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.calibration.activation_store import Spill
-from tfmq_fx.calibration.executor import Held, Walk
+from tfmq_fx.calibration.activation_store import ActivationStore
+from tfmq_fx.calibration.executor import ChunkValues, LayerwiseExecutor
 from tfmq_fx.core.config import ReconstructionSpec
 from tfmq_fx.core.distributed import exchange, rank, world
 from tfmq_fx.core.progress import progress_bar
@@ -28,8 +28,8 @@ from tfmq_fx.ir.sites import find_sites
 from tfmq_fx.ir.subgraphs import extract, region_inputs, region_outputs
 from tfmq_fx.quant.activation import QuantActivation
 from tfmq_fx.quant.adaround import (
+    AdaRoundLayer,
     Batch,
-    SoftLayer,
     learn,
     nearest_of,
     start_of,
@@ -85,8 +85,10 @@ def reconstruct_blocks(
             reason = f"called {len(site.nodes)} times: no block holds all that it does"
             declined.append(Declined(site.name, reason))
     chunks, weights, shares = _own_rows(gm, chunks, weights)
-    with Spill(spec.memory) as spill:
-        full, quantized = (Walk(graph, chunks, spill=spill) for graph in (reference, seen))
+    with ActivationStore(spec.memory) as spill:
+        full, quantized = (
+            LayerwiseExecutor(graph, chunks, spill=spill) for graph in (reference, seen)
+        )
         parts = [part for unit in units(sites) for part in _alone(unit, _view(seen, unit, full))]
 
         def learnt(unit: Unit, view: _View) -> Part:
@@ -180,7 +182,7 @@ def _alone(unit: Unit, view: _View | None) -> list[Unit]:
     return [Unit(site.name, (site,)) for site in unit.sites]
 
 
-def _view(gm: fx.GraphModule, unit: Unit, full: Walk) -> _View | None:
+def _view(gm: fx.GraphModule, unit: Unit, full: LayerwiseExecutor) -> _View | None:
     """The unit's region, or None unless all its inputs come before its first layer and its
     outputs stand in the full-precision graph under the same names."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -205,8 +207,8 @@ class _Batches(Sequence[Batch]):
     def __init__(
         self,
         block: fx.GraphModule,
-        inputs: Sequence[Held],
-        targets: Sequence[Held],
+        inputs: Sequence[ChunkValues],
+        targets: Sequence[ChunkValues],
         weights: Sequence[Tensor] | None,
         shares: Sequence[float] | None,
     ) -> None:
@@ -233,8 +235,8 @@ def _learnt(
     reference: fx.GraphModule,
     unit: Unit,
     view: _View,
-    full: Walk,
-    quantized: Walk,
+    full: LayerwiseExecutor,
+    quantized: LayerwiseExecutor,
     weights: Sequence[Tensor] | None,
     shares: Sequence[float] | None,
     spec: ReconstructionSpec,
@@ -267,13 +269,15 @@ def _best(
 ) -> Part:
     """The best rounding of a block, and the relative squared error of its outputs as given, rounded
     to nearest, and learnt.  split: whether each process has its share of every batch."""
-    soft, nearest = dict[str, SoftLayer](), dict[str, QuantLayer]()
+    soft, nearest = dict[str, AdaRoundLayer](), dict[str, QuantLayer]()
     errors = {"before": _error(block, batches, split)}
     for site in unit.sites:
         layer, original = block.get_submodule(site.name), reference.get_submodule(site.name)
         assert isinstance(layer, QuantLayer) and isinstance(original.weight, Tensor)
         assert original.bias is None or isinstance(original.bias, Tensor)
-        soft[site.name] = SoftLayer(layer, start_of(layer, original.weight), quantize_input=True)
+        soft[site.name] = AdaRoundLayer(
+            layer, start_of(layer, original.weight), quantize_input=True
+        )
         nearest[site.name] = nearest_of(layer, original.weight, original.bias)
     errors["nearest"] = _error(_with(block, nearest), batches, split)
     stopped = learn(

@@ -15,7 +15,7 @@ from tfmq_fx.core.config import ReconstructionSpec
 from tfmq_fx.core.stages import Stage
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 from tfmq_fx.ir.subgraphs import at_timesteps
-from tfmq_fx.quant.adaround import Batch, SoftLayer, learn, start_of
+from tfmq_fx.quant.adaround import AdaRoundLayer, Batch, learn, start_of
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.serialization.checkpoint import (
     Checkpoint,
@@ -81,7 +81,7 @@ def _learnt(
     for name in sites:
         layer, original = gm.get_submodule(name), reference.get_submodule(name).weight
         assert isinstance(layer, QuantLayer) and isinstance(original, Tensor)
-        soft[name] = SoftLayer(layer, start_of(layer, original), quantize_input=False)
+        soft[name] = AdaRoundLayer(layer, start_of(layer, original), quantize_input=False)
         trained.set_submodule(name, soft[name])
     before = feature_errors(gm, targets, timesteps)
     stopped = learn(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from tfmq_fx.calibration.activation_store import Spill
-from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.calibration.activation_store import ActivationStore
+from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.core.config import ReconstructionSpec
-from tfmq_fx.core.distributed import collect, exchange, mine, rank, world
+from tfmq_fx.core.distributed import exchange, gather_to_first, rank, shard_indices, world
 from tfmq_fx.core.errors import CalibrationError
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.progress import progress_bar
@@ -72,10 +72,10 @@ def round_weights(
     order of the chunks, rounds the layer and tells the others.
     """
     sites, _ = find_sites(gm)
-    own = [chunks[i] for i in mine(len(chunks))]
+    own = [chunks[i] for i in shard_indices(len(chunks))]
     errors, declined, changed = dict[str, dict[str, float]](), [], 0
-    with Spill(spec.memory) as spill:
-        full, quantized = (Walk(graph, own, spill=spill) for graph in (reference, gm))
+    with ActivationStore(spec.memory) as spill:
+        full, quantized = (LayerwiseExecutor(graph, own, spill=spill) for graph in (reference, gm))
         for site in progress_bar(sites, "second-order rounding", enabled=progress):
             layer = site.layer
             if site.name in skip or not isinstance(layer, QuantLayer):
@@ -108,8 +108,8 @@ def input_statistics(
     site: Site,
     layer: QuantLayer,
     weight: Tensor,
-    full: Walk,
-    quantized: Walk,
+    full: LayerwiseExecutor,
+    quantized: LayerwiseExecutor,
     weights: Sequence[Tensor] | None,
     seed: int,
     count: int,
@@ -138,7 +138,7 @@ def input_statistics(
             importance = None if weights is None else weights[i]
             sums = result.sums(*_rows(site, layer, x, true, importance, drawn[rank()]))
         sent: Any = sums if sums is None or world() == 1 else tuple(sums)
-        for found in collect(sent, f"statistics of {site.name}"):
+        for found in gather_to_first(sent, f"statistics of {site.name}"):
             if found is not None:
                 result.add_sums(iter(found))
 

@@ -290,7 +290,7 @@ def compared(folder):
 def exchanged(folder):
     """What processes hand to each other, and who takes what."""
     place = dist.get_rank()
-    assert (distributed.rank(), distributed.world(), list(distributed.mine(5))) == (
+    assert (distributed.rank(), distributed.world(), list(distributed.shard_indices(5))) == (
         place,
         2,
         [[0, 2, 4], [1, 3]][place],
@@ -302,19 +302,23 @@ def exchanged(folder):
     assert distributed.exchange(place or None, "some") == [None, 1]
     assert distributed.from_first(place + 7, "first") == 7
     assert (
-        distributed.collect((place, torch.tensor(place)), "all")
+        distributed.gather_to_first((place, torch.tensor(place)), "all")
         == [(0, 0), (1, 1)][: 2 - 2 * place]
     )
-    assert distributed.summed(torch.tensor([1.0, place]), "sum").tolist() == [2, 1]
+    assert distributed.all_reduce_sum(torch.tensor([1.0, place]), "sum").tolist() == [2, 1]
     squares = distributed.in_order(iter(range(5)), lambda i: (i * i, place), "squares")
     assert list(squares) == [(0, 0), (1, 1), (4, 0), (9, 1), (16, 0)]
     assert distributed.interleaved([place] * (3 - place), 5, "items") == [0, 1, 0, 1, 0]
     rounds = []
-    assert list(distributed.dealt("abc", lambda: rounds.append(1))) == [["a", "c"], ["b"]][place]
+    assert list(distributed.shard("abc", lambda: rounds.append(1))) == [["a", "c"], ["b"]][place]
     assert len(rounds) == 2
     with distributed.alone():
         assert (distributed.rank(), distributed.world()) == (0, 1)
-        assert distributed.exchange(place, "own") == distributed.collect(place, "own") == [place]
+        assert (
+            distributed.exchange(place, "own")
+            == distributed.gather_to_first(place, "own")
+            == [place]
+        )
 
 
 def failures(folder):

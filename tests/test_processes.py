@@ -99,15 +99,19 @@ def test_a_group_is_started_as_torchrun_says(tmp_path):
 
 
 def test_without_a_group_there_is_one_process():
-    assert (distributed.rank(), distributed.world(), list(distributed.mine(3))) == (0, 1, [0, 1, 2])
+    assert (distributed.rank(), distributed.world(), list(distributed.shard_indices(3))) == (
+        0,
+        1,
+        [0, 1, 2],
+    )
     value = torch.ones(2)
     (found,) = distributed.exchange(value, "values")
     assert found is value and distributed.from_first(value, "first") is value
-    assert distributed.summed(value, "sum") is value
+    assert distributed.all_reduce_sum(value, "sum") is value
     assert list(distributed.in_order(range(3), str, "words")) == ["0", "1", "2"]
     done = []
-    assert list(distributed.dealt("ab", lambda: done.append(1))) == ["a", "b"] and not done
-    distributed.agree("anything", {"a": 1})
+    assert list(distributed.shard("ab", lambda: done.append(1))) == ["a", "b"] and not done
+    distributed.check_same("anything", {"a": 1})
     with pytest.raises(ValueError, match="own"), distributed.together("a test"):
         raise ValueError("own")
 

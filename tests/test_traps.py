@@ -9,7 +9,7 @@ from torch import nn
 from tests.passes.test_quantize_layers import relative_error
 from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx.api import prepare, save
-from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.calibration.observers import SampleCache
 from tfmq_fx.conversion.convert import convert
 from tfmq_fx.core.config import ReconstructionSpec, TemporalSpec
@@ -255,7 +255,7 @@ def test_samples_for_reconstruction_stay_within_their_capacity(toy):
 def test_the_result_does_not_depend_on_the_memory_and_all_samples_are_walked(toy, monkeypatch):
     counts = []
 
-    class Counting(Walk):
+    class Counting(LayerwiseExecutor):
         def __init__(self, gm, chunks, **kwargs):
             counts.append(sum(len(chunk[0]) for chunk in chunks))
             super().__init__(gm, chunks, **kwargs)

@@ -21,13 +21,13 @@ from .capture.call_inference import Dynamic
 from .capture.capture import capture
 from .capture.inputs import find_timestep, named_inputs
 from .conversion.convert import convert as convert
-from .conversion.distributed_calibration import facts, observe
+from .conversion.distributed_calibration import run_calibration, run_settings
 from .conversion.models import Compiled, Converted, Prepared
-from .conversion.prepare_model import captured_only, observed
+from .conversion.prepare_model import captured_only, observe_graph
 from .core.arguments import check_dynamic, check_names, path_of
 from .core.config import Config, PrologueSpec
 from .core.config_json import to_dict
-from .core.distributed import agree, rank, together, world
+from .core.distributed import check_same, rank, together, world
 from .core.errors import ArtifactError, ConfigError
 from .core.inference import outside_inference_mode
 from .core.layer_config import LayerConfig
@@ -80,7 +80,7 @@ def prepare(
     captured = capture(model, inputs, timestep=name, dynamic=dynamic)
     behaves = behaviour(model)
     dtype = inputs[name].dtype if isinstance(inputs[name], Tensor) else None
-    return observed(
+    return observe_graph(
         captured.gm,
         captured.call,
         recipe=recipe,
@@ -134,7 +134,7 @@ def calibrate(
     with together("calibrate()"):
         if world() > 1:
             given = {"source": source, "args": args, "kwargs": kwargs}
-            agree("calibrate()", facts(prepared, **settings, **given))
+            check_same("calibrate()", run_settings(prepared, **settings, **given))
         sampling = sampling_pass(
             source,
             args,
@@ -144,7 +144,7 @@ def calibrate(
             fixed_batch=prepared.fixed_batch,
             progress=progress and not rank(),
         )
-        observe(prepared, sampling)
+        run_calibration(prepared, sampling)
     prepared.sampling = sampling
     return prepared
 

@@ -27,7 +27,7 @@ from torch import nn
 
 import tfmq_fx
 from tests.bench.bench_cpu import cifar10
-from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.core.config import Config
 from tfmq_fx.core.presets import PRESETS
 from tfmq_fx.evaluation import digits
@@ -80,7 +80,7 @@ def tiny() -> nn.Module:
 
 def alive(prepared: tfmq_fx.Prepared, batch: tuple[torch.Tensor, ...]) -> int:
     """Bytes of activations alive at once in one call, at most; storages count once."""
-    walk, most = Walk(prepared.gm, [batch]), 0
+    walk, most = LayerwiseExecutor(prepared.gm, [batch]), 0
     weights = {p.untyped_storage().data_ptr() for p in prepared.gm.parameters()}
     for _ in prepared.gm.graph.nodes:
         walk.step()

@@ -25,7 +25,7 @@ from tfmq_fx.core.config_json import to_dict
 from tfmq_fx.core.files import write_whole
 from tfmq_fx.core.layer_config import ActivationSpec
 from tfmq_fx.core.presets import PRESETS, resolve
-from tfmq_fx.evaluation.benchmark import Bench, seeds_of
+from tfmq_fx.evaluation.benchmark import Benchmark, seeds_of
 from tfmq_fx.evaluation.recipes import nearest
 from tfmq_fx.evaluation.subjects import SUBJECTS
 from tfmq_fx.serialization.checkpoint import digest
@@ -146,7 +146,7 @@ def cell_path(out: Path, subject: str, config: Config, seed: int) -> Path:
 
 def run(out: Path, subject: str, configs: list[Config], seeds: tuple[int, ...]) -> None:
     """Compute the cells that are missing; a failed one is kept as such, with its error."""
-    bench = Bench(SUBJECTS[subject])
+    bench = Benchmark(SUBJECTS[subject])
     trajectory = functools.cache(bench.trajectory)
     for seed in seeds:
         calibration, sampling = seeds_of(seed)

@@ -26,7 +26,7 @@ from tfmq_fx.core.config import Config, TemporalSpec
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.presets import resolve
 from tfmq_fx.diagnostics.feature_errors import temporal_errors
-from tfmq_fx.evaluation.benchmark import Bench, seeds_of
+from tfmq_fx.evaluation.benchmark import Benchmark, seeds_of
 from tfmq_fx.evaluation.subjects import SUBJECTS
 from tfmq_fx.quant.quant_layer import QuantLayer
 
@@ -39,7 +39,7 @@ class Asked:
 
     def __init__(self, name: str, seed: int) -> None:
         self.name = name
-        self.bench = Bench(SUBJECTS[name])
+        self.bench = Benchmark(SUBJECTS[name])
         self.calibration, sampling = seeds_of(seed)
         self.seen = self.bench.trajectory(sampling)
 

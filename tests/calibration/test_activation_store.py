@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tfmq_fx.calibration.activation_store import Spill
+from tfmq_fx.calibration.activation_store import ActivationStore
 
 
 def there_and_back(value, limit=0):
-    with Spill(limit) as spill:
+    with ActivationStore(limit) as spill:
         return spill.unpack(spill.pack(value))
 
 
@@ -51,7 +51,7 @@ def test_views_come_back_as_views_of_what_they_were():
 
 def test_the_limit_holds_for_views_of_one_storage_too():
     x = torch.zeros(100)
-    with Spill(1000) as spill:
+    with ActivationStore(1000) as spill:
         packed = [spill.pack(view) for view in x.split(25)]  # each keeps all of the storage
         assert spill.used == 800 and spill.written == 800
         for each in packed:
@@ -60,7 +60,7 @@ def test_the_limit_holds_for_views_of_one_storage_too():
 
 
 def test_the_limit_holds_and_room_comes_back():
-    with Spill(1000) as spill:
+    with ActivationStore(1000) as spill:
         packed = [spill.pack(torch.full((100,), float(i))) for i in range(4)]
         assert spill.used == 800 and spill.written == 800
         assert [float(spill.unpack(p)[0]) for p in packed] == [0, 1, 2, 3]
@@ -74,14 +74,14 @@ def test_the_limit_holds_and_room_comes_back():
 def test_weights_are_no_copies():
     weight = torch.randn(4, 4)
     pinned = {weight.untyped_storage().data_ptr()}
-    with Spill(0) as spill:
+    with ActivationStore(0) as spill:
         packed = spill.pack(weight.T, pinned)
         assert spill.written == 0 and spill.unpack(packed).data_ptr() == weight.data_ptr()
 
 
 def test_files_go_whatever_happens(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with Spill(0) as spill:
+    with ActivationStore(0) as spill:
         packed = spill.pack(torch.zeros(10))
         (directory,) = tmp_path.iterdir()
         assert len(list(directory.iterdir())) == 1
@@ -89,10 +89,10 @@ def test_files_go_whatever_happens(tmp_path, monkeypatch):
         assert not list(directory.iterdir())
         spill.pack(torch.zeros(10))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(KeyError), Spill(0) as spill:
+    with pytest.raises(KeyError), ActivationStore(0) as spill:
         spill.pack(torch.zeros(10))
         raise KeyError
     assert not list(tmp_path.iterdir())
-    with Spill() as spill:  # no limit: no files
+    with ActivationStore() as spill:  # no limit: no files
         x = torch.zeros(10)
         assert spill.pack(x) is x and not list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ from torch.utils import _pytree as pytree
 
 from tests.ir.test_sites import graph_of
 from tests.strategies import WIDTH, GraphBuilder, captured_graphs, draw_inputs
-from tfmq_fx.calibration.activation_store import Spill
-from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.calibration.activation_store import ActivationStore
+from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.ir.graph import fork
 
 
@@ -22,7 +22,7 @@ def chunks_of(gm, count=2):
 @given(gm=captured_graphs(), count=st.integers(1, 3))
 def test_a_walk_computes_what_the_graph_computes(gm, count):
     chunks = chunks_of(gm, count)
-    walk = Walk(gm, chunks)
+    walk = LayerwiseExecutor(gm, chunks)
     output = list(gm.graph.nodes)[-1]
     walk.keep([output])
     walk.run_past([output])
@@ -36,7 +36,7 @@ def test_a_walk_computes_what_the_graph_computes(gm, count):
 @settings(deadline=None, max_examples=20)
 @given(gm=captured_graphs())
 def test_a_walk_holds_exactly_the_values_still_needed(gm):
-    walk, nodes = Walk(gm, chunks_of(gm)), list(gm.graph.nodes)
+    walk, nodes = LayerwiseExecutor(gm, chunks_of(gm)), list(gm.graph.nodes)
     for i in range(len(nodes)):
         assert walk.step() is nodes[i]
         later = {used for node in nodes[i + 1 :] for used in node.all_input_nodes}
@@ -54,7 +54,7 @@ def chain(length=4):
 
 def test_stopping_before_a_node_leaves_its_inputs():
     gm, layers = chain()
-    walk = Walk(gm, chunks_of(gm))
+    walk = LayerwiseExecutor(gm, chunks_of(gm))
     walk.stop_before(layers[2])
     assert layers[1] in walk.values and layers[2] not in walk.values
     args, kwargs = walk.arguments(layers[2], 1)
@@ -71,7 +71,7 @@ def test_stopping_before_a_node_leaves_its_inputs():
 def test_a_layer_replaced_ahead_of_the_walk_is_the_one_that_runs():
     gm, layers = chain()
     gm = fork(gm)
-    walk = Walk(gm, chunks_of(gm))
+    walk = LayerwiseExecutor(gm, chunks_of(gm))
     first, third = (walk.node(layers[i].name) for i in (0, 2))
     walk.run_past([first])
     gm.set_submodule("layers.0", nn.Identity())  # too late
@@ -84,7 +84,7 @@ def test_a_layer_replaced_ahead_of_the_walk_is_the_one_that_runs():
 
 def test_kept_values_stay_until_released():
     gm, layers = chain()
-    walk = Walk(gm, chunks_of(gm))
+    walk = LayerwiseExecutor(gm, chunks_of(gm))
     walk.keep([layers[0], layers[2]])
     walk.run_past([layers[2]])
     assert set(walk.values) >= {layers[0], layers[2]}
@@ -98,13 +98,13 @@ def test_names():
     b = GraphBuilder()
     value = b.call(torch.add, b.buffer("table", torch.ones(1, WIDTH)), b.x)
     gm = b.finish(value)
-    walk = Walk(gm, chunks_of(gm))
+    walk = LayerwiseExecutor(gm, chunks_of(gm))
     assert walk.has("add") and not walk.has("sub") and walk.node("add") is value
 
 
 def test_nothing_is_recorded_for_gradients():
     gm, layers = chain()
-    walk = Walk(gm, chunks_of(gm))
+    walk = LayerwiseExecutor(gm, chunks_of(gm))
     walk.keep(layers)
     walk.run_past(layers)
     assert not any(v.requires_grad for node in layers for v in walk.values[node])
@@ -133,7 +133,7 @@ class Aliases(nn.Module):
 
 def finished(gm, chunks, spill, stops):
     """The graph's outputs after a walk that stops at `stops`, and what the arguments were there."""
-    walk, seen = Walk(gm, chunks, spill=spill), []
+    walk, seen = LayerwiseExecutor(gm, chunks, spill=spill), []
     nodes = list(gm.graph.nodes)
     for stop in stops:
         walk.stop_before(nodes[stop])
@@ -166,9 +166,9 @@ def same(a, b):
 @given(gm=captured_graphs(), limit=st.sampled_from((0, 100, 1000)), data=st.data())
 def test_results_do_not_depend_on_what_waits_in_files(gm, limit, data):
     stops = sorted(data.draw(st.lists(st.integers(0, len(gm.graph.nodes) - 1), max_size=4)))
-    with Spill(limit) as spill:
+    with ActivationStore(limit) as spill:
         found = finished(gm, chunks_of(gm, 3), spill, stops)
-    assert same(found, finished(gm, chunks_of(gm, 3), Spill(), stops))
+    assert same(found, finished(gm, chunks_of(gm, 3), ActivationStore(), stops))
 
 
 @pytest.mark.parametrize("limit", [0, 40, 200, 10**6])
@@ -181,10 +181,10 @@ def test_views_and_tuples_survive_files_and_values_written_to_stay_in_memory(lim
         for n in (2, 3)
     ]
     stops = range(0, len(gm.graph.nodes), every)
-    with Spill(limit) as spill:
+    with ActivationStore(limit) as spill:
         found = finished(gm, chunks, spill, stops)
         assert bool(spill.written) == (limit < 10**6 and not writes)
-    assert same(found, finished(gm, chunks, Spill(), stops))
+    assert same(found, finished(gm, chunks, ActivationStore(), stops))
     for chunk, output in zip(chunks, found[1], strict=True):
         assert same(output, described(gm(*chunk)))
 
@@ -195,13 +195,13 @@ def test_a_walk_runs_all_nodes_up_to_a_stop_on_one_chunk_before_the_next():
     for i, layer in enumerate(layers):
         module = gm.get_submodule(str(layer.target))
         module.register_forward_hook(lambda *_, i=i: order.append(i))
-    Walk(gm, chunks_of(gm)).stop_before(layers[3])
+    LayerwiseExecutor(gm, chunks_of(gm)).stop_before(layers[3])
     assert order == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_node_that_has_run_is_no_stop():
     gm, layers = chain()
-    walk = Walk(gm, chunks_of(gm))
+    walk = LayerwiseExecutor(gm, chunks_of(gm))
     walk.run_past([layers[1]])
     with pytest.raises(ValueError, match="has run already"):
         walk.stop_before(layers[0])

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import torch
 
-from tfmq_fx.calibration.activation_store import Spill
+from tfmq_fx.calibration.activation_store import ActivationStore
 from tfmq_fx.core.files import write_whole
 from tfmq_fx.core.temporary_files import file_beside, folder_beside, folder_of
 
@@ -126,7 +126,7 @@ def test_a_file_that_is_written_again_has_no_halves_beside_it(tmp_path):
 def test_names_and_pages_are_gone_with_their_owner(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / f"tfmq_fx-spill-{'b' * 16}").mkdir()
-    with Spill(0) as spill:
+    with ActivationStore(0) as spill:
         value = torch.arange(5.0)
         packed = spill.pack(value)
         (folder,) = tmp_path.iterdir()

@@ -13,8 +13,8 @@ from tfmq_fx.calibration import ddim
 from tfmq_fx.core.config import Config, ReconstructionSpec, TemporalSpec
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.evaluation import image_metrics
-from tfmq_fx.evaluation.benchmark import Bench, Judge, seeds_of, whole_batches
-from tfmq_fx.evaluation.image_quality import see
+from tfmq_fx.evaluation.benchmark import Benchmark, QualityMeter, seeds_of, whole_batches
+from tfmq_fx.evaluation.image_quality import extract_features
 from tfmq_fx.evaluation.recipes import nearest
 from tfmq_fx.evaluation.subjects import called
 from tfmq_fx.quant import sqnr
@@ -35,13 +35,13 @@ EXACT = Config(name="tables", temporal=TemporalSpec(mode="table"))
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench(tiny_subject(), steps=STEPS, batch=BATCH)
+    return Benchmark(tiny_subject(), steps=STEPS, batch=BATCH)
 
 
 @pytest.fixture(scope="module")
 def judge(bench):
-    real = see(bench.subject.classifier(), bench.subject.images())
-    return Judge(bench, real, seed=1, samples=16, backend="eager")
+    real = extract_features(bench.subject.classifier(), bench.subject.images())
+    return QualityMeter(bench, real, seed=1, samples=16, backend="eager")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_where_nothing_compiles_it_samples_eagerly_and_says_why(bench, judge, co
         raise BackendError(f"backend {backend!r}: no compiler")
 
     monkeypatch.setattr("tfmq_fx.api.compile", refuse)
-    other = Judge(bench, judge.real, seed=1, samples=16, backend="inductor")
+    other = QualityMeter(bench, judge.real, seed=1, samples=16, backend="inductor")
     other.reference = judge.reference
     figures, _ = other.judge(*coarse)
     assert figures.backend == "eager"
@@ -141,7 +141,7 @@ def test_output_sqnr_is_that_of_the_eager_reference_whatever_samples(
             return self.model(*args, **kwargs).sample * 1.1
 
     monkeypatch.setattr("tfmq_fx.api.compile", lambda model, backend: Louder(model))
-    other = Judge(bench, judge.real, seed=1, samples=16, backend="inductor")
+    other = QualityMeter(bench, judge.real, seed=1, samples=16, backend="inductor")
     other.reference = judge.reference
     figures, _ = other.judge(*coarse)
     plain, _ = judge.judge(*coarse)

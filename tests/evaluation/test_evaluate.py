@@ -14,7 +14,7 @@ from tests.subjects import tiny_subject
 from tfmq_fx.core.errors import CalibrationError
 from tfmq_fx.evaluation import evaluate as evaluation
 from tfmq_fx.evaluation import output_files
-from tfmq_fx.evaluation.benchmark import Bench
+from tfmq_fx.evaluation.benchmark import Benchmark
 from tfmq_fx.evaluation.cli import main
 from tfmq_fx.evaluation.evaluate import evaluate
 from tfmq_fx.evaluation.plots import draw_grid, draw_quality
@@ -26,7 +26,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench(tiny_subject(), steps=STEPS, batch=BATCH)
+    return Benchmark(tiny_subject(), steps=STEPS, batch=BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def quick_figures(monkeypatch, bench):
     monkeypatch.setattr(
         "tfmq_fx.evaluation.image_quality.bootstrap_interval", lambda *args, **options: (0.5, 1.5)
     )
-    monkeypatch.setattr(Bench, "graph", bench.graph)
+    monkeypatch.setattr(Benchmark, "graph", bench.graph)
     for name in ("draw_grid", "draw_quality"):
         monkeypatch.setattr(output_files, name, lambda *args: None)
 
@@ -64,7 +64,7 @@ def clock(monkeypatch, coarse, quick_figures):
             raise RuntimeError("svd did not converge\nat all")
         return coarse, 30.0
 
-    monkeypatch.setattr(Bench, "quantize", quantize)
+    monkeypatch.setattr(Benchmark, "quantize", quantize)
     return given
 
 
@@ -151,14 +151,14 @@ def test_a_failure_is_a_row_with_its_error_and_is_retried_when_asked(clock, tmp_
 
 
 def test_some_seeds_may_fail(clock, tmp_path, monkeypatch):
-    quantize = Bench.quantize
+    quantize = Benchmark.quantize
 
     def sometimes(self, config, seed, *, budget=None):
         if seed == 2:
             raise CalibrationError("nan in conv_in")
         return quantize(self, config, seed, budget=budget)
 
-    monkeypatch.setattr(Bench, "quantize", sometimes)
+    monkeypatch.setattr(Benchmark, "quantize", sometimes)
     rows = run(tmp_path, ["nearest"], seeds=[0, 1])
     assert rows[0].status == "done" and rows[1].status == "1 done, 1 failed"
     assert rows[1].failed == {1: "CalibrationError: nan in conv_in"}
@@ -180,20 +180,20 @@ def test_what_was_not_run_is_marked_and_an_interrupted_run_goes_on(clock, tmp_pa
     rows = run(tmp_path, compute=False)
     assert [row.status for row in rows] == ["not run"] * 3 and clock == []
     assert (tmp_path / "table.md").read_text().count("**not run**") == 3
-    quantize = Bench.quantize
+    quantize = Benchmark.quantize
 
     def interrupted(self, config, seed, *, budget=None):
         if clock:
             raise KeyboardInterrupt
         return quantize(self, config, seed, budget=budget)
 
-    monkeypatch.setattr(Bench, "quantize", interrupted)
+    monkeypatch.setattr(Benchmark, "quantize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert (tmp_path / "table.md").read_text().count("**not run**") == 1
     data = json.loads((tmp_path / "table.json").read_text())
     assert [row["status"] for row in data["rows"]] == ["done", "done", "not run"]
-    monkeypatch.setattr(Bench, "quantize", quantize)
+    monkeypatch.setattr(Benchmark, "quantize", quantize)
     assert [row.status for row in run(tmp_path)] == ["done"] * 3
     assert names(clock) == ["nearest-w4a8", "best-w4a8"]
 
@@ -259,7 +259,7 @@ def test_a_real_recipe_from_end_to_end(tmp_path):
 
 
 def test_a_cell_that_another_run_finished_meanwhile_is_not_computed(clock, tmp_path, monkeypatch):
-    quantize, computed = Bench.quantize, []
+    quantize, computed = Benchmark.quantize, []
 
     def other_run_first(self, config, seed, *, budget=None):
         if not computed:
@@ -267,7 +267,7 @@ def test_a_cell_that_another_run_finished_meanwhile_is_not_computed(clock, tmp_p
             run(tmp_path)
         return quantize(self, config, seed, budget=budget)
 
-    monkeypatch.setattr(Bench, "quantize", other_run_first)
+    monkeypatch.setattr(Benchmark, "quantize", other_run_first)
     assert [row.status for row in run(tmp_path)] == ["done"] * 3
     assert names(clock) == ["nearest-w4a8", "best-w4a8", "nearest-w4a8"]
 

@@ -15,18 +15,18 @@ from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.evaluation import image_metrics
 from tfmq_fx.evaluation.image_metrics import ssim
 from tfmq_fx.evaluation.image_quality import (
+    extract_features,
     image_figures,
     inception_score,
     pair_figures,
     precision_recall,
-    see,
 )
 
 
 def test_a_classifier_is_read_at_three_depths():
     given = images(20) * 1.5  # beyond [-1, 1]
     judge = classifier()
-    seen = see(judge, given)
+    seen = extract_features(judge, given)
     with torch.no_grad():
         inside = given.clamp(-1, 1)
         torch.testing.assert_close(seen.features, judge.features(inside))
@@ -40,7 +40,7 @@ def test_images_that_are_broken_are_counted():
     given = images(4)
     given[1, 0, 0, 0], given[3, 0, 0, 0] = math.nan, math.inf
     with pytest.raises(ConfigError, match="2 of 4 images hold nan or inf"):
-        see(classifier(), given)
+        extract_features(classifier(), given)
 
 
 def test_inception_score_by_hand():
@@ -111,7 +111,10 @@ def test_precision_and_recall_refuse_what_they_cannot_compare(generated, real, m
 
 
 def test_figures_of_images_are_those_of_their_features():
-    real, seen = see(classifier(), images(40)), see(classifier(), images(60)[20:] * 0.8)
+    real, seen = (
+        extract_features(classifier(), images(40)),
+        extract_features(classifier(), images(60)[20:] * 0.8),
+    )
     labels = seen.logits.argmax(1).clone()
     labels[:10] = (labels[:10] + 1) % 10
     found = image_figures(seen, real, labels)
@@ -129,7 +132,7 @@ def test_figures_of_pairs_are_means_over_the_pairs():
     found = expected.clone()
     found[:6] += 0.02
     found[6:] -= 0.2
-    seen = [see(classifier(), each) for each in (expected, found)]
+    seen = [extract_features(classifier(), each) for each in (expected, found)]
     pairs = pair_figures(expected, found, *seen)
     assert pairs.psnr == pytest.approx((20 * math.log10(2 / 0.02) + 20 * math.log10(2 / 0.2)) / 2)
     assert pairs.ssim == pytest.approx(float(ssim(expected, found).mean()))

@@ -15,7 +15,7 @@ from tests.passes.test_quantize_layers import (
 )
 from tests.passes.test_round_weights import Edge, two_timesteps
 from tests.toys import SharedTwice, ToyUNet, seeded
-from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.core.config import ReconstructionSpec
 from tfmq_fx.core.layer_config import LayerConfig, WeightSpec
 from tfmq_fx.ir.reconstruction_units import units
@@ -117,12 +117,12 @@ def test_weights_are_learnt_with_activations_as_the_configuration_says(
 ):
     seen = []
 
-    class Spying(Walk):
+    class Spying(LayerwiseExecutor):
         def __init__(self, gm, chunks, **kwargs):
             seen.append(gm)
             super().__init__(gm, chunks, **kwargs)
 
-    monkeypatch.setattr("tfmq_fx.passes.reconstruct_blocks.Walk", Spying)
+    monkeypatch.setattr("tfmq_fx.passes.reconstruct_blocks.LayerwiseExecutor", Spying)
     spec = ReconstructionSpec(quantize_inputs=quantize_inputs)
     given, done = learnt(toy, layers=W4A8, iters=20, spec=spec)
     walked = {m.act_bits for m in seen[1].modules() if isinstance(m, QuantLayer)}

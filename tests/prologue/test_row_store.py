@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfmq_fx.prologue.row_store import Rows
+from tfmq_fx.prologue.row_store import RowStore
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def filled(values: Tensor) -> Rows:
-    rows = Rows()
+def filled(values: Tensor) -> RowStore:
+    rows = RowStore()
     rows.extend(list(values))
     return rows
 
@@ -26,7 +26,7 @@ def filled(values: Tensor) -> Rows:
     dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)),
 )
 def test_rows_keep_every_bit(shape: list[int], n: list[int], dtype: torch.dtype) -> None:
-    rows, every = Rows(), []
+    rows, every = RowStore(), []
     for i, count in enumerate(n):
         new = list((draw(count, *shape, seed=i) * 3).to(dtype))
         rows.extend(new)
@@ -46,14 +46,14 @@ def test_nan_and_infinities_stay() -> None:
 
 def test_layout_stays() -> None:
     values = [draw(2, 3, 4, 5, seed=i).to(memory_format=torch.channels_last) for i in range(2)]
-    rows = Rows()
+    rows = RowStore()
     rows.extend(values)
     assert rows.row(1).stride() == values[1].stride() and torch.equal(rows.row(1), values[1])
 
 
 def test_a_part_of_something_larger_takes_its_own_bytes_only() -> None:
     large = draw(2, 1000)
-    rows = Rows()
+    rows = RowStore()
     rows.extend([large[:, :3]])
     found = rows.row(0)
     assert found.untyped_storage().nbytes() == rows.nbytes() == 2 * 3 * 4

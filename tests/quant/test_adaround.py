@@ -7,11 +7,18 @@ from torch import nn
 from tests.quant.test_modules import LAYERS, make, quantized
 from tfmq_fx.core.config import ReconstructionSpec
 from tfmq_fx.core.presets import resolve
-from tfmq_fx.quant.adaround import Batch, SoftLayer, learn, nearest_of, start_of, with_float_inputs
+from tfmq_fx.quant.adaround import (
+    AdaRoundLayer,
+    Batch,
+    learn,
+    nearest_of,
+    start_of,
+    with_float_inputs,
+)
 
 
 def soft_of(layer, made, *, quantize_input=False):
-    return SoftLayer(made, start_of(made, layer.weight.detach()), quantize_input=quantize_input)
+    return AdaRoundLayer(made, start_of(made, layer.weight.detach()), quantize_input=quantize_input)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -29,7 +29,7 @@ from tfmq_fx import (
 )
 from tfmq_fx.passes.observe_layers import observer_name
 from tfmq_fx.serialization.artifact import GRAPH_FILE, ORIGIN_FILE, ORIGIN_TENSORS, saved_bytes
-from tfmq_fx.serialization.provenance import Origin
+from tfmq_fx.serialization.provenance import Provenance
 
 X, T = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 1])
 TIMES = (0, 1, 5)
@@ -141,7 +141,7 @@ def test_tensors_made_in_forward_are_kept_with_the_graph():
     model = fold_timesteps(source, TIMES, (X, T))
     ((name, angles),) = model.origin.constants.items()
     assert torch.equal(angles, Turns.angles) and name not in model.origin.fingerprints
-    restored = Origin.from_parts(*parts(model.origin))
+    restored = Provenance.from_parts(*parts(model.origin))
     assert torch.equal(restored.constants[name], Turns.angles)
     gm = restored.captured(source)
     assert torch.equal(gm(X, T)[0], source(X, T))
@@ -194,7 +194,7 @@ def test_what_is_written_is_read(source, model):
     origin = model.origin
     assert origin.overrides
     for calibration in (False, True):
-        restored = Origin.from_parts(*parts(origin, calibration))
+        restored = Provenance.from_parts(*parts(origin, calibration))
         for field in ("graph", "call", "overrides", "visits", "parameters", "ties", "merged"):
             assert getattr(restored, field) == getattr(origin, field)
         assert torch.equal(restored.timesteps, origin.timesteps)
@@ -274,7 +274,7 @@ def test_damaged_parts_are_refused(model, change):
     found, tensors = parts(model.origin)
     change(found)
     with pytest.raises(ArtifactError):
-        Origin.from_parts(found, tensors)
+        Provenance.from_parts(found, tensors)
 
 
 @pytest.mark.parametrize("graph", ["", "{", "{}", "[" * 100_000])
@@ -288,5 +288,5 @@ def test_the_graph_of_a_real_architecture_is_kept():
     model = seeded(ToyUNet).eval()
     x = torch.randn(1, 3, 8, 8)
     folded = fold_timesteps(model, TIMES, (x, torch.tensor([1])))
-    gm = Origin.from_parts(*parts(folded.origin)).captured(model)
+    gm = Provenance.from_parts(*parts(folded.origin)).captured(model)
     assert torch.equal(gm(x, torch.tensor([5]))[0], model(x, torch.tensor([5])))

@@ -14,7 +14,7 @@ from tests.adapters import CHANGES, Denoiser, adapt, by_assigning, by_copy, by_d
 from tests.toys import seeded
 from tfmq_fx import StaleError, check_source, compile, fold_timesteps, refresh, save
 from tfmq_fx.serialization.fingerprints import Fingerprint
-from tfmq_fx.serialization.staleness import SourceWatch
+from tfmq_fx.serialization.staleness import StalenessCheck
 
 NAME = "enter.weight"
 X, T = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 1])
@@ -32,7 +32,7 @@ def folded(source):
 
 def watching(model):
     tensors = dict(model.named_parameters())
-    return SourceWatch(model, {n: Fingerprint.of(t) for n, t in tensors.items()}, tensors)
+    return StalenessCheck(model, {n: Fingerprint.of(t) for n, t in tensors.items()}, tensors)
 
 
 class Small(nn.Module):
@@ -132,7 +132,7 @@ def test_what_no_call_reads_is_read_where_it_matters(source, folded, change, tmp
 def test_buffers_are_watched():
     model = Small()
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    watch = SourceWatch(model, {n: Fingerprint.of(t) for n, t in held.items()}, held)
+    watch = StalenessCheck(model, {n: Fingerprint.of(t) for n, t in held.items()}, held)
     watch.check()
     model.shift += 1
     with pytest.raises(StaleError, match="since: shift"):
@@ -144,7 +144,7 @@ def test_weights_changed_before_the_watch_began_are_noticed():
     made = {name: Fingerprint.of(value) for name, value in model.named_parameters()}
     held = {name: value.detach() for name, value in model.named_parameters()}
     by_assigning(model, "linear.weight")
-    watch = SourceWatch(model, made, held)
+    watch = StalenessCheck(model, made, held)
     with pytest.raises(StaleError, match=r"since: linear\.weight"):
         watch.check()
 

@@ -27,7 +27,7 @@ class _Packed:
     held: Tensor | Path
 
 
-class Spill:
+class ActivationStore:
     """Packs values; leave its context and the files are gone.
 
     limit: bytes in memory at most; None keeps everything there.  Files lie in a directory of

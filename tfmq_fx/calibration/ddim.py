@@ -15,7 +15,15 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from tfmq_fx.core.distributed import agree, dealt, interleaved, mine, nothing, rank, together
+from tfmq_fx.core.distributed import (
+    check_same,
+    interleaved,
+    nothing,
+    rank,
+    shard,
+    shard_indices,
+    together,
+)
 from tfmq_fx.core.errors import ConfigError
 
 
@@ -129,7 +137,9 @@ def sample(
     noise = initial_noise(shape, seed=seed)
     scheduler.set_timesteps(num_inference_steps, device=device)
     batches = list(zip(range(0, len(noise), batch_size), noise.split(batch_size), strict=True))
-    steps = (len(mine(len(batches))) if parallel else len(batches)) * len(scheduler.timesteps)
+    steps = (len(shard_indices(len(batches))) if parallel else len(batches)) * len(
+        scheduler.timesteps
+    )
     bar = _progress_bar(steps) if progress and not rank() else None
 
     def draw(start: int, batch: Tensor) -> list[Tensor]:
@@ -139,8 +149,8 @@ def sample(
     if parallel:
         facts = {"shape": tuple(shape), "steps": num_inference_steps, "seed": seed}
         with together("sample()"):
-            agree("sample()", facts | {"batch_size": batch_size, "record": record})
-            found = [draw(*batch) for batch in dealt(batches, done)]
+            check_same("sample()", facts | {"batch_size": batch_size, "record": record})
+            found = [draw(*batch) for batch in shard(batches, done)]
             found = interleaved(found, len(batches), "images")
     else:
         found = [draw(*batch) for batch in batches]

@@ -16,13 +16,13 @@ from torch import Tensor, fx
 
 from tfmq_fx.ir.node_info import writes_to_values
 
-from .activation_store import Spill
+from .activation_store import ActivationStore
 
 
-class Held(Sequence[Any]):
+class ChunkValues(Sequence[Any]):
     """The value of one node for each chunk."""
 
-    def __init__(self, spill: Spill) -> None:
+    def __init__(self, spill: ActivationStore) -> None:
         self._spill = spill
         self.packed: list[Any] = []
 
@@ -33,7 +33,7 @@ class Held(Sequence[Any]):
         return self._spill.unpack(self.packed[chunk])
 
 
-class Walk:
+class LayerwiseExecutor:
     """Lazy execution of `gm` over chunks of inputs.
 
     chunks: for each chunk the placeholder values in order.  spill: where values wait; in memory by
@@ -43,11 +43,15 @@ class Walk:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]], *, spill: Spill | None = None
+        self,
+        gm: fx.GraphModule,
+        chunks: Sequence[Sequence[Tensor]],
+        *,
+        spill: ActivationStore | None = None,
     ) -> None:
         self.gm, self.chunks = gm, chunks
-        self.values: dict[fx.Node, Held] = {}
-        self._spill = Spill() if spill is None or writes_to_values(gm) else spill
+        self.values: dict[fx.Node, ChunkValues] = {}
+        self._spill = ActivationStore() if spill is None or writes_to_values(gm) else spill
         tensors = [x for chunk in chunks for x in chunk if isinstance(x, Tensor)]
         self._pinned = {x.untyped_storage().data_ptr() for x in tensors}
         self._nodes: list[fx.Node] = list(gm.graph.nodes)
@@ -102,11 +106,11 @@ class Walk:
         return fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
 
     @torch.no_grad()
-    def ahead(self, chunk: int) -> Any:
+    def run_to_end(self, chunk: int) -> Any:
         """What the graph gives for one chunk when it runs on to its end from here, as it is now;
         the walk stays where it is. Not for graphs that write in place: they would write to values
         that the walk holds."""
-        held = Held(self._spill)
+        held = ChunkValues(self._spill)
         self._run_chunk(self._nodes[self._position :], chunk, {self._nodes[-1]: held})
         return held[0]
 
@@ -117,7 +121,7 @@ class Walk:
             return
         nodes = self._nodes[self._position : stop]
         needed = [n for n in nodes if n in self._kept or self._last_use[n] >= stop]
-        made = {node: Held(self._spill) for node in needed}
+        made = {node: ChunkValues(self._spill) for node in needed}
         for chunk in range(len(self.chunks)):
             self._run_chunk(nodes, chunk, made)
         self._position = stop
@@ -127,7 +131,7 @@ class Walk:
                 self._drop(node)
 
     def _run_chunk(
-        self, nodes: Sequence[fx.Node], chunk: int, made: Mapping[fx.Node, Held]
+        self, nodes: Sequence[fx.Node], chunk: int, made: Mapping[fx.Node, ChunkValues]
     ) -> None:
         values = dict[fx.Node, Any]()
 

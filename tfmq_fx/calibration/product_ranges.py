@@ -16,7 +16,7 @@ from tfmq_fx.core.layer_config import ActivationSpec
 from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.products import SIDES, Product, Side, find_products
 
-from .executor import Walk
+from .executor import LayerwiseExecutor
 from .input_profiles import ProfileObserver, input_ranges
 from .observers import Ranges
 
@@ -76,7 +76,7 @@ def measure_products(
         seen, t = True, chunk[position]
         if static is None and len(t) > 1:
             static = _without_order(gm, products, chunk)
-        walk = Walk(gm, [chunk])
+        walk = LayerwiseExecutor(gm, [chunk])
         for product in products:
             walk.stop_before(product.node)
             for side in SIDES:
@@ -135,7 +135,7 @@ def _without_order(
             value = torch.cat([value[:1] / 2 + value[1:2], value[1:]])
         other.append(value)
     count = len(chunk[inputs.index(t)])
-    walk, found = Walk(gm, [chunk, other]), Reasons()
+    walk, found = LayerwiseExecutor(gm, [chunk, other]), Reasons()
     for product in products:
         walk.stop_before(product.node)
         for side in SIDES:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tfmq_fx.capture.model_checks import unwrapped
 from tfmq_fx.core.arguments import check_names
-from tfmq_fx.core.distributed import dealt, nothing
+from tfmq_fx.core.distributed import nothing, shard
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.progress import progress_bar
 
@@ -161,7 +161,7 @@ def sampling_pass(
         )
 
     def by_inputs(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
-        for inputs in dealt(progress_bar(source, "calibration", enabled=progress), done):
+        for inputs in shard(progress_bar(source, "calibration", enabled=progress), done):
             if isinstance(inputs, Mapping):
                 check_names(inputs, "a call", "inputs")
                 denoiser(**inputs)
@@ -193,7 +193,7 @@ def sampling_pass(
                 calls = [{"batch_size": min(batch_size, samples - start)} for start in starts]
             own = {**kwargs, "num_inference_steps": steps}
             each = zip(calls, _generators(seed, len(calls)), strict=True)
-            for call, generator in dealt(each, done):
+            for call, generator in shard(each, done):
                 pipe(*args, **own | call | {"generator": generator})
 
         return SamplingPass(by_pipeline, True)

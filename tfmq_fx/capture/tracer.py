@@ -22,7 +22,7 @@ from torch.fx.proxy import Proxy
 from tfmq_fx.core.errors import CaptureError, StateError
 from tfmq_fx.core.module_overrides import is_plain, replaced_forward
 from tfmq_fx.core.stages import REPLACED
-from tfmq_fx.ir.functionalize import purify
+from tfmq_fx.ir.functionalize import functionalize
 from tfmq_fx.ir.node_info import value_inputs
 
 from .fake_values import SYMBOLIC, FakeValues
@@ -98,7 +98,7 @@ class ValueTracer(FakeValues):
         model = self._model
         with TRACING, torch.no_grad(), patched(self.make):
             graph = self.trace(model)
-        purify(graph, model, self._writes)
+        functionalize(graph, model, self._writes)
         self._check_state()
         graph._tracer_cls = None  # a tracer class of ours would have to be unpickled
         for node in graph.nodes:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from tfmq_fx.backends.layer_times import LayerTime, chooser, layer_time
-from tfmq_fx.calibration.executor import Walk
-from tfmq_fx.core.distributed import mine, rank
+from tfmq_fx.calibration.executor import LayerwiseExecutor
+from tfmq_fx.core.distributed import rank, shard_indices
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.ir.graph import device_of
@@ -98,7 +98,9 @@ def plan_bits(
             seed=spec.seed,
         ),
         timesteps=timesteps,
-        seen=[chunks[i] for i in mine(len(chunks))] if spec.rounding == "second-order" else (),
+        seen=[chunks[i] for i in shard_indices(len(chunks))]
+        if spec.rounding == "second-order"
+        else (),
         memory=spec.memory,
         checkpoint=checkpoint,
         progress=progress,
@@ -169,7 +171,7 @@ class _Rounded:
         self.spec = dataclasses.replace(prepared.recipe.reconstruction, refine=0)
         self.weights = sample_weights(prepared, chunks)
 
-    def __call__(self, site: Site, walk: Walk) -> list[QuantLayer]:
+    def __call__(self, site: Site, walk: LayerwiseExecutor) -> list[QuantLayer]:
         original, config = self.reference.get_submodule(site.name), self.layers[site.name]
         weight, bias = original.weight, original.bias
         assert isinstance(site.layer, QuantLayer) and config.weights is not None

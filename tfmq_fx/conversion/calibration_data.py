@@ -18,7 +18,7 @@ from tfmq_fx.passes.observe_layers import observer_name
 from tfmq_fx.quant.timestep_lookup import check_timesteps
 from tfmq_fx.serialization.checkpoint import digest
 
-from .distributed_calibration import observe
+from .distributed_calibration import run_calibration
 from .models import Prepared
 
 
@@ -64,7 +64,7 @@ def resampled(prepared: Prepared, gm: torch.fx.GraphModule) -> Prepared:
         source=prepared.source,
         model_config=prepared.model_config,
     )
-    observe(result, prepared.sampling)
+    run_calibration(result, prepared.sampling)
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from tfmq_fx.core.arguments import path_of
-from tfmq_fx.core.distributed import agree, together, world
+from tfmq_fx.core.distributed import check_same, together, world
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.ir.binding_times import Binding, binding_times
@@ -25,7 +25,7 @@ from .calibration_data import fingerprint, finite_set
 from .coverage import check_coverage, parameter_record
 from .job import Job, Samples, StepRecord
 from .models import Converted, Prepared
-from .prepare_model import remember
+from .prepare_model import record_provenance
 from .records import ConversionRecord, branch_weights, pass_record, product_records, site_records
 from .step import Step, Steps
 from .steps import STEPS
@@ -114,7 +114,7 @@ def start(
     if world() > 1:
         chosen = None if bits is None else repr(bits)
         settings = {"budget": repr(budget), "bits": chosen, "checkpoint": checkpoint is not None}
-        agree("convert()", subject | settings)
+        check_same("convert()", subject | settings)
     gm = fork(prepared.gm)
     sites, _ = find_sites(gm)
     early = _before_the_sample(gm, sites)
@@ -166,7 +166,7 @@ def finish(job: Job, steps: Steps) -> Converted:
     block, samples = job.temporal_block(), job.samples
     temporal = final_details(job.temporal, block, gm, timesteps=job.timesteps, visits=job.visits)
     own_modules(gm)  # so that it moves alone
-    origin, watch = remember(
+    origin, watch = record_provenance(
         prepared,
         job.timesteps,
         calibrated=bool(job.ranges or samples.used),

@@ -15,7 +15,7 @@ from tfmq_fx.core.errors import ConfigError, CoverageWarning
 from tfmq_fx.ir.graph_pass import Declined
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.serialization.module_json import tensors_of
-from tfmq_fx.serialization.provenance import Origin
+from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.source_tensors import shown
 
 _OURS = (os.path.dirname(os.path.dirname(__file__)) + os.sep, contextlib.__file__)
@@ -24,7 +24,7 @@ _SUBSTANTIAL = 0.1  # share of the weights that may stay in floating point witho
 
 def parameter_record(
     gm: fx.GraphModule,
-    origin: Origin,
+    origin: Provenance,
     source: nn.Module,
     folded: Mapping[str, Mapping[str, list[str]]],
 ) -> dict[str, int]:

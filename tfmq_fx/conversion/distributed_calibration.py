@@ -18,7 +18,7 @@ from tfmq_fx.serialization.checkpoint import digest
 from .models import Prepared
 
 
-def observe(prepared: Prepared, sampling: SamplingPass) -> None:
+def run_calibration(prepared: Prepared, sampling: SamplingPass) -> None:
     """Have `prepared` see what `sampling` shows it; where there are many processes, each runs its
     own batches, and all of them end with the ranges and samples of one process, bit for bit."""
     if world() == 1:
@@ -117,7 +117,7 @@ class _Merge:
         self._prepared.cache = self._cache
 
 
-def facts(prepared: Prepared, **arguments: Any) -> dict[str, Any]:
+def run_settings(prepared: Prepared, **arguments: Any) -> dict[str, Any]:
     """What decides about calibration, as plain values that processes can compare by name."""
     tensors = [list(prepared.gm.named_parameters()), list(prepared.gm.named_buffers())]
     overrides = {name: to_dict(layer) for name, layer in prepared.overrides.items()}

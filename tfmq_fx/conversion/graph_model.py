@@ -17,8 +17,8 @@ from tfmq_fx.passes.correct_outputs import CORRECTION
 from tfmq_fx.passes.quantize_layers import SCALES
 from tfmq_fx.passes.quantize_products import SCALES as PRODUCT_SCALES
 from tfmq_fx.quant.timestep_lookup import find_unknown
-from tfmq_fx.serialization.provenance import Origin
-from tfmq_fx.serialization.staleness import SourceWatch
+from tfmq_fx.serialization.provenance import Provenance
+from tfmq_fx.serialization.staleness import StalenessCheck
 
 from .gradient_checks import refusing
 
@@ -44,7 +44,7 @@ class GraphModel(nn.Module):
     """
 
     gm: fx.GraphModule
-    watch: SourceWatch | None = None  # of the model that the graph was made from
+    watch: StalenessCheck | None = None  # of the model that the graph was made from
     why_no_gradient = (
         "no gradient with respect to the timestep, whose values are read from a table. Detach it"
     )
@@ -179,7 +179,7 @@ class GraphModel(nn.Module):
         """Raise ConfigError where the graph cannot be what the model would be in another dtype."""
         origin = getattr(self, "origin", None)
         beside: set[str] = set()
-        if isinstance(origin, Origin):
+        if isinstance(origin, Provenance):
             beside = {*origin.fingerprints, *origin.constants} - set(origin.parameters)
         if reason := cast_obstacle(self.gm, old, beside):
             raise ConfigError(

@@ -26,9 +26,9 @@ from tfmq_fx.quant.bit_plan import BitPlan
 from tfmq_fx.serialization.graph_json import from_json, to_json
 from tfmq_fx.serialization.module_json import owner_of, tensors_of
 from tfmq_fx.serialization.module_settings import Behaviour
-from tfmq_fx.serialization.provenance import Origin
+from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.removed_layers import install_removed
-from tfmq_fx.serialization.staleness import SourceWatch
+from tfmq_fx.serialization.staleness import StalenessCheck
 
 from .graph_model import GraphModel
 
@@ -134,8 +134,8 @@ class Converted(GraphModel):
         recipe: Config,
         record: dict[str, Any],
         model_config: Any = None,
-        origin: Origin | None = None,
-        watch: SourceWatch | None = None,
+        origin: Provenance | None = None,
+        watch: StalenessCheck | None = None,
     ) -> None:
         super().__init__(gm, call, model_config)
         self.recipe, self.record, self.origin, self.watch = recipe, record, origin, watch
@@ -198,7 +198,7 @@ def _unpickled(
     recipe: Config,
     record: dict[str, Any],
     model_config: Any,
-    origin: Origin | None,
+    origin: Provenance | None,
 ) -> Converted:
     gm = from_json(graph)
     for name, value in tensors.items():  # those too that a state_dict leaves out

@@ -20,8 +20,8 @@ from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.observe_layers import observe_layers
 from tfmq_fx.serialization.module_settings import Behaviour
 from tfmq_fx.serialization.outside_watch import Outside
-from tfmq_fx.serialization.provenance import Calibration, Origin, Rows, describe
-from tfmq_fx.serialization.staleness import SourceWatch
+from tfmq_fx.serialization.provenance import Calibration, Provenance, Rows, describe
+from tfmq_fx.serialization.staleness import StalenessCheck
 
 from .coverage import parameter_record
 from .models import Converted, Prepared
@@ -31,7 +31,7 @@ from .records import ConversionRecord, site_records
 def captured_only(prepared: Prepared) -> Converted:
     """The captured model as a converted one in which nothing is changed."""
     gm = prepared.gm
-    origin, watch = remember(prepared, None, calibrated=False, sampled=False)
+    origin, watch = record_provenance(prepared, None, calibrated=False, sampled=False)
     sites, declined = find_sites(gm)
     folded = gm.meta.get("capture", {}).get("folded", {})
     record = ConversionRecord(
@@ -53,7 +53,7 @@ def captured_only(prepared: Prepared) -> Converted:
     )
 
 
-def observed(
+def observe_graph(
     captured: fx.GraphModule,
     call: CallSpec,
     *,
@@ -99,14 +99,14 @@ def observed(
     )
 
 
-def remember(
+def record_provenance(
     prepared: Prepared,
     timesteps: Tensor | None,
     *,
     calibrated: bool,
     sampled: bool,
     steps: tuple[str, ...] = (),
-) -> tuple[Origin, SourceWatch]:
+) -> tuple[Provenance, StalenessCheck]:
     """What a conversion of `prepared` over `timesteps` (K,) was made from, and a watch over that.
     timesteps: None where there is no table.
 
@@ -125,7 +125,7 @@ def remember(
             sampling=prepared.sampling if spec.rounds else None,
         )
     described, held = describe(prepared.unmerged, prepared.source)
-    origin = Origin(
+    origin = Provenance(
         call=prepared.call,
         overrides=prepared.overrides,
         timesteps=None if timesteps is None else timesteps.cpu(),
@@ -138,12 +138,14 @@ def remember(
         **described,
     )
     outside = Outside(prepared.unmerged.meta.get(OUTSIDE, {}))
-    watch = SourceWatch(prepared.source, origin.fingerprints, held, origin.behaviour, outside)
+    watch = StalenessCheck(prepared.source, origin.fingerprints, held, origin.behaviour, outside)
     return origin, watch
 
 
-def recall(origin: Origin, recipe: Config, source: nn.Module, facts: Mapping[str, Any]) -> Prepared:
-    """The calibrated model that `remember` was given, on the weights of `source`.
+def rebuild(
+    origin: Provenance, recipe: Config, source: nn.Module, facts: Mapping[str, Any]
+) -> Prepared:
+    """The calibrated model that `record_provenance` was given, on the weights of `source`.
 
     facts: what was reported of capturing.  Raises ConfigError where `source` is another model,
     CalibrationError where the recipe calibrates again and cannot.
@@ -156,7 +158,7 @@ def recall(origin: Origin, recipe: Config, source: nn.Module, facts: Mapping[str
             "scheduler that it was calibrated with, which no save holds: prepare, calibrate and "
             "convert the source."
         )
-    prepared = observed(
+    prepared = observe_graph(
         captured,
         origin.call,
         recipe=recipe,

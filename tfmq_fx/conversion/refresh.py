@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from tfmq_fx.conversion.convert import convert
 from tfmq_fx.conversion.models import Compiled, Converted
-from tfmq_fx.conversion.prepare_model import captured_only, recall
+from tfmq_fx.conversion.prepare_model import captured_only, rebuild
 from tfmq_fx.conversion.records import pass_record
 from tfmq_fx.conversion.step import Steps
 from tfmq_fx.conversion.steps import STEPS
@@ -31,9 +31,9 @@ from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.quant.timestep_lookup import check_timesteps
 from tfmq_fx.quant.timestep_table import FEATURE, TABLE
 from tfmq_fx.serialization.module_json import tensors_of
-from tfmq_fx.serialization.provenance import Origin
+from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.source_tensors import shown
-from tfmq_fx.serialization.staleness import SourceWatch
+from tfmq_fx.serialization.staleness import StalenessCheck
 
 
 @outside_inference_mode
@@ -96,7 +96,7 @@ def check_source(model: Converted | Compiled, source: nn.Module) -> list[str]:
     return _origin(model, "check_source()").changed(source)
 
 
-def _origin(model: Any, caller: str) -> Origin:
+def _origin(model: Any, caller: str) -> Provenance:
     if isinstance(model, Compiled):
         raise ConfigError(
             f"{caller} takes the converted model that was compiled; compile what comes out"
@@ -114,7 +114,7 @@ def _origin(model: Any, caller: str) -> Origin:
     return model.origin
 
 
-def _is_calibrated(made: Converted, origin: Origin) -> bool:
+def _is_calibrated(made: Converted, origin: Provenance) -> bool:
     """Whether the model is over the timesteps of its conversion."""
     keys = made.timesteps
     if keys is None or origin.timesteps is None:
@@ -122,13 +122,13 @@ def _is_calibrated(made: Converted, origin: Origin) -> bool:
     return torch.equal(keys.cpu(), origin.timesteps)
 
 
-def _is_made_from(made: Converted, origin: Origin, source: nn.Module) -> bool:
+def _is_made_from(made: Converted, origin: Provenance, source: nn.Module) -> bool:
     """Whether the model holds the weights of `source`, and shares memory with no other."""
     watched = made.watch is None or made.watch.watches(source)
     return watched and not origin.changed(source)
 
 
-def _same_steps(origin: Origin, steps: Steps | None) -> Steps:
+def _same_steps(origin: Provenance, steps: Steps | None) -> Steps:
     """The steps that made the model, looked up by name. Raises ConfigError where one is missing."""
     known = STEPS if steps is None else steps
     if not isinstance(known, Steps):
@@ -148,7 +148,7 @@ def _same_steps(origin: Origin, steps: Steps | None) -> Steps:
 
 
 def _reconverted(
-    made: Converted, origin: Origin, source: nn.Module, steps: Steps | None, progress: bool
+    made: Converted, origin: Provenance, source: nn.Module, steps: Steps | None, progress: bool
 ) -> Converted:
     """The conversion of `source` that gave `made`, over the timesteps that it was made for."""
     if origin.calibrated and origin.calibration is None:
@@ -163,7 +163,7 @@ def _reconverted(
             f"{shown(names)}: a tensor that the model's code reads from outside its modules has "
             "changed since. Prepare and convert the source anew"
         )
-    prepared = recall(origin, made.recipe, source, made.record["capture"])
+    prepared = rebuild(origin, made.recipe, source, made.record["capture"])
     if origin.timesteps is None:
         new = captured_only(prepared)
     else:
@@ -183,7 +183,7 @@ def _retimed(made: Converted, values: Tensor, source: nn.Module | None) -> Conve
         captured = origin.captured(source)
         rows = _rows(captured, values, {n.meta.get(FEATURE) for n in made.gm.graph.nodes})
         held = tensors_of(captured)
-        watch = watch or SourceWatch(source, origin.fingerprints, held, origin.behaviour)
+        watch = watch or StalenessCheck(source, origin.fingerprints, held, origin.behaviour)
     scales = origin.scales or _scales(made.gm)
     calibrated = (origin.timesteps, scales)
     done = change_timesteps(made.gm, timesteps=values, rows=rows, calibrated=calibrated)

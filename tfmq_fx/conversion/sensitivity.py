@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.calibration.activation_store import Spill
-from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.calibration.activation_store import ActivationStore
+from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.core.progress import progress_bar
 from tfmq_fx.ir.graph import fork, timestep_node
 from tfmq_fx.ir.node_info import writers
@@ -48,7 +48,7 @@ class Sensitivity:
 
 Outputs = Sequence[Sequence[Tensor]]  # the tensors that a graph gives for each chunk
 
-Options = Callable[[Site, Walk], Sequence[nn.Module]]
+Options = Callable[[Site, LayerwiseExecutor], Sequence[nn.Module]]
 """What a site may be. The walk has not run past it; its nodes are those of the site."""
 
 
@@ -85,8 +85,8 @@ def measure(
         base = [list(_tensors(floats(*chunk))) for chunk in chunks]
     signal, writes = energies(full), bool(writers(floats))
     found = dict[str, Tensor]()
-    with Spill(memory) if memory else nullcontext(None) as spill:
-        trial, walk = (Walk(floats, given, spill=spill) for given in (chunks, seen))
+    with ActivationStore(memory) if memory else nullcontext(None) as spill:
+        trial, walk = (LayerwiseExecutor(floats, given, spill=spill) for given in (chunks, seen))
 
         @torch.no_grad()
         def tried(site: Site) -> Part:
@@ -127,7 +127,7 @@ def _differences(expected: Outputs, found: Outputs) -> Outputs:
 
 
 def _answers(
-    trial: Walk, name: str, options: Sequence[nn.Module], *, whole: bool
+    trial: LayerwiseExecutor, name: str, options: Sequence[nn.Module], *, whole: bool
 ) -> Iterator[Outputs]:
     """The outputs of the graph with each option in the place of the module `name`.
 
@@ -137,7 +137,7 @@ def _answers(
     for option in options:
         gm.set_submodule(name, option)
         yield [
-            list(_tensors(gm(*chunk) if whole else trial.ahead(i)))
+            list(_tensors(gm(*chunk) if whole else trial.run_to_end(i)))
             for i, chunk in enumerate(trial.chunks)
         ]
     gm.set_submodule(name, before)

@@ -2,7 +2,8 @@
 
 They are those of torch.distributed's default group (`torchrun`, `init_process_group`). Without a
 group, or within `alone`, there is one process, and nothing here does anything. Whatever is
-exchanged goes through `exchange`, `collect` and `summed`, which look first whether all processes
+exchanged goes through `exchange`, `gather_to_first` and `all_reduce_sum`, which look first whether
+all processes
 have come to the same place: where one of them failed, the others raise its error instead of waiting
 for it.
 """
@@ -46,7 +47,7 @@ def rank() -> int:
     return 0 if world() == 1 else dist.get_rank()
 
 
-def mine(count: int) -> range:
+def shard_indices(count: int) -> range:
     """Which of `count` items this process takes: every `world()`-th."""
     return range(rank(), count, world())
 
@@ -88,7 +89,7 @@ def nothing() -> None:
     """Does nothing."""
 
 
-def dealt(items: Iterable[T], done: Callable[[], None] = nothing) -> Iterator[T]:
+def shard(items: Iterable[T], done: Callable[[], None] = nothing) -> Iterator[T]:
     """Those of `items` that this process takes, every `world()`-th.
 
     done: called by every process after each round, in which each takes one item at most, so that
@@ -120,7 +121,7 @@ def in_order(items: Iterable[T], work: Callable[[T], R], what: str) -> Iterator[
 
 
 def interleaved(own: Sequence[T], count: int, what: str) -> list[T]:
-    """All `count` items, in their order, of which this process holds `mine`."""
+    """All `count` items, in their order, of which this process holds `shard_indices`."""
     parts = exchange(own, what)
     return [parts[i % world()][i // world()] for i in range(count)]
 
@@ -141,7 +142,7 @@ def exchange(value: T, what: str) -> list[T]:
     return [value if i == rank() else unpack(each) for i, each in enumerate(found)]
 
 
-def collect(value: T, what: str) -> list[T]:
+def gather_to_first(value: T, what: str) -> list[T]:
     """The values of all processes in the first one, nothing in the others; as `exchange`."""
     if world() == 1:
         return [value]
@@ -163,7 +164,7 @@ def from_first(value: T, what: str) -> T:
     return made
 
 
-def summed(value: Tensor, what: str) -> Tensor:
+def all_reduce_sum(value: Tensor, what: str) -> Tensor:
     """The sum of all processes' tensors, the same bits in each of them; `value` is overwritten."""
     if world() == 1:
         return value
@@ -174,7 +175,7 @@ def summed(value: Tensor, what: str) -> Tensor:
     return value.copy_(wire)
 
 
-def agree(what: str, facts: Mapping[str, Any]) -> None:
+def check_same(what: str, facts: Mapping[str, Any]) -> None:
     """Raise ConfigError in every process where one has other `facts` than the first, naming them.
 
     facts: plain values that can be compared, by name.

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tfmq_fx.calibration.activation_store import Spill
-from tfmq_fx.calibration.executor import Walk
+from tfmq_fx.calibration.activation_store import ActivationStore
+from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.core.errors import GraphError
 from tfmq_fx.ir.binding_times import Binding, binding_times
 from tfmq_fx.ir.sites import find_sites
@@ -141,8 +141,11 @@ def site_errors(
     samples = [len(values[position]) for values in examples]
     last = {node.name: part for part in parts for node in part.nodes}
     result = []
-    with Spill(_MEMORY) as spill, Spill(_MEMORY) as other:
-        walks = Walk(reference, examples, spill=spill), Walk(model, examples, spill=other)
+    with ActivationStore(_MEMORY) as spill, ActivationStore(_MEMORY) as other:
+        walks = (
+            LayerwiseExecutor(reference, examples, spill=spill),
+            LayerwiseExecutor(model, examples, spill=other),
+        )
         for walk in walks:
             walk.keep(map(walk.node, last))
         for part in parts:
@@ -161,7 +164,7 @@ def site_errors(
     ]
 
 
-def _values(walk: Walk, part: SitePart) -> list[list[Tensor]]:
+def _values(walk: LayerwiseExecutor, part: SitePart) -> list[list[Tensor]]:
     """For each chunk what a graph has in the place of the part's nodes."""
     nodes = [walk.node(node.name) for node in part.nodes]
     walk.run_past(nodes)

@@ -28,7 +28,7 @@ from tfmq_fx.diagnostics.report import report
 from tfmq_fx.quant import sqnr as sqnr_module
 from tfmq_fx.serialization import artifact
 
-from .image_quality import Figures, Seen, image_figures, pair_figures, see
+from .image_quality import Figures, ImageFeatures, extract_features, image_figures, pair_figures
 from .subjects import Subject, called
 
 STEPS = 20  # DDIM steps
@@ -42,7 +42,7 @@ def seeds_of(seed: int) -> tuple[int, int]:
     return 2 * seed, 2 * seed + 1
 
 
-class Bench:
+class Benchmark:
     """A subject's model, ways to quantize it, and its full-precision trajectories."""
 
     def __init__(
@@ -164,18 +164,24 @@ class Drawn:
     """Images of one model, and how they came about."""
 
     images: Tensor
-    seen: Seen
+    seen: ImageFeatures
     compile_seconds: float
     sample_seconds: float
     backend: str
     backend_note: str | None
 
 
-class Judge:
+class QualityMeter:
     """Figures of quantized models against full precision on one seed."""
 
     def __init__(
-        self, bench: Bench, real: Seen, *, seed: int, samples: int, backend: str = "inductor"
+        self,
+        bench: Benchmark,
+        real: ImageFeatures,
+        *,
+        seed: int,
+        samples: int,
+        backend: str = "inductor",
     ) -> None:
         """real: what the classifier makes of the reference images.  samples: in whole batches.
         backend: what models sample on, where it can compile them."""
@@ -273,7 +279,7 @@ class Judge:
         seconds = time.perf_counter() - start
         return Drawn(
             images=images,
-            seen=see(self.classifier, images),
+            seen=extract_features(self.classifier, images),
             compile_seconds=first,
             sample_seconds=seconds,
             backend=name,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.core.distributed import agree, alone, in_order, rank, together
+from tfmq_fx.core.distributed import alone, check_same, in_order, rank, together
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.core.progress import progress_bar
@@ -79,7 +79,7 @@ def compare(
     draws = _draws(reference, candidate, source, component, wanted)
     with together("compare()") if parallel else alone():
         facts = {"samples": wanted.samples, "seed": seed, "num_inference_steps": wanted.steps}
-        agree("compare()", facts | {"batch_size": batch_size})
+        check_same("compare()", facts | {"batch_size": batch_size})
         found = _compared(*draws, wanted, batch_size, features, progress)
         if out is not None and not rank():
             found.save(out)

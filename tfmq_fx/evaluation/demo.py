@@ -15,9 +15,9 @@ from tfmq_fx.core.distributed import rank
 from tfmq_fx.core.presets import PRESETS
 from tfmq_fx.diagnostics.feature_errors import temporal_errors
 
-from .benchmark import BATCH, STEPS, Bench, Judge, whole_batches
+from .benchmark import BATCH, STEPS, Benchmark, QualityMeter, whole_batches
 from .evaluate import make_folder, told
-from .image_quality import Figures, see
+from .image_quality import Figures, extract_features
 from .output_files import table_facts, write_tables
 from .plots import draw_curves, draw_grid
 from .recipes import nearest
@@ -60,8 +60,10 @@ def run(
     """
     started, subject, folder = time.perf_counter(), SUBJECTS["digits"], make_folder(out)
     first, count = rank() == 0, whole_batches(samples, BATCH)
-    bench = Bench(subject, steps=STEPS, batch=BATCH, progress=progress)
-    judge = Judge(bench, see(subject.classifier(), subject.images()), seed=0, samples=count)
+    bench = Benchmark(subject, steps=STEPS, batch=BATCH, progress=progress)
+    judge = QualityMeter(
+        bench, extract_features(subject.classifier(), subject.images()), seed=0, samples=count
+    )
     rows: list[Row] = []
     pictures: dict[str, Tensor] = {}
     curves: dict[str, list[float]] = {}
@@ -102,7 +104,7 @@ def run(
     return rows
 
 
-def other_forms(bench: Bench, seed: int) -> Iterator[tuple[str, list[float]]]:
+def other_forms(bench: Benchmark, seed: int) -> Iterator[tuple[str, list[float]]]:
     """The error of temporal features by timestep in forms that none of the recipes chooses, by
     name; all are made of one calibration."""
     recipe = PRESETS["w4a8"]

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from tfmq_fx.core.arguments import check_many, path_of
 from tfmq_fx.core.config import Config
 from tfmq_fx.core.config_json import to_dict
-from tfmq_fx.core.distributed import alone, exchange, from_first, mine, rank, together
+from tfmq_fx.core.distributed import alone, exchange, from_first, rank, shard_indices, together
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
 
-from .benchmark import BATCH, STEPS, Bench, Judge, whole_batches
-from .image_quality import Seen, see
+from .benchmark import BATCH, STEPS, Benchmark, QualityMeter, whole_batches
+from .image_quality import ImageFeatures, extract_features
 from .output_files import write_files
 from .recipes import FEW, Baseline, baselines
 from .result_store import DONE, FAILED, FULL_PRECISION, Cell, Cells
@@ -149,7 +149,7 @@ def _compute_missing(
 
     with together("evaluation"):
         todo = from_first([i for i, cell in enumerate(planned) if missing(cell)], "cells")
-        own = [planned[todo[i]] for i in mine(len(todo))]
+        own = [planned[todo[i]] for i in shard_indices(len(todo))]
         with alone():
             _compute(subjects, own, missing, cells, **usual)
 
@@ -165,7 +165,7 @@ def _compute(
 ) -> None:
     """Compute cells and keep each as soon as it is done: by model and seed, and none that another
     run has finished meanwhile."""
-    real: dict[str, Seen] = {}  # two models share their reference images
+    real: dict[str, ImageFeatures] = {}  # two models share their reference images
     with tqdm(total=len(todo), disable=not progress, file=sys.stderr, leave=False) as bar:
         for subject in subjects:
             own = [cell for cell in todo if cell.model == subject.name]
@@ -173,11 +173,11 @@ def _compute(
                 continue
             bar.set_description(f"{subject.name}: reference images")
             first = own[0]
-            bench = Bench(subject, steps=first.steps, batch=first.batch, device=first.device)
+            bench = Benchmark(subject, steps=first.steps, batch=first.batch, device=first.device)
             if subject.reference not in real:
-                real[subject.reference] = see(subject.classifier(), subject.images())
+                real[subject.reference] = extract_features(subject.classifier(), subject.images())
             for seed in dict.fromkeys(cell.seed for cell in own):
-                judge = Judge(
+                judge = QualityMeter(
                     bench,
                     real[subject.reference],
                     seed=seed,

@@ -29,7 +29,7 @@ _NEIGHBOURS = 3  # of precision and recall, as in the paper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class ImageFeatures:
     """What a classifier makes of n images.
 
     features: (n, d), of its last layer but one.  spatial: (n, 7 h w), the first 7 maps of its last
@@ -42,7 +42,7 @@ class Seen:
 
 
 @torch.no_grad()
-def see(classifier: ImageClassifier, images: Tensor) -> Seen:
+def extract_features(classifier: ImageClassifier, images: Tensor) -> ImageFeatures:
     """What `classifier` makes of images (n, channels, height, width) in [-1, 1], clamped to that.
 
     Raises ConfigError where a pixel is nan or infinite: no figure would mean anything.
@@ -55,7 +55,7 @@ def see(classifier: ImageClassifier, images: Tensor) -> Seen:
         maps = classifier.feature_map(batch)[:, :SPATIAL_MAPS].flatten(1)
         parts.append((classifier.features(batch), maps, classifier(batch)))
     features, spatial, logits = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Seen(features=features, spatial=spatial, logits=logits)
+    return ImageFeatures(features=features, spatial=spatial, logits=logits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class ImageFigures:
     recall: float
 
 
-def image_figures(seen: Seen, real: Seen, labels: Tensor | None) -> ImageFigures:
+def image_figures(seen: ImageFeatures, real: ImageFeatures, labels: Tensor | None) -> ImageFigures:
     """The figures of images as `seen`, against reference images. labels: (n,), the classes asked
     for."""
     low, high = bootstrap_interval(
@@ -119,7 +119,7 @@ class PairFigures:
 
 
 def pair_figures(
-    expected: Tensor, found: Tensor, seen_expected: Seen, seen_found: Seen
+    expected: Tensor, found: Tensor, seen_expected: ImageFeatures, seen_found: ImageFeatures
 ) -> PairFigures:
     """Figures of images `found` against `expected`, both (n, channels, height, width) in [-1, 1].
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from tfmq_fx.core.config import Config
 from tfmq_fx.core.config_json import from_dict
 
-from .benchmark import Bench, Judge, Stage, free, seeds_of
+from .benchmark import Benchmark, QualityMeter, Stage, free, seeds_of
 from .recipes import MIXED
 from .result_store import DONE, FAILED, Cell, machine
 
 
 def compute_cell(
-    cell: Cell, judge: Judge, stage: Stage = lambda _: None
+    cell: Cell, judge: QualityMeter, stage: Stage = lambda _: None
 ) -> tuple[dict[str, Any], Tensor | None]:
     """The result of `cell`, JSON-ready but for infinities, and its first images.
 
@@ -55,7 +55,7 @@ def compute_cell(
     return facts | {"machine": machine(cell.device), "date": time.strftime("%Y-%m-%d")}, images
 
 
-def uniform_bytes(bench: Bench, config: Config, seed: int) -> int:
+def uniform_bytes(bench: Benchmark, config: Config, seed: int) -> int:
     """Bytes that a recipe takes with the same bits in every layer, however they are rounded."""
     spec = dataclasses.replace(config.reconstruction, rounding="nearest", refine=0, iters=0)
     plain = dataclasses.replace(config, reconstruction=spec)

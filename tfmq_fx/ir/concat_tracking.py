@@ -21,7 +21,7 @@ Cuts = frozenset[int]  # positions along a dimension at which another part begin
 
 
 @dataclass(frozen=True, slots=True)
-class Seams:
+class ConcatParts:
     """Where a value's dimensions were put together from parts.
 
     cuts: by dimension, 0 < cut < size; dimensions without any are left out.
@@ -32,10 +32,10 @@ class Seams:
     lost: str | None = None
 
 
-def seams(gm: fx.GraphModule) -> dict[fx.Node, Seams]:
+def seams(gm: fx.GraphModule) -> dict[fx.Node, ConcatParts]:
     """The seams of every tensor of a graph; what multiplies matrices makes values without any."""
-    found: dict[fx.Node, Seams] = {}
-    pieces: dict[fx.Node, list[Seams]] = {}  # of nodes that return several tensors
+    found: dict[fx.Node, ConcatParts] = {}
+    pieces: dict[fx.Node, list[ConcatParts]] = {}  # of nodes that return several tensors
     for node in gm.graph.nodes:
         found[node] = _seams(gm, node, found, pieces)
     return found
@@ -87,19 +87,19 @@ _SEVERAL = _words("chunk split tensor_split")
 def _seams(
     gm: fx.GraphModule,
     node: fx.Node,
-    found: Mapping[fx.Node, Seams],
-    pieces: dict[fx.Node, list[Seams]],
-) -> Seams:
+    found: Mapping[fx.Node, ConcatParts],
+    pieces: dict[fx.Node, list[ConcatParts]],
+) -> ConcatParts:
     inputs = [used for used in node.all_input_nodes if _is_tensor(used) or used in pieces]
     kind, name = _kind(gm, node), op_name(node)
     if not inputs or kind == "heavy":
-        return Seams()
+        return ConcatParts()
     x = inputs[0]
     if name in ("cat", "concat", "concatenate"):
         return _joined(node, found)
     if name == "getitem" and x in pieces:
         index = node.args[1]
-        return pieces[x][index] if isinstance(index, int) else Seams()
+        return pieces[x][index] if isinstance(index, int) else ConcatParts()
     dims: dict[int, Cuts] = {}
     if kind == "elementwise":
         for used in inputs:
@@ -113,14 +113,14 @@ def _seams(
         dims = _indexed(x, node, found[x].cuts)
     elif name in _SEVERAL:
         pieces[node] = list(_pieces(x, node, found[x]))
-        return Seams()
+        return ConcatParts()
     lost = next((found[used].lost for used in inputs if found[used].lost), None)
     if kind == "unknown" and not dims and any(_in_channels(used, found) for used in inputs):
         lost = f"{name or type(_module(gm, node)).__name__} mixes its channels"
-    return Seams({dim: cuts for dim, cuts in dims.items() if cuts}, lost)
+    return ConcatParts({dim: cuts for dim, cuts in dims.items() if cuts}, lost)
 
 
-def _in_channels(node: fx.Node, found: Mapping[fx.Node, Seams]) -> bool:
+def _in_channels(node: fx.Node, found: Mapping[fx.Node, ConcatParts]) -> bool:
     """Whether there are seams in a dimension that layers read channels from."""
     rank = len(_shape(node)) if _is_tensor(node) else 0
     return any(dim == rank - 1 or (dim == 1 and rank > 3) for dim in found[node].cuts)
@@ -170,7 +170,7 @@ def _size(node: fx.Node, dim: int) -> int | None:
     return shape[dim] if dim < len(shape) and isinstance(shape[dim], int) else None
 
 
-def _joined(node: fx.Node, found: Mapping[fx.Node, Seams]) -> Seams:
+def _joined(node: fx.Node, found: Mapping[fx.Node, ConcatParts]) -> ConcatParts:
     """Of a concatenation: the seams it makes, and those that its parts bring along."""
     parts = node.args[0] if node.args else node.kwargs["tensors"]
     assert isinstance(parts, (list, tuple))
@@ -194,7 +194,7 @@ def _joined(node: fx.Node, found: Mapping[fx.Node, Seams]) -> Seams:
     inner = frozenset(c for c in dims.get(along, ()) if total is not None and 0 < c < total)
     dims[along] = inner
     lost = next((found[part].lost for part in tensors if found[part].lost), None)
-    return Seams({dim: cuts for dim, cuts in dims.items() if cuts}, lost)
+    return ConcatParts({dim: cuts for dim, cuts in dims.items() if cuts}, lost)
 
 
 def _aligned(used: fx.Node, node: fx.Node, cuts: Mapping[int, Cuts]) -> Iterator[tuple[int, Cuts]]:
@@ -271,7 +271,7 @@ def _run(node: fx.Node, value: Tensor) -> Tensor:
     return result
 
 
-def _pieces(x: fx.Node, node: fx.Node, seen: Seams) -> Iterator[Seams]:
+def _pieces(x: fx.Node, node: fx.Node, seen: ConcatParts) -> Iterator[ConcatParts]:
     """The seams of each piece of a tensor that was divided along one dimension."""
     value = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     along = value % len(_shape(x)) if isinstance(value, int) else 0
@@ -284,4 +284,4 @@ def _pieces(x: fx.Node, node: fx.Node, seen: Seams) -> Iterator[Seams]:
             if cuts := frozenset(cut - start for cut in all_cuts if start < cut < end):
                 dims[along] = cuts
         start = start + size if start is not None and isinstance(size, int) else None
-        yield Seams(dims, seen.lost)
+        yield ConcatParts(dims, seen.lost)

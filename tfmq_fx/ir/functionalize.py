@@ -60,7 +60,9 @@ def inplace_(x: Tensor, method: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(x, method)(*args, **kwargs)
 
 
-def purify(graph: fx.Graph, root: nn.Module, writes: dict[fx.Node, tuple[fx.Node, ...]]) -> None:
+def functionalize(
+    graph: fx.Graph, root: nn.Module, writes: dict[fx.Node, tuple[fx.Node, ...]]
+) -> None:
     """Replace in-place writes by pure operations, in place; `writes`: node -> the values it writes.
 
     h = iadd(x, y)  ->  h = add(x, y)   where no other value that shares x's memory is read later;

@@ -22,7 +22,7 @@ from tfmq_fx.quant.bit_plan import BitPlan
 from tfmq_fx.serialization import artifact
 from tfmq_fx.serialization.call_json import call_from_json, check_fits
 from tfmq_fx.serialization.json_values import keys, typed
-from tfmq_fx.serialization.provenance import Origin
+from tfmq_fx.serialization.provenance import Provenance
 
 from .bound_model import Bound
 
@@ -72,7 +72,7 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
             model = Bound(model, _configuration(prologue, "extra.prologue", PrologueSpec))
     if loaded.origin is not None:
         with artifact.naming(Path(path) / artifact.ORIGIN_FILE):
-            model.origin = Origin.from_parts(*loaded.origin, outputs)
+            model.origin = Provenance.from_parts(*loaded.origin, outputs)
     return model
 
 

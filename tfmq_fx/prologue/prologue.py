@@ -23,10 +23,10 @@ from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.request_cut import has_lookups, tensors_of
 from tfmq_fx.passes.change_timesteps import change_timesteps
 from tfmq_fx.passes.split_prologue import Split
-from tfmq_fx.serialization.staleness import Sighting
+from tfmq_fx.serialization.staleness import TensorSnapshot
 
 from .timestep_schedule import Schedule
-from .value_cache import Entry, Kept
+from .value_cache import CacheEntry, ValueCache
 from .weight_offload import Offloaded
 
 # Rows kept for one condition where timesteps never repeat: so many that they take no more bytes
@@ -55,7 +55,7 @@ class Prologue:
     ) -> None:
         self.spec, self.kept, self.declined = spec, split.kept, split.declined
         self._names, self._timestep = tuple(names), timestep
-        self.parts = [Kept(part, spec) for part in split.parts]
+        self.parts = [ValueCache(part, spec) for part in split.parts]
         self._dtype = timestep_node(split.step).meta["val"].dtype
         self.schedule = Schedule(None, self._dtype) if schedule is None else schedule
         self.offloaded = Offloaded(split.freed, spec.offload)
@@ -149,7 +149,7 @@ class Prologue:
         }
 
     def _values(
-        self, kept: Kept, steps: list[float] | None, t: Tensor, given: list[Tensor]
+        self, kept: ValueCache, steps: list[float] | None, t: Tensor, given: list[Tensor]
     ) -> list[Tensor]:
         entry = kept.find(given, t)
         if not kept.part.stepped:
@@ -181,7 +181,7 @@ class Prologue:
         return list(kept.graph(t, *given))
 
     def _mixes(
-        self, kept: Kept, steps: Sequence[float], t: Tensor, given: Sequence[Tensor]
+        self, kept: ValueCache, steps: Sequence[float], t: Tensor, given: Sequence[Tensor]
     ) -> bool:
         """Whether a batch at several timesteps must be computed; yes as long as it is not known."""
         if kept.mixes is None and len(t) > 1 and len(set(steps)) > 1:
@@ -189,7 +189,7 @@ class Prologue:
             kept.mixing(min(steps), max(steps), given, t)
         return kept.mixes is not False
 
-    def _wanted(self, kept: Kept, entry: Entry, missing: list[float]) -> list[float]:
+    def _wanted(self, kept: ValueCache, entry: CacheEntry, missing: list[float]) -> list[float]:
         """The steps to compute now that `missing` ones are asked for."""
         schedule = self.schedule.values(meeting=missing)
         outside = [step for step in missing if schedule and step not in schedule]
@@ -205,7 +205,7 @@ class Prologue:
         return list(dict.fromkeys((*missing, *schedule)))
 
     def _fill(
-        self, kept: Kept, entry: Entry, steps: Iterable[float], given: Sequence[Tensor]
+        self, kept: ValueCache, entry: CacheEntry, steps: Iterable[float], given: Sequence[Tensor]
     ) -> None:
         """Compute what is lacking of `steps`."""
         every = list(dict.fromkeys(steps))
@@ -235,13 +235,13 @@ class Prologue:
         for step in wanted:
             entry.index[step] = len(entry.index)
 
-    def _room(self, kept: Kept, entry: Entry) -> int:
+    def _room(self, kept: ValueCache, entry: CacheEntry) -> int:
         """How many rows an entry may grow to; those of a schedule, and as many others, always."""
         row = max(1, kept.part.step_bytes * len(entry.like))
         scheduled = 2 * len(self.schedule.values())
         return min(_MOST_ROWS, max(_FEW_ROWS, scheduled, self.offloaded.nbytes() // row))
 
-    def _know(self, kept: Kept, steps: Sequence[float]) -> None:
+    def _know(self, kept: ValueCache, steps: Sequence[float]) -> None:
         """Have the part's own look-ups know these timesteps, their scales interpolated."""
         known = kept.graph.meta.get("timesteps")
         if known is None or not has_lookups(kept.graph):
@@ -272,12 +272,12 @@ class Prologue:
             raise InputError(f"{self._timestep}: NaN is no timestep")
         return steps
 
-    def _look(self) -> Sighting | None:
+    def _look(self) -> TensorSnapshot | None:
         """The state of the weights, as the whole graph has them; None where it is gone."""
         gm = self._gm()
         if gm is None:
             return None
-        return Sighting(gm, self._weights)
+        return TensorSnapshot(gm, self._weights)
 
     def _check_weights(self) -> None:
         """Where weights were changed or replaced, have all parts see it and forget values."""

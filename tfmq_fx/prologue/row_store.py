@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Rows:
+class RowStore:
     """Values (*shape) of successive steps, with their bits and layout (kernels round by it)."""
 
     def __init__(self) -> None:

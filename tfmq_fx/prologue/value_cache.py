@@ -12,10 +12,10 @@ from tfmq_fx.core.config import PrologueSpec
 from tfmq_fx.passes.split_prologue import Part
 
 from .condition_snapshot import Snapshot
-from .row_store import Rows
+from .row_store import RowStore
 
 
-class Entry:
+class CacheEntry:
     """The values of one set of conditions: rows by timestep, or one value for all steps.
 
     key: what else the values depend on: device and dtype of the timestep, batch size, the layout of
@@ -33,7 +33,7 @@ class Entry:
         self.index: dict[float, int] = {}
         self._known: Tensor | None = None  # the same on the device
         self.used = set[float]()
-        self.rows = [Rows() for _ in self._part.names]
+        self.rows = [RowStore() for _ in self._part.names]
 
     @property
     def is_reproducible(self) -> bool:
@@ -71,13 +71,13 @@ class Entry:
         return sum(rows.nbytes() for rows in self.rows) + self.conditions.nbytes()
 
 
-class Kept:
+class ValueCache:
     """The entries of one part, the most recently used first."""
 
     def __init__(self, part: Part, spec: PrologueSpec) -> None:
         self.part, self._capacity = part, spec.capacity
         self.graph = part.graph  # knows more timesteps as they come
-        self.entries: list[Entry] = []
+        self.entries: list[CacheEntry] = []
         self.mixes: bool | None = None  # whether samples depend on each other; None: not known
         # where values depend on the timestep only, all samples have the same: one is kept
         self.shared = part.stepped and not part.conditions
@@ -85,7 +85,7 @@ class Kept:
         self.interpolated = 0
         self.computed = 0  # how many steps' values were made so far
 
-    def find(self, given: Sequence[Tensor], t: Tensor) -> Entry:
+    def find(self, given: Sequence[Tensor], t: Tensor) -> CacheEntry:
         """The entry of these conditions at this batch size, made where there is none."""
         device = t.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -97,7 +97,7 @@ class Kept:
                     return entry
         if self.entries and self.part.stepped:
             self.restless = self.restless + 1 if len(self.entries[0].used) < 2 else 0
-        self.entries.insert(0, Entry(self.part, given, key=key, like=t))
+        self.entries.insert(0, CacheEntry(self.part, given, key=key, like=t))
         del self.entries[self._capacity :]
         return self.entries[0]
 

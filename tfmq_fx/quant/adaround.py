@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.core.distributed import exchange, summed
+from tfmq_fx.core.distributed import all_reduce_sum, exchange
 from tfmq_fx.core.stages import Stage
 
 from .affine import QParams, levels
@@ -118,7 +118,7 @@ def sum_of_squares(value: Tensor) -> Tensor:
     return norm.square()
 
 
-class SoftLayer(nn.Module):
+class AdaRoundLayer(nn.Module):
     """A quantized layer with soft weights, a learnable bias and straight-through input rounding.
 
     target: (out, ...) values to round: the float weight, or where second-order rounding put it.
@@ -195,7 +195,7 @@ def with_float_inputs(layer: QuantLayer) -> QuantLayer:
 
 def learn(
     forward: Callable[..., Any],
-    layers: list[SoftLayer],
+    layers: list[AdaRoundLayer],
     batches: Sequence[Batch],
     *,
     before: float,
@@ -259,7 +259,7 @@ def _sum_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     joined = torch.cat([loss.to(gradients[0])[None], *(g.flatten() for g in gradients)])
     total: Tensor
-    total, *parts = summed(joined, "gradients").split([1, *(g.numel() for g in gradients)])
+    total, *parts = all_reduce_sum(joined, "gradients").split([1, *(g.numel() for g in gradients)])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter)
     return total[0]

@@ -52,7 +52,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class Provenance:
     """The captured model without its weights, and all else that a conversion depends on.
 
     graph: the captured graph as JSON, or "" where `obstacle` says why it cannot be written.
@@ -126,7 +126,7 @@ class Origin:
                 names.append(name)
         return names + list(differences(self.behaviour, source))
 
-    def portable(self) -> Origin:
+    def portable(self) -> Provenance:
         """Without what only lives in this process."""
         if self.calibration is None:
             return self
@@ -213,8 +213,8 @@ class Origin:
 def describe(
     captured: fx.GraphModule, source: nn.Module
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What an `Origin` says of a captured graph and of the model that it is the graph of, and the
-    tensors of the graph.
+    """What an `Provenance` says of a captured graph and of the model that it is the graph of, and
+    the tensors of the graph.
 
     Every weight is read once, for its fingerprint, and none is kept.
     """

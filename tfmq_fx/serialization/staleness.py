@@ -22,7 +22,7 @@ _NOTHING: Behaviour = {}
 _FUSED = ("merged", "merged_adapters", "disable_adapters", "scaling")  # of an adapter of peft's
 
 
-class SourceWatch:
+class StalenessCheck:
     """Watches the model that a graph was made from, without keeping it or its memory alive.
 
     fingerprints: of each tensor, by name; of them, parameters and buffers are watched.  held: the
@@ -47,7 +47,7 @@ class SourceWatch:
         self.outside = outside or Outside({})
         self._kind = type(source).__name__
         self._behaviour = behaviour or _NOTHING
-        self._seen: Sighting | None = None  # the last one that was fine, modules included
+        self._seen: TensorSnapshot | None = None  # the last one that was fine, modules included
         self._source = weakref.ref(source)
         plain = {
             f"{path}.{leaf}".removeprefix(".")
@@ -59,9 +59,9 @@ class SourceWatch:
         found = {name: _at(source, name) for name in self._fingerprints}
         shared = all(_in_same_memory(value, held[name]) for name, value in found.items())
         if shared and not differences(self._behaviour, source):
-            self._seen = Sighting(source, found, self._behaviour)
+            self._seen = TensorSnapshot(source, found, self._behaviour)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SourceWatch:
+    def __deepcopy__(self, memo: dict[int, Any]) -> StalenessCheck:
         return self  # there is one source, and what was seen of it is true for all
 
     def watches(self, source: nn.Module) -> bool:
@@ -142,7 +142,7 @@ class SourceWatch:
                 f"{explained(different)}. Prepare and convert it anew, set it back, or call "
                 "model.forget_source() to go on with what it was."
             )
-        self._seen = Sighting(source, self._fingerprints, self._behaviour)
+        self._seen = TensorSnapshot(source, self._fingerprints, self._behaviour)
 
     def _changed(self, source: nn.Module, names: Collection[str]) -> list[str]:
         """Those of `names` whose tensors are gone or hold something else."""
@@ -154,7 +154,7 @@ class SourceWatch:
         return [name for name in names if not same(name)]
 
 
-class Sighting:
+class TensorSnapshot:
     """Where tensors of a model lie, and how recorded modules stand: for a quick look, without
     holding a module, a tensor, or its memory.
 
