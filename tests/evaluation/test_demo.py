@@ -98,7 +98,9 @@ def test_every_variant_is_a_row_with_its_figures(ran):
     for row in (full, tables, eight, nearest, everything):
         assert row["images"]["fid_low"] <= row["images"]["fid"] <= row["images"]["fid_high"]
         assert row["backend"] == "eager"
-        assert row["backend_note"] == "BackendError: no compiler here"
+    notes = [row["backend_note"] for row in (full, tables, eight, nearest, everything)]
+    refused = "BackendError: no compiler here"
+    assert notes == [refused, None, refused, None, refused]
 
 
 def test_the_table_the_pictures_and_the_models_are_written(ran):
