@@ -21,17 +21,19 @@ def require(condition: bool, message: str) -> None:
 
 def check_types(spec: Any) -> None:
     """Refuse a field whose value is not of its declared type; iterables become tuples."""
-    hints = field_types(type(spec))
+    kind: type = type(spec)
+    hints = field_types(kind)
     for each in dataclasses.fields(spec):
         value, hint = getattr(spec, each.name), hints[each.name]
-        where = f"{type(spec).__name__}.{each.name}"
         wants_tuple = str(each.type).startswith("tuple")
         if wants_tuple and isinstance(value, Iterable) and not isinstance(value, str):
             value = tuple(value)
             object.__setattr__(spec, each.name, value)
         is_literal = get_origin(hint) is Literal
-        kind = f"one of {get_args(hint)}" if is_literal else f"of type {each.type}"
-        require(_is_a(value, hint), f"{where} must be {kind}, got {value!r:.80}")
+        text = f"one of {get_args(hint)}" if is_literal else f"of type {each.type}"
+        require(
+            _is_a(value, hint), f"{kind.__name__}.{each.name} must be {text}, got {value!r:.80}"
+        )
 
 
 def check_range(spec: Any, low: float, high: float, *names: str) -> None:

@@ -14,8 +14,10 @@ TINY_SCALE = 2.0**-126  # the least scale of an input: 1 / it is finite
 class FixedDtypeModule(nn.Module):
     """A module whose tensors keep their dtype when the model is cast, and move with it.
 
-    Where it has a `dtype`, the dtype of its output, casting changes that.
+    `dtype`, if it has one, is that of its output, and changes with a cast.
     """
+
+    dtype: torch.dtype
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Self:
