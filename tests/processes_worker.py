@@ -431,7 +431,7 @@ def checkpoints(folder):
                 same_model(many, one)
                 half = convert(prepared, checkpoint=folder / "one", progress=False)
                 same_model(many, half)
-                for path in sorted((folder / "one").glob("rounding*"))[::2]:
+                for path in sorted((folder / "one").glob("round_weights*"))[::2]:
                     path.unlink()
         distributed.exchange(None, "written")
         total, found = len(list((folder / "many").iterdir())), len(list((folder / "one").iterdir()))

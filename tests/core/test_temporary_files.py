@@ -11,7 +11,7 @@ import torch
 
 from tfmq_fx.calibration.activation_store import ActivationStore
 from tfmq_fx.core.files import write_whole
-from tfmq_fx.core.temporary_files import file_beside, folder_beside, folder_of
+from tfmq_fx.core.temporary_files import folder_beside, folder_of
 
 pytest.importorskip("fcntl", reason="this system has no such locks")
 
@@ -22,10 +22,10 @@ from tfmq_fx.core import temporary_files as leftovers
 target = Path(sys.argv[1], "name")
 class Owner: pass
 owner = Owner()
-with leftovers.folder_beside(target, "new") as new, leftovers.file_beside(target) as made:
+with leftovers.folder_beside(target, "new") as new, leftovers.folder_beside(target, "part") as made:
     (new / "deep").mkdir()
     (new / "deep" / "content").write_text("x" * 1000)
-    made.write_text("half of")
+    (made / "content").write_text("half of")
     path, _ = leftovers.folder_of(owner, "spill")
     (path / "1").write_text("values")
     print("made", flush=True)
@@ -63,7 +63,10 @@ def make_some(folder):
         pass
 
     owner = Owner()
-    with folder_beside(folder / "name", "new") as new, file_beside(folder / "name") as made:
+    with (
+        folder_beside(folder / "name", "new") as new,
+        folder_beside(folder / "name", "part") as made,
+    ):
         path, remove = folder_of(owner, "spill")
         assert path.stat().st_mode & 0o777 == 0o700
         own = {new.name, made.name, path.name}
@@ -118,7 +121,9 @@ def test_what_belongs_to_another_user_is_left_alone(tmp_path):
 
 def test_a_file_that_is_written_again_has_no_halves_beside_it(tmp_path):
     path = tmp_path / "file"
-    (tmp_path / f".file.part-{'a' * 16}").write_text("half of")
+    half = tmp_path / f".file.part-{'a' * 16}"
+    half.mkdir()
+    (half / "content").write_text("half of")
     write_whole(path, "whole", 0o600)
     assert [*tmp_path.iterdir()] == [path] and path.stat().st_mode & 0o777 == 0o600
 

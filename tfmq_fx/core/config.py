@@ -1,16 +1,17 @@
 """Frozen configuration values: what is quantized, to how many bits, and how it is reconstructed.
 
-Every value checks itself when it is made, prints as the call that makes it, changes with
-`dataclasses.replace`, and survives `to_dict` / `from_dict` (unknown keys are errors).
+Every value checks itself when it is made, prints as the call that makes it, and changes with
+`dataclasses.replace`. `config_json` converts it to plain dicts and back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
-from .layer_config import ActivationSpec, LayerConfig, WeightSpec
-from .spec_checks import check_kinds, one_of, require
+from .layer_config import ActivationSpec, LayerConfig
+from .spec_checks import check_range, check_types, require
 
 Rounding = Literal["nearest", "second-order"]
 Sampling = Literal["uniform", "normal"]
@@ -39,21 +40,12 @@ class TemporalSpec:
     tiar_iters: int = 1000
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        one_of("TemporalSpec.mode", self.mode, TemporalMode)
-        object.__setattr__(self, "cache_bits", tuple(self.cache_bits))
+        check_types(self)
         require(
             bool(self.cache_bits) and set(self.cache_bits) <= {4, 8},
             f"TemporalSpec.cache_bits must be drawn from 4 and 8, got {self.cache_bits}",
         )
-        require(
-            self.budget is None or self.budget >= 0,
-            f"TemporalSpec.budget must be a number of bytes or None, got {self.budget}",
-        )
-        require(
-            self.tiar_iters >= 0,
-            f"TemporalSpec.tiar_iters must not be negative, got {self.tiar_iters}",
-        )
+        check_range(self, 0, inf, "budget", "tiar_iters")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,15 +70,10 @@ class RewriteSpec:
     low_rank: int = 0
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        require(
-            self.tcr is None or self.tcr >= 1,
-            f"RewriteSpec.tcr must be a limit of at least 1 or None, got {self.tcr}",
-        )
-        require(
-            self.smooth is None or 0 <= self.smooth <= 1,
-            f"RewriteSpec.smooth must be 0 to 1 or None, got {self.smooth}",
-        )
+        check_types(self)
+        check_range(self, 1, inf, "tcr")
+        check_range(self, 0, 1, "smooth")
+        check_range(self, 0, inf, "low_rank")
         require(
             self.tcr is None or self.smooth is None,
             "RewriteSpec: tcr and smooth both scale the input channels of linear layers; "
@@ -95,10 +82,6 @@ class RewriteSpec:
         require(
             self.rotate is None or (self.rotate >= 2 and self.rotate & (self.rotate - 1) == 0),
             f"RewriteSpec.rotate must be a power of two or None, got {self.rotate}",
-        )
-        require(
-            self.low_rank >= 0,
-            f"RewriteSpec.low_rank must not be negative, got {self.low_rank}",
         )
 
 
@@ -118,8 +101,7 @@ class AttentionSpec:
     probabilities: Softmax = "uniform"
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        one_of("AttentionSpec.probabilities", self.probabilities, Softmax)
+        check_types(self)
         require(
             self.activations.format == "int" and not self.activations.dynamic,
             "AttentionSpec.activations must be integers with calibrated ranges, "
@@ -175,27 +157,11 @@ class ReconstructionSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        one_of("ReconstructionSpec.rounding", self.rounding, Rounding)
-        one_of("ReconstructionSpec.sampling", self.sampling, Sampling)
-        for name in ("samples", "cache", "memory", "batch_size"):
-            value = getattr(self, name)
-            require(value > 0, f"ReconstructionSpec.{name} must be positive, got {value}")
-        not_negative = (
-            "refine",
-            "iters",
-            "rounds",
-            "round_iters",
-            "learning_rate",
-            "regularization",
-            "damping",
-        )
-        for name in not_negative:
-            value = getattr(self, name)
-            require(value >= 0, f"ReconstructionSpec.{name} must not be negative, got {value}")
-        require(
-            0 <= self.center <= 1, f"ReconstructionSpec.center must be 0 to 1, got {self.center}"
-        )
+        check_types(self)
+        check_range(self, 1, inf, "samples", "cache", "memory", "batch_size")
+        check_range(self, 0, inf, "refine", "iters", "rounds", "round_iters")
+        check_range(self, 0, inf, "learning_rate", "regularization", "damping")
+        check_range(self, 0, 1, "center")
         require(
             self.rounds == 0 or self.round_iters > 0,
             "ReconstructionSpec: rounds of resampling need round_iters, Adam steps of each",
@@ -230,8 +196,7 @@ class Config:
     correction: Correction = "none"
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        one_of("Config.correction", self.correction, Correction)
+        check_types(self)
         acts = self.layers.activations
         scaling = [n for n in ("tcr", "smooth", "rotate") if getattr(self.rewrites, n) is not None]
         require(
@@ -266,33 +231,5 @@ class PrologueSpec:
     on_miss: OnMiss = "compute"
 
     def __post_init__(self) -> None:
-        require(
-            not isinstance(self.conditions, str),
-            f"PrologueSpec.conditions must be a sequence of names, got {self.conditions!r}",
-        )
-        check_kinds(self)
-        if self.conditions is not None:
-            object.__setattr__(self, "conditions", tuple(self.conditions))
-        require(
-            self.steps is None or self.steps >= 1,
-            f"PrologueSpec.steps must be at least 1, got {self.steps}",
-        )
-        require(
-            self.capacity >= 1, f"PrologueSpec.capacity must be at least 1, got {self.capacity}"
-        )
-        one_of("PrologueSpec.offload", self.offload, Offload)
-        one_of("PrologueSpec.on_miss", self.on_miss, OnMiss)
-
-
-NESTED: dict[str, type] = {
-    "weights": WeightSpec,
-    "activations": ActivationSpec,
-    "layers": LayerConfig,
-    "first": LayerConfig,
-    "last": LayerConfig,
-    "rewrites": RewriteSpec,
-    "attention": AttentionSpec,
-    "temporal": TemporalSpec,
-    "reconstruction": ReconstructionSpec,
-}
-"""Fields whose value is a configuration of its own, and of which kind."""
+        check_types(self)
+        check_range(self, 1, inf, "steps", "capacity")

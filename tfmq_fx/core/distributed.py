@@ -1,11 +1,8 @@
-"""Many processes that do one piece of work: who takes what, and what all of them know afterwards.
+"""Share work, results and errors among the processes of torch.distributed's default group.
 
-They are those of torch.distributed's default group (`torchrun`, `init_process_group`). Without a
-group, or within `alone`, there is one process, and nothing here does anything. Whatever is
-exchanged goes through `exchange`, `gather_to_first` and `all_reduce_sum`, which look first whether
-all processes
-have come to the same place: where one of them failed, the others raise its error instead of waiting
-for it.
+Without a group (`torchrun`, `init_process_group`), or within `alone`, there is one process and
+every function here returns at once. Every exchange first compares the places that the processes
+have reached: where one of them failed, the others raise its error instead of waiting for it.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .errors import ConfigError
 
@@ -32,29 +30,29 @@ R = TypeVar("R")
 _alone = ContextVar("alone", default=False)
 
 
-# ---------------------------------------------------------------------------- who there is
+# ---------------------------------------------------------------------------- process group
 
 
 def world() -> int:
-    """How many processes work together."""
+    """The number of processes in the group."""
     if _alone.get() or not dist.is_available() or not dist.is_initialized():
         return 1
     return dist.get_world_size()
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The index of this process in the group, from 0."""
     return 0 if world() == 1 else dist.get_rank()
 
 
 def shard_indices(count: int) -> range:
-    """Which of `count` items this process takes: every `world()`-th."""
+    """The indices, out of `count`, that this process takes: every `world()`-th."""
     return range(rank(), count, world())
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within it, this process works as if there were no others, who need not be there."""
+    """Work without the other processes of the group inside a `with` block."""
     token = _alone.set(True)
     try:
         yield
@@ -64,8 +62,11 @@ def alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def started() -> Iterator[None]:
-    """A group as `torchrun` describes it in the environment, where it does and there is none yet;
-    over nccl where there is a CUDA device for each process, else over gloo."""
+    """Join the group that `torchrun` describes in the environment, unless there is one already.
+
+    The backend is nccl where each process has a CUDA device, else gloo. Without `torchrun` nothing
+    happens.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -73,27 +74,26 @@ def started() -> Iterator[None]:
     cuda = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if cuda:
         torch.cuda.set_device(local)
-    # they wait for each other at the end of long work, of which one may have hours more
-    backend, patience = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(days=1)
-    dist.init_process_group(backend, timeout=patience)
+    # processes wait for each other at the end of long work, where one may have hours more
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------- work in turn
+# ---------------------------------------------------------------------------- division of work
 
 
 def nothing() -> None:
-    """Does nothing."""
+    """Do nothing: the default `done` of `shard`."""
 
 
 def shard(items: Iterable[T], done: Callable[[], None] = nothing) -> Iterator[T]:
-    """Those of `items` that this process takes, every `world()`-th.
+    """The items that this process takes: every `world()`-th.
 
-    done: called by every process after each round, in which each takes one item at most, so that
-    what was found is put together in the order of the items. Never where there is one process.
+    done: called by every process after each round, in which each takes at most one item, so that
+    results can be merged in the order of the items. Not called where there is one process.
     """
     count, place = world(), rank()
     if count == 1:
@@ -110,18 +110,18 @@ def shard(items: Iterable[T], done: Callable[[], None] = nothing) -> Iterator[T]
 
 
 def in_order(items: Iterable[T], work: Callable[[T], R], what: str) -> Iterator[R]:
-    """work(item) of each item, in their order, in every process; each is done by one of them."""
+    """The results work(item) in the order of the items; one process computes each, all get it."""
     if world() == 1:
         yield from map(work, items)
         return
     rest = iter(items)
     while turn := list(itertools.islice(rest, world())):
-        for found in exchange([work(item) for item in turn[rank() : rank() + 1]], what):
-            yield from found
+        for results in exchange([work(item) for item in turn[rank() : rank() + 1]], what):
+            yield from results
 
 
 def interleaved(own: Sequence[T], count: int, what: str) -> list[T]:
-    """All `count` items, in their order, of which this process holds `shard_indices`."""
+    """All `count` items in order, where each process holds those of its `shard_indices`."""
     parts = exchange(own, what)
     return [parts[i % world()][i // world()] for i in range(count)]
 
@@ -130,42 +130,42 @@ def interleaved(own: Sequence[T], count: int, what: str) -> list[T]:
 
 
 def exchange(value: T, what: str) -> list[T]:
-    """The values of all processes, in their order.
+    """The values of all processes, by rank.
 
-    value: anything that can be pickled; tensors keep their bits and strides, and their kind of
-    device.  what: the place in the work; every process must be at the same one.
-    Raises the error of a process that failed, and ConfigError where one is elsewhere.
+    value: anything that can be pickled; tensors keep bits, strides and device type.
+    what: the name of the place in the work, which must be the same in every process.
+    Raises the error of a process that failed, and ConfigError where one is at another place.
     """
     if world() == 1:
         return [value]
-    found = _meet(what, packed=pack(value))
-    return [value if i == rank() else unpack(each) for i, each in enumerate(found)]
+    packed = _meet(what, packed=pack(value))
+    return [value if i == rank() else unpack(each) for i, each in enumerate(packed)]
 
 
 def gather_to_first(value: T, what: str) -> list[T]:
-    """The values of all processes in the first one, nothing in the others; as `exchange`."""
+    """The values of all processes in the first one, an empty list in the others."""
     if world() == 1:
         return [value]
     packed = b"" if rank() == 0 else pack(value)
     _meet(what)
-    found: list[Any] | None = [b""] * world() if rank() == 0 else None
-    dist.gather_object(packed, found, dst=0)
-    return [] if found is None else [value, *map(unpack, found[1:])]
+    gathered: list[Any] | None = [b""] * world() if rank() == 0 else None
+    dist.gather_object(packed, gathered, dst=0)
+    return [] if gathered is None else [value, *map(unpack, gathered[1:])]
 
 
 def from_first(value: T, what: str) -> T:
-    """The value of the first process, in all of them; what the others give counts for nothing."""
+    """The value of the first process in all of them; the others' values are ignored."""
     if world() == 1:
         return value
-    found = [pack(value) if rank() == 0 else b""]
+    packed = [pack(value) if rank() == 0 else b""]
     _meet(what)
-    dist.broadcast_object_list(found, src=0)
-    made: T = value if rank() == 0 else unpack(found[0])
-    return made
+    dist.broadcast_object_list(packed, src=0)
+    first: T = value if rank() == 0 else unpack(packed[0])
+    return first
 
 
 def all_reduce_sum(value: Tensor, what: str) -> Tensor:
-    """The sum of all processes' tensors, the same bits in each of them; `value` is overwritten."""
+    """The sum of all processes' tensors, with the same bits in each; overwrites `value`."""
     if world() == 1:
         return value
     _meet(what)
@@ -176,7 +176,7 @@ def all_reduce_sum(value: Tensor, what: str) -> Tensor:
 
 
 def check_same(what: str, facts: Mapping[str, Any]) -> None:
-    """Raise ConfigError in every process where one has other `facts` than the first, naming them.
+    """Raise ConfigError in every process, naming the difference, unless all have equal `facts`.
 
     facts: plain values that can be compared, by name.
     """
@@ -184,21 +184,20 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
         return
     first, *others = exchange(_flat(facts), what)
     for place, other in enumerate(others, 1):
-        named = [n for n in dict.fromkeys([*first, *other]) if first.get(n) != other.get(n)]
-        if named:
-            shown = "; ".join(f"{n}: {first.get(n)!r} and {other.get(n)!r}" for n in named[:5])
+        names = [n for n in dict.fromkeys([*first, *other]) if first.get(n) != other.get(n)]
+        if names:
+            shown = "; ".join(f"{n}: {first.get(n)!r} and {other.get(n)!r}" for n in names[:5])
             raise _known(ConfigError(f"{what} differs between processes 0 and {place} ({shown})"))
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings and sequences as one dict whose keys are dotted paths."""
     flat: dict[str, Any] = {}
     for name, value in facts.items():
         if isinstance(value, (list, tuple)):
             value = {str(i): v for i, v in enumerate(value)}
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{inner}": v for inner, v in _flat(value).items()}
-        else:
-            flat[str(name)] = value
+        inner = _flat(value) if isinstance(value, Mapping) else None
+        flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
     return flat
 
 
@@ -207,8 +206,11 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """Work that all processes do: an error of one is raised by each of them, by the others where
-    they exchange something next, or at the end. Where several fail it is that of the first."""
+    """Raise an error of one process inside a `with` block in all of them.
+
+    The others raise it at their next exchange or at the end of the block. Where several processes
+    fail, it is the error of the lowest rank.
+    """
     if world() == 1:
         yield
         return
@@ -222,13 +224,14 @@ def together(what: str) -> Iterator[None]:
 
 
 def _meet(what: str, own: Exception | None = None, packed: bytes = b"") -> list[bytes]:
-    """What all processes, at the place `what` and without an error, have packed.
+    """The bytes `packed` of all processes, provided that all are at the place `what`.
 
-    Raises, in every process, the error of the first that has one, else ConfigError.
+    own: the error of this process. Every process raises the error of the lowest rank that has one,
+    or ConfigError where the places differ.
     """
-    given: list[Any] = [None] * world()
-    dist.all_gather_object(given, (what, _portable(own), packed))
-    places, errors, found = zip(*given, strict=True)
+    gathered: list[Any] = [None] * world()
+    dist.all_gather_object(gathered, (what, _portable(own), packed))
+    places, errors, contents = zip(*gathered, strict=True)
     for place, error in enumerate(errors):
         if error is not None and place == rank():
             assert own is not None
@@ -238,18 +241,20 @@ def _meet(what: str, own: Exception | None = None, packed: bytes = b"") -> list[
             raise _known(error) from own
     if len(set(places)) > 1:
         shown = ", ".join(f"process {i} is at {where}" for i, where in enumerate(places))
-        raise _known(ConfigError(f"the processes were not called alike: {shown}"))
-    return list(found)
+        raise _known(
+            ConfigError(f"processes called different functions or in a different order: {shown}")
+        )
+    return list(contents)
 
 
 def _known(error: Exception) -> Exception:
-    """The error, marked as one that every process raises."""
+    """Mark an error as one that every process raises."""
     error._known_to_all = True  # type: ignore[attr-defined]
     return error
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error, or where it cannot be pickled one that says the same."""
+    """The error, or a RuntimeError of the same text where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -257,40 +262,23 @@ def _portable(error: Exception | None) -> Exception | None:
     return error
 
 
-# ---------------------------------------------------------------------------- values on the way
-
-
-class _Pickler(pickle.Pickler):
-    """Has tensors pickled by their elements alone, not by all of their memory and its device."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is not Tensor or value.layout is not torch.strided or value.is_quantized:
-            return NotImplemented
-        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        plain = torch.view_as_real(plain) if plain.is_complex() else plain
-        content = bytearray(plain.flatten().view(torch.uint8).numpy())
-        stride = torch.empty_like(value, device="meta").stride()
-        return _tensor, (content, value.dtype, value.shape, stride, value.device.type)
-
-
-def _tensor(
-    content: bytearray, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], device: str
-) -> Tensor:
-    """The tensor whose elements have these bytes, in memory of its own."""
-    found = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    if content:
-        found.copy_(torch.frombuffer(content, dtype=torch.uint8).view(dtype).view(shape))
-    return found
+# ---------------------------------------------------------------------------- serialization
 
 
 def pack(value: Any) -> bytes:
-    """Anything that can be pickled, as bytes for another process of this program."""
+    """Serialize anything that can be pickled for another process of this program."""
     file = io.BytesIO()
-    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    # cloned: saving a view would send all the memory that it shares
+    torch.save(tree_map_only(Tensor, lambda x: x.detach().clone(), value), file)
     return file.getvalue()
 
 
 def unpack(packed: bytes) -> Any:
-    """The value that was packed: tensors with the same bits and strides, on a device of the same
-    kind. Runs what the bytes say, which other processes of this program wrote."""
-    return pickle.loads(packed)
+    """Restore a value from `pack`: tensors with the same bits and strides, on a device of the same
+    type. Unpickles without restrictions: the bytes must come from this program."""
+    return torch.load(io.BytesIO(packed), map_location=_own_device, weights_only=False)
+
+
+def _own_device(storage: Any, location: str) -> Any:
+    """Move what was on another process's CUDA device to this one's."""
+    return storage.cuda() if location.startswith("cuda") else storage

@@ -1,5 +1,4 @@
-"""Where files go that are kept between runs, and whether others may have written them; a file that
-appears complete, or not at all, whenever the process dies."""
+"""Locate the cache folder, check who can write a file, and write files atomically."""
 
 from __future__ import annotations
 
@@ -8,12 +7,12 @@ import stat
 import tempfile
 from pathlib import Path
 
-from .temporary_files import file_beside
+from .temporary_files import folder_beside
 
 
 def cache_folder() -> Path:
-    """Where results that can be made anew are kept: $TFMQ_FX_CACHE, or tfmq_fx in the user's cache
-    directory, or for a user without a home a folder of its own where temporary files go."""
+    """The folder for results that can be computed again: $TFMQ_FX_CACHE, or tfmq_fx in the user's
+    cache directory, or a folder in TMPDIR for a user without a home."""
     if named := os.environ.get("TFMQ_FX_CACHE"):
         return Path(named).absolute()
     if base := os.environ.get("XDG_CACHE_HOME"):
@@ -26,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, and those above it, where there is none yet, for this user alone."""
+    """Create a folder and its missing parents, readable by this user alone."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except FileNotFoundError:
@@ -35,9 +34,10 @@ def make_private(folder: Path) -> None:
 
 
 def distrusted(info: os.stat_result, writers: int = stat.S_IWGRP | stat.S_IWOTH) -> str | None:
-    """Why others may have written a file or folder, or None where only this user and root can.
+    """The reason why others may have written a file or folder, or None if only this user and root
+    can.
 
-    writers: who else must not be able to, in bits of the mode.
+    writers: mode bits that others must not have.
     """
     if not hasattr(os, "geteuid"):
         return None
@@ -49,11 +49,11 @@ def distrusted(info: os.stat_result, writers: int = stat.S_IWGRP | stat.S_IWOTH)
 
 
 def open_trusted(path: str | Path, within: int | None = None) -> int:
-    """A descriptor of a file or folder that nobody but this user and root can have written.
+    """Open a file or folder that only this user and root can have written; returns a descriptor.
 
-    within: the descriptor of the folder that `path` names something in, which then is no link.
-    What is looked at is what was opened: nothing can be put in its place between.
-    Raises OSError: PermissionError, saying why, where others can write it.
+    within: descriptor of the folder that `path` is relative to; links are then refused.
+    The open file is checked, so nothing can be put in its place in between.
+    Raises OSError; PermissionError, with the reason, where others can write it.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # else a pipe waits for ever
     flags |= 0 if within is None else getattr(os, "O_NOFOLLOW", 0)
@@ -69,14 +69,16 @@ def open_trusted(path: str | Path, within: int | None = None) -> int:
 
 
 def write_whole(path: Path, content: bytes | str, mode: int = 0o666) -> None:
-    """Write `content`, text in UTF-8, beside `path` and rename it when it is on disk.
+    """Write `content` (text as UTF-8) to `path`, complete or not at all.
 
     mode: of the file, less the umask.
     Raises OSError where it cannot be written; what was at `path` is then still there.
     """
-    with file_beside(path, mode) as made:
-        with made.open("wb") as file:
+    with folder_beside(path, "part") as folder:
+        new = folder / "content"
+        descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(made, path)
+        os.replace(new, path)

@@ -14,11 +14,11 @@ R = TypeVar("R")
 
 
 def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, run with inference mode left where the caller is in it."""
+    """Wrap `function` so that it runs outside inference mode."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
+        if not torch.is_inference_mode_enabled():  # entering the context would enable gradients
             return function(*args, **kwargs)
         with torch.inference_mode(False):
             return function(*args, **kwargs)
@@ -27,6 +27,6 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def ordinary(value: Tensor) -> Tensor:
-    """The tensor, detached; a copy where it was made in inference mode, as autograd takes none of
-    those and nothing counts what is written to them."""
+    """The tensor, detached; a copy if it was created in inference mode, since autograd refuses such
+    tensors and they have no version counter."""
     return value.detach().clone() if value.is_inference() else value.detach()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
-from .spec_checks import check_kinds, one_of, require
+from .spec_checks import check_range, check_types, require
 
 Format = Literal["int", "fp8"]
 RangeEstimator = Literal["minmax", "mse"]
@@ -36,14 +37,9 @@ class WeightSpec:
     format: Format = "int"
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        require(self.bits in range(2, 9), f"WeightSpec.bits must be 2 to 8, got {self.bits}")
-        require(self.search >= 1, f"WeightSpec.search must be at least 1, got {self.search}")
-        require(
-            self.group_size is None or self.group_size >= 1,
-            f"WeightSpec.group_size must be a number of channels or None, got {self.group_size}",
-        )
-        one_of("WeightSpec.format", self.format, Format)
+        check_types(self)
+        check_range(self, 2, 8, "bits")
+        check_range(self, 1, inf, "search", "group_size")
         if self.format == "fp8":
             require(self.bits == 8, f"WeightSpec: fp8 has 8 bits, got bits={self.bits}")
             require(
@@ -77,17 +73,12 @@ class ActivationSpec:
     dynamic: bool = False
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        check_types(self)
         require(
             self.bits in (4, 5, 6, 7, 8, 16),
             f"ActivationSpec.bits must be 4 to 8 or 16, got {self.bits}",
         )
-        one_of("ActivationSpec.ranges", self.ranges, RangeEstimator)
-        one_of("ActivationSpec.format", self.format, Format)
-        require(
-            self.timestep_groups is None or self.timestep_groups >= 1,
-            f"ActivationSpec.timestep_groups must be positive or None, got {self.timestep_groups}",
-        )
+        check_range(self, 1, inf, "timestep_groups")
         if self.dynamic:
             require(
                 self.timestep_groups is None and self.ranges == "minmax",
@@ -116,18 +107,17 @@ class LayerConfig:
     activations: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        check_types(self)
         require(
             self.weights is not None or self.activations is None,
             "LayerConfig: activations cannot be quantized with floating-point weights; "
             "give weights=WeightSpec(...) as well",
         )
-        sides = (self.weights, self.activations)
-        formats = {side.format for side in sides if side is not None}
+        formats = [s.format for s in (self.weights, self.activations) if s is not None]
         require(
-            len(formats) < 2,
-            "LayerConfig: weights and activations must have the same format, got "
-            f"{' and '.join(side.format for side in sides if side is not None)}",
+            len(set(formats)) < 2,
+            f"LayerConfig: weights and activations must have the same format, got "
+            f"{' and '.join(formats)}",
         )
 
     @property

@@ -12,6 +12,7 @@ from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 
 from .errors import CaptureError
+from .padding import functional_widths, padding_widths
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OF_CLASSES = ("forward", "_conv_forward")  # what layers of torch.nn compute with
@@ -125,13 +126,9 @@ def _pads_as_made(layer: nn.Module) -> bool:
     widths = getattr(layer, "_reversed_padding_repeated_twice", None)
     if widths is None or getattr(layer, "padding_mode", "zeros") == "zeros":
         return True
-    layer_: Any = layer
-    if isinstance(layer_.padding, str):
-        total = [d * (k - 1) for d, k in zip(layer_.dilation, layer_.kernel_size, strict=True)]
-        both = [(n // 2, n - n // 2) if layer_.padding == "same" else (0, 0) for n in total]
-    else:
-        both = [(n, n) for n in layer_.padding]
-    return list(widths) == [width for pair in reversed(both) for width in pair]
+    sizes: Any = layer
+    expected = padding_widths(sizes.padding, sizes.kernel_size, sizes.dilation)
+    return tuple(widths) == functional_widths(expected)
 
 
 def _is_torchs_class(layer: nn.Module) -> bool:

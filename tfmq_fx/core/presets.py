@@ -1,14 +1,35 @@
-"""Recipes by name: ours, and those of the papers that others compare with."""
+"""Define the presets: our own recipes and those of published methods."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from .config import AttentionSpec, Config, ReconstructionSpec, RewriteSpec, TemporalSpec
 from .errors import ConfigError
 from .layer_config import ActivationSpec, LayerConfig, WeightSpec
+
+
+def _layer(weights: int, activations: ActivationSpec | None) -> LayerConfig:
+    """Quantization of a layer to `weights` bits, and of its input unless that is None."""
+    return LayerConfig(weights=WeightSpec(bits=weights), activations=activations)
+
+
+def _with_activations(config: Config, **changes: Any) -> Config:
+    """The recipe with `changes` to the inputs of all its layers, first and last included."""
+
+    def changed(layer: LayerConfig | None) -> LayerConfig:
+        assert layer is not None and layer.activations is not None
+        return replace(layer, activations=replace(layer.activations, **changes))
+
+    return replace(
+        config,
+        layers=changed(config.layers),
+        first=changed(config.first),
+        last=changed(config.last),
+    )
 
 
 def _plain(name: str, weights: int, activations: int | None) -> Config:
@@ -17,55 +38,41 @@ def _plain(name: str, weights: int, activations: int | None) -> Config:
     The noisy sample spans the noise range, and the step of an 8-bit grid over it is coarser than
     what the last steps must resolve; it feeds a handful of channels, so 16 bits there cost nothing.
     """
-    acts = None if activations is None else ActivationSpec(bits=activations)
-    sixteen = None if activations is None else ActivationSpec(bits=16)
-    edge = None if activations is None else ActivationSpec(bits=max(activations, 8))
+    if activations is None:
+        edge = _layer(8, None)
+        return Config(name=name, layers=_layer(weights, None), first=edge, last=edge)
     return Config(
         name=name,
-        layers=LayerConfig(weights=WeightSpec(bits=weights), activations=acts),
-        first=LayerConfig(weights=WeightSpec(bits=8), activations=sixteen),
-        last=LayerConfig(weights=WeightSpec(bits=8), activations=edge),
+        layers=_layer(weights, ActivationSpec(bits=activations)),
+        first=_layer(8, ActivationSpec(bits=16)),
+        last=_layer(8, ActivationSpec(bits=max(activations, 8))),
     )
 
 
 def _fp8(name: str) -> Config:
     """e4m3 weights and inputs; the first layer as in "w8a8": 3 bits of mantissa would blur the
     noisy sample itself."""
-    base = _plain(name, 8, 8)
     fp8 = LayerConfig(weights=WeightSpec(format="fp8"), activations=ActivationSpec(format="fp8"))
-    return dataclasses.replace(base, layers=fp8, last=fp8)
+    return replace(_plain(name, 8, 8), layers=fp8, last=fp8)
 
 
 def _dynamic(base: Config) -> Config:
     """The recipe with ranges measured at run time and weights rounded to nearest, so that it needs
     the timesteps and no calibration."""
-
-    def dynamic(layer: LayerConfig) -> LayerConfig:
-        assert layer.activations is not None
-        acts = dataclasses.replace(layer.activations, dynamic=True)
-        return dataclasses.replace(layer, activations=acts)
-
-    assert base.first is not None and base.last is not None
-    return dataclasses.replace(
-        base,
-        name=f"{base.name}-dynamic",
-        layers=dynamic(base.layers),
-        first=dynamic(base.first),
-        last=dynamic(base.last),
-        reconstruction=ReconstructionSpec(rounding="nearest"),
-    )
+    nearest = ReconstructionSpec(rounding="nearest")
+    base = replace(base, name=f"{base.name}-dynamic", reconstruction=nearest)
+    return _with_activations(base, dynamic=True)
 
 
 def _best(weights: int, activations: int) -> Config:
-    """What measured best here, by the ablation in docs/quality.md: split shortcuts, rotated linear
-    layers, refined second-order codes; below 8 bits of activations clipped ranges and a low-rank
-    branch as well, which at 8 bits cost more than they bring."""
-    base = _plain("best", weights, activations)
+    """The recipe that measured best in the ablation of docs/quality.md: split shortcuts, rotated
+    linear layers, refined second-order codes; below 8 bits of activations clipped ranges and a
+    low-rank branch as well, which at 8 bits cost more than they bring."""
     coarse = activations < 8
     acts = ActivationSpec(bits=activations, ranges="mse" if coarse else "minmax")
-    return dataclasses.replace(
-        base,
-        layers=dataclasses.replace(base.layers, activations=acts),
+    return replace(
+        _plain("best", weights, activations),
+        layers=_layer(weights, acts),
         rewrites=RewriteSpec(split_concat=True, rotate=64, low_rank=8 if coarse else 0),
         reconstruction=ReconstructionSpec(refine=3),
     )
@@ -89,14 +96,10 @@ weight suits all blocks; biases move along; and no block ends worse than nearest
 def _brecq(weights: int, activations: int) -> Config:
     """BRECQ (arXiv 2102.05426): block reconstruction, static ranges, 8-bit first and last layers;
     the time embedding is quantized like any other layer."""
-    acts = ActivationSpec(bits=activations, per_timestep=False)
-    edge = LayerConfig(
-        weights=WeightSpec(bits=8),
-        activations=ActivationSpec(bits=max(activations, 8), per_timestep=False),
-    )
+    edge = _layer(8, ActivationSpec(bits=max(activations, 8), per_timestep=False))
     return Config(
         name="brecq",
-        layers=LayerConfig(weights=WeightSpec(bits=weights), activations=acts),
+        layers=_layer(weights, ActivationSpec(bits=activations, per_timestep=False)),
         first=edge,
         last=edge,
         temporal=TemporalSpec(mode="tib", tiar_iters=0),
@@ -107,7 +110,7 @@ def _brecq(weights: int, activations: int) -> Config:
 def _q_diffusion(weights: int, activations: int) -> Config:
     """Q-Diffusion (arXiv 2302.04304): BRECQ on samples drawn evenly over timesteps, shortcuts split
     at their concatenation, attention's products quantized."""
-    return dataclasses.replace(
+    return replace(
         _brecq(weights, activations),
         name="q-diffusion",
         rewrites=RewriteSpec(split_concat=True),
@@ -121,20 +124,9 @@ def _q_diffusion(weights: int, activations: int) -> Config:
 def _ptq4dm(weights: int, activations: int) -> Config:
     """PTQ4DM (arXiv 2211.15736): nearest rounding and static ranges of least squared error, on
     timesteps drawn from a normal distribution that leans towards little noise."""
-    base = _brecq(weights, activations)
-
-    def squared(layer: LayerConfig) -> LayerConfig:
-        assert layer.activations is not None
-        acts = dataclasses.replace(layer.activations, ranges="mse")
-        return dataclasses.replace(layer, activations=acts)
-
-    assert base.first is not None and base.last is not None
-    return dataclasses.replace(
-        base,
+    return replace(
+        _with_activations(_brecq(weights, activations), ranges="mse"),
         name="ptq4dm",
-        layers=squared(base.layers),
-        first=squared(base.first),
-        last=squared(base.last),
         reconstruction=ReconstructionSpec(rounding="nearest", sampling="normal", samples=1024),
     )
 
@@ -142,23 +134,15 @@ def _ptq4dm(weights: int, activations: int) -> Config:
 def _ptqd(weights: int, activations: int) -> Config:
     """PTQD (arXiv 2305.10657): Q-Diffusion, and the error of the output corrected by a factor and a
     mean for each timestep; the variance of a stochastic sampler stays as it is."""
-    return dataclasses.replace(_q_diffusion(weights, activations), name="ptqd", correction="noise")
+    return replace(_q_diffusion(weights, activations), name="ptqd", correction="noise")
 
 
 def _tfmq(weights: int, activations: int) -> Config:
     """TFMQ-DM (arXiv 2311.16503): TIAR for the temporal block, finite set calibration everywhere,
     block reconstruction of the rest, all at the released settings."""
-    base = _brecq(weights, activations)
-    acts = ActivationSpec(bits=activations)
-    edge = LayerConfig(
-        weights=WeightSpec(bits=8), activations=ActivationSpec(bits=max(activations, 8))
-    )
-    return dataclasses.replace(
-        base,
+    return replace(
+        _with_activations(_brecq(weights, activations), per_timestep=True),
         name="tfmq",
-        layers=LayerConfig(weights=WeightSpec(bits=weights), activations=acts),
-        first=edge,
-        last=edge,
         temporal=TemporalSpec(mode="tib", tiar_iters=20_000),
     )
 
@@ -167,8 +151,7 @@ def _tfmq_cache(weights: int, activations: int) -> Config:
     """The journal extension of TFMQ-DM (arXiv 2407.19547): cached temporal features or the block
     after TIAR, chosen by measured disturbance."""
     base = _tfmq(weights, activations)
-    temporal = dataclasses.replace(base.temporal, mode="select")
-    return dataclasses.replace(base, name="tfmq-cache", temporal=temporal)
+    return replace(base, name="tfmq-cache", temporal=replace(base.temporal, mode="select"))
 
 
 def _tcaq(weights: int, activations: int) -> Config:
@@ -176,24 +159,19 @@ def _tcaq(weights: int, activations: int) -> Config:
     groups of timesteps, reconstruction, then two rounds of it on what the quantized model visits.
     The bits of attention probabilities decide their grid; the paper's likelihood test (DAQ) chose
     worse."""
-    groups = ActivationSpec(bits=activations, timestep_groups=10)
-    edge = LayerConfig(
-        weights=WeightSpec(bits=8),
-        activations=ActivationSpec(bits=max(activations, 8), timestep_groups=10),
-    )
-    return dataclasses.replace(
-        _brecq(weights, activations),
+    base = _brecq(weights, activations)
+    base = _with_activations(base, per_timestep=True, timestep_groups=10)
+    assert base.layers.activations is not None
+    return replace(
+        base,
         name="tcaq",
-        layers=LayerConfig(weights=WeightSpec(bits=weights), activations=groups),
-        first=edge,
-        last=edge,
         rewrites=RewriteSpec(tcr=10.0),
         attention=AttentionSpec(
-            activations=groups,
+            activations=base.layers.activations,
             probabilities_bits=activations,
             probabilities="log2" if activations < 6 else "uniform",
         ),
-        reconstruction=dataclasses.replace(_RELEASED, rounds=2, round_iters=5_000),
+        reconstruction=replace(_RELEASED, rounds=2, round_iters=5_000),
     )
 
 
@@ -207,7 +185,7 @@ RECIPES: dict[str, tuple[Callable[[int, int], Config], tuple[int, int]]] = {
     "tfmq-cache": (_tfmq_cache, (4, 8)),
     "tcaq": (_tcaq, (6, 6)),
 }
-"""Recipes that take bits: name -> (how they are made, bits of weights and activations unless said).
+"""Recipes that take bits: name -> (function of weight and activation bits, default bits of both).
 
 "tfmq-w6a6" is "tfmq" with 6-bit weights and activations; a16 means integers of 16 bits.
 """
@@ -229,20 +207,19 @@ _WITH_BITS = re.compile(r"(.+)-w(\d+)a(\d+)")
 
 
 def resolve(config: str | Config) -> Config:
-    """The configuration meant by a preset name ("w4a8", "best", "best-w4a6") or given as a value.
+    """Return the Config of a preset name ("w4a8", "best", "best-w4a6"), or a Config unchanged.
 
-    Raises ConfigError.
+    Raises ConfigError for an unknown name.
     """
     if isinstance(config, Config):
         return config
     if isinstance(config, str) and config in PRESETS:
         return PRESETS[config]
-    found = _WITH_BITS.fullmatch(config) if isinstance(config, str) else None
-    if found is None or found[1] not in RECIPES:
+    bits = _WITH_BITS.fullmatch(config) if isinstance(config, str) else None
+    if bits is None or bits[1] not in RECIPES:
         raise ConfigError(
             f"unknown config {config!r}; presets are {', '.join(PRESETS)}; "
             f"{', '.join(RECIPES)} take bits, as in 'best-w4a6'"
         )
-    make, _ = RECIPES[found[1]]
-    made = make(int(found[2]), int(found[3]))
-    return dataclasses.replace(made, name=str(config))
+    make, _ = RECIPES[bits[1]]
+    return replace(make(int(bits[2]), int(bits[3])), name=str(config))

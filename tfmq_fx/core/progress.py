@@ -1,4 +1,4 @@
-"""Progress bars for long work."""
+"""Show progress bars for long work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 def progress_bar(
     items: Iterable[T], description: str, *, enabled: bool, total: int | None = None
 ) -> Iterable[T]:
-    """`items`, with a bar on stderr where enabled, in the first process if there are many."""
+    """Iterate over `items`, with a progress bar on the first process's stderr where enabled."""
     if not enabled or rank():
         return items
     bar: Iterable[T] = tqdm(items, desc=description, total=total, file=sys.stderr, leave=False)

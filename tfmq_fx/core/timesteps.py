@@ -1,4 +1,4 @@
-"""The finite set of timesteps that an argument means, in whatever form people have it."""
+"""Convert the `timesteps` argument, in any accepted form, to a tensor."""
 
 from __future__ import annotations
 
@@ -13,50 +13,51 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-_MOST = 1 << 20  # timesteps of a set that is told by their number
-_WHAT = (
+_MOST = 1 << 20  # timesteps of a set that is given as their number
+_FORMS = (
     "timesteps must be a number N (0 to N - 1), numbers in a sequence, array or tensor of one "
     "dimension, or a scheduler"
 )
 
 
 def timestep_values(timesteps: Any) -> Tensor | None:
-    """The finite set (K,) meant by an int N (0 to N - 1), a tensor, an array, an iterable of
-    numbers or a scheduler, in the order given; None of None.
+    """The finite set (K,) that an int N (0 to N - 1), a tensor, an array, an iterable of numbers or
+    a scheduler stands for, in its own order; None for None.
 
-    int64 or float64, but for a tensor, which keeps its dtype.  Raises ConfigError for what means
-    no set of numbers.
+    int64 or float64, except that a tensor keeps its dtype.  Raises ConfigError for anything else.
     """
     if timesteps is None:
         return None
-    found = timesteps
+    values = timesteps
     if not isinstance(timesteps, type) and hasattr(timesteps, "timesteps"):
-        found = timesteps.timesteps  # a scheduler
-        if found is None:
+        values = timesteps.timesteps  # a scheduler
+        if values is None:
             raise ConfigError(
                 f"this {type(timesteps).__name__} has no timesteps yet: call its "
                 "set_timesteps(num_inference_steps) first"
             )
-    if isinstance(found, (np.ndarray, Tensor)) and found.ndim == 0:
-        found = found.item()
-    if isinstance(found, (bool, np.bool_)):
-        raise ConfigError(f"{_WHAT}, not a bool; got {found}")
-    if isinstance(found, Integral):
-        return _first(int(found))
-    if isinstance(found, (Real, Decimal)):
-        raise ConfigError(f"{_WHAT}; got the number {found}. The set of it alone is [{found}]")
-    if isinstance(found, Tensor):
-        return found.detach()
-    if isinstance(found, (str, bytes, Mapping, Set, type)) or not _is_many(found):
-        raise ConfigError(f"{_WHAT}; got {_described(timesteps)}")
-    if not isinstance(found, np.ndarray) and hasattr(found, "__array__"):
-        found = np.asarray(found)
-    if isinstance(found, np.ndarray) and (found.ndim != 1 or found.dtype.kind in "fiu"):
-        return _of_array(found)
-    return _of_numbers(list(found))
+    values = _plain_scalar(values)
+    if isinstance(values, (bool, np.bool_)):
+        raise ConfigError(f"{_FORMS}, not a bool; got {values}")
+    if isinstance(values, Integral):
+        return _first(int(values))
+    if isinstance(values, (Real, Decimal)):
+        raise ConfigError(f"{_FORMS}; got the number {values}. The set of it alone is [{values}]")
+    if isinstance(values, Tensor):
+        return values.detach()
+    if hasattr(values, "__array__") and not isinstance(values, type):
+        values = np.asarray(values)
+        if values.ndim != 1:
+            raise ConfigError(f"{_FORMS}; got an array of shape {values.shape}")
+    elif isinstance(values, (str, bytes, Mapping, Set, type)) or not isinstance(values, Iterable):
+        raise ConfigError(f"{_FORMS}; got {_described(timesteps)}")
+    numbers = [_number(value) for value in values]
+    is_whole = all(isinstance(number, int) for number in numbers)
+    return torch.tensor(numbers, dtype=torch.int64 if is_whole else torch.float64)
 
 
 def _first(count: int) -> Tensor:
+    """The timesteps 0 to count - 1."""
     if count < 1:
         raise ConfigError(f"timesteps are empty: {count} is to be their number, at least 1")
     if count > _MOST:
@@ -67,11 +68,13 @@ def _first(count: int) -> Tensor:
     return torch.arange(count)
 
 
-def _is_many(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, Iterable)) or hasattr(value, "__array__")
+def _plain_scalar(value: Any) -> Any:
+    """A 0-d array or tensor as a Python number; anything else unchanged."""
+    return value.item() if isinstance(value, (np.ndarray, Tensor)) and not value.ndim else value
 
 
 def _described(value: Any) -> str:
+    """The kind of a value, for error messages."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if hasattr(value, "scheduler"):
@@ -79,26 +82,11 @@ def _described(value: Any) -> str:
     return repr(value) if isinstance(value, (str, bytes)) else f"a {type(value).__name__}"
 
 
-def _of_array(values: np.ndarray) -> Tensor:
-    if values.ndim != 1:
-        raise ConfigError(f"{_WHAT}; got an array of shape {values.shape}")
-    if values.dtype.kind == "u" and len(values) and values.max() > np.iinfo(np.int64).max:
-        raise ConfigError(f"timesteps hold {values.max()}, which is beyond 64 bits")
-    # a copy of plain strides: torch takes no others, and the caller may write to its own
-    return torch.from_numpy(values.astype(np.float64 if values.dtype.kind == "f" else np.int64))
-
-
-def _of_numbers(values: list[Any]) -> Tensor:
-    numbers = [_number(value) for value in values]
-    whole = all(isinstance(number, int) for number in numbers)
-    return torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64)
-
-
 def _number(value: Any) -> int | float:
-    if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
-        value = value.item()
+    """One timestep as a Python number that int64 or float64 holds."""
+    value = _plain_scalar(value)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, Decimal)):
-        raise ConfigError(f"{_WHAT}; got {_described(value)} among them")
+        raise ConfigError(f"{_FORMS}; got {_described(value)} among them")
     if not isinstance(value, Integral):
         try:
             return float(value)

@@ -6,22 +6,21 @@ straight through the rounding, so that layers in front of it can be learnt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.stages import Stage
 
 from .affine import TINY_SCALE, finite_only, levels, rounded
+from .base import RangedModule, plain_spec
 
 Grid = Literal["uniform", "log2", "adaptive"]
-_EXACT = ("act_scale",)  # keeps float32 whatever the model's dtype
 
 
-class QuantActivation(nn.Module):
+class QuantActivation(RangedModule):
     """The nearest value of x on its grid, in x's shape and dtype: (x), (x, scale) or, with an
     adaptive grid, (x, scale, log2).
 
@@ -44,17 +43,7 @@ class QuantActivation(nn.Module):
             raise ConfigError("a grid that adapts to the timestep needs a scale per timestep")
         self.bits, self.per_timestep = bits, per_timestep
         self.grid: Grid = grid
-        self.register_buffer("act_scale", torch.ones((), dtype=torch.float32))
-        self.register_buffer("act_zero", torch.zeros((), dtype=torch.int32))
-        self.act_scale: Tensor
-        self.act_zero: Tensor
-
-    def set_static_range(self, scale: float, zero: int) -> None:
-        """Use one range for every timestep (or, with per_timestep, the shared zero point)."""
-        self.act_scale = torch.tensor(
-            max(float(scale), TINY_SCALE), dtype=torch.float32, device=self.act_scale.device
-        )
-        self.act_zero = torch.tensor(int(zero), dtype=torch.int32, device=self.act_zero.device)
+        self.register_range()
 
     def forward(self, x: Tensor, scale: Tensor | None = None, log2: Tensor | None = None) -> Tensor:
         """x: (n B, ...), sample by sample; scale: (B,) where given per timestep; log2: (B,), not 0
@@ -100,21 +89,7 @@ class QuantActivation(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """JSON-ready constructor arguments; `from_spec` builds the module, empty, from them."""
-        return {"bits": self.bits, "grid": self.grid, "per_timestep": self.per_timestep}
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> Self:
-        """The module that `spec` describes, its buffers still empty."""
-        return cls(**spec)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = {name: getattr(self, name) for name in _EXACT}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():  # .half() must not touch scales
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype:
-                setattr(self, name, value.to(moved.device))
-        return self
+        return plain_spec(self, "bits", "grid", "per_timestep")
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits {self.grid}, {self.range_kind()}"

@@ -1,13 +1,13 @@
-"""The bits of each layer as one value: what was measured and chosen; printed, edited, kept."""
+"""Hold the weight bits of every layer, with the measurements that they were chosen from."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,18 +19,18 @@ from tfmq_fx.core.files import write_whole
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.reading import read_json
 
-from .bit_allocation import Array, allocate
+from .bit_allocation import allocate
 from .budget import asks_for_time, read_budget
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One thing that a layer may be.
+    """A candidate format of one layer.
 
-    bits: of its weights; None is floating point, inputs too.  bytes: what its weights take.
-    micros: of one call, microseconds; 0 where layers were not timed.
-    noise: what it alone adds at the model's output at each timestep, error energy over signal
-    energy; NaN where no sample was seen.
+    bits: of its weights; None is floating point, inputs too.  bytes: size of its weights.
+    micros: time of one call in microseconds; 0 where layers were not timed.
+    noise: error that this layer alone causes at the model's output at each timestep, as error
+    energy over signal energy; NaN where no sample was seen.
     """
 
     bits: int | None
@@ -41,7 +41,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class SiteBits:
-    """A layer: how many weights it has, what it may be, and which of these it is.
+    """The candidate formats of one layer, and the chosen one.
 
     weights: their number.  chosen: the bits of one of the options.
     """
@@ -52,17 +52,17 @@ class SiteBits:
 
     @property
     def option(self) -> Option:
-        """What it is."""
+        """The chosen candidate."""
         return next(each for each in self.options if each.bits == self.chosen)
 
 
 @dataclass(frozen=True, slots=True)
 class BitPlan:
-    """Weight bits of every planned layer, with all that the choice was made from.
+    """The weight bits of every planned layer, with the measurements behind the choice.
 
     timesteps: the model's set.  sites: by module path.  rest: noise at each timestep that the plan
-    does not change, as in `Option`.  fixed_bytes: of all that the plan does not change.
-    float_bytes: of the model in floating point.  budget: what it was made for, in words.
+    does not change, as in `Option`.  fixed_bytes: size of everything that the plan does not change.
+    float_bytes: size of the model in floating point.  budget: the limits of the plan, in words.
 
     `str()` is a table for reading.  A plan is a value: `with_bits` and `within` give new ones, and
     `convert(prepared, bits=plan)` replays any of them.
@@ -75,32 +75,31 @@ class BitPlan:
     float_bytes: int
     budget: str
 
-    # ------------------------------------------------------------------ what it comes to
+    # ------------------------------------------------------------------ totals
 
     @property
     def bytes(self) -> int:
-        """Of the whole model under this plan."""
+        """The size of the whole model under this plan."""
         return self.fixed_bytes + sum(site.option.bytes for site in self.sites.values())
 
     @property
     def micros(self) -> float:
-        """Of one call of all planned layers, microseconds; 0 where layers were not timed."""
+        """The time of one call of all planned layers, in microseconds; 0 if not timed."""
         return sum(site.option.micros for site in self.sites.values())
 
     @property
     def sqnr_by_step(self) -> tuple[float, ...]:
-        """The output SQNR in dB that the measured noises add up to, at each timestep."""
+        """The predicted output SQNR in dB at each timestep: the measured noises added up."""
         total = np.sum([self.rest, *(s.option.noise for s in self.sites.values())], axis=0)
         return tuple(math.inf if x == 0 else -10 * math.log10(x) for x in total.tolist())
 
     @property
     def sqnr(self) -> float:
-        """Its mean over the timesteps that were seen."""
-        seen = [x for x in self.sqnr_by_step if not math.isnan(x)]
-        return sum(seen) / len(seen) if seen else math.nan
+        """The predicted output SQNR in dB, averaged over the timesteps that were seen."""
+        return _mean_of_seen(self.sqnr_by_step)
 
     def layers(self, plan: Mapping[str, LayerConfig]) -> dict[str, LayerConfig]:
-        """`plan` with the bits of this one. Raises ConfigError where a site is not in it."""
+        """The layers of a recipe with the bits of this plan; ConfigError where it lacks a layer."""
         if missing := [name for name in self.sites if name not in plan]:
             raise ConfigError(
                 f"the bit plan is of another model or recipe: it has a layer {missing[0]!r} that "
@@ -122,25 +121,27 @@ class BitPlan:
     # ------------------------------------------------------------------ other plans
 
     def with_bits(self, bits: Mapping[str, int | None]) -> BitPlan:
-        """The plan with other bits for the layers whose paths match patterns (fnmatch), later ones
-        winning; None is floating point. Raises ConfigError for a pattern that matches nothing and
-        for bits that were not measured."""
+        """A plan with other bits for the layers whose paths match fnmatch patterns.
+
+        None is floating point; later patterns win. Raises ConfigError for a pattern that matches
+        nothing and for bits that were not measured.
+        """
         sites = dict(self.sites)
-        for pattern, wanted in bits.items():
-            matched = fnmatch.filter(sites, pattern)
-            if not matched:
+        for pattern, chosen in bits.items():
+            matches = fnmatch.filter(sites, pattern)
+            if not matches:
                 raise ConfigError(
                     f"{pattern!r} matches no planned layer; they are {', '.join(list(sites)[:8])}"
                     f"{', ...' if len(sites) > 8 else ''}"
                 )
-            for name in matched:
+            for name in matches:
                 measured = [option.bits for option in sites[name].options]
-                if wanted not in measured:
+                if chosen not in measured:
                     raise ConfigError(
-                        f"{name}: {_bits(wanted)} was not measured; choose among "
+                        f"{name}: {_bits(chosen)} was not measured; choose among "
                         f"{', '.join(map(_bits, measured))}"
                     )
-                sites[name] = dataclasses.replace(sites[name], chosen=wanted)
+                sites[name] = dataclasses.replace(sites[name], chosen=chosen)
         return dataclasses.replace(self, sites=sites, budget="edited")
 
     def within(self, budget: object) -> BitPlan:
@@ -150,57 +151,50 @@ class BitPlan:
         budget cannot.
         """
         options = [site.options for site in self.sites.values()]
-        if asks_for_time(budget) and not any(o.micros for each in options for o in each):
+        sizes = [np.array([o.bytes for o in each], float) for each in options]
+        times = [np.array([o.micros for o in each], float) for each in options]
+        if asks_for_time(budget) and not any(each.any() for each in times):
             raise ConfigError(
                 f"budget {budget!r} limits time, but the layers of this plan were not timed; "
                 "convert with a budget of time to time them"
             )
-        slowest = sum(max(o.micros for o in each) for each in options)
-        floating = [next((o.micros for o in each if o.bits is None), None) for each in options]
-        in_float = slowest if None in floating else sum(filter(None, floating))
-        limit = read_budget(budget, float_bytes=self.float_bytes, float_micros=in_float)
-        sizes = [np.array([o.bytes for o in each], float) for each in options]
-        times = [np.array([o.micros for o in each], float) for each in options]
-        found = allocate(
+        in_float = [next((o.micros for o in each if o.bits is None), None) for each in options]
+        slowest = float(sum(each.max() for each in times))
+        float_micros = slowest if None in in_float else sum(filter(None, in_float))
+        limit = read_budget(budget, float_bytes=self.float_bytes, float_micros=float_micros)
+        picks = allocate(
             [np.array([o.noise for o in each]) for each in options],
             [sizes, times],
             limits=[limit.bytes - self.fixed_bytes, limit.micros],
             rest=np.array(self.rest),
         )
-        if found is None:
-            raise ConfigError(self._least(budget, sizes, times, in_float))
+        if picks is None:
+            least = self.fixed_bytes + int(sum(each.min() for each in sizes))
+            text = (
+                f"budget {budget!r} cannot be met: the least is {least} bytes "
+                f"({least / max(self.float_bytes, 1):.3f}x), of which {self.fixed_bytes} are no "
+                "weights of planned layers (tables, biases, scales, norms, layers whose bits are "
+                "given)"
+            )
+            if asks_for_time(budget):
+                fastest = float(sum(each.min() for each in times))
+                share = fastest / max(float_micros, 1e-300)
+                text += f"; the least time is {fastest / 1e3:.3f} ms ({share:.3f}x time)"
+            raise ConfigError(text)
         sites = {
             name: dataclasses.replace(site, chosen=site.options[i].bits)
-            for (name, site), i in zip(self.sites.items(), found, strict=True)
+            for (name, site), i in zip(self.sites.items(), picks, strict=True)
         }
         return dataclasses.replace(self, sites=sites, budget=str(budget))
 
-    def _least(
-        self, budget: object, sizes: list[Array], times: list[Array], in_float: float
-    ) -> str:
-        """Why a budget cannot be met."""
-        least = self.fixed_bytes + int(sum(each.min() for each in sizes))
-        words = [
-            f"the least is {least} bytes ({least / max(self.float_bytes, 1):.3f}x), of which "
-            f"{self.fixed_bytes} are no weights of planned layers (tables, biases, scales, norms, "
-            "layers whose bits are given)"
-        ]
-        if asks_for_time(budget):
-            fastest = sum(float(each.min()) for each in times)
-            words.append(
-                f"the least time is {fastest / 1e3:.3f} ms "
-                f"({fastest / max(in_float, 1e-300):.3f}x time)"
-            )
-        return f"budget {budget!r} cannot be met: {'; '.join(words)}"
-
-    # ------------------------------------------------------------------ on paper and on disk
+    # ------------------------------------------------------------------ text and JSON
 
     def shares(self) -> str:
-        """Which share of the weights has which bits, in words."""
-        counts: dict[int | None, int] = {}
+        """The share of the weights at each bit width, as text."""
+        counts: Counter[int | None] = Counter()
         for site in self.sites.values():
-            counts[site.chosen] = counts.get(site.chosen, 0) + site.weights
-        total = max(sum(counts.values()), 1)
+            counts[site.chosen] += site.weights
+        total = max(counts.total(), 1)
         order = sorted(counts, key=lambda bits: (bits is None, bits or 0))
         return ", ".join(f"{100 * counts[bits] / total:.1f} % {_bits(bits)}" for bits in order)
 
@@ -216,72 +210,48 @@ class BitPlan:
         lines.append("layer: weights, bits (noise of each option in dB below the signal)")
         for name, site in self.sites.items():
             tried = ", ".join(
-                f"{_bits(o.bits, short=True)} {_decibels(o.noise)}" for o in site.options
+                f"{_bits(o.bits).removesuffix(' bits')} {_decibels(o.noise)}" for o in site.options
             )
             lines.append(f"  {name}: {site.weights}, {_bits(site.chosen)} ({tried})")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` takes it. Noise of options is in hundredths of a dB below the
-        signal, None where there is none, of timesteps that were seen."""
+        """The plan as JSON-ready values for `from_dict`.
+
+        The noise of options is written for the timesteps that were seen, in hundredths of a dB
+        below the signal; None where there is no noise.
+        """
         data = dataclasses.asdict(self)
         data["rest"] = [None if math.isnan(x) else float(f"{x:.4g}") for x in self.rest]
-        seen = [not math.isnan(x) for x in self.rest]
         for site in data["sites"].values():
             for option in site["options"]:
-                option["noise"] = [_centibels(x) for x in itertools.compress(option["noise"], seen)]
+                noise = [option["noise"][i] for i in _seen(self.rest)]
+                option["noise"] = [None if x == 0 else round(-1000 * math.log10(x)) for x in noise]
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The plan that `to_dict` wrote. Raises ConfigError where it is not one."""
+        """Restore the plan that `to_dict` wrote. Raises ConfigError for anything else."""
         try:
             rest = tuple(math.nan if x is None else float(x) for x in data["rest"])
-
-            def noise(kept: list[int | None]) -> tuple[float, ...]:
-                values = iter(kept)
-                found = [x if math.isnan(x) else _ratio(next(values)) for x in rest]
-                return tuple(found)
-
-            sites = {
-                name: SiteBits(
-                    site["weights"],
-                    tuple(Option(**{**o, "noise": noise(o["noise"])}) for o in site["options"]),
-                    site["chosen"],
-                )
-                for name, site in data["sites"].items()
-            }
-            for site in sites.values():
-                if site.option is None or not _are_numbers(site.weights, *_numbers_of(site)):
-                    raise ValueError("a site holds other than numbers")
-            if not _are_numbers(data["fixed_bytes"], data["float_bytes"], *data["timesteps"]):
-                raise ValueError("sizes and timesteps are numbers")
             return cls(
-                tuple(data["timesteps"]),
-                sites,
+                tuple(map(_number, data["timesteps"])),
+                {name: _restored_site(site, rest) for name, site in data["sites"].items()},
                 rest,
-                data["fixed_bytes"],
-                data["float_bytes"],
+                _number(data["fixed_bytes"]),
+                _number(data["float_bytes"]),
                 str(data["budget"]),
             )
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,  # of a generator that meets StopIteration
-            StopIteration,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"this is no bit plan: {type(error).__name__} {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, to be edited by hand ("chosen" of a site) or read by `load`."""
+        """Write the plan as JSON, which can be edited ("chosen" of a site) and read by `load`."""
         write_whole(Path(path), json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The plan in a file. Raises ConfigError where it cannot be read or is none."""
+        """Read a plan from a file. Raises ConfigError where there is no plan in it."""
         try:
             data = read_json(Path(path), nan=True)
         except (ArtifactError, OSError) as error:
@@ -289,33 +259,45 @@ class BitPlan:
         return cls.from_dict(data)
 
 
-def _numbers_of(site: SiteBits) -> list[Any]:
-    chosen = [] if site.chosen is None else [site.chosen]
-    given = [n for o in site.options for n in (o.bytes, o.micros, *([o.bits] if o.bits else []))]
-    return chosen + given
+def _restored_site(data: Mapping[str, Any], rest: Sequence[float]) -> SiteBits:
+    """The layer that `to_dict` wrote as `data`."""
+    options = []
+    for option in data["options"]:
+        noise = list(rest)
+        for i, level in zip(_seen(rest), option["noise"], strict=True):
+            noise[i] = 0.0 if level is None else 10 ** (-level / 1000)
+        bits = None if option["bits"] is None else _number(option["bits"])
+        size, micros = _number(option["bytes"]), _number(option["micros"])
+        options.append(Option(bits, size, micros, tuple(noise)))
+    if data["chosen"] not in [option.bits for option in options]:
+        raise ValueError(f"no option has the chosen bits, {data['chosen']!r:.80}")
+    return SiteBits(_number(data["weights"]), tuple(options), data["chosen"])
 
 
-def _are_numbers(*values: Any) -> bool:
-    return all(type(value) in (int, float) for value in values)
+def _number(value: Any) -> Any:
+    """`value`, if it is a number; raises TypeError."""
+    if type(value) not in (int, float):
+        raise TypeError(f"{value!r:.80} is no number")
+    return value
 
 
-def _bits(bits: int | None, *, short: bool = False) -> str:
-    if bits is None:
-        return "float"
-    return str(bits) if short else f"{bits} bits"
+def _seen(values: Sequence[float]) -> list[int]:
+    """The indices of the timesteps that have a value."""
+    return [i for i, value in enumerate(values) if not math.isnan(value)]
 
 
-def _decibels(noise: tuple[float, ...]) -> str:
-    """The mean over timesteps that were seen, in dB below the signal."""
-    seen = [x for x in noise if not math.isnan(x)]
-    mean = sum(seen) / len(seen) if seen else math.nan
+def _mean_of_seen(values: Sequence[float]) -> float:
+    """The mean over the timesteps that have a value, NaN if none has."""
+    seen = [value for value in values if not math.isnan(value)]
+    return sum(seen) / len(seen) if seen else math.nan
+
+
+def _bits(bits: int | None) -> str:
+    """A bit width as text."""
+    return "float" if bits is None else f"{bits} bits"
+
+
+def _decibels(noise: Sequence[float]) -> str:
+    """The mean noise over the timesteps that were seen, in dB below the signal, as text."""
+    mean = _mean_of_seen(noise)
     return "exact" if mean == 0 else f"{-10 * math.log10(mean):.1f}"
-
-
-def _centibels(noise: float) -> int | None:
-    """Hundredths of a dB below the signal."""
-    return None if noise == 0 else round(-1000 * math.log10(noise))
-
-
-def _ratio(centibels: int | None) -> float:
-    return 0.0 if centibels is None else 10 ** (-centibels / 1000)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tfmq_fx.core.padding import functional_widths, padding_widths
+
+from .base import FixedDtypeModule, plain_spec
+
 _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_CONVOLUTION_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 _STORED = (torch.float16, torch.bfloat16)
 
 
@@ -38,7 +43,7 @@ def low_rank_factors(weight: Tensor, importance: Tensor, rank: int) -> tuple[Ten
     return (down / balance[:, None]).view(rank, *weight.shape[1:]), u * balance
 
 
-class LowRank(nn.Module):
+class LowRank(FixedDtypeModule):
     """up(down(x)) without bias: x (B, ..., in) -> (B, ..., out), or a convolution of (B, in, ...).
 
     `down` (rank, in, *kernel) is a layer like the one it stands beside, `up` (out, rank) mixes the
@@ -77,8 +82,7 @@ class LowRank(nn.Module):
         dtype = layer.weight.dtype if layer.weight.dtype in _STORED else torch.float16
         settings: dict[str, Any] = {}
         if not isinstance(layer, nn.Linear):
-            names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-            settings = {name: getattr(layer, name) for name in names}
+            settings = {name: getattr(layer, name) for name in _CONVOLUTION_SETTINGS}
         made = cls(
             rank=len(down),
             in_channels=down.shape[1],
@@ -102,18 +106,10 @@ class LowRank(nn.Module):
         convolution = _CONVOLUTIONS[len(self.kernel_size) - 1]
         padding = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._borders(), mode=self.padding_mode), "valid"
+            widths = padding_widths(self.padding, self.kernel_size, self.dilation)
+            x, padding = F.pad(x, functional_widths(widths), mode=self.padding_mode), "valid"
         h = convolution(x, down, None, self.stride, padding, self.dilation)
         return convolution(h, up.view(*up.shape, *[1] * len(self.kernel_size)))
-
-    def _borders(self) -> list[int]:
-        """How far x is padded before and after each of its dimensions, last one first."""
-        if not isinstance(self.padding, str):
-            return [n for n in reversed(self.padding) for _ in range(2)]
-        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        if self.padding == "valid":
-            total = [0] * len(total)
-        return [side for n in reversed(total) for side in (n // 2, n - n // 2)]
 
     def spec(self) -> dict[str, Any]:
         """JSON-ready constructor arguments; `from_spec` builds the module, its factors 0."""
@@ -121,26 +117,9 @@ class LowRank(nn.Module):
             "rank": len(self.down),
             "in_channels": self.down.shape[1],
             "out_channels": len(self.up),
-            "kernel_size": list(self.kernel_size),
-            "stride": list(self.stride),
-            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
-            "dilation": list(self.dilation),
-            "padding_mode": self.padding_mode,
+            **plain_spec(self, *_CONVOLUTION_SETTINGS),
             "dtype": str(self.down.dtype).removeprefix("torch."),
         }
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Self:
-        """The module that `spec` describes, its factors 0."""
-        return cls(**{**spec, "dtype": getattr(torch, spec["dtype"])})
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def same_dtype(value: Tensor) -> Tensor:
-            moved = fn(value)
-            return moved if moved.dtype == value.dtype else value.to(moved.device)
-
-        super()._apply(same_dtype, recurse)
-        return self
 
     def extra_repr(self) -> str:
         kernel = f", kernel {'x'.join(map(str, self.kernel_size))}" if self.kernel_size else ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfmq_fx.core.layer_config import WeightSpec
 from tfmq_fx.core.module_overrides import is_plain
+from tfmq_fx.core.padding import functional_widths, padding_widths
 
 from .affine import weight_qparams
 from .gptq import round_nearest
@@ -31,19 +32,6 @@ class QuantLinear(QuantLayer):
         """Size of the last dimension of y."""
         return self.weight_shape[0]
 
-    @classmethod
-    def from_float(cls, layer: nn.Linear, **quantization: Any) -> Self:
-        """An empty quantized layer for `layer`, with its bias; quantization: as in __init__."""
-        made = cls(
-            **quantization,
-            weight_shape=tuple(layer.weight.shape),
-            bias=layer.bias is not None,
-            dtype=layer.weight.dtype,
-        ).to(layer.weight.device)
-        if layer.bias is not None:
-            made.bias = layer.bias.detach().clone()
-        return made
-
     def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -61,6 +49,7 @@ class QuantConv(QuantLayer):
         "dilation",
         "groups",
     )
+    layer_settings = ("stride", "padding", "dilation", "groups", "padding_mode")
 
     def __init__(
         self,
@@ -92,35 +81,6 @@ class QuantConv(QuantLayer):
         """Extent of the kernel."""
         return self.weight_shape[2:]
 
-    @classmethod
-    def from_float(cls, layer: Any, **quantization: Any) -> Self:
-        """An empty quantized layer for a torch convolution, with its bias; quantization: as in
-        QuantLayer.__init__."""
-        weight, bias = layer.weight, layer.bias
-        made = cls(
-            **quantization,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-            weight_shape=tuple(weight.shape),
-            bias=bias is not None,
-            dtype=weight.dtype,
-        ).to(weight.device)
-        if isinstance(bias, Tensor):
-            made.bias = bias.detach().clone()
-        return made
-
-    def spec(self) -> dict[str, Any]:
-        return super().spec() | {
-            "stride": list(self.stride),
-            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
-            "dilation": list(self.dilation),
-            "groups": self.groups,
-            "padding_mode": self.padding_mode,
-        }
-
     @property
     def bias_shape(self) -> tuple[int, ...]:
         return (-1, *[1] * (len(self.weight_shape) - 2))
@@ -133,16 +93,12 @@ class QuantConv(QuantLayer):
 
     @property
     def pad_widths(self) -> tuple[int, ...]:
-        """`borders` as torch.nn.functional.pad takes them: last dimension first."""
-        return tuple(width for pair in reversed(self.borders()) for width in pair)
+        """`borders` in the order of torch.nn.functional.pad."""
+        return functional_widths(self.borders())
 
     def borders(self) -> list[tuple[int, int]]:
-        """How far x is padded before and after each of its spatial dimensions."""
-        if not isinstance(self.padding, str):
-            return [(n, n) for n in self.padding]
-        kernel = self.weight_shape[2:]
-        total = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
-        return [(n // 2, n - n // 2) if self.padding == "same" else (0, 0) for n in total]
+        """The padding before and after each spatial dimension of x."""
+        return padding_widths(self.padding, self.kernel_size, self.dilation)
 
     def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, padding = self.pad(x)
@@ -187,22 +143,18 @@ def kind_of(layer: nn.Module) -> type[QuantLinear] | type[QuantConv] | None:
     return None
 
 
-def emptied(layer: QuantLayer, **changes: object) -> QuantLayer:
-    """A layer like `layer` whose weight is still empty; changes: of the arguments that made it."""
-    made = type(layer).from_spec({**layer.spec(), **changes}).to(layer.codes.device)
-    made.bias, made.act_scale, made.act_zero = layer.bias, layer.act_scale, layer.act_zero
-    return made
-
-
 def with_weight(
     layer: QuantLayer, weight: Tensor, bias: Tensor | None, spec: WeightSpec
 ) -> QuantLayer:
-    """A layer like `layer` with the codes of `weight` (out, ...) by `spec`, rounded to nearest,
-    and `bias` (out,)."""
+    """A copy of `layer` with `bias` (out,) and `weight` (out, ...), rounded by `spec`."""
     grid = weight_qparams(weight, spec)
-    groups = 1 if grid.scale.dim() == 1 else grid.scale.shape[1]
-    made = emptied(layer, weight_bits=spec.bits, weight_groups=groups, weight_format=spec.format)
+    changes = {
+        "weight_bits": spec.bits,
+        "weight_groups": 1 if grid.scale.dim() == 1 else grid.scale.shape[1],
+        "weight_format": spec.format,
+    }
+    copy = type(layer).from_spec({**layer.spec(), **changes}).to(layer.codes.device)
     codes = round_nearest(weight.float().flatten(1), grid)
-    made.set_weight(codes.view(weight.shape), grid)
-    made.bias = bias
-    return made
+    copy.set_weight(codes.view(weight.shape), grid)
+    copy.bias, copy.act_scale, copy.act_zero = bias, layer.act_scale, layer.act_zero
+    return copy

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.layer_config import Format
@@ -20,7 +20,6 @@ from tfmq_fx.core.stages import Stage
 
 from .affine import (
     FP8,
-    TINY_SCALE,
     QParams,
     dynamic_scale,
     finite_only,
@@ -30,12 +29,11 @@ from .affine import (
     symmetric_steps,
     to_fp8,
 )
+from .base import RangedModule, plain_spec
 from .packing import pack, packed_size, unpack
 
-_FLOAT_BUFFERS = ("weight_scale", "act_scale")  # keep float32 whatever the model's dtype
 
-
-class QuantLayer(nn.Module):
+class QuantLayer(RangedModule):
     """Common part of quantized linear and convolution layers.
 
     weight_format, act_format: "int", or "fp8" (float8_e4m3fn, 8 bits).  dynamic: whether the
@@ -48,7 +46,8 @@ class QuantLayer(nn.Module):
     """
 
     stage = Stage.QUANTIZED
-    settings: tuple[str, ...] = ()  # what the torch.nn layer calls its settings; answered here too
+    settings: tuple[str, ...] = ()  # attributes of the torch.nn layer that this one has too
+    layer_settings: tuple[str, ...] = ()  # those of them that are constructor arguments here
 
     def __init__(
         self,
@@ -91,15 +90,12 @@ class QuantLayer(nn.Module):
         self.register_buffer("weight_scale", torch.empty(grid, dtype=torch.float32))
         self.register_buffer("weight_zero", torch.empty(grid, dtype=torch.uint8))
         self.register_buffer("bias", torch.empty(out, dtype=dtype) if bias else None)
-        self.register_buffer("act_scale", torch.ones((), dtype=torch.float32))
         middle = 2 ** (act_bits - 1) if dynamic and act_bits and act_format == "int" else 0
-        self.register_buffer("act_zero", torch.tensor(middle, dtype=torch.int32))
+        self.register_range(middle)
         self.codes: Tensor
         self.weight_scale: Tensor
         self.weight_zero: Tensor
         self.bias: Tensor | None
-        self.act_scale: Tensor
-        self.act_zero: Tensor
 
     # ------------------------------------------------------------------ weights
 
@@ -147,13 +143,6 @@ class QuantLayer(nn.Module):
         return (codes * scale).view(self.weight_shape)
 
     # ------------------------------------------------------------------ activations
-
-    def set_static_range(self, scale: float, zero: int) -> None:
-        """Use one range for every timestep (or, with per_timestep, the shared zero point)."""
-        self.act_scale = torch.tensor(
-            max(float(scale), TINY_SCALE), dtype=torch.float32, device=self.act_scale.device
-        )
-        self.act_zero = torch.tensor(int(zero), dtype=torch.int32, device=self.act_zero.device)
 
     def input_codes(self, x: Tensor, scale: Tensor) -> Tensor:
         """Input codes less the zero point, as float32; `scale` broadcasts to x.
@@ -208,6 +197,23 @@ class QuantLayer(nn.Module):
             y = y + self.bias.view(self.bias_shape)
         return y.to(x.dtype)
 
+    @classmethod
+    def from_float(cls, layer: Any, **quantization: Any) -> Self:
+        """Create a quantized layer for a torch.nn layer, with its bias but without weights.
+
+        quantization: arguments of QuantLayer.__init__.
+        """
+        weight, bias = layer.weight, layer.bias
+        quantized = cls(
+            **quantization,
+            **{name: getattr(layer, name) for name in cls.layer_settings},
+            weight_shape=tuple(weight.shape),
+            bias=bias is not None,
+            dtype=weight.dtype,
+        ).to(weight.device)
+        quantized.bias = None if bias is None else bias.detach().clone()
+        return quantized
+
     def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float operation: linear or convolution."""
         raise TypeError("use QuantLinear or one of the QuantConv classes")
@@ -234,32 +240,26 @@ class QuantLayer(nn.Module):
     def spec(self) -> dict[str, Any]:
         """JSON-ready constructor arguments; `from_spec` builds the module, empty, from them."""
         return {
-            "weight_shape": list(self.weight_shape),
-            "weight_bits": self.weight_bits,
-            "act_bits": self.act_bits,
-            "per_timestep": self.per_timestep,
+            **plain_spec(
+                self,
+                "weight_shape",
+                "weight_bits",
+                "act_bits",
+                "per_timestep",
+                "dtype",
+                "weight_groups",
+                "weight_format",
+                "act_format",
+                "dynamic",
+                *self.layer_settings,
+            ),
             "bias": self.bias is not None,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "weight_groups": self.weight_groups,
-            "weight_format": self.weight_format,
-            "act_format": self.act_format,
-            "dynamic": self.dynamic,
         }
 
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> Self:
-        """The module that `spec` describes, its buffers still empty."""
-        shape, dtype = tuple(spec["weight_shape"]), getattr(torch, spec["dtype"])
-        return cls(**{**spec, "weight_shape": shape, "dtype": dtype})
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = {name: getattr(self, name) for name in _FLOAT_BUFFERS}
+        bias = self.bias
         super()._apply(fn, recurse)
-        for name, value in exact.items():  # .half() must not touch scales
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype:
-                setattr(self, name, value.to(moved.device))
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # where there is no bias, too
+        self.bias = None if bias is None else fn(bias)  # the only tensor in the model's dtype
         return self
 
     def extra_repr(self) -> str:

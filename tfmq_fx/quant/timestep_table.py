@@ -6,7 +6,7 @@ is ours: one scale and zero point for each timestep and feature, by search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.stages import Stage
 
 from .affine import levels
+from .base import FixedDtypeModule
 from .packing import pack
 from .timestep_lookup import timestep_index, timestep_row
 
@@ -24,7 +25,6 @@ FEATURE = "feature"  # node.meta entry: the name of the feature that a slice of 
 BITS = (4, 8)
 _CANDIDATES = 20
 _LEAST = 0.3  # share of the range that the tightest candidate keeps
-_EXACT = ("keys", "scale", "zero")  # keep their dtype whatever the model's
 
 
 def cache_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,7 @@ class _Grid:
         return _Grid(scale, torch.where(better, other.zero, self.zero), self.bits)
 
 
-class QuantTimestepTable(nn.Module):
+class QuantTimestepTable(FixedDtypeModule):
     """Look-up by timestep of features stored as integers: t (B,) -> (B, F) in `dtype`.
 
     F is the sum of `widths`, one for each feature, in order.  Buffers: `keys` (K,) int64 or
@@ -191,21 +191,6 @@ class QuantTimestepTable(nn.Module):
             "integer_keys": not self.keys.is_floating_point(),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Self:
-        """The module that `spec` describes, its buffers still empty."""
-        return cls(**{**spec, "dtype": getattr(torch, spec["dtype"])})
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = {name: getattr(self, name) for name in _EXACT}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():  # .half() must touch neither keys nor scales
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype:
-                setattr(self, name, value.to(moved.device))
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
 
     def extra_repr(self) -> str:
         return f"{len(self.keys)} timesteps, {len(self.widths)} features, {self.bits} bits"

@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tfmq_fx.core.config import NESTED, AttentionSpec, Config, PrologueSpec, RewriteSpec
+from tfmq_fx.core.config import AttentionSpec, Config, PrologueSpec, RewriteSpec
 from tfmq_fx.core.errors import ArtifactError
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.reading import parse_json
+from tfmq_fx.core.spec_checks import spec_fields
 
 from .saved_names import OLD_NAMES
 
@@ -63,6 +64,7 @@ def without_retired(data: Any, kind: type) -> Any:
     if type(data) is not dict:
         return data
     gone, found = RETIRED.get(kind, {}), dict[str, Any]()
+    specs = spec_fields(kind)
     for key, value in data.items():
         if key in gone:
             replaced = gone[key]
@@ -70,7 +72,7 @@ def without_retired(data: Any, kind: type) -> Any:
                 continue
             if not isinstance(value, (dict, list)):
                 value = replaced.get(value, value)
-        found[key] = without_retired(value, NESTED[key]) if key in NESTED else value
+        found[key] = without_retired(value, specs[key]) if key in specs else value
     return found
 
 

@@ -38,7 +38,7 @@ def test_bad_arguments() -> None:
         bind_request(source, conditions=("label",))
     with pytest.raises(ConfigError, match="no input 't'"):
         bind_request(source, conditions=("t",))
-    with pytest.raises(ConfigError, match="sequence of names"):
+    with pytest.raises(ConfigError, match="conditions must be of type tuple"):
         bind_request(source, conditions="y")
     with pytest.raises(ConfigError, match="a PrologueSpec or capacity, not both"):
         bind_request(source, spec=PrologueSpec(), capacity=2)
