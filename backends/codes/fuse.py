@@ -19,7 +19,7 @@ from .fuse_epilogues import absorb_residuals, absorb_rows, merge_concat, requant
 from .fuse_norms import NormCodes, fuse_norms
 from .fuse_siblings import join_siblings
 from .layers import quantize_input
-from .matching import Codes, called, is_tensor, same_kind, written_nodes
+from .matching import Codes, called, concatenation, is_tensor, same_kind, written_nodes
 
 
 def fuse(gm: fx.GraphModule, choose: Chooser, *, norm: NormCodes, most_runs: int) -> dict[str, int]:
@@ -169,10 +169,7 @@ def _values(gm: fx.GraphModule, node: fx.Node, index: Any = ...) -> tuple[float,
 
 def _part(whole: fx.Node, dim: Any, start: Any, size: Any) -> fx.Node | None:
     """The tensor that was concatenated into a place of `whole`, if that is all of it."""
-    if op_name(whole) not in ("cat", "concat", "concatenate"):
-        return None
-    parts: Any = whole.args[0] if whole.args else whole.kwargs["tensors"]
-    along: Any = whole.args[1] if len(whole.args) > 1 else whole.kwargs.get("dim", 0)
+    parts, along = concatenation(whole)
     rank = whole.meta["val"].dim()
     if not all(isinstance(n, int) for n in (dim, start, size, along)) or (along - dim) % rank:
         return None
@@ -182,7 +179,6 @@ def _part(whole: fx.Node, dim: Any, start: Any, size: Any) -> fx.Node | None:
         if not isinstance(width, int):
             return None
         if (before, width) == (start, size):
-            assert isinstance(part, fx.Node)
             return part
         before += width
     return None

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from tfmq_fx.ir.layer_edits import call_before
 from tfmq_fx.ir.node_info import op_name
 
-from .layers import Pads, quantize_input
+from .layers import quantize_input
 from .matching import (
     Codes,
     as_tokens,
@@ -36,35 +36,17 @@ _CASTS = frozenset(["to", "type", "float", "half", "bfloat16"])
 _GROUP_NORM = inspect.signature(F.group_norm)
 
 
-class NormCodes(Protocol):
-    """An engine's kernel that makes codes of a group norm, as a function that a graph can call."""
+NormCodes = Callable[..., Tensor]
+"""An engine's kernel that makes the codes of silu(group_norm(x) * factor + shift), as a function
+that a graph can call: (x, groups, weight, bias, eps, factor, shift, silu, scales, zeros, sizes,
+levels, pads, dtype) -> codes, borders included.
 
-    def __call__(
-        self,
-        x: Tensor,
-        groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        factor: Tensor | None,
-        shift: Tensor | None,
-        silu: bool,
-        scales: Sequence[Tensor],
-        zeros: Sequence[int],
-        sizes: Sequence[int],
-        levels: int,
-        pads: Pads,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The codes of silu(group_norm(x) * factor + shift), borders included.
-
-        x: (B, C, H, W) or (B, C, N), read without a copy where channels lie last in memory.
-        weight, bias: (C,).  factor, shift: (B, C, 1, ...), or None.  silu: False leaves it out.
-        scales, zeros, sizes: of each run of channels: the scale, (1,) or (B,) float32, the zero
-        point of its grid, and how many channels it has.  levels: the largest code.
-        dtype: of the result, (B, top + H + bottom, left + W + right, C), with N and 1 for H and W.
-        """
-        ...
+x: (B, C, H, W) or (B, C, N), read without a copy where channels lie last in memory.
+weight, bias: (C,), or None.  factor, shift: (B, C, 1, ...), or None.  silu: False leaves it out.
+scales, zeros, sizes: for each run of channels its scale, (1,) or (B,) float32, the zero point of
+its grid, and its number of channels.  levels: the largest code.  pads: see `Pads`.
+dtype: of the result, (B, top + H + bottom, left + W + right, C), with N and 1 for H and W.
+"""
 
 
 @dataclass(slots=True)

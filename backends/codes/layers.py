@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,17 @@ from .choice import Choice
 from .problem import Problem
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom, as for torch.nn.functional.pad
+
+
+class Epilogue(NamedTuple):
+    """What a kernel adds to its sums, and the scale that it quantizes them with.
+
+    row: (B, O), added at every place of a sample.  residual: (B, OH, OW, O).  out_scale: (ranges,).
+    """
+
+    row: Tensor | None
+    residual: Tensor | None
+    out_scale: Tensor | None
 
 
 def quantize_input(
@@ -83,7 +95,8 @@ class CodesLayer(nn.Module):
         self.zero_point, self.levels = int(layer.act_zero), levels(layer.act_bits)
         self.out_zero, self.out_levels, self.out_dtype = 0, 0, dtype
 
-        codes = _channels_last(layer.weight_codes())
+        codes = layer.weight_codes()  # (O, C) or (O, C, R, S)
+        codes = codes.permute(0, 2, 3, 1) if codes.dim() == 4 else codes[:, None, None, :]
         zero = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
         if problem.half:
             zero = layer.weight_zero.clone()
@@ -156,21 +169,18 @@ class CodesLayer(nn.Module):
         out_scale: (ranges,), after `requantizes`: the output is codes, of convolutions channels
         last (B, OH, OW, O).
         """
-        return _run([self], [codes], [scale], row, residual, out_scale)
+        return _run([self], [codes], [scale], Epilogue(row, residual, out_scale))
 
     def run(
         self,
         layers: Sequence[CodesLayer],
         codes: list[Tensor],
         scales: list[Tensor],
-        row: Tensor | None,
-        residual: Tensor | None,
-        out_scale: Tensor | None,
+        epilogue: Epilogue,
     ) -> Tensor:
         """The sum of what `layers`, this one first, give for their codes: (B, OH, OW, O).
 
-        codes: (B, H, W, C), of linear layers (B, 1, T, C).  scales: (ranges,) each.
-        row: (B, O).  residual: like the result.  out_scale: as of `forward`.
+        codes: (B, H, W, C), for linear layers (B, 1, T, C).  scales: (ranges,) each.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no kernel: give it a `run`")
 
@@ -196,7 +206,7 @@ class ConcatLayer(nn.Module):
     ) -> Tensor:
         """As `CodesLayer.forward`, for the codes of both parts and their scales."""
         layers, scales = [self.first, self.second], [scale, more_scale]
-        return _run(layers, [codes, more_codes], scales, row, residual, None)
+        return _run(layers, [codes, more_codes], scales, Epilogue(row, residual, None))
 
 
 def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
@@ -248,15 +258,11 @@ def pads_of(layer: QuantLayer) -> Pads | None:
 
 
 def _run(
-    layers: list[CodesLayer],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    row: Tensor | None,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
+    layers: list[CodesLayer], codes: list[Tensor], scales: list[Tensor], epilogue: Epilogue
 ) -> Tensor:
     """The sum of what layers give for their codes, in the form that `CodesLayer.forward` states."""
     first, shape = layers[0], codes[0].shape
+    row, residual, out_scale = epilogue
     if not first.is_conv:
         codes = [c.reshape(c.shape[0], 1, -1, c.shape[-1]) for c in codes]
     if residual is not None:
@@ -268,12 +274,7 @@ def _run(
     if row is not None:
         row = row.reshape(row.shape[0], row.shape[-1]).contiguous()
     scales = [scale.reshape(-1) for scale in scales]
-    y = first.run(layers, codes, scales, row, residual, out_scale)
+    y = first.run(layers, codes, scales, Epilogue(row, residual, out_scale))
     if not first.is_conv:
         return y.view(*shape[:-1], y.shape[-1])
     return y if out_scale is not None else y.permute(0, 3, 1, 2)
-
-
-def _channels_last(codes: Tensor) -> Tensor:
-    """Weights (O, C) or (O, C, R, S) as (O, R, S, C)."""
-    return codes[:, None, None, :] if codes.dim() == 2 else codes.permute(0, 2, 3, 1)

@@ -93,6 +93,14 @@ def moves(node: fx.Node) -> bool:
     return op_name(node) in _MOVES and is_tensor(node.args[0])
 
 
+def concatenation(node: Any) -> tuple[list[fx.Node], Any]:
+    """The tensors that a node concatenates and the dimension; ([], 0) for other nodes."""
+    if not is_tensor(node) or op_name(node) not in ("cat", "concat", "concatenate"):
+        return [], 0
+    parts: Any = node.args[0] if node.args else node.kwargs["tensors"]
+    return list(parts), node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+
+
 def positions_after(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
     """The tensor `value` after a chain of nodes that only move elements (see `moves`).
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.backends.codes.choice import Choice
-from tfmq_fx.backends.codes.layers import CodesLayer
+from tfmq_fx.backends.codes.layers import CodesLayer, Epilogue
 from tfmq_fx.backends.codes.problem import Problem
 from tfmq_fx.quant.quant_layer import QuantLayer
 
@@ -51,11 +51,10 @@ class CpuCodesLayer(CodesLayer):
         layers: Sequence[CodesLayer],
         codes: list[Tensor],
         scales: list[Tensor],
-        row: Tensor | None,
-        residual: Tensor | None,
-        out_scale: Tensor | None,
+        epilogue: Epilogue,
     ) -> Tensor:
         """As `CodesLayer.run`, by one call of `kernels.cpu_conv`."""
+        row, residual, out_scale = epilogue
         y: Tensor = kernels.cpu_conv(
             codes,
             [layer.weight for layer in layers],

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,55 +135,22 @@ def packed_panels(codes: Tensor) -> Tensor:
     return packed
 
 
-def _fake_conv(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    zeros: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    bias: Tensor | None,
-    row: Tensor | None,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero: int,
-    out_levels: int,
-    out: int,
-    taps: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    dtype: torch.dtype,
-    activation: str = "none",
-) -> Tensor:
+def _fake_conv(xs: Sequence[Tensor], *settings: Any) -> Tensor:
+    """The shape of `cpu_conv`'s result; settings: its arguments in the order of `_SCHEMAS`."""
+    out_scale, _, _, out, taps, stride, dilation, dtype = settings[8:16]
     x = xs[0]
     high, wide = (
         (x.shape[i + 1] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     )
-    made = torch.uint8 if out_scale is not None else dtype
-    return x.new_empty((x.shape[0], high, wide, out), dtype=made)
+    result = torch.uint8 if out_scale is not None else dtype
+    return x.new_empty((x.shape[0], high, wide, out), dtype=result)
 
 
-def _fake_norm(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Sequence[int],
-    more: Tensor | None = None,
-) -> Tensor:
-    batch, height, width, channels = x.shape
-    if more is not None:
-        channels += more.shape[3]
-    left, right, top, bottom = pads
-    shape = (batch, top + height + bottom, left + width + right, channels)
+def _fake_norm(x: Tensor, *settings: Any) -> Tensor:
+    """The shape of `cpu_norm`'s result; settings: its arguments in the order of `_SCHEMAS`."""
+    sizes, _, (left, right, top, bottom) = settings[9:12]
+    batch, height, width, _ = x.shape
+    shape = (batch, top + height + bottom, left + width + right, sum(sizes))
     return x.new_empty(shape, dtype=torch.uint8)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tfmq_fx.backends.codes.layers import Pads
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.core.stages import Stage
 
@@ -25,25 +24,29 @@ def norm_codes(
     factor: Tensor | None,
     shift: Tensor | None,
     silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Pads,
-    dtype: torch.dtype,
+    *grids: Any,
+    more: Tensor | None = None,
 ) -> Tensor:
-    """The codes of silu(group_norm(x) * factor + shift); arguments as of `NormCodes`.
+    """The codes of silu(group_norm(x) * factor + shift); arguments as for `NormCodes`.
 
-    dtype: uint8, which is what the CPU's kernels read.  Raises BackendError for another.
+    groups: 0 makes codes of x itself.  more: (B, C', H, W), channels that follow those of x, as if
+    both were concatenated.  grids: scales, zeros, sizes, levels, pads and dtype; the kernels write
+    torch.uint8 alone.  Raises BackendError for another dtype.
     """
+    *settings, dtype = grids
     if dtype != torch.uint8:
         raise BackendError(f"norm_codes on the CPU makes codes in torch.uint8, not in {dtype}")
+    norm = (rows(weight), rows(bias), eps, rows(factor), rows(shift), silu)
+    rest = None if more is None else _pixels(more)
+    codes: Tensor = kernels.cpu_norm(_pixels(x), groups, *norm, *settings, rest)
+    return codes
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """x (B, C, H, W) or (B, C, N) as (B, H, W, C), contiguous, in a dtype that the kernel reads."""
     images = x if x.dim() == 4 else x.unsqueeze(3)
     pixels = images.permute(0, 2, 3, 1).contiguous()
-    pixels = pixels if pixels.dtype in kernels.DTYPES else pixels.float()
-    norm = (groups, rows(weight), rows(bias), eps, rows(factor), rows(shift), silu)
-    codes: Tensor = kernels.cpu_norm(pixels, *norm, scales, zeros, sizes, levels, pads)
-    return codes
+    return pixels if pixels.dtype in kernels.DTYPES else pixels.float()
 
 
 norm_codes.stage = Stage.LOWERED  # type: ignore[attr-defined]

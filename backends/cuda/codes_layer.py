@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq_fx.backends.codes.arithmetic import finish, pack_weight, row_scales
-from tfmq_fx.backends.codes.layers import CodesLayer
+from tfmq_fx.backends.codes.layers import CodesLayer, Epilogue
 from tfmq_fx.quant.affine import FP8
 
 from .conv import conv2d
@@ -35,12 +35,10 @@ class CudaCodesLayer(CodesLayer):
         layers: Sequence[CodesLayer],
         codes: list[Tensor],
         scales: list[Tensor],
-        row: Tensor | None,
-        residual: Tensor | None,
-        out_scale: Tensor | None,
+        epilogue: Epilogue,
     ) -> Tensor:
         """As `CodesLayer.run`, by one Triton kernel, or a product of torch for each layer."""
-        added = (self.bias, row, residual, out_scale)
+        added = (self.bias, *epilogue)
         result = (self.out_zero, self.out_levels)
         if all(layer.choice.engine == "torch" for layer in layers):
             sums = [_product(*each) for each in zip(layers, codes, scales, strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -206,25 +207,8 @@ conv2d = kernel_op("tfmq_fx::conv2d", conv2d_triton)
 conv2d.register_kernel("cpu")(conv2d_reference)
 
 
-def _fake(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    zeros: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    bias: Tensor | None,
-    row: Tensor | None,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero: int,
-    out_levels: int,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    halves: Sequence[int],
-    dtype: torch.dtype,
-    tile: Sequence[int],
-) -> Tensor:
+def _fake(xs: Sequence[Tensor], weights: Sequence[Tensor], *settings: Any) -> Tensor:
+    stride, dilation, _, dtype, _ = settings[-5:]
     height, width = out_size(xs[0], weights[0], stride, dilation)
     return xs[0].new_empty((xs[0].shape[0], height, width, weights[0].shape[0]), dtype=dtype)
 

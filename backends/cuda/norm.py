@@ -6,13 +6,13 @@ q = quantize(silu(norm(x) * factor + shift)), stored with the borders that a con
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.backends.codes.arithmetic import quantize, stored_zero
-from tfmq_fx.backends.codes.layers import Pads
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.core.stages import Stage
 
@@ -209,24 +209,9 @@ def _check(x: Tensor, sizes: Sequence[int]) -> None:
         raise BackendError(f"group_norm_quantize takes {MOST_RUNS} runs of channels, got {sizes}")
 
 
-def _fake(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+def _fake(x: Tensor, *settings: Any) -> Tensor:
+    *_, (left, right, top, bottom), dtype = settings
     batch, height, width, channels = x.shape
-    left, right, top, bottom = pads
     return x.new_empty((batch, top + height + bottom, left + width + right, channels), dtype=dtype)
 
 
@@ -241,36 +226,17 @@ def norm_codes(
     eps: float,
     factor: Tensor | None,
     shift: Tensor | None,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Pads,
-    dtype: torch.dtype,
+    *settings: Any,
 ) -> Tensor:
-    """The codes of silu(group_norm(x) * factor + shift); arguments as of `NormCodes`.
+    """The codes of silu(group_norm(x) * factor + shift); arguments as for `NormCodes`.
 
-    dtype: int8 (codes - 128) or float8_e4m3fn.
+    settings: from `silu` on; the last, dtype, is int8 (codes - 128) or float8_e4m3fn.
     """
     images = x if x.dim() == 4 else x.unsqueeze(3)
+    pixels = images.permute(0, 2, 3, 1).contiguous()
     factor, shift = (None if v is None else v.flatten(1) for v in (factor, shift))
-    codes: Tensor = group_norm_quantize(
-        images.permute(0, 2, 3, 1).contiguous(),
-        groups,
-        weight,
-        bias,
-        eps,
-        factor,
-        shift,
-        silu,
-        scales,
-        zeros,
-        sizes,
-        levels,
-        pads,
-        dtype,
-    )
+    norm = (groups, weight, bias, eps, factor, shift)
+    codes: Tensor = group_norm_quantize(pixels, *norm, *settings)
     return codes
 
 
