@@ -7,8 +7,9 @@ backend="auto" try it, name it in `auto.CANDIDATES` as well.
 if __name__ != "tfmq_fx.backends":
     raise ImportError("import this package as tfmq_fx.backends, not as backends")
 
+import importlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import fx
@@ -51,37 +52,8 @@ class Backend(Protocol):
         ...
 
 
-def _eager() -> Backend:
-    from . import eager
-
-    return eager
-
-
-def _float() -> Backend:
-    from . import float
-
-    return float
-
-
-def _inductor() -> Backend:
-    from . import inductor
-
-    return inductor
-
-
-def _openvino() -> Backend:
-    from . import openvino
-
-    return openvino
-
-
-BACKENDS: dict[str, Callable[[], Backend]] = {
-    "eager": _eager,
-    "float": _float,
-    "inductor": _inductor,
-    "openvino": _openvino,
-}
-"""The function that imports each backend, by the name that users give."""
+BACKENDS = ("eager", "float", "inductor", "openvino")
+"""The names of the backends; each is a module of this package, imported when first used."""
 
 
 def backend_module(name: str) -> Backend:
@@ -89,13 +61,13 @@ def backend_module(name: str) -> Backend:
     none."""
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; there are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name]()
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 
 
 def backend(name: str, device: torch.device = CPU) -> Backend:
     """The backend of that name, ready to compile for a device. Raises BackendError with the reason
     if it cannot."""
-    found = backend_module(name)
-    if reason := found.unavailable(device):
+    module = backend_module(name)
+    if reason := module.unavailable(device):
         raise BackendError(f"backend {name!r}: {reason}. Use backend='eager'.")
-    return found
+    return module

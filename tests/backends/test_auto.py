@@ -139,7 +139,8 @@ def test_a_compiled_model_tells_what_was_measured(model, monkeypatch):
     def chosen(gm, inputs, *, options, reference):
         runner, lowering = lower.compile_graph(gm)
         assert [v.shape for v in inputs()] == [(4, 4, 6, 6), (4,)]
-        return auto.Fastest("openvino", runner, lowering, {"openvino": 1.0}, [("float", "why")])
+        times, missing = {"openvino": 1.0}, [("float", "why")]
+        return auto.CompiledGraph("openvino", runner, lowering, None, times, missing)
 
     monkeypatch.setattr("tfmq_fx.api.compile_fastest", chosen)
     compiled = compile(model, check=False)
