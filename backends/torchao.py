@@ -225,10 +225,15 @@ def _kernel_obstacle(layer: QuantLinear, device_type: str) -> str | None:
 
 def _since(needed: tuple[int, int], kind: str) -> str | None:
     """Why the current CUDA device is too old for a kind of kernel, or None where it is not."""
-    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    if found >= needed:
+    has_gpu = torch.cuda.is_available()
+    return too_old(torch.cuda.get_device_capability() if has_gpu else (0, 0), needed, kind)
+
+
+def too_old(capability: tuple[int, int], needed: tuple[int, int], kind: str) -> str | None:
+    """Why a device of this compute capability cannot run a kind of kernel, or None where it can."""
+    if capability >= needed:
         return None
-    need, have = (f"{major}.{minor}" for major, minor in (needed, found))
+    need, have = (f"{major}.{minor}" for major, minor in (needed, capability))
     return f"{kind} kernels need compute capability {need}, this device has {have}"
 
 

@@ -161,9 +161,7 @@ def _content(gm: fx.GraphModule, scale: fx.Node) -> Any:
 
 def _values(gm: fx.GraphModule, node: fx.Node, index: Any = ...) -> tuple[float, ...]:
     """The values of a buffer, or of a part of it."""
-    owner, _, name = str(node.target).rpartition(".")
-    buffer = getattr(gm.get_submodule(owner), name)
-    assert isinstance(buffer, Tensor)
+    buffer: Tensor = operator.attrgetter(str(node.target))(gm)
     return tuple(buffer[index].flatten().tolist())
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.layer_edits import buffer_before, call_before
 from tfmq_fx.ir.node_info import op_name
 
 from .layers import quantize_input
@@ -260,7 +260,13 @@ def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers, kernel: NormCod
     first, calls = min(readers.nodes), [Codes.of(node) for node in readers.nodes]
     weight, bias = norm.weight, norm.bias
     if norm.path is not None:
-        weight, bias = (_parameter(gm, first, f"{norm.path}.{n}") for n in ("weight", "bias"))
+        module = gm.get_submodule(norm.path)
+        weight, bias = (
+            None
+            if getattr(module, name) is None
+            else buffer_before(gm, first, f"{norm.path}.{name}")
+            for name in ("weight", "bias")
+        )
     settings = (norm.groups, weight, bias, norm.eps, norm.factor, norm.shift, norm.silu)
     made = call_before(
         first,
@@ -287,19 +293,3 @@ def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers, kernel: NormCod
         start = end
     for node in [*readers.nodes, *reversed(readers.views), *reversed(norm.inside)]:
         gm.graph.erase_node(node)
-
-
-def _parameter(gm: fx.GraphModule, node: fx.Node, path: str) -> fx.Node | None:
-    """A new node in front of `node` that reads a parameter of a module, if the module has it."""
-    owner, _, name = path.rpartition(".")
-    value = getattr(gm.get_submodule(owner), name)
-    if value is None:
-        return None
-    with gm.graph.inserting_before(node):
-        made = gm.graph.get_attr(path)
-    fake = node.meta["val"].fake_mode
-    made.meta = {
-        "val": fake.from_tensor(value.detach(), static_shapes=True),
-        "nn_module_stack": node.meta["nn_module_stack"],
-    }
-    return made

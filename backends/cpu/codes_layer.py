@@ -11,8 +11,6 @@ from torch import Tensor
 
 from tfmq_fx.backends.codes.choice import Choice
 from tfmq_fx.backends.codes.layers import CodesLayer, Epilogue
-from tfmq_fx.backends.codes.problem import Problem
-from tfmq_fx.quant.quant_layer import QuantLayer
 
 from . import kernels
 
@@ -24,12 +22,7 @@ class CpuCodesLayer(CodesLayer):
     """
 
     integer_dtype = torch.uint8
-
-    def __init__(
-        self, layer: QuantLayer, dtype: torch.dtype, problem: Problem, choice: Choice
-    ) -> None:
-        super().__init__(layer, dtype, problem, choice)
-        self.activation = "none"
+    activation = "none"
 
     @classmethod
     def as_run(cls, choice: Choice) -> Choice:

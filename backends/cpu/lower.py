@@ -5,6 +5,7 @@ do not run to patterns that Inductor gives to oneDNN.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import fx, nn
 
@@ -58,11 +59,7 @@ def lower(
     calls = quantized_calls(gm)
     if calls and kernels.unavailable() is None:
         kernels.load()
-
-    def lower_one(layer: QuantLayer, nodes: Sequence[fx.Node]) -> Lowered:
-        return _lowered(layer, nodes, choose)
-
-    layers = lower_layers(gm, calls, lower_one, refused)
+    layers = lower_layers(gm, calls, partial(_lowered, choose=choose), refused)
     weight_only = [name for name, made in layers.items() if isinstance(made.module, nn.Linear)]
     on_onednn = [name for name, made in layers.items() if isinstance(made.module, OnednnLayer)]
     in_float = declined(layers)

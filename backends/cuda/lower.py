@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TypeGuard
 
 import torch
@@ -20,7 +21,7 @@ from tfmq_fx.backends.codes.lower import (
 )
 from tfmq_fx.backends.float_layers import FloatLayer
 from tfmq_fx.backends.support import obstacle
-from tfmq_fx.backends.torchao import to_torchao, torchao_obstacle
+from tfmq_fx.backends.torchao import to_torchao, too_old, torchao_obstacle
 from tfmq_fx.core.stages import Stage
 from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
 from tfmq_fx.quant.modules import QuantLinear
@@ -30,7 +31,6 @@ from .codes_layer import CudaCodesLayer
 from .norm import MOST_RUNS, norm_codes
 
 _RESULTS = (torch.float32, torch.float16, torch.bfloat16)
-_FP8_SINCE, _INT8_SINCE = (8, 9), (8, 0)
 
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
@@ -50,10 +50,7 @@ def lower(
     details: "integer", the layers on kernels; "torchao", those on its tensors; "fused", what was
     fused, by kind; "micros", what was measured, by layer.
     """
-
-    def lower_one(layer: QuantLayer, nodes: Sequence[fx.Node]) -> Lowered:
-        return _lowered(layer, nodes, choose, capability)
-
+    lower_one = partial(_lowered, choose=choose, capability=capability)
     layers = lower_layers(gm, quantized_calls(gm), lower_one, refused)
     integer = sum(isinstance(made.module, CudaCodesLayer) for made in layers.values())
     on_torchao = [name for name, made in layers.items() if isinstance(made.module, nn.Linear)]
@@ -105,9 +102,5 @@ def _obstacle(
     """Why the kernels cannot run a layer on this device, or None where they can."""
     if (reason := obstacle(layer, "cuda")) is not None:
         return reason
-    since = _FP8_SINCE if layer.act_format == "fp8" else _INT8_SINCE
-    if capability < since:
-        need, have = (f"{major}.{minor}" for major, minor in (since, capability))
-        kind = "fp8" if layer.act_format == "fp8" else "int8"
-        return f"{kind} kernels need compute capability {need}, this device has {have}"
-    return dtype_obstacle(nodes, _RESULTS)
+    kind, since = ("fp8", (8, 9)) if layer.act_format == "fp8" else ("int8", (8, 0))
+    return too_old(capability, since, kind) or dtype_obstacle(nodes, _RESULTS)

@@ -50,9 +50,42 @@ def group_norm_quantize_triton(
     left + W + right, C).
     Raises BackendError for another layout, and more runs than the kernel takes.
     """
+    from tfmq_fx.backends.cuda.kernels.norm import norm_apply_kernel
+
     _check(x, sizes)
     a, b = _lines(x, groups, weight, bias, eps, factor, shift)
-    return _apply(x, a, b, silu, scales, zeros, sizes, levels, pads, dtype)
+    batch, height, width, channels = x.shape
+    left, right, top, bottom = pads
+    out_height, out_width = top + height + bottom, left + width + right
+    y = x.new_empty((batch, out_height, out_width, channels), dtype=dtype)
+    rows = batch * out_height * out_width
+    launcher(norm_apply_kernel)[-(-rows // BLOCK_PIXELS), -(-channels // BLOCK_CHANNELS)](
+        x,
+        a,
+        b,
+        scales[0],
+        scales[-1],
+        y,
+        rows,
+        out_height * out_width,
+        out_width,
+        height,
+        width,
+        top,
+        left,
+        channels,
+        sizes[0],
+        zeros[0],
+        zeros[-1],
+        levels,
+        RANGES0=int(scales[0].shape[0] > 1),
+        RANGES1=int(scales[-1].shape[0] > 1),
+        SILU=silu,
+        BLOCK_P=BLOCK_PIXELS,
+        BLOCK_C=BLOCK_CHANNELS,
+        num_warps=4,
+    )
+    return y
 
 
 def _lines(
@@ -109,55 +142,6 @@ def _lines(
         num_warps=2,
     )
     return a, b
-
-
-def _apply(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The codes of silu(x * a + b), borders included."""
-    from tfmq_fx.backends.cuda.kernels.norm import norm_apply_kernel
-
-    batch, height, width, channels = x.shape
-    left, right, top, bottom = pads
-    out_height, out_width = top + height + bottom, left + width + right
-    y = x.new_empty((batch, out_height, out_width, channels), dtype=dtype)
-    rows = batch * out_height * out_width
-    launcher(norm_apply_kernel)[-(-rows // BLOCK_PIXELS), -(-channels // BLOCK_CHANNELS)](
-        x,
-        a,
-        b,
-        scales[0],
-        scales[-1],
-        y,
-        rows,
-        out_height * out_width,
-        out_width,
-        height,
-        width,
-        top,
-        left,
-        channels,
-        sizes[0],
-        zeros[0],
-        zeros[-1],
-        levels,
-        RANGES0=int(scales[0].shape[0] > 1),
-        RANGES1=int(scales[-1].shape[0] > 1),
-        SILU=silu,
-        BLOCK_P=BLOCK_PIXELS,
-        BLOCK_C=BLOCK_CHANNELS,
-        num_warps=4,
-    )
-    return y
 
 
 def group_norm_quantize_reference(
