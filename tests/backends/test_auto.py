@@ -10,7 +10,6 @@ from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, compile, fold_timesteps
 from tfmq_fx.backends import auto, float, inductor, openvino
 from tfmq_fx.backends.auto import CANDIDATES, compile_fastest, example_inputs
-
 from tfmq_fx.core.errors import BackendError, ConfigError
 
 

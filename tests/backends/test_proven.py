@@ -14,7 +14,6 @@ from tests.backends.test_self_check import deep
 from tfmq_fx import BackendWarning, compile, report
 from tfmq_fx.backends import auto, eager, float, inductor, openvino
 from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
-
 from tfmq_fx.core.errors import BackendError, ConfigError
 
 X, T = data(seed=1)[0]
