@@ -76,7 +76,10 @@ def _write_out(node: fx.Node, call: dict[str, Any]) -> None:
         scale = query.meta["val"].shape[-1] ** -0.5
     scaled = _step(node, "query", torch.mul, query, scale)
     if call.get("enable_gqa"):
-        key, value = (_repeat_heads(node, x, scaled) for x in (key, value))
+        times = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
+        key, value = (
+            _step(node, "heads", torch.repeat_interleave, x, times, dim=-3) for x in (key, value)
+        )
     turned = _step(node, "key", torch.transpose, key, -2, -1)
     scores = _step(node, "scores", torch.matmul, scaled, turned)
     mask, hidden = call.get("attn_mask"), None
@@ -105,12 +108,6 @@ def _write_out(node: fx.Node, call: dict[str, Any]) -> None:
         back = tuple(layout.index(dim) for dim in range(len(layout)))
         product = _step(node, "back", torch.permute, packed, back)
     replace_call(node, product)
-
-
-def _repeat_heads(node: fx.Node, x: fx.Node, query: fx.Node) -> fx.Node:
-    """Keys or values with each head repeated for the queries that share it."""
-    times = query.meta["val"].shape[-3] // x.meta["val"].shape[-3]
-    return _step(node, "heads", torch.repeat_interleave, x, times, dim=-3)
 
 
 def _views_follow(node: fx.Node) -> bool:

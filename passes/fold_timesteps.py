@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.stages import Stage, stage_of
 from tfmq_fx.ir.binding_times import Binding, binding_times
-from tfmq_fx.ir.graph import feature_slice, insert_timestep_row, timestep_node
+from tfmq_fx.ir.graph import feature_slice, fork, insert_timestep_row, timestep_node
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass, prune
 from tfmq_fx.ir.node_info import is_view, op_name
 from tfmq_fx.ir.subgraphs import as_input, compute_rows
@@ -46,7 +46,7 @@ def fold_timesteps(
     _check_same_set(gm, keys)
     block = temporal_block(gm)
     wanted, declined = _choose(block.features, only), list(block.declined)
-    before, attributes = _parameters(gm), _attributes(gm)
+    before = _parameters(gm)
     rows = compute_rows(block.graph, keys)
     picked = []
     mixing = _mixing(block.graph, keys, rows)
@@ -70,9 +70,7 @@ def fold_timesteps(
     if picked:
         _free_sizes(gm)
         prune(gm.graph)
-        for target in attributes - _attributes(gm):
-            if "." not in target:  # torch cleans up modules; those below may be the model's own
-                delattr(gm, target)
+        gm = fork(gm)  # without the tensors that nothing reads now
     gm.meta["timesteps"] = keys
     after = _parameters(gm)
     details = {
@@ -173,10 +171,6 @@ def _check_same_set(gm: fx.GraphModule, keys: Tensor) -> None:
             f"the graph was folded for {len(known)} other timesteps; "
             "fold the captured graph instead"
         )
-
-
-def _attributes(gm: fx.GraphModule) -> set[str]:
-    return {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
 
 
 def _parameters(gm: fx.GraphModule) -> dict[int, Tensor]:

@@ -95,7 +95,7 @@ class _Constants:
                 not deps[node] and all(used in self._fixed for used in node.all_input_nodes)
             ):
                 self._fixed.add(node)
-        self._values: dict[fx.Node, Any] = {}
+        self._interpreter = fx.Interpreter(gm, garbage_collect_values=False)
 
     def may_fold(self, given: Mapping[str, Any]) -> bool:
         """Whether the weight and bias of a product are constant, its input is not, and its settings
@@ -107,31 +107,18 @@ class _Constants:
         return plain and fixed and isinstance(x, fx.Node) and x not in self._fixed
 
     def value(self, node: fx.Node) -> Any:
-        """What a constant node computes."""
-        todo = [node]
+        """The value of a constant node."""
+        values, todo = self._interpreter.env, [node]
         while todo:
             at = todo[-1]
-            missing = [used for used in at.all_input_nodes if used not in self._values]
-            if missing and at not in self._values:
+            missing = [used for used in at.all_input_nodes if used not in values]
+            if at not in values and missing:
                 todo += missing
                 continue
             todo.pop()
-            if at not in self._values:
-                self._values[at] = self._compute(at)
-        return self._values[node]
-
-    def _compute(self, node: fx.Node) -> Any:
-        args: Any = fx.map_arg(node.args, self._values.__getitem__)
-        kwargs: Any = fx.map_arg(node.kwargs, self._values.__getitem__)
-        target: Any = node.target
-        if node.op == "get_attr":
-            owner, _, name = str(target).rpartition(".")
-            return getattr(self._gm.get_submodule(owner), name)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        if node.op == "call_module":
-            target = self._gm.get_submodule(target)
-        return target(*args, **kwargs)
+            if at not in values:
+                values[at] = self._interpreter.run_node(at)
+        return values[node]
 
     def sources(self, node: fx.Node) -> list[str]:
         """Names of the tensors that a constant is computed from."""

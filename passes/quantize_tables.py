@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.stages import Stage
-from tfmq_fx.ir.graph import timestep_node
-from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
+from tfmq_fx.ir.graph import fork, timestep_node
+from tfmq_fx.ir.graph_pass import Rewrite, graph_pass, prune
 from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.quant.timestep_table import BITS, FEATURE, QuantTimestepTable, cache_error
 
@@ -66,6 +66,8 @@ def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
     for row in rows:
         keep = [s for name, s in slices.items() if s.row is row and name not in wanted]
         after += _shrink(gm, row, keep)
+    prune(gm.graph)
+    gm = fork(gm)  # without the tables that nothing reads now
     details = {"features": features, "bytes_before": before, "bytes_after": after}
     return Rewrite(gm, len(wanted), details=details)
 
@@ -106,20 +108,17 @@ def _check(
             raise ConfigError(f"no feature {name} in an exact table; there are {known}")
 
 
-def _table(gm: fx.GraphModule, row: fx.Node) -> Tensor:
-    return _attribute(gm, row.args[0])
-
-
-def _attribute(gm: fx.GraphModule, node: Any) -> Tensor:
-    value: Tensor = operator.attrgetter(str(node.target))(gm)
-    return value
+def _table(gm: fx.GraphModule, row: fx.Node, argument: int = 0) -> Tensor:
+    """The table (K, F) that a look-up reads its rows from; argument: 1 for its keys (K,)."""
+    node: Any = row.args[argument]
+    return gm.get_buffer(str(node.target))
 
 
 def _cache(gm: fx.GraphModule, bits: int, group: Sequence[_Slice]) -> int:
     """Put the features into one cached table; its bytes."""
     t, first = timestep_node(gm), group[0].row
     tables = [_table(gm, s.row)[:, s.start : s.stop] for s in group]
-    module = QuantTimestepTable.from_rows(_attribute(gm, first.args[1]), tables, bits=bits)
+    module = QuantTimestepTable.from_rows(_table(gm, first, 1), tables, bits=bits)
     path, n = f"{CACHE}{bits}", 0
     while hasattr(gm, path):
         n += 1
@@ -150,7 +149,6 @@ def _move(each: _Slice, row: fx.Node, start: int, width: int) -> None:
 def _shrink(gm: fx.GraphModule, row: fx.Node, keep: Sequence[_Slice]) -> int:
     """Drop all columns but those of `keep` from an exact table; the bytes left."""
     if not keep:
-        _remove(gm, row)
         return 0
     kept = torch.cat([_table(gm, row)[:, s.start : s.stop] for s in keep], 1)
     (table, *_) = row.all_input_nodes
@@ -161,14 +159,3 @@ def _shrink(gm: fx.GraphModule, row: fx.Node, keep: Sequence[_Slice]) -> int:
         _move(each, row, start, each.stop - each.start)
         start += each.stop - each.start
     return kept.nbytes
-
-
-def _remove(gm: fx.GraphModule, row: fx.Node) -> None:
-    """Take an unused look-up out of the graph, with the buffers that nothing else reads."""
-    buffers = [node for node in row.all_input_nodes if node.op == "get_attr"]
-    gm.graph.erase_node(row)
-    for node in buffers:
-        if not node.users:
-            gm.graph.erase_node(node)
-        if not gm.graph.find_nodes(op="get_attr", target=str(node.target)):
-            delattr(gm, str(node.target))

@@ -92,9 +92,22 @@ def reconstruct_blocks(
         parts = [part for unit in units(sites) for part in _alone(unit, _view(seen, unit, full))]
 
         def learnt(unit: Unit, view: _View) -> Part:
-            return _learnt(
-                seen, reference, unit, view, full, quantized, weights, shares, spec, iters
+            """Learn a block on its inputs and outputs, in front of which the walks stop."""
+            outputs = [full.node(node.name) for node in view.outputs]
+            quantized.keep(view.inputs)
+            quantized.stop_before(view.first)
+            full.keep(outputs)
+            full.run_past(outputs)
+            block = extract(seen, view.outputs, view.inputs)
+            given, targets = (
+                [walk.values[node] for node in nodes]
+                for walk, nodes in ((quantized, view.inputs), (full, outputs))
             )
+            batches = _Batches(block, given, targets, weights, shares)
+            part = _best(block, reference, unit, batches, spec, iters, split=shares is not None)
+            full.release()
+            quantized.release()
+            return part
 
         # Sites of a unit that is no region of its own may take turns with those of others.
         order = {node: i for i, node in enumerate(seen.graph.nodes)}
@@ -228,33 +241,6 @@ class _Batches(Sequence[Batch]):
         weights = None if self._weights is None else self._weights[chunk]
         share = 1.0 if self._shares is None else self._shares[chunk]
         return Batch(tuple(inputs), tuple(held[chunk] for held in self._targets), weights, share)
-
-
-def _learnt(
-    gm: fx.GraphModule,
-    reference: fx.GraphModule,
-    unit: Unit,
-    view: _View,
-    full: LayerwiseExecutor,
-    quantized: LayerwiseExecutor,
-    weights: Sequence[Tensor] | None,
-    shares: Sequence[float] | None,
-    spec: ReconstructionSpec,
-    iters: int,
-) -> Part:
-    """The block with what it is to give and gets, in front of which the walks stop."""
-    wanted = [full.node(node.name) for node in view.outputs]
-    quantized.keep(view.inputs)
-    quantized.stop_before(view.first)
-    full.keep(wanted)
-    full.run_past(wanted)
-    block = extract(gm, view.outputs, view.inputs)
-    inputs, targets = [quantized.values[n] for n in view.inputs], [full.values[n] for n in wanted]
-    batches = _Batches(block, inputs, targets, weights, shares)
-    part = _best(block, reference, unit, batches, spec, iters, split=shares is not None)
-    full.release()
-    quantized.release()
-    return part
 
 
 def _best(
