@@ -99,11 +99,9 @@ def reconstruct_blocks(
             full.keep(outputs)
             full.run_past(outputs)
             block = extract(seen, view.outputs, view.inputs)
-            given, targets = (
-                [walk.values[node] for node in nodes]
-                for walk, nodes in ((quantized, view.inputs), (full, outputs))
-            )
-            batches = _Batches(block, given, targets, weights, shares)
+            inputs = [quantized.values[node] for node in view.inputs]
+            targets = [full.values[node] for node in outputs]
+            batches = _Batches(block, inputs, targets, weights, shares)
             part = _best(block, reference, unit, batches, spec, iters, split=shares is not None)
             full.release()
             quantized.release()
