@@ -76,12 +76,11 @@ def _write_out(node: fx.Node, call: dict[str, Any]) -> None:
         scale = query.meta["val"].shape[-1] ** -0.5
     scaled = _step(node, "query", torch.mul, query, scale)
     if call.get("enable_gqa"):
-        heads = query.meta["val"].shape[-3]  # each key and value serves several queries
+        heads = query.meta["val"].shape[-3]
+        times = [heads // x.meta["val"].shape[-3] for x in (key, value)]
         key, value = (
-            _step(
-                node, "heads", torch.repeat_interleave, x, heads // x.meta["val"].shape[-3], dim=-3
-            )
-            for x in (key, value)
+            _step(node, "heads", torch.repeat_interleave, x, n, dim=-3)
+            for x, n in zip((key, value), times, strict=True)
         )
     turned = _step(node, "key", torch.transpose, key, -2, -1)
     scores = _step(node, "scores", torch.matmul, scaled, turned)
