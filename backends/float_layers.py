@@ -21,8 +21,9 @@ class LoweredLayer(nn.Module):
         super().__init__()
         for name in layer.settings:  # diffusers' pipelines read some
             setattr(self, name, getattr(layer, name))
-        self.layer = copy.copy(layer)
-        self.layer._buffers = {**layer._buffers, "codes": layer.codes.new_empty(0)}
+        self.layer = copy.copy(layer)  # with buffers of its own
+        buffers = {**layer._buffers, "codes": layer.codes.new_empty(0)}
+        self.layer._buffers = {name: b if b is None else b.clone() for name, b in buffers.items()}
 
 
 class DequantizedLayer(LoweredLayer):
