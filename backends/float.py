@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tfmq_fx.backends.cpu.attention import pad_attention
 from tfmq_fx.backends.cpu.kernels import fast_dtype
-from tfmq_fx.backends.cpu.pad_attention import pad_attention
 from tfmq_fx.backends.inductor import TORCH_OPTIONS, CpuCallable, check_options
 from tfmq_fx.backends.inductor import unavailable as no_compiler
 from tfmq_fx.backends.support import CPU

@@ -84,13 +84,13 @@ def _fault(
     known = wanted.isfinite()  # codes have no NaN: where it arises is told for a call as a whole
     if not sums[known].isfinite().all():
         return "its kernel answers NaN or Inf where the layer does not"
-    off, whole = _power((wanted - sums)[known]), _power(wanted[known])
+    off, whole = power((wanted - sums)[known]), power(wanted[known])
     if expected.dtype != torch.float32:  # which is rounded with the bias
-        whole = max(whole, _power(expected[known]))
+        whole = max(whole, power(expected[known]))
     least = _LEAST_FP8 if layer.act_format == "fp8" else _LEAST[expected.dtype]
     if off <= whole * 10 ** (-least / 10):
         return None
-    sqnr = 10 * math.log10(whole / off) if whole else -math.inf
+    sqnr = decibels(whole, off)
     return f"its kernel is {sqnr:.1f} dB from the layer, at least {least:.0f} are needed"
 
 
@@ -108,9 +108,16 @@ def run_alone(layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | 
     return y
 
 
-def _power(y: Tensor) -> float:
+def power(y: Tensor) -> float:
     """The sum of squares."""
     return float(y.double().square().sum())
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two powers in dB; infinite without noise."""
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal and noise < math.inf else -math.inf
 
 
 def _given(input: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -35,7 +35,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tfmq_fx.backends.cpu.attention import attention
-from tfmq_fx.backends.layer_check import Alone, LayerByLayer
+from tfmq_fx.backends.layer_check import Alone, LayerByLayer, decibels, power
 from tfmq_fx.ir.graph import device_of
 from tfmq_fx.quant.activation import QuantActivation
 from tfmq_fx.quant.quant_layer import QuantLayer
@@ -161,14 +161,14 @@ class Reference:
             min(_SHARE * a + _TIMES * n, max(_MOST * a, 2 * n))
             for a, n in zip(self.apart, near, strict=True)
         ]
-        powers = [_power(_finite(y)) for y in self.answers[self.middle]]
+        powers = [power(_finite(y)) for y in self.answers[self.middle]]
         return [_ratio(a, p) for a, p in zip(allowed, powers, strict=True)]
 
     def _moved(self, moved: fx.Interpreter) -> list[float]:
         """The power of what each output changes by where a graph is run so."""
         found = _outputs(moved.run(*self.inputs[self.middle]))
         return [
-            _power(_finite(y).double() - _finite(z).double())
+            power(_finite(y).double() - _finite(z).double())
             for y, z in zip(self.answers[self.middle], found, strict=True)
         ]
 
@@ -284,8 +284,8 @@ def _compared(
             return StepCheck(step, -math.inf, math.inf, False), notes
         if not known.all():
             notes.append(f"the reference's output {i} has NaN or Inf{at}: the rest is compared")
-        power, error = _power(_finite(y)), _power(_finite(y).double() - _finite(z).double())
-        passed, sqnr, least = error <= share * power, _db(power, error), _db(1.0, share)
+        size, error = power(_finite(y)), power(_finite(y).double() - _finite(z).double())
+        passed, sqnr, least = error <= share * size, decibels(size, error), decibels(1.0, share)
         if not passed or sqnr - least <= margin:
             margin = sqnr - least
             worst = StepCheck(step, sqnr, least, passed)
@@ -302,18 +302,8 @@ def _finite(y: Tensor) -> Tensor:
     return torch.where(y.isfinite(), y, torch.zeros_like(y))
 
 
-def _power(y: Tensor) -> float:
-    return float(y.double().square().sum())
-
-
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else (math.inf if part else 0.0)
-
-
-def _db(signal: float, noise: float) -> float:
-    if not noise:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal and noise < math.inf else -math.inf
 
 
 def _like(x: Tensor, generator: torch.Generator, draw: Callable[..., Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from tfmq_fx.core.stages import REPLACED, Stage
 from tfmq_fx.ir.binding_times import binding_times
@@ -101,8 +102,8 @@ class _Constants:
         """Whether the weight and bias of a product are constant, its input is not, and its settings
         are numbers."""
         x, weight, bias = (given.get(name) for name in _OPERANDS)
-        settings = [given[name] for name in _SETTINGS if name in given]
-        plain = not any(_nodes(value) for value in settings)
+        settings = tree_leaves([given[name] for name in _SETTINGS if name in given])
+        plain = not any(isinstance(value, fx.Node) for value in settings)
         fixed = weight in self._fixed and (bias is None or bias in self._fixed)
         return plain and fixed and isinstance(x, fx.Node) and x not in self._fixed
 
@@ -133,12 +134,6 @@ class _Constants:
                 inner = self._gm.get_submodule(str(at.target)).named_parameters()
                 found |= {f"{at.target}.{name}": None for name, _ in inner}
         return [*found]
-
-
-def _nodes(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(value, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
-    return found
 
 
 def _layer(

@@ -45,8 +45,7 @@ def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
     widths.
     details: bytes before and after, and the relative L2 error of each feature over its timesteps.
     """
-    slices = {s.name: s for s in _exact_slices(gm)}
-    cached = _cached(gm)
+    slices, cached = _features(gm)
     _check(bits, slices, cached)
     wanted = {name: s for name, s in slices.items() if name in bits}
     features: dict[str, Any] = {}
@@ -72,27 +71,22 @@ def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
     return Rewrite(gm, len(wanted), details=details)
 
 
-def _exact_slices(gm: fx.GraphModule) -> list[_Slice]:
-    found = []
+def _features(gm: fx.GraphModule) -> tuple[dict[str, _Slice], dict[str, int]]:
+    """The features in exact tables by name, and the bits of those in cached tables."""
+    exact, cached = dict[str, _Slice](), dict[str, int]()
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
         row, columns = node.args
-        if FEATURE in node.meta and isinstance(row, fx.Node) and is_timestep_row(row):
+        if FEATURE not in node.meta or not isinstance(row, fx.Node):
+            continue
+        name = node.meta[FEATURE]
+        if is_timestep_row(row):
             assert isinstance(columns, tuple) and isinstance(columns[1], slice)
-            name, place = node.meta[FEATURE], columns[1]
-            found.append(_Slice(name, node, row, place.start, place.stop))
-    return found
-
-
-def _cached(gm: fx.GraphModule) -> dict[str, int]:
-    """Features in cached tables, and their bits."""
-    found = {}
-    for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
-        row = node.args[0]
-        if FEATURE in node.meta and isinstance(row, fx.Node) and row.op == "call_module":
+            exact[name] = _Slice(name, node, row, columns[1].start, columns[1].stop)
+        elif row.op == "call_module":
             table = gm.get_submodule(str(row.target))
             assert isinstance(table, QuantTimestepTable)
-            found[node.meta[FEATURE]] = table.bits
-    return found
+            cached[name] = table.bits
+    return exact, cached
 
 
 def _check(

@@ -32,13 +32,12 @@ from tfmq_fx.quant.modules import QuantConv, QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 from . import kernels
-from .attention import use_kernel
+from .attention import pad_attention, use_kernel
 from .codes_layer import CpuCodesLayer
 from .fuse_activations import fuse_activations
 from .fuse_concat import fuse_concat
 from .norm_codes import MOST_RUNS, norm_codes
 from .onednn import OnednnLayer
-from .pad_attention import pad_attention
 
 MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
 

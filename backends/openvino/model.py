@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.ir.graph import fork
-from tfmq_fx.ir.graph_pass import prune
+from tfmq_fx.ir.subgraphs import extract
 from tfmq_fx.quant.timestep_lookup import timestep_row
 
 _KEPT = 4  # compiled models, one for each set of input shapes
@@ -130,24 +130,12 @@ class OpenVINOCallable:
 def split_rows(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | None]:
     """The graph with a further input for each row of a timestep table, in order; and the graph that
     computes these rows from the inputs, or None where there are none."""
-    rest = fork(gm)
-    if not rest.graph.find_nodes(op="call_function", target=timestep_row):
-        return rest, None
-    rows = fork(gm)
-    (output,) = rows.graph.find_nodes(op="output")
-    output.args = (tuple(rows.graph.find_nodes(op="call_function", target=timestep_row)),)
-    (last,) = rest.graph.find_nodes(op="placeholder")[-1:]
-    for i, node in enumerate(rest.graph.find_nodes(op="call_function", target=timestep_row)):
-        with rest.graph.inserting_after(last):
-            last = rest.graph.placeholder(f"timestep_row_{i}")
-        last.meta = dict(node.meta)
-        node.replace_all_uses_with(last)
-        rest.graph.erase_node(node)
-    for part in (rest, rows):
-        prune(part.graph)
-        part.delete_all_unused_submodules()
-        part.recompile()
-    return rest, rows
+    rows = list(gm.graph.find_nodes(op="call_function", target=timestep_row))
+    if not rows:
+        return fork(gm), None
+    inputs, (output,) = (gm.graph.find_nodes(op=op) for op in ("placeholder", "output"))
+    rest = extract(gm, list(output.all_input_nodes), [*inputs, *rows], until=output)
+    return rest, extract(gm, rows, list(inputs))
 
 
 def converted(
