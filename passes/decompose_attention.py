@@ -51,7 +51,7 @@ def _holds_attention(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _obstacle(node: fx.Node, call: dict[str, Any]) -> str | None:
-    """Why a call cannot be written out, or None where it can."""
+    """Why a call of fused attention cannot be written out, or None where it can."""
     if call.get("dropout_p", 0.0) != 0:
         return "it has dropout"
     if call.get("is_causal", False) not in (True, False):
@@ -69,7 +69,7 @@ def _obstacle(node: fx.Node, call: dict[str, Any]) -> str | None:
 
 
 def _write_out(node: fx.Node, call: dict[str, Any]) -> None:
-    """Turn `node` into the last of the steps, written in front of it."""
+    """Replace a call of fused attention by its steps; the last one takes over the name."""
     query, key, value = (call[name] for name in _ARGUMENTS[:3])
     scale = call.get("scale")
     if scale is None:
@@ -131,5 +131,5 @@ def _layout(value: Tensor) -> tuple[int, ...]:
 
 
 def _step(node: fx.Node, name: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call in front of `node`, with its value."""
+    """Insert a call in front of `node`, named after it."""
     return call_before(node, target, *args, name=f"{node.name}_{name}", **kwargs)

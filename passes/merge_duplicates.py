@@ -1,4 +1,4 @@
-"""Compute once what a model computes several times from the same values.
+"""Merge nodes that compute the same from the same values.
 
 a = embed_0(t);  b = embed_1(t)    ->    a = embed_0(t)   and a for b, where the weights are equal
 """
@@ -27,7 +27,7 @@ def merge_duplicates(gm: fx.GraphModule) -> Rewrite:
     details["merged"]: the path of each layer that went -> the path of the one that serves for it.
     """
     deps = binding_times(gm).deps
-    kept: dict[Any, list[fx.Node]] = {}
+    candidates: dict[Any, list[fx.Node]] = {}
     merged: dict[str, str] = {}
     changed = 0
     for node in list(gm.graph.nodes):
@@ -35,7 +35,7 @@ def merge_duplicates(gm: fx.GraphModule) -> Rewrite:
             continue
         if "writes" in node.meta or node.meta.get("val") is None:
             continue
-        alike = kept.setdefault(_key(gm, node), [])
+        alike = candidates.setdefault(_key(gm, node), [])
         same = next((other for other in alike if _equal(gm, node, other)), None)
         if same is None:
             alike.append(node)
@@ -50,7 +50,7 @@ def merge_duplicates(gm: fx.GraphModule) -> Rewrite:
 
 
 def _key(gm: fx.GraphModule, node: fx.Node) -> Any:
-    """Equal for nodes that may be duplicates."""
+    """A key that is equal for nodes that may be duplicates."""
     target: Any = node.target
     if node.op == "call_module":
         module = gm.get_submodule(str(target))

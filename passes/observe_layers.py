@@ -20,7 +20,7 @@ PREFIX = "observers"
 
 
 def observer_name(site: str) -> str:
-    """Path of the observer of a site, another for every site; dots would nest modules."""
+    """The path of the observer of a site, unique to it and without dots, which would nest modules."""
     return f"{PREFIX}.{site.replace('_', '__').replace('.', '_d')}"
 
 
@@ -30,18 +30,19 @@ def observe_layers(
     observer: Callable[[Site], nn.Module | None] = lambda site: RangeObserver(site.name),
 ) -> Rewrite:
     """The graph with observers; outputs are unchanged (exactly). A layer called several times
-    shares one observer. Reads gm.meta["timestep"], the name of the timestep's placeholder.
+    has one observer.
 
-    observer: makes the observer of a site, called with its input and the timestep (B,), or None.
+    observer: makes the module for a site that is called with its input and the timestep (B,), or
+    None to leave the site alone.
     """
     sites, declined = find_sites(gm)
     t, changed = timestep_node(gm), 0
     for site in sites:
-        made = observer(site)
-        if made is None:
+        module = observer(site)
+        if module is None:
             continue
         changed += 1
-        gm.add_submodule(observer_name(site.name), made)
+        gm.add_submodule(observer_name(site.name), module)
         for node in site.nodes:
             x = layer_input(node)
             with gm.graph.inserting_before(node):

@@ -51,15 +51,15 @@ def quantize_layers(
         if layer_plan.weights is None:
             declined.append(Declined(site.name, "its configuration keeps it in floating point"))
             continue
-        made = (ready or {}).get(site.name)
+        layer = (ready or {}).get(site.name)
         per_timestep, reason = _per_timestep(gm, site, layer_plan.activations)
         if reason:
             declined.append(Declined(site.name, reason))
-        if made is None:
-            made = _quantized(site, layer_plan, per_timestep)
+        if layer is None:
+            layer = _quantized(site, layer_plan, per_timestep)
         size = layer_plan.weights.group_size
-        if size and made.weight_shape[1] % size:
-            reason = f"one scale a channel: {size} does not divide {made.weight_shape[1]} inputs"
+        if size and layer.weight_shape[1] % size:
+            reason = f"one scale a channel: {size} does not divide {layer.weight_shape[1]} inputs"
             declined.append(Declined(site.name, reason))
         if (acts := layer_plan.calibrated) is not None:
             seen = ranges[site.name]
@@ -67,11 +67,11 @@ def quantize_layers(
             if not per_timestep:
                 low, high = low.min()[None], high.max()[None]
             scale, zero = activation_scales(low, high, bits=acts.bits, format=acts.format)
-            made.set_static_range(float(scale.max()), zero)
+            layer.set_static_range(float(scale.max()), zero)
             if per_timestep:
                 wanting.append((site, len(scales)))
                 scales.append(scale)
-        gm.set_submodule(site.name, made)
+        gm.set_submodule(site.name, layer)
         changed += 1
     if wanting:
         _pass_scales(gm, wanting, torch.stack(scales, 1).to(timesteps.device), timesteps)
@@ -81,7 +81,7 @@ def quantize_layers(
 def _per_timestep(
     gm: fx.GraphModule, site: Site, spec: ActivationSpec | None
 ) -> tuple[bool, str | None]:
-    """Whether the site's input can be scaled per timestep, and why not where it was asked for."""
+    """Whether the input of a site gets a scale per timestep; why not, where the spec wants one."""
     if spec is None or not spec.per_timestep:
         return False, None
     batch = timestep_node(gm).meta["val"].shape[0]
@@ -97,7 +97,7 @@ def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
     weight = site.layer.weight
     assert kind is not None and plan.weights is not None and isinstance(weight, Tensor)
     acts = plan.activations
-    made = kind.from_float(
+    layer = kind.from_float(
         site.layer,  # type: ignore[arg-type]  # the class was chosen by the layer's own
         weight_bits=plan.weights.bits,
         weight_format=plan.weights.format,
@@ -109,8 +109,8 @@ def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
     )
     grid = weight_qparams(weight, plan.weights)
     codes = round_nearest(weight.detach().float().flatten(1), grid)
-    made.set_weight(codes.view(weight.shape), grid)
-    return made
+    layer.set_weight(codes.view(weight.shape), grid)
+    return layer
 
 
 def _pass_scales(

@@ -79,7 +79,7 @@ def _is_rounded(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _rounding(operand: Operand, spec: AttentionSpec) -> tuple[QuantActivation, Tensor]:
-    """The module for an operand, and its scale at each timestep (K,) float32."""
+    """The module that rounds an operand, and its scale at each timestep (K,) float32."""
     bits = spec.probabilities_bits if operand.probabilities else spec.activations.bits
     grid: Grid = spec.probabilities if operand.probabilities else "uniform"
     per_timestep = spec.activations.per_timestep and operand.static is None
@@ -95,7 +95,7 @@ def _rounding(operand: Operand, spec: AttentionSpec) -> tuple[QuantActivation, T
 
 
 def _insert(gm: fx.GraphModule, product: Product, side: Side, module: QuantActivation) -> fx.Node:
-    """A call of `module` on one operand, in front of the product."""
+    """Insert a call of `module` on one operand of a product, and return it."""
     value, node = product.operand(side), product.node
     path = f"{PREFIX}.{product.name}.{side}"
     gm.add_submodule(path, module.to(value.meta["val"].device))

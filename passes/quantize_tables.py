@@ -47,12 +47,12 @@ def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
     """
     slices, cached = _features(gm)
     _check(bits, slices, cached)
-    wanted = {name: s for name, s in slices.items() if name in bits}
+    chosen = {name: s for name, s in slices.items() if name in bits}
     features: dict[str, Any] = {}
-    rows = {each.row: None for each in wanted.values()}
+    rows = {each.row: None for each in chosen.values()}
     before = sum(_table(gm, row).nbytes for row in rows)
     caches: dict[tuple[int, torch.dtype], list[_Slice]] = {}
-    for name, each in wanted.items():
+    for name, each in chosen.items():
         table = _table(gm, each.row)
         caches.setdefault((bits[name], table.dtype), []).append(each)
         error = cache_error(table[:, each.start : each.stop], bits[name])
@@ -63,12 +63,12 @@ def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
         }
     after = sum(_cache(gm, width, group) for (width, _), group in caches.items())
     for row in rows:
-        keep = [s for name, s in slices.items() if s.row is row and name not in wanted]
+        keep = [s for name, s in slices.items() if s.row is row and name not in chosen]
         after += _shrink(gm, row, keep)
     prune(gm.graph)
     gm = fork(gm)  # without the tables that nothing reads now
     details = {"features": features, "bytes_before": before, "bytes_after": after}
-    return Rewrite(gm, len(wanted), details=details)
+    return Rewrite(gm, len(chosen), details=details)
 
 
 def _features(gm: fx.GraphModule) -> tuple[dict[str, _Slice], dict[str, int]]:
@@ -109,7 +109,7 @@ def _table(gm: fx.GraphModule, row: fx.Node, argument: int = 0) -> Tensor:
 
 
 def _cache(gm: fx.GraphModule, bits: int, group: Sequence[_Slice]) -> int:
-    """Put the features into one cached table; its bytes."""
+    """Move features into one new integer table, and return its bytes."""
     t, first = timestep_node(gm), group[0].row
     tables = [_table(gm, s.row)[:, s.start : s.stop] for s in group]
     module = QuantTimestepTable.from_rows(_table(gm, first, 1), tables, bits=bits)
@@ -134,22 +134,22 @@ def _cache(gm: fx.GraphModule, bits: int, group: Sequence[_Slice]) -> int:
 
 
 def _move(each: _Slice, row: fx.Node, start: int, width: int) -> None:
-    """Read the feature from columns of another row."""
+    """Read a feature from columns of another row."""
     columns = (slice(None), slice(start, start + width))
     each.node.args = (row, columns)
     each.node.meta["val"] = row.meta["val"][columns]
 
 
 def _shrink(gm: fx.GraphModule, row: fx.Node, keep: Sequence[_Slice]) -> int:
-    """Drop all columns but those of `keep` from an exact table; the bytes left."""
+    """Drop all columns but those of `keep` from an exact table, and return the bytes left."""
     if not keep:
         return 0
-    kept = torch.cat([_table(gm, row)[:, s.start : s.stop] for s in keep], 1)
+    rest = torch.cat([_table(gm, row)[:, s.start : s.stop] for s in keep], 1)
     (table, *_) = row.all_input_nodes
-    setattr(gm, str(table.target), kept)  # buffers of a fork are its own
-    row.meta["val"] = row.meta["val"].new_empty((row.meta["val"].shape[0], kept.shape[1]))
+    setattr(gm, str(table.target), rest)  # buffers of a fork are its own
+    row.meta["val"] = row.meta["val"].new_empty((row.meta["val"].shape[0], rest.shape[1]))
     start = 0
     for each in keep:
         _move(each, row, start, each.stop - each.start)
         start += each.stop - each.start
-    return kept.nbytes
+    return rest.nbytes

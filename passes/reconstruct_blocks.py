@@ -116,26 +116,27 @@ def reconstruct_blocks(
                 declined.append(Declined(unit.path, "its outputs are not in the captured graph"))
                 continue
             make = partial(learnt, unit, view)
-            found = finished(checkpoint, unit.path, make, shared=True)
-            errors[unit.path] = found.errors
-            if found.note:
-                declined.append(Declined(unit.path, found.note))
-            for name, state in found.states.items():
+            result = finished(checkpoint, unit.path, make, shared=True)
+            errors[unit.path] = result.errors
+            if result.note:
+                declined.append(Declined(unit.path, result.note))
+            for name, state in result.states.items():
                 for graph in {gm, seen}:
                     layer = graph.get_submodule(name)
                     assert isinstance(layer, QuantLayer)
                     graph.set_submodule(name, with_rounded_state(layer, state))
-            changed += bool(found.states)
+            changed += bool(result.states)
     return Rewrite(gm, changed, declined, {"error": errors} | record(checkpoint))
 
 
 def _own_rows(
     gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]], weights: Sequence[Tensor] | None
 ) -> tuple[Sequence[Sequence[Tensor]], Sequence[Tensor] | None, list[float] | None]:
-    """The samples of each chunk that this process takes, their weights, and which share of the
-    chunk they are, which is 0 where there are fewer samples than processes, and a sample stands in.
+    """The rows of each chunk that this process takes, their weights, and their share of the chunk.
 
-    All of them and None for the shares where there is one process, or the graph is of one size.
+    A share is 0 where there are fewer samples than processes, and a sample only stands in.
+
+    With one process, or a graph of fixed size, these are all rows, and None for the shares.
     """
     t = timestep_node(gm)
     size = t.meta["val"].shape[0]
@@ -158,18 +159,18 @@ def _own_rows(
 
 
 def _with_float_inputs(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with every quantized layer and product reading its input as it comes."""
-    made = fork(gm)
-    for name, layer in list(made.named_modules()):
+    """The graph whose quantized layers and products do not round their inputs."""
+    forked = fork(gm)
+    for name, layer in list(forked.named_modules()):
         if isinstance(layer, QuantLayer):
-            made.set_submodule(name, with_float_inputs(layer))
+            forked.set_submodule(name, with_float_inputs(layer))
         elif isinstance(layer, QuantActivation):
-            made.set_submodule(name, _AsItComes())
-    return made
+            forked.set_submodule(name, _NoRounding())
+    return forked
 
 
-class _AsItComes(nn.Module):
-    """In the place of a QuantActivation: gives its input back."""
+class _NoRounding(nn.Module):
+    """Replace a QuantActivation by the identity."""
 
     stage = Stage.QUANTIZED
 
@@ -179,7 +180,7 @@ class _AsItComes(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A unit as a region of the quantized graph: what goes in and out, and when it starts."""
+    """The region of a unit in the quantized graph: its inputs, outputs and first layer call."""
 
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
@@ -187,7 +188,7 @@ class _View:
 
 
 def _alone(unit: Unit, view: _View | None) -> list[Unit]:
-    """The unit, or its sites one by one where it is not a region of its own."""
+    """The unit, or each of its sites as a unit where the whole is no region (`view` is None)."""
     if view is not None or len(unit.sites) == 1:
         return [unit]
     return [Unit(site.name, (site,)) for site in unit.sites]
@@ -209,7 +210,7 @@ def _view(gm: fx.GraphModule, unit: Unit, full: LayerwiseExecutor) -> _View | No
 
 
 class _Batches(Sequence[Batch]):
-    """What goes into a block and should come out of it, chunk by chunk, wherever a walk keeps it.
+    """The inputs and target outputs of a block for each chunk, read from where the walks keep them.
 
     Inputs that the block writes to in place are copies.  shares: of each batch, where processes
     have split them.
@@ -251,8 +252,9 @@ def _best(
     *,
     split: bool = False,
 ) -> Part:
-    """The best rounding of a block, and the relative squared error of its outputs as given, rounded
-    to nearest, and learnt.  split: whether each process has its share of every batch."""
+    """The best rounding of a block: the one it had, rounded to nearest, or learnt.
+
+    `errors` are relative squared errors of the outputs.  split: whether each process has its share of every batch."""
     soft, nearest = dict[str, AdaRoundLayer](), dict[str, QuantLayer]()
     errors = {"before": _error(block, batches, split)}
     for site in unit.sites:
@@ -277,20 +279,20 @@ def _best(
     )
     learnt = {name: layer.decided() for name, layer in soft.items()}
     errors["after"] = math.nan if stopped else _error(_with(block, learnt), batches, split)
-    kept = min(errors, key=lambda name: (not math.isfinite(errors[name]), errors[name]))
-    if not math.isfinite(errors[kept]):
-        kept = "before"
-    layers = {"before": {}, "nearest": nearest, "after": learnt}[kept]
+    best = min(errors, key=lambda name: (not math.isfinite(errors[name]), errors[name]))
+    if not math.isfinite(errors[best]):
+        best = "before"
+    layers = {"before": {}, "nearest": nearest, "after": learnt}[best]
     note = ""
-    if kept != "after":
-        form = "what it had" if kept == "before" else "nearest rounding"
+    if best != "after":
+        form = "what it had" if best == "before" else "nearest rounding"
         why = stopped or f"learnt rounding is no better ({errors['after']:.4g})"
-        note = f"{why}: kept {form} ({errors[kept]:.4g})"
+        note = f"{why}: kept {form} ({errors[best]:.4g})"
     return Part({name: rounded_state(layer) for name, layer in layers.items()}, errors, note)
 
 
 def _with(block: fx.GraphModule, layers: Mapping[str, nn.Module]) -> fx.GraphModule:
-    """`block` with other layers in the place of its own."""
+    """Replace layers of a block by others, in place, and return it."""
     for name, layer in layers.items():
         block.set_submodule(name, layer)
     return block
