@@ -84,7 +84,7 @@ def correct_outputs(
 
 
 def _corrected(gm: fx.GraphModule, node: fx.Node, row: fx.Node) -> fx.Node:
-    """Insert (node - shift) * factor, in the dtype of `node`; a row without a factor only shifts."""
+    """Insert (node - shift) * factor, in the dtype of `node`; rows without a factor only shift."""
     value, channels = node.meta["val"], int(channel_count(node))
     shape = [-1, *[1] * (value.dim() - 1)]
     shape[channel_dim(value.shape)] = channels

@@ -140,7 +140,7 @@ class _Constants:
 def _layer(
     kind: Any, arguments: Mapping[str, Any], value: Callable[[fx.Node], Any]
 ) -> nn.Module | None:
-    """The layer with the weight and bias of a product; None where no torch layer has such a weight."""
+    """The layer with the weight and bias of a product; None where no torch layer holds them."""
     weight = value(arguments["weight"])
     bias = None if arguments.get("bias") is None else value(arguments["bias"])
     dims = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}[kind]

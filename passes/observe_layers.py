@@ -20,7 +20,7 @@ PREFIX = "observers"
 
 
 def observer_name(site: str) -> str:
-    """The path of the observer of a site, unique to it and without dots, which would nest modules."""
+    """The path of the observer of a site: unique, and without dots, which would nest modules."""
     return f"{PREFIX}.{site.replace('_', '__').replace('.', '_d')}"
 
 

@@ -254,7 +254,9 @@ def _best(
 ) -> Part:
     """The best rounding of a block: the one it had, rounded to nearest, or learnt.
 
-    `errors` are relative squared errors of the outputs.  split: whether each process has its share of every batch."""
+    `errors` are relative squared errors of the outputs.
+    split: whether each process has its share of every batch.
+    """
     soft, nearest = dict[str, AdaRoundLayer](), dict[str, QuantLayer]()
     errors = {"before": _error(block, batches, split)}
     for site in unit.sites:

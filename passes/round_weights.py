@@ -114,7 +114,7 @@ def input_statistics(
     seed: int,
     count: int,
 ) -> InputStatistics:
-    """The input statistics of a layer over about ROWS rows, equally many from each of `count` chunks.
+    """The input statistics of a layer over about ROWS rows, as many from each of `count` chunks.
 
     The walks hold the chunks of this process; only the first process gets the whole sum.
     """
@@ -157,8 +157,8 @@ def _rows(
     weights: Tensor | None,
     picks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows `picks` of a layer's input in one chunk: as quantized (from x), in full precision, and
-    the weight of each."""
+    """The rows `picks` of a layer's input in one chunk, quantized (from x) and in full precision, and
+    the weight of each row."""
     seen, true = input_rows(layer, x, picks), input_rows(layer, full, picks)
     if not bool(torch.isfinite(seen).all() & torch.isfinite(true).all()):
         raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")
@@ -257,8 +257,9 @@ def _shifted_bias(rounded: QuantLayer, bias: Tensor, statistics: InputStatistics
 
 
 def _center_(statistics: InputStatistics) -> None:
-    """Center the statistics and add white noise to each channel, equally in both models: NOISE of its
-    own power, so that a channel of massive mean adds none to others.
+    """Center the statistics and add white noise to each channel, the same in both models.
+
+    It has NOISE of the channel's own power, so that a channel of massive mean adds none to others.
 
     Of an input that is the same in every row (one guidance scale, a padded text) nothing is left
     about its mean but rounding, of any sign, which must not steer the weights.

@@ -33,7 +33,7 @@ SCALES = "input_scale"  # buffers of the multipliers 1 / r
 def scale_channels(gm: fx.GraphModule, *, factors: Mapping[str, Tensor]) -> Rewrite:
     """The graph with layers that read scaled inputs; outputs are equal up to float rounding.
 
-    They are equal bit for bit where all factors are powers of two (and nothing over- or underflows).
+    They are equal bit for bit where factors are powers of two (and nothing over- or underflows).
 
     factors: r of each site to rewrite, (in_channels,), finite and positive.  Sites that read the
     same value by equal factors read one product.  Scaling twice multiplies the factors.

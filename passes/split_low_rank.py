@@ -38,8 +38,8 @@ def split_low_rank(
     only: Collection[str],
     importance: Mapping[str, Tensor] | None = None,
 ) -> Rewrite:
-    """The graph with a branch of rank `rank` beside each site of `only`; outputs are equal up to float
-    rounding. As in SVDQuant.
+    """The graph with a branch of rank `rank` beside each site of `only`; outputs are equal up to
+    float rounding. As in SVDQuant.
 
     The branch is the part of the weight that counts most for inputs of this importance: root mean
     square of each input channel, (in_channels,), by site, 1 where it is not given.  It lies at
