@@ -74,6 +74,8 @@ class IntegerPattern(LoweredLayer):
         assert layer.act_bits is not None
         self.zero, self.top = int(layer.act_zero), levels(layer.act_bits)
         self.scale = 1.0 if layer.per_timestep else float(layer.act_scale)
+        for name in ("weight_scale", "weight_zero", "act_scale", "act_zero"):  # held below instead
+            setattr(self.layer, name, getattr(layer, name).new_empty(0))
         self.register_buffer("weight", layer.weight_codes())
         self.register_buffer("weight_scale", layer.weight_scale.clone())
         self.weight: Tensor

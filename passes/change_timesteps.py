@@ -187,8 +187,8 @@ def _features(row: fx.Node) -> Iterator[tuple[str, slice]]:
 
 
 def _choices(gm: fx.GraphModule, row: fx.Node) -> Iterator[tuple[int, tuple[int, int]]]:
-    """The columns of scales whose grid depends on the timestep, each with the column that says which
-    grid it is, and the largest code."""
+    """The columns of scales whose grid depends on the timestep, each with the column that says
+    which grid it is, and the largest code."""
     columns = {user: user.args[1] for user in row.users if user.target is operator.getitem}
     for user, column in columns.items():
         for call in user.users:

@@ -157,8 +157,8 @@ def _rows(
     weights: Tensor | None,
     picks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows `picks` of a layer's input in one chunk, quantized (from x) and in full precision, and
-    the weight of each row."""
+    """The rows `picks` of a layer's input in one chunk, quantized (from x) and in full precision,
+    and the weight of each row."""
     seen, true = input_rows(layer, x, picks), input_rows(layer, full, picks)
     if not bool(torch.isfinite(seen).all() & torch.isfinite(true).all()):
         raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")
