@@ -47,13 +47,13 @@ def with_artifact(path: Path, compile_and_run: Callable[[], T]) -> T:
     result = compile_and_run()
     if fits and counters["inductor"]["fxgraph_cache_miss"] == before:
         return result
-    made, libraries = torch.compiler.save_cache_artifacts(), [*_libraries()]
-    if made is None and not libraries:
+    bundle, libraries = torch.compiler.save_cache_artifacts(), [*_libraries()]
+    if bundle is None and not libraries:
         logger.warning("torch kept nothing of what it compiled: %s is not written", path)
         return result
     try:
         make_private(path.parent)
-        write_whole(path, _bundle(made[0] if made else b"", libraries), mode=0o600)
+        write_whole(path, _bundle(bundle[0] if bundle else b"", libraries), mode=0o600)
     except OSError as error:
         raise ConfigError(f"artifact={str(path)!r} cannot be written: {error}") from error
     return result
@@ -83,16 +83,16 @@ def _read(path: Path) -> bool:
             libraries = {name: file.read(name) for name in names}
         if caches:
             _check_keys(caches, path)
-        found = torch.compiler.load_cache_artifacts(caches) if caches else "libraries alone"
+        loaded = torch.compiler.load_cache_artifacts(caches) if caches else "libraries alone"
     except ConfigError:
         raise
     except OSError as error:
         raise ConfigError(f"artifact={str(path)!r} cannot be read: {error}") from error
     except Exception as error:  # torch raises what its caches meet
         raise _no_artifact(path) from error
-    if found is None:  # what does not unpack is logged by torch
+    if loaded is None:  # what does not unpack is logged by torch
         raise _no_artifact(path)
-    logger.info("read %s: %s", path, found)
+    logger.info("read %s: %s", path, loaded)
     if fits := machine == _machine():
         _unpack(libraries)
     return fits
@@ -155,8 +155,8 @@ def _check_keys(caches: bytes, path: Path) -> None:
     its bundle to that folder as they are."""
     from torch.compiler._cache import CacheArtifactManager
 
-    found = CacheArtifactManager.deserialize(caches)
-    for each in itertools.chain(*(found or {}).values()):
+    entries = CacheArtifactManager.deserialize(caches)
+    for each in itertools.chain(*(entries or {}).values()):
         place = PurePath(each.key)
         if place.is_absolute() or ".." in place.parts:
             raise ConfigError(

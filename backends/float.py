@@ -59,12 +59,12 @@ def compile_graph(
     pad_attention(lowered.gm)
     compiled = CpuCallable(lowered.gm, options, freezes=True, artifact=path)
     (output,) = gm.graph.find_nodes(op="output")
-    given: Any = output.args[0]
-    wanted = [node.meta["val"].dtype for node in given]
+    outputs: Any = output.args[0]
+    dtypes = [node.meta["val"].dtype for node in outputs]
 
     def run(*inputs: Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found = compiled(*inputs)
-        return tuple(y.to(wide) for y, wide in zip(found, wanted, strict=True))
+            results = compiled(*inputs)
+        return tuple(y.to(wide) for y, wide in zip(results, dtypes, strict=True))
 
     return run, lowered

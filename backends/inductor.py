@@ -68,12 +68,12 @@ class CpuCallable:
     def __call__(self, *inputs: Tensor) -> Any:
         from torch._inductor import config
 
-        given = plain(inputs, self.formats)
+        values = plain(inputs, self.formats)
         with apart(), config.patch(freezing=True) if self.freezes else nullcontext():
             if self.artifact is None:
-                return self.compiled(*given)
+                return self.compiled(*values)
             path, self.artifact = self.artifact, None
-            return with_artifact(path, lambda: self.compiled(*given))
+            return with_artifact(path, lambda: self.compiled(*values))
 
 
 class CudaCallable:
@@ -87,10 +87,10 @@ class CudaCallable:
         self.copies = recorded or bool(flags.get("triton.cudagraphs"))
 
     def __call__(self, *inputs: Tensor) -> Any:
-        given = plain(inputs, self.formats)
+        values = plain(inputs, self.formats)
         with apart():
-            found = self.compiled(*given)
-            return tree_map_only(Tensor, Tensor.clone, found) if self.copies else found
+            results = self.compiled(*values)
+            return tree_map_only(Tensor, Tensor.clone, results) if self.copies else results
 
 
 def compile_graph(

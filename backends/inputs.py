@@ -16,15 +16,15 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def formats_of(gm: fx.GraphModule) -> list[torch.memory_format]:
     """The memory format of each placeholder of a graph: channels last where it was captured so."""
-    found = []
+    formats = []
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
         shape, strides = (tuple(map(size_hint, v)) for v in (value.shape, value.stride()))
         last = _LAST.get(value.dim(), torch.contiguous_format)
         plain = _strides(shape, torch.contiguous_format)
         as_last = strides == _strides(shape, last) and strides != plain
-        found.append(last if as_last else torch.contiguous_format)
-    return found
+        formats.append(last if as_last else torch.contiguous_format)
+    return formats
 
 
 @contextlib.contextmanager

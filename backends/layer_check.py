@@ -75,16 +75,16 @@ def _fault(
 ) -> str | None:
     """The fault of a kernel in words, or None where it computes what its layer does."""
     try:
-        found = run_alone(layer, kernel, x, scale)
+        answer = run_alone(layer, kernel, x, scale)
     except Exception as error:  # whatever a compiler or a driver raises
         first = str(error).strip().partition("\n")[0]
         return f"its kernel fails here: {type(error).__name__}: {first}"
     bias = 0 if layer.bias is None else layer.bias.float().view(layer.bias_shape)
-    wanted, sums = expected.float() - bias, found.float() - bias
-    known = wanted.isfinite()  # codes have no NaN: where it arises is told for a call as a whole
+    target, sums = expected.float() - bias, answer.float() - bias
+    known = target.isfinite()  # codes have no NaN: `cpu.nans` reports where it arises
     if not sums[known].isfinite().all():
         return "its kernel answers NaN or Inf where the layer does not"
-    off, whole = power((wanted - sums)[known]), power(wanted[known])
+    off, whole = power((target - sums)[known]), power(target[known])
     if expected.dtype != torch.float32:  # which is rounded with the bias
         whole = max(whole, power(expected[known]))
     least = _LEAST_FP8 if layer.act_format == "fp8" else _LEAST[expected.dtype]

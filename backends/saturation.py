@@ -63,8 +63,8 @@ def onednn_is_exact() -> bool:
             filters = torch.full((_OUT, _CHANNELS, taps, taps), 127, dtype=torch.int8)
             geometry = ([1, 1], [0, 0], [1, 1], 1)
             packed = ops.qconv_prepack(filters, scale, 1.0, 0, *geometry, list(images.shape))
-            given = (images, 1.0, 0, packed, scale, zero, None, *geometry)
-            if not (ops.qconv_pointwise(*given, *rest) == _SUM * taps**2).all():
+            arguments = (images, 1.0, 0, packed, scale, zero, None, *geometry)
+            if not (ops.qconv_pointwise(*arguments, *rest) == _SUM * taps**2).all():
                 return False
     return True
 

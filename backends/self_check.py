@@ -130,8 +130,8 @@ class Reference:
                     break
             if not self.answers:
                 self.answers = [
-                    middle if i == self.middle else _outputs(self.gm(*given))
-                    for i, given in enumerate(self.inputs)
+                    middle if i == self.middle else _outputs(self.gm(*values))
+                    for i, values in enumerate(self.inputs)
                 ]
                 self.apart = self._moved(Apart(self.gm))
         return run.wrong
@@ -142,12 +142,13 @@ class Reference:
             self._measure(None)
         with torch.no_grad():
             bounds = self._bounds(lowered)
-            found = [_outputs(runner(*given)) for given in self.inputs]
+            outputs = [_outputs(runner(*values)) for values in self.inputs]
         steps, notes = [], []
         for i, step in enumerate(self.timesteps):
             wide = 1.0 if i == self.middle else _ELSEWHERE
-            made, note = _compared(step, self.answers[i], found[i], [wide * b for b in bounds])
-            steps.append(made)
+            allowed = [wide * b for b in bounds]
+            judged, note = _compared(step, self.answers[i], outputs[i], allowed)
+            steps.append(judged)
             notes += note
         return Check(backend, tuple(steps), tuple(dict.fromkeys(notes)))
 
@@ -166,10 +167,10 @@ class Reference:
 
     def _moved(self, moved: fx.Interpreter) -> list[float]:
         """The power of what each output changes by where a graph is run so."""
-        found = _outputs(moved.run(*self.inputs[self.middle]))
+        outputs = _outputs(moved.run(*self.inputs[self.middle]))
         return [
             power(_finite(y).double() - _finite(z).double())
-            for y, z in zip(self.answers[self.middle], found, strict=True)
+            for y, z in zip(self.answers[self.middle], outputs, strict=True)
         ]
 
 
@@ -190,7 +191,7 @@ class Apart(fx.Interpreter):
         return super().call_module(target, args, kwargs)
 
     def _dithered(self, module: nn.Module, rounds: str, relative: bool) -> nn.Module:
-        exact, made = getattr(module, rounds), copy.copy(module)
+        exact, dithered = getattr(module, rounds), copy.copy(module)
 
         def rounded(x: Tensor, scale: Tensor) -> Tensor:
             draw = _like(x, self.generator, torch.rand) - 0.5
@@ -198,8 +199,8 @@ class Apart(fx.Interpreter):
             y: Tensor = exact(x.float() + step * draw, scale)
             return y
 
-        object.__setattr__(made, rounds, rounded)
-        return made
+        object.__setattr__(dithered, rounds, rounded)
+        return dithered
 
 
 class Nearby(fx.Interpreter):
@@ -235,8 +236,8 @@ class Nearby(fx.Interpreter):
 
     def _is_fresh(self, n: fx.Node, result: Tensor) -> bool:
         """Whether a node made the memory of its result, and that alone."""
-        given = tree_leaves(self.fetch_args_kwargs_from_env(n))
-        memory = {v.untyped_storage().data_ptr() for v in given if isinstance(v, Tensor)}
+        arguments = tree_leaves(self.fetch_args_kwargs_from_env(n))
+        memory = {v.untyped_storage().data_ptr() for v in arguments if isinstance(v, Tensor)}
         own = result.untyped_storage().data_ptr() not in memory
         return own and not any(s == 0 for s in result.stride())
 
@@ -269,15 +270,15 @@ def coarse_parts(lowered: fx.GraphModule) -> tuple[frozenset[str], frozenset[str
 
 
 def _compared(
-    step: float | None, wanted: list[Tensor], found: list[Tensor], shares: list[float]
+    step: float | None, expected: list[Tensor], outputs: list[Tensor], shares: list[float]
 ) -> tuple[StepCheck, list[str]]:
     """One timestep, judged by the output that is furthest off; and what is to be said of it."""
     at = "" if step is None else f" at t = {step:g}"
-    if [y.shape for y in found] != [y.shape for y in wanted]:
+    if [y.shape for y in outputs] != [y.shape for y in expected]:
         return StepCheck(step, -math.inf, math.inf, False), [f"other shapes of outputs{at}"]
     worst, notes = StepCheck(step, math.inf, math.inf, True), []
     margin = math.inf
-    for i, (y, z, share) in enumerate(zip(wanted, found, shares, strict=True)):
+    for i, (y, z, share) in enumerate(zip(expected, outputs, shares, strict=True)):
         known = y.isfinite()
         if not torch.equal(known, z.isfinite()):
             notes.append(f"output {i} is NaN or Inf{at} at other places than the reference's")
@@ -294,8 +295,8 @@ def _compared(
     return worst, notes
 
 
-def _outputs(found: Any) -> list[Tensor]:
-    return [y for y in tree_leaves(found) if isinstance(y, Tensor)]
+def _outputs(result: Any) -> list[Tensor]:
+    return [y for y in tree_leaves(result) if isinstance(y, Tensor)]
 
 
 def _finite(y: Tensor) -> Tensor:

@@ -82,17 +82,17 @@ def to_torchao(layer: QuantLinear, *, int4: bool = False) -> nn.Linear:
     out, width = layer.weight_shape
     integers = layer.act_bits is not None and layer.act_format == "int"
     kind = _RowsLinear if integers else nn.Linear
-    made = kind(width, out, bias=False, device="meta", dtype=layer.dtype)
+    linear = kind(width, out, bias=False, device="meta", dtype=layer.dtype)
     if packed:
         weight = _int4_tensor(layer)
     elif layer.weight_format == "fp8":
         weight = _fp8_tensor(layer)
     else:
         weight = _int8_tensor(layer)
-    made.weight = nn.Parameter(weight, requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.clone(), requires_grad=False)
-    return made.eval()
+        linear.bias = nn.Parameter(layer.bias.clone(), requires_grad=False)
+    return linear.eval()
 
 
 class _RowsLinear(nn.Linear):

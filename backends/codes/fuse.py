@@ -82,12 +82,12 @@ def share_quantize(gm: fx.GraphModule) -> int:
     measured alike.
     """
     written, changed = written_nodes(gm), 0
-    found: dict[Any, fx.Node] = {}
+    first_calls: dict[Any, fx.Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
         codes = Codes.of(node)
         if codes.x in written:
             continue
-        first = found.setdefault(codes._replace(scale=_content(gm, codes.scale)), node)
+        first = first_calls.setdefault(codes._replace(scale=_content(gm, codes.scale)), node)
         if first is not node:
             for user in list(node.users):
                 user.replace_input_with(codes.scale, Codes.of(first).scale)

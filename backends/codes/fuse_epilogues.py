@@ -66,8 +66,10 @@ def absorb_rows(gm: fx.GraphModule) -> int:
                 continue
             batch, *rest = node_shape(node)
             ones = ["1"] * (len(rest) - 1)
-            wanted = [rest[0], *ones] if _is_conv(gm, call) else [*ones, rest[-1]]
-            if ones and node_shape(other) == [batch, *wanted]:
+            layer = layer_on_codes(gm, call)
+            is_conv = layer is not None and layer.is_conv
+            shape = [rest[0], *ones] if is_conv else [*ones, rest[-1]]
+            if ones and node_shape(other) == [batch, *shape]:
                 row = call_before(node, torch.flatten, other, 1, name=f"{call.name}_row")
                 _replace(node, call, row=row)
                 changed += 1
@@ -148,13 +150,6 @@ def _adds(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
     return not {*arguments, "out_scale"} & set(call.kwargs)
 
 
-def _is_conv(gm: fx.GraphModule, call: fx.Node) -> bool:
-    layer = gm.get_submodule(str(call.target))
-    first = layer.first if isinstance(layer, ConcatLayer) else layer
-    assert isinstance(first, CodesLayer)
-    return first.is_conv
-
-
 def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
     """Whether one kernel runs two layers: only their channels, ranges and values differ."""
     first, second = (codes_layer(gm, c) for c in (call, other))
@@ -221,16 +216,16 @@ def _replace(
     """
     graph = node.graph
     with graph.inserting_before(node):
-        made = graph.call_module(path or str(call.target), args or call.args)
-    made.kwargs = {**call.kwargs, **added}
-    made.meta = {**call.meta, "val": (call if views else node).meta["val"]}
-    call.replace_all_uses_with(made)
+        fused = graph.call_module(path or str(call.target), args or call.args)
+    fused.kwargs = {**call.kwargs, **added}
+    fused.meta = {**call.meta, "val": (call if views else node).meta["val"]}
+    call.replace_all_uses_with(fused)
     for view in views:
         node.prepend(view)
-    node.replace_all_uses_with(views[-1] if views else made)
+    node.replace_all_uses_with(views[-1] if views else fused)
     graph.erase_node(node)
     graph.erase_node(call)
-    made.name = (call if views else node).name
+    fused.name = (call if views else node).name
     for view in views:  # other layers' images lie channels last too
         if op_name(view) == "contiguous":
             view.replace_all_uses_with(view.all_input_nodes[0])

@@ -106,16 +106,16 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
     """
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
-        found = _norm(gm, node)
-        if found is None:
+        candidate = _norm(gm, node)
+        if candidate is None:
             continue
-        _modulate(found)
-        _activate(gm, found)
-        readers = _of_images(found.value) or _of_tokens(found.value)
-        if readers is None or len(readers.nodes) > most_runs or found.reads & written:
+        _modulate(candidate)
+        _activate(gm, candidate)
+        readers = _of_images(candidate.value) or _of_tokens(candidate.value)
+        if readers is None or len(readers.nodes) > most_runs or candidate.reads & written:
             continue
         if _hoist(readers.nodes):
-            _replace(gm, found, readers, norm)
+            _replace(gm, candidate, readers, norm)
             changed += 1
     return changed
 
@@ -144,13 +144,13 @@ def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
 
 def _modulate(norm: _Norm) -> None:
     """Take in value * factor and value + shift."""
-    wanted = node_shape(norm.x)[:2] + ["1"] * (norm.x.meta["val"].dim() - 2)
+    shape = node_shape(norm.x)[:2] + ["1"] * (norm.x.meta["val"].dim() - 2)
     for name in ("mul", "add"):
         user = only_user(norm.value)
         if user is None or op_name(user) != name or user.kwargs or len(user.args) != 2:
             continue
         others = [a for a in user.args if a is not norm.value and is_tensor(a)]
-        if len(others) == 1 and node_shape(others[0]) == wanted:
+        if len(others) == 1 and node_shape(others[0]) == shape:
             if name == "mul":
                 norm.factor = others[0]
             else:
@@ -268,7 +268,7 @@ def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers, kernel: NormCod
             for name in ("weight", "bias")
         )
     settings = (norm.groups, weight, bias, norm.eps, norm.factor, norm.shift, norm.silu)
-    made = call_before(
+    codes = call_before(
         first,
         kernel,
         norm.x,
@@ -283,12 +283,12 @@ def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers, kernel: NormCod
     )
     start = 0
     for node, size in zip(readers.nodes, readers.sizes, strict=True):
-        part, end = made, start + size
+        part, end = codes, start + size
         if readers.tokens:
-            part = call_before(first, torch.flatten, made, 1, 2, name=f"{made.name}_tokens")
+            part = call_before(first, torch.flatten, codes, 1, 2, name=f"{codes.name}_tokens")
         elif len(calls) > 1:
             channels = (Ellipsis, slice(start, end))
-            part = call_before(first, operator.getitem, made, channels, name=f"{made.name}_part")
+            part = call_before(first, operator.getitem, codes, channels, name=f"{codes.name}_part")
         node.replace_all_uses_with(part)
         start = end
     for node in [*readers.nodes, *reversed(readers.views), *reversed(norm.inside)]:

@@ -72,16 +72,16 @@ def _join(
         if node.target in [f"{old}.act_scale" for old in paths]:
             node.target = f"{path}.act_scale"
     with gm.graph.inserting_before(first):
-        made = gm.graph.call_module(path, first.args)
+        joint = gm.graph.call_module(path, first.args)
     channels = 1 if layers[0].is_conv else first.meta["val"].dim() - 1
     shape = list(first.meta["val"].shape)
     shape[channels] = sum(len(layer.weight) for layer in layers)
-    made.meta = {**first.meta, "val": first.meta["val"].new_empty(shape)}
+    joint.meta = {**first.meta, "val": first.meta["val"].new_empty(shape)}
     start = 0
     for node, layer in zip(nodes, layers, strict=True):
         end = start + len(layer.weight)
         index = (slice(None),) * channels + (slice(start, end),)
-        part = call_before(first, operator.getitem, made, index, name=f"{node.name}_part")
+        part = call_before(first, operator.getitem, joint, index, name=f"{node.name}_part")
         node.replace_all_uses_with(part)
         part.meta = {**node.meta}
         start = end

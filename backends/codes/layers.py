@@ -138,11 +138,11 @@ class CodesLayer(nn.Module):
         """One layer whose results are those of `layers` one after the other along the channels; of
         layers that read the same codes and differ in their weights alone."""
         first = layers[0]
-        made = copy.copy(first)
-        made.problem, made.choice = joint_problem(layers), first.as_run(choice)
-        made._buffers = dict(first._buffers)
+        joint = copy.copy(first)
+        joint.problem, joint.choice = joint_problem(layers), first.as_run(choice)
+        joint._buffers = dict(first._buffers)
         for name in ("weight", "zero", "weight_scale", "offset"):
-            made._buffers[name] = torch.cat([getattr(layer, name) for layer in layers])
+            joint._buffers[name] = torch.cat([getattr(layer, name) for layer in layers])
         if any(layer.bias is not None for layer in layers):
             dtype = next(layer.bias.dtype for layer in layers if layer.bias is not None)
             biases = [
@@ -151,8 +151,8 @@ class CodesLayer(nn.Module):
                 else layer.bias
                 for layer in layers
             ]
-            made._buffers["bias"] = torch.cat(biases)
-        return made
+            joint._buffers["bias"] = torch.cat(biases)
+        return joint
 
     def forward(
         self,
@@ -193,7 +193,7 @@ class ConcatLayer(nn.Module):
 
     def __init__(self, first: CodesLayer, second: CodesLayer) -> None:
         super().__init__()
-        self.first, self.second = first, second
+        self.first, self.second, self.is_conv = first, second, first.is_conv
 
     def forward(
         self,

@@ -58,28 +58,28 @@ def lower_layers(
     Layers on codes are then called with the codes of their input.
     refused: layers that stay in floating point whatever an engine could do, and why.
     """
-    found = {}
+    replaced = {}
     for name, nodes in calls.items():
         layer = gm.get_submodule(name)
         assert isinstance(layer, QuantLayer)
         if (reason := (refused or {}).get(name)) is not None:
-            made = Lowered(FloatLayer(layer), reason)
+            lowered = Lowered(FloatLayer(layer), reason)
         else:
-            made = lower_one(layer, nodes)
-        gm.set_submodule(name, made.module)
-        if isinstance(made.module, CodesLayer):
+            lowered = lower_one(layer, nodes)
+        gm.set_submodule(name, lowered.module)
+        if isinstance(lowered.module, CodesLayer):
             for node in nodes:
-                _give_codes(gm, node, name, layer, made.module)
-        found[name] = made
-    return found
+                _give_codes(gm, node, name, layer, lowered.module)
+        replaced[name] = lowered
+    return replaced
 
 
 def declined(layers: Mapping[str, Lowered]) -> list[Declined]:
     """The layers that run in floating point, with the reasons."""
     return [
-        Declined(name, f"runs in floating point: {made.reason}")
-        for name, made in layers.items()
-        if made.reason is not None
+        Declined(name, f"runs in floating point: {lowered.reason}")
+        for name, lowered in layers.items()
+        if lowered.reason is not None
     ]
 
 
@@ -92,7 +92,7 @@ def dtype_obstacle(nodes: Sequence[fx.Node], written: Collection[torch.dtype]) -
 
 
 def _give_codes(
-    gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, made: CodesLayer
+    gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, lowered: CodesLayer
 ) -> None:
     """Pass the codes of its input and their scale to the call of a layer."""
     x = layer_input(node)
@@ -105,11 +105,11 @@ def _give_codes(
         measured = (dynamic_scale, x, layer.ranged_dims, steps)
         scale = call_before(node, *measured, name=f"{node.name}_scale")
     elif layer.per_timestep:
-        given = node.args[1] if len(node.args) > 1 else node.kwargs["scale"]
-        assert isinstance(given, fx.Node)
-        scale = given
+        row = node.args[1] if len(node.args) > 1 else node.kwargs["scale"]
+        assert isinstance(row, fx.Node)
+        scale = row
     else:
         scale = buffer_before(gm, node, f"{name}.act_scale")
-    settings = (made.zero_point, made.levels, made.codes_dtype, made.pads)
+    settings = (lowered.zero_point, lowered.levels, lowered.codes_dtype, lowered.pads)
     codes = call_before(node, quantize_input, x, scale, *settings, name=f"{node.name}_codes")
     node.args, node.kwargs = (codes, scale), {}

@@ -107,8 +107,8 @@ def positions_after(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
     value: positions, with the sizes of capture, which the nodes are given too.
     """
     for node in chain:
-        given: Any = (node.args[1:], node.kwargs)
-        rest, kwargs = fx.map_arg(given, lambda used: size_hint(used.meta["val"]))
+        arguments: Any = (node.args[1:], node.kwargs)
+        rest, kwargs = fx.map_arg(arguments, lambda used: size_hint(used.meta["val"]))
         call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
         value = call(value, *rest, **kwargs)
     return value

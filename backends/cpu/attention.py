@@ -37,9 +37,9 @@ def use_kernel(gm: fx.GraphModule) -> int:
     """Use `attention` wherever it computes what a node computes, in place; returns how many."""
     changed = 0
     for node in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
-        given = _arguments(node)
-        if given is not None:
-            node.target, node.args, node.kwargs = attention, given, {}
+        arguments = _arguments(node)
+        if arguments is not None:
+            node.target, node.args, node.kwargs = attention, arguments, {}
             changed += 1
     return changed
 
@@ -49,11 +49,11 @@ def _arguments(node: fx.Node) -> tuple[Any, ...] | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     if len(node.args) > len(names):
         return None
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    plain = not (given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"))
-    scale = given.get("scale")
-    tensors = [given.get(name) for name in names[:3]]
-    if not plain or given.get("attn_mask") is not None or isinstance(scale, fx.Node):
+    call = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    plain = not (call.get("dropout_p") or call.get("is_causal") or call.get("enable_gqa"))
+    scale = call.get("scale")
+    tensors = [call.get(name) for name in names[:3]]
+    if not plain or call.get("attn_mask") is not None or isinstance(scale, fx.Node):
         return None
     values = [x.meta["val"] for x in tensors if isinstance(x, fx.Node)]
     if len(values) < 3 or any(v.dim() != 4 or v.device.type != "cpu" for v in values):

@@ -70,7 +70,7 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     images, weights = x.permute(0, 3, 1, 2), filters.permute(0, 3, 1, 2).contiguous()
     dtype = fast_dtype()
     floats, float_weights = images.to(dtype), weights.to(dtype)
-    found: dict[str, Callable[[], Tensor]] = {
+    engines: dict[str, Callable[[], Tensor]] = {
         "float": lambda: F.conv2d(floats, float_weights, None, stride, 0, dilation)
     }
     zeros = torch.zeros(p.out_channels, dtype=torch.int64)
@@ -78,15 +78,15 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     if p.taps == (1, 1) and p.stride == (1, 1):
         rows, matrix = x.view(-1, p.channels), weights.view(p.out_channels, -1)
         float_rows, float_matrix = rows.to(dtype), matrix.to(dtype)
-        found["float"] = lambda: F.linear(float_rows, float_matrix)
+        engines["float"] = lambda: F.linear(float_rows, float_matrix)
         packed = ops.qlinear_prepack(matrix, list(rows.shape))
-        given: Any = (packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        found["onednn"] = lambda: ops.qlinear_pointwise(rows, 1.0, 0, *given)
+        settings: Any = (packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        engines["onednn"] = lambda: ops.qlinear_pointwise(rows, 1.0, 0, *settings)
     else:
         geometry = (stride, [0, 0], dilation, 1)
         packed = ops.qconv_prepack(weights, scale, 1.0, 0, *geometry, list(images.shape))
         rest: Any = (*geometry, 1.0, 0, torch.float32, "none", [], "")
-        found["onednn"] = lambda: ops.qconv_pointwise(
+        engines["onednn"] = lambda: ops.qconv_pointwise(
             images, 1.0, 0, packed, scale, zeros, None, *rest
         )
     if kernels.unavailable() is None and p.channels % 4 == 0:
@@ -95,5 +95,5 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
         offset = torch.zeros(p.out_channels, dtype=torch.int32)
         sums = ([x], [panels], [zero], [scale], [offset], [one], None, None, None, None, 0, 0)
         shape = (p.out_channels, list(p.taps), stride, dilation, torch.float32)
-        found["cpu"] = lambda: kernels.cpu_conv(*sums, *shape)
-    return found
+        engines["cpu"] = lambda: kernels.cpu_conv(*sums, *shape)
+    return engines

@@ -73,8 +73,8 @@ def unavailable() -> str | None:
 def limited() -> str | None:
     """What ATEN_CPU_CAPABILITY, the variable by which torch is kept from newer instructions, says
     where it forbids AVX-512; None where it does not."""
-    asked = os.environ.get("ATEN_CPU_CAPABILITY", "")
-    return asked if asked in ("default", "avx2") else None
+    limit = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    return limit if limit in ("default", "avx2") else None
 
 
 def processor() -> str:
@@ -82,11 +82,11 @@ def processor() -> str:
     that does not."""
     if sys.platform != "linux":
         return f"{platform.machine()} {platform.processor()}"
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
-    return f"{found.get('model name')} {found.get('flags')}"
+        facts.setdefault(name.strip(), value.strip())
+    return f"{facts.get('model name')} {facts.get('flags')}"
 
 
 @functools.cache

@@ -86,14 +86,14 @@ def _compile(path: Path, options: tuple[str, ...]) -> None:
     command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
     try:
         with folder_beside(path, "new") as folder:  # the compiler makes a file of its own
-            made = folder / "made.so"
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            built = folder / "made.so"
+            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
             if done.returncode:
                 raise BackendError(
                     f"{SOURCE.name} does not compile:\n{done.stderr.strip()[-2000:]}"
                 )
-            made.chmod(0o644)  # whatever the umask, for others to read at most
-            os.replace(made, path)
+            built.chmod(0o644)  # whatever the umask, for others to read at most
+            os.replace(built, path)
     except OSError as error:
         raise _unkept(path, error) from error
 

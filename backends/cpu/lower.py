@@ -59,8 +59,8 @@ def lower(
     if calls and kernels.unavailable() is None:
         kernels.load()
     layers = lower_layers(gm, calls, partial(_lowered, choose=choose), refused)
-    weight_only = [name for name, made in layers.items() if isinstance(made.module, nn.Linear)]
-    on_onednn = [name for name, made in layers.items() if isinstance(made.module, OnednnLayer)]
+    weight_only = [name for name, each in layers.items() if isinstance(each.module, nn.Linear)]
+    on_onednn = [name for name, each in layers.items() if isinstance(each.module, OnednnLayer)]
     in_float = declined(layers)
     lowered = len(layers) - len(weight_only) - len(in_float)
     fused = fuse(gm, choose, norm=norm_codes, most_runs=MOST_RUNS)
@@ -81,7 +81,7 @@ def lower(
         "fused": fused,
         "attention": attention,
         "padded_attention": padded,
-        "micros": {name: made.micros for name, made in layers.items() if made.micros},
+        "micros": {name: each.micros for name, each in layers.items() if each.micros},
     }
     changed = lowered + len(weight_only) + attention + padded
     return Rewrite(gm, changed, in_float, details)
@@ -126,9 +126,9 @@ def alone(layer: QuantLayer, node: fx.Node) -> CpuCodesLayer | None:
         return None
     kernels.load()
     choice = Choice("cpu", Tile())
-    made = CpuCodesLayer(layer, node.meta["val"].dtype, problem_at(layer, node), choice)
-    made.to_panels()
-    return made
+    kernel = CpuCodesLayer(layer, node.meta["val"].dtype, problem_at(layer, node), choice)
+    kernel.to_panels()
+    return kernel
 
 
 def onednn_obstacle(layer: QuantLayer) -> str | None:

@@ -27,17 +27,16 @@ def showing_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., A
 
     def noticing(*inputs: Tensor) -> Any:
         before = kernels.cpu_nan_count()
-        found = run(*inputs)
-        if kernels.cpu_nan_count() == before or any(map(_shows, tree_leaves(found))):
-            return found
-        return tree_map_only(Tensor, _nan, found)
+        results = run(*inputs)
+        if kernels.cpu_nan_count() == before:
+            return results
+        values = [value for value in tree_leaves(results) if isinstance(value, Tensor)]
+        if any(bool(value.isnan().any()) for value in values):
+            return results
+        return tree_map_only(Tensor, _nan_like, results)
 
     return noticing
 
 
-def _shows(value: Any) -> bool:
-    return isinstance(value, Tensor) and bool(value.isnan().any())
-
-
-def _nan(value: Tensor) -> Tensor:
+def _nan_like(value: Tensor) -> Tensor:
     return value.new_full(value.shape, float("nan")) if value.is_floating_point() else value

@@ -112,19 +112,19 @@ def arguments(problem: Problem, device: torch.device) -> dict[str, Any]:
 
 def _try(problem: Problem, device: torch.device, dtype: torch.dtype, timer: Timer) -> Choice:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    given = arguments(problem, device)
+    operands = arguments(problem, device)
     with best_convolutions():
         micros = {"float": timer(float_call(problem, device, dtype))}
     best = default_tile(problem, capability)
     for tile in candidates(problem, capability)[:TRIED]:
         try:
-            taken = timer(lambda tile=tile: conv2d(**given, dtype=dtype, tile=tile))  # type: ignore[misc]
+            taken = timer(lambda tile=tile: conv2d(**operands, dtype=dtype, tile=tile))  # type: ignore[misc]
         except Exception as error:  # out of resources, or a tile that this Triton cannot compile
             logger.info("%s cannot run %s: %s", tile, problem, error)
             continue
         if taken < micros.get("triton", float("inf")):
             micros["triton"], best = taken, tile
-    if (call := _torch_call(problem, given, dtype)) is not None:
+    if (call := _torch_call(problem, operands, dtype)) is not None:
         micros["torch"] = timer(call)
     engine: Any = min(micros, key=lambda name: micros[name])
     return Choice(engine, best, micros)
@@ -148,19 +148,19 @@ def float_call(problem: Problem, device: torch.device, dtype: torch.dtype) -> Ca
 def best_convolutions() -> Iterator[None]:
     """A context in which cuDNN tries its algorithms; its other settings stay as they are."""
     cudnn = torch.backends.cudnn
-    kept = {"deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
-    with cudnn.flags(enabled=cudnn.enabled, benchmark=True, **kept):
+    others = {"deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=True, **others):
         yield
 
 
 def _torch_call(
-    problem: Problem, given: dict[str, Any], dtype: torch.dtype
+    problem: Problem, operands: dict[str, Any], dtype: torch.dtype
 ) -> Callable[[], Tensor] | None:
     """torch's own product of the codes, and a pass over its result as its epilogue will be."""
     if problem.taps != (1, 1) or problem.stride != (1, 1) or not runs_on_torch(problem):
         return None
-    codes = given["xs"][0].reshape(-1, problem.channels)
-    weight = given["weights"][0].reshape(problem.out_channels, problem.channels).t()
+    codes = operands["xs"][0].reshape(-1, problem.channels)
+    weight = operands["weights"][0].reshape(problem.out_channels, problem.channels).t()
     if problem.format == "int8":
         return lambda: torch._int_mm(codes, weight).to(dtype)
     one = torch.ones((), dtype=torch.float32, device=codes.device)

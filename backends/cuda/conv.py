@@ -218,8 +218,8 @@ conv2d.register_fake(_fake)
 
 def _check(xs: Sequence[Tensor], tile: Tile) -> None:
     if any(x.dtype not in (torch.int8, FP8) or x.dtype != xs[0].dtype for x in xs):
-        found = ", ".join(str(x.dtype) for x in xs)
-        raise BackendError(f"conv2d takes codes in int8 or float8_e4m3fn, all alike, got {found}")
+        dtypes = ", ".join(str(x.dtype) for x in xs)
+        raise BackendError(f"conv2d takes codes in int8 or float8_e4m3fn, all alike, got {dtypes}")
     for x in xs:
         pixel_stride(x)
     if len(xs) > 1 and tile.split > 1:
@@ -235,9 +235,9 @@ def pixel_stride(x: Tensor) -> int:
         return x.shape[3]
     batch, height, width, channels = x.shape
     apart = [(width, 1), (height, width), (batch, height * width)]  # size, pixels to the next
-    found = [(x.stride(2 - i), n) for i, (size, n) in enumerate(apart) if size > 1]
-    stride = found[0][0] // found[0][1] if found else channels
-    if any(each != stride * n for each, n in found) or (channels > 1 and x.stride(3) != 1):
+    strides = [(x.stride(2 - i), n) for i, (size, n) in enumerate(apart) if size > 1]
+    stride = strides[0][0] // strides[0][1] if strides else channels
+    if any(each != stride * n for each, n in strides) or (channels > 1 and x.stride(3) != 1):
         raise BackendError(
             f"conv2d takes codes (B, H, W, C) with channels last and pixels evenly apart, got "
             f"shape {tuple(x.shape)} with strides {x.stride()}; call .contiguous() on them"

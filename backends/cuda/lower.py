@@ -52,13 +52,13 @@ def lower(
     """
     lower_one = partial(_lowered, choose=choose, capability=capability)
     layers = lower_layers(gm, quantized_calls(gm), lower_one, refused)
-    integer = sum(isinstance(made.module, CudaCodesLayer) for made in layers.values())
-    on_torchao = [name for name, made in layers.items() if isinstance(made.module, nn.Linear)]
+    integer = sum(isinstance(each.module, CudaCodesLayer) for each in layers.values())
+    on_torchao = [name for name, each in layers.items() if isinstance(each.module, nn.Linear)]
     details = {
         "integer": integer,
         "torchao": on_torchao,
         "fused": fuse(gm, choose, norm=norm_codes, most_runs=MOST_RUNS),
-        "micros": {name: made.micros for name, made in layers.items() if made.micros},
+        "micros": {name: each.micros for name, each in layers.items() if each.micros},
     }
     return Rewrite(gm, integer + len(on_torchao), declined(layers), details)
 

@@ -30,7 +30,7 @@ def candidates(
 ) -> list[Tile]:
     """Tiles worth trying for a problem, the most promising by `cost` first."""
     budget = SHARED.get(capability, _LEAST_SHARED) * 1024
-    found = set()
+    tiles = set()
     for m, n, k, warps, stages in _SHAPES:
         tile = Tile(m, n, 2 * problem.half or k, 8, 1, warps, stages)
         if not _fits(problem, tile):
@@ -41,12 +41,12 @@ def candidates(
             continue
         programs = _programs(problem, tile)
         steps = math.prod(problem.taps) * -(-problem.channels // tile.k)
-        found |= {
+        tiles |= {
             tile._replace(split=split)
             for split in (1, 2, 4, 8)
             if split == 1 or (programs * split <= 2 * processors and steps >= 4 * split)
         }
-    return sorted(found, key=lambda tile: (cost(problem, tile, processors), tile))
+    return sorted(tiles, key=lambda tile: (cost(problem, tile, processors), tile))
 
 
 def cost(problem: Problem, tile: Tile, processors: int = 132) -> float:
