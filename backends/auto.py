@@ -192,7 +192,7 @@ def compile_with(
 
 
 def _refusal(compiled: CompiledGraph) -> str:
-    """Why a backend that failed the comparison is not used, with what to report."""
+    """The reason why a backend that failed the comparison is not used, and what to report."""
     return (
         f"backend {compiled.name!r} does not answer as the reference: {compiled.check}. It is not "
         f"used. Please report this with these figures, your processor or GPU, the configuration of "
@@ -256,7 +256,7 @@ def _least_millis(call: Callable[[], Any]) -> float:
 
 
 def _digest(gm: fx.GraphModule, names: list[str]) -> str:
-    """A digest of what the choice depends on: the graph, its layers and sizes, and this machine."""
+    """The digest of all that the choice depends on: graph, layers, sizes and this machine."""
     sizes = [
         [size_hint(size) for size in node.meta["val"].shape]
         for node in gm.graph.find_nodes(op="placeholder")

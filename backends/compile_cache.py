@@ -1,4 +1,4 @@
-"""What torch.compile made, kept in a file, so that a later start does not compile again."""
+"""Keep the results of torch.compile in a file, so that a later start does not compile again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHECK_SIZE = 1024  # bytes of source that Inductor's checks of the compiler sta
 
 
 def with_artifact(path: Path, compile_and_run: Callable[[], T]) -> T:
-    """The result of a call that compiles, with what it compiles read from `path`, or written to it.
+    """Run a call that compiles; read the compiled code from `path`, or write it there.
 
     The file holds torch's own bundle of compiler caches, and the libraries that the C++ compiler
     made of its code, which torch leaves out: parts that do not fit this machine, torch or model are
@@ -60,7 +60,8 @@ def with_artifact(path: Path, compile_and_run: Callable[[], T]) -> T:
 
 
 def _read(path: Path) -> bool:
-    """Give what the file holds to torch; whether it is of a machine like this one."""
+    """Load the content of the file into torch's caches; returns whether it is from a machine like
+    this one."""
     try:
         opened = open_trusted(path)
     except PermissionError as error:
@@ -99,7 +100,7 @@ def _read(path: Path) -> bool:
 
 
 def _bundle(caches: bytes, libraries: list[Path]) -> bytes:
-    """The content of the file."""
+    """The bytes of the file: torch's caches, the machine's digest and the libraries."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(_CACHES, caches)
@@ -110,8 +111,8 @@ def _bundle(caches: bytes, libraries: list[Path]) -> bytes:
 
 
 def _libraries() -> Iterator[Path]:
-    """What the C++ compiler made for Inductor: the kernels that this process has loaded, and the
-    checks of what the compiler can do, tiny sources that depend on compiler and torch alone."""
+    """The libraries that the C++ compiler made for Inductor: the kernels that this process has
+    loaded, and the compiler checks, tiny sources that depend on compiler and torch only."""
     from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache
 
     for key in {*CppCodeCache.cache, *CppPythonBindingsCodeCache.cache}:
@@ -125,7 +126,7 @@ def _libraries() -> Iterator[Path]:
 
 
 def _unpack(libraries: dict[str, bytes]) -> None:
-    """Put libraries where Inductor looks for them, by names that tell source and options."""
+    """Write libraries where Inductor looks for them; their names identify source and options."""
     try:
         for name, content in libraries.items():
             if not (place := _folder() / name).exists():
@@ -136,7 +137,7 @@ def _unpack(libraries: dict[str, bytes]) -> None:
 
 
 def _check_folder() -> None:
-    """Raise ConfigError where anybody may have written what torch loads from its cache."""
+    """Raise ConfigError where other users may have written the code that torch loads."""
     try:
         make_private(_folder())
         reason = distrusted(_folder().stat(), writers=stat.S_IWOTH)
@@ -151,8 +152,8 @@ def _check_folder() -> None:
 
 
 def _check_keys(caches: bytes, path: Path) -> None:
-    """Raise ConfigError where torch would write a file out of its cache folder: it joins names from
-    its bundle to that folder as they are."""
+    """Raise ConfigError where torch would write a file outside its cache folder: it joins names
+    from the file to that folder unchecked."""
     from torch.compiler._cache import CacheArtifactManager
 
     entries = CacheArtifactManager.deserialize(caches)
@@ -172,7 +173,7 @@ def _folder() -> Path:
 
 
 def _machine() -> str:
-    """What machine code depends on beside its source and the compiler's options."""
+    """The digest of processor, system and versions that machine code depends on."""
     try:
         name = processor()
     except OSError:

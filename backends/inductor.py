@@ -1,5 +1,5 @@
-"""Lower quantized layers to integer kernels and compile what is left with torch.compile: for the
-CPU in `cpu`, for NVIDIA GPUs in `cuda`."""
+"""Lower quantized layers to integer kernels, and compile the graph with torch.compile: for the CPU
+in `cpu`, for NVIDIA GPUs in `cuda`."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def compile_graph(
     refused: Mapping[str, str] | None = None,
     **options: Any,
 ) -> tuple[CpuCallable | CudaCallable, Rewrite]:
-    """The compiled form of a quantized graph, and what was not lowered to integers.
+    """Compile a quantized graph; returns a callable and how the graph was lowered.
 
     trial: whether each layer's kernel is chosen by timing it on this machine, where what is slower
     than bf16 stays in floating point; None does so on CUDA alone.
@@ -139,8 +139,8 @@ def check_options(name: str, options: dict[str, Any], known: Sequence[str]) -> N
 
 
 def alone(device: torch.device, trial: bool | None = None) -> Alone:
-    """The function that puts a single layer on the kernel of this package for `device`, and returns
-    None where that layer runs on another. trial: as of `compile_graph`."""
+    """A function that returns a single layer on the kernel of this package for `device`, or None
+    where something else runs it. trial: see `compile_graph`."""
     if device.type == "cpu":
         from tfmq_fx.backends.cpu.lower import alone as alone_on_cpu
 

@@ -1,5 +1,8 @@
-"""Inputs in the one form that compiled graphs are called with: torch.compile makes a graph for each
-pattern of strides, and for tensors that want gradients or were made in inference mode."""
+"""Bring inputs into the one form that compiled graphs are called with.
+
+torch.compile makes a graph for each pattern of strides, and for tensors that want gradients or were
+made in inference mode.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def formats_of(gm: fx.GraphModule) -> list[torch.memory_format]:
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """A context without gradients and without inference mode, whatever the caller's is."""
+    """A context that turns off gradients and inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -1,4 +1,4 @@
-"""The time of one layer as integers and in floating point, before anything is lowered."""
+"""Measure or estimate the time of one layer on integers and in floating point, before lowering."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SPEEDUP = 2.0  # of integers, likewise
 class LayerTime:
     """Microseconds of all calls of a layer in one call of the model.
 
-    integer: as it is quantized, which is in floating point where no integer kernel runs it.
-    measured: whether both were timed; else they follow from the layer's multiply-adds.
+    integer: of the quantized layer, in floating point where no integer kernel runs it.
+    measured: whether both were timed; else they are estimated from multiply-adds.
     """
 
     integer: float
@@ -35,7 +35,7 @@ class LayerTime:
 
 
 def chooser(device: torch.device) -> Chooser | None:
-    """The chooser that times kernels on a device; None where none can be timed."""
+    """The chooser that times kernels on a device; None where nothing can be timed."""
     if device.type == "cpu":
         from .cpu.autotune import by_trial
 

@@ -1,6 +1,6 @@
-"""Whether what a backend made of a model answers as the model does, before it is handed out.
+"""Compare the outputs of a compiled model with those of the model itself, before it is used.
 
-Where is the bound from? A backend adds in another order, and in places in bfloat16. Values then
+How is the bound found? A backend adds in another order, and in places in bfloat16. Values then
 differ by little, but codes of those beside a boundary differ by one, which moves more codes of the
 layers behind. How far that goes depends on the model, so it is measured on it:
 
@@ -53,8 +53,8 @@ Runner = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class StepCheck:
-    """One timestep: how near the answer is to the reference's, and has to be, in dB (signal to
-    difference, of the worst output).  passed: whether it is."""
+    """The comparison at one timestep: SQNR of the worst output against the reference, and the least
+    that is allowed, in dB."""
 
     timestep: float | None
     sqnr: float
@@ -64,7 +64,7 @@ class StepCheck:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What comparing a backend with the reference found.  notes: what could not be compared."""
+    """The comparison of a backend with the reference.  notes: what could not be compared."""
 
     backend: str
     steps: tuple[StepCheck, ...]
@@ -72,7 +72,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether every timestep did."""
+        """Whether every timestep passed."""
         return all(step.passed for step in self.steps)
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class Check:
 
 
 class Reference:
-    """What a graph answers at a few timesteps, computed when first asked for.
+    """The outputs of a graph at a few timesteps, computed when first needed.
 
     inputs: of a factor by which values of the sample and the conditions are multiplied, what the
     graph takes at each of `timesteps`; the middle one is measured closely. Where more than
@@ -111,7 +111,7 @@ class Reference:
         self.nearby: dict[Any, list[float]] = {}
 
     def wrong_layers(self, alone: Alone) -> dict[str, str]:
-        """How far off the kernels of this package are, by layer, where they are wrong.
+        """The layers whose kernels of this package are wrong, with how far off they are.
 
         alone: makes the kernel of a layer, or None where it has none.
         """
@@ -120,7 +120,8 @@ class Reference:
         return self.wrong
 
     def _measure(self, alone: Alone | None) -> dict[str, str]:
-        """Run the graph, and layers on their kernels if these are given."""
+        """Run the graph, and layers on their kernels if `alone` makes them; returns the wrong
+        layers."""
         with torch.no_grad():
             for factor in (1.0, 1 / 4, 1 / 16):
                 self.inputs = list(self.make_inputs(factor))
@@ -137,7 +138,7 @@ class Reference:
         return run.wrong
 
     def check(self, backend: str, runner: Runner, lowered: fx.GraphModule) -> Check:
-        """How near what `runner` answers is to the reference.  lowered: the graph it runs."""
+        """Compare the outputs of `runner` with the reference.  lowered: the graph that it runs."""
         if not self.answers:
             self._measure(None)
         with torch.no_grad():
@@ -153,7 +154,8 @@ class Reference:
         return Check(backend, tuple(steps), tuple(dict.fromkeys(notes)))
 
     def _bounds(self, lowered: fx.GraphModule) -> list[float]:
-        """The power by which each output may differ, as a share of the output's own."""
+        """The power that the difference of each output may have, as a share of the output's
+        power."""
         coarse = coarse_parts(lowered)
         if coarse not in self.nearby:
             self.nearby[coarse] = self._moved(Nearby(self.gm, *coarse))
@@ -166,7 +168,7 @@ class Reference:
         return [_ratio(a, p) for a, p in zip(allowed, powers, strict=True)]
 
     def _moved(self, moved: fx.Interpreter) -> list[float]:
-        """The power of what each output changes by where a graph is run so."""
+        """The power of the change of each output when the graph is run by `moved`."""
         outputs = _outputs(moved.run(*self.inputs[self.middle]))
         return [
             power(_finite(y).double() - _finite(z).double())
@@ -175,7 +177,7 @@ class Reference:
 
 
 class Apart(fx.Interpreter):
-    """Runs a graph with every value moved by up to half a step before it is rounded."""
+    """Run a graph with every value moved by up to half a step before it is rounded."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -204,8 +206,8 @@ class Apart(fx.Interpreter):
 
 
 class Nearby(fx.Interpreter):
-    """Runs a graph as a backend may: values that modules read and attention gives are moved a
-    little, and in half precision all that is rounded to it.
+    """Run a graph with rounding noise like a backend's: on the inputs of modules, the results of
+    attention, and all values in half precision.
 
     layers: those that read inputs in bfloat16, which they do not round further.  nodes: attention
     in bfloat16.  "" among them: everything is in bfloat16.
@@ -235,7 +237,7 @@ class Nearby(fx.Interpreter):
         return result
 
     def _is_fresh(self, n: fx.Node, result: Tensor) -> bool:
-        """Whether a node made the memory of its result, and that alone."""
+        """Whether the result of a node lies in new memory of its own."""
         arguments = tree_leaves(self.fetch_args_kwargs_from_env(n))
         memory = {v.untyped_storage().data_ptr() for v in arguments if isinstance(v, Tensor)}
         own = result.untyped_storage().data_ptr() not in memory
@@ -272,7 +274,7 @@ def coarse_parts(lowered: fx.GraphModule) -> tuple[frozenset[str], frozenset[str
 def _compared(
     step: float | None, expected: list[Tensor], outputs: list[Tensor], shares: list[float]
 ) -> tuple[StepCheck, list[str]]:
-    """One timestep, judged by the output that is furthest off; and what is to be said of it."""
+    """Judge one timestep by its worst output; returns notes on what could not be compared too."""
     at = "" if step is None else f" at t = {step:g}"
     if [y.shape for y in outputs] != [y.shape for y in expected]:
         return StepCheck(step, -math.inf, math.inf, False), [f"other shapes of outputs{at}"]

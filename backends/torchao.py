@@ -1,4 +1,5 @@
-"""Lower linear layers to torchao's tensors, made of our codes and scales: nothing is rounded anew.
+"""Lower linear layers to torchao's tensors with our codes and scales; weights are not rounded
+again.
 
 y = linear_q(x)    ->    y = F.linear(x, Int8Tensor(codes, scale)), and so with fp8 and int4
 
@@ -32,7 +33,8 @@ _ROWS = 17  # that cuBLAS multiplies at least as int8
 
 
 def torchao_obstacle(layer: QuantLayer, device_type: str) -> str | None:
-    """Why no torchao tensor stands for a layer on a device of that type, or None where one does."""
+    """Why no torchao tensor can hold a layer's weight on a type of device, or None where one
+    can."""
     if not isinstance(layer, QuantLinear):
         return "torchao has tensors for linear layers alone"
     if layer.act_bits is None:
@@ -54,7 +56,7 @@ def torchao_obstacle(layer: QuantLayer, device_type: str) -> str | None:
 
 
 def int4_obstacle(layer: QuantLayer, device_type: str) -> str | None:
-    """Why torchao's int4 kernel cannot run a layer on a device of that type, or None."""
+    """Why torchao's int4 kernel cannot run a layer on a type of device, or None where it can."""
     if not isinstance(layer, QuantLinear) or layer.act_bits is not None:
         return "int4 kernels run linear layers whose input is in floating point"
     if layer.weight_format != "int" or layer.weight_bits > 4:
@@ -96,8 +98,8 @@ def to_torchao(layer: QuantLinear, *, int4: bool = False) -> nn.Linear:
 
 
 class _RowsLinear(nn.Linear):
-    """A linear layer that gives its weight x as rows (n, in), of whose rank a static scale must be,
-    and as many as the int8 product takes."""
+    """A linear layer that passes x to its weight as at least 17 rows (n, in), as static scales and
+    the int8 product require."""
 
     stage = Stage.LOWERED
 
@@ -126,7 +128,7 @@ def _int8_tensor(layer: QuantLinear) -> Tensor:
 
 
 def _int8_inputs(layer: QuantLinear) -> dict[str, Any]:
-    """How an Int8Tensor rounds the input of the layer that it is the weight of."""
+    """The arguments of an Int8Tensor that say how the input of its layer is rounded."""
     if layer.act_bits is None:
         return {}
     from torchao.quantization import MappingType, PerRow, PerTensor
@@ -181,8 +183,8 @@ def _int4_tensor(layer: QuantLinear) -> Tensor:
 
 
 def int4_parts(layer: QuantLinear) -> tuple[Tensor, Tensor]:
-    """What the int4 kernel reads of a layer: codes (out, in / 2) uint8, the first of two in the
-    high four bits, and scale and zero (in / group, out, 2) bfloat16.
+    """The tensors of a layer that the int4 kernel reads: codes (out, in / 2) uint8, the first of
+    two in the high four bits, and scale and zero (in / group, out, 2) bfloat16.
 
     It computes scale * (code - 8) + zero, so that zero = scale * (8 - zero point); codes of fewer
     than 4 bits are moved to have 0 there.  `in` is padded to a multiple of 1024 and `out` of 8,
@@ -205,12 +207,13 @@ def int4_parts(layer: QuantLinear) -> tuple[Tensor, Tensor]:
 
 
 def _group_size(layer: QuantLinear) -> int:
-    """Input channels that share a scale in the int4 kernel: as many as it can where all do."""
+    """Input channels that share a scale in the int4 kernel: the most it takes where all share
+    one."""
     return _GROUPS[-1] if layer.weight_groups == 1 else layer.in_features // layer.weight_groups
 
 
 def _kernel_obstacle(layer: QuantLinear, device_type: str) -> str | None:
-    """Why torchao's products of 8-bit rows cannot run the layer on an accelerator, or None."""
+    """Why torchao's 8-bit products cannot run a layer on an accelerator, or None where they can."""
     fp8 = layer.act_format == "fp8"
     kind, multiple = ("fp8", 16) if fp8 else ("int8", 8)
     if device_type != "cuda":

@@ -1,5 +1,4 @@
-"""Fuse a lowered graph: codes are made once, by what computes the input, and kernels take over
-sums."""
+"""Fuse a lowered graph: make each tensor's codes once, and let kernels add residuals."""
 
 from __future__ import annotations
 
@@ -23,9 +22,9 @@ from .matching import Codes, called, concatenation, is_tensor, same_kind, writte
 
 
 def fuse(gm: fx.GraphModule, choose: Chooser, *, norm: NormCodes, most_runs: int) -> dict[str, int]:
-    """Fuse what can be, in place; returns how often each fusion was made, by name.
+    """Apply all fusions to a graph, in place; returns the count of each, by name.
 
-    choose: the kernel of a layer that several become.  norm, most_runs: as of `fuse_norms`.
+    choose: chooses the kernel of joined layers.  norm, most_runs: see `fuse_norms`.
     """
     counts: dict[str, int] = {}
     for fusion in BEFORE_NORMS:
@@ -73,8 +72,8 @@ def drop_noops(gm: fx.GraphModule) -> int:
 
 
 def share_quantize(gm: fx.GraphModule) -> int:
-    """Make the codes of a tensor once for all layers that read the same, in place; returns how many
-    fewer are made.
+    """Make codes of a tensor once for all layers that read the same ones, in place; returns how
+    many are saved.
 
     quantize_input(x, s0), quantize_input(x, s1) with s0 = s1    ->    quantize_input(x, s0)
 
@@ -126,7 +125,7 @@ BEFORE_NORMS = (
     absorb_residuals,
     absorb_rows,  # (y + r) + row
 )
-"""In their order: each finds what those before it leave."""
+"""Fusions in the order in which they apply: each finds what those before it leave."""
 
 
 def _same_as(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -146,7 +145,7 @@ def _same_as(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _content(gm: fx.GraphModule, scale: fx.Node) -> Any:
-    """A key of a scale: equal for two scales that are equal whenever the graph runs."""
+    """A key of a scale, equal for two scales that always hold equal values."""
     if scale.op == "get_attr":
         return _values(gm, scale)
     if scale.target is dynamic_scale:
@@ -166,7 +165,7 @@ def _values(gm: fx.GraphModule, node: fx.Node, index: Any = ...) -> tuple[float,
 
 
 def _part(whole: fx.Node, dim: Any, start: Any, size: Any) -> fx.Node | None:
-    """The tensor that was concatenated into a place of `whole`, if that is all of it."""
+    """The tensor that fills exactly this slice of a concatenation `whole`; None where none does."""
     parts, along = concatenation(whole)
     rank = whole.meta["val"].dim()
     if not all(isinstance(n, int) for n in (dim, start, size, along)) or (along - dim) % rank:

@@ -32,8 +32,8 @@ def merge_concat(gm: fx.GraphModule) -> int:
 
     conv.0(q0, s0) + conv.1(q1, s1)    ->    conv.0_1(q0, s0, q1, s1)
 
-    Both of one geometry, at most one with a bias, and what they give used once.  A third part
-    stays apart: it is the residual of the others, or they are its.
+    Both have one geometry, at most one has a bias, and each result is used once.  A third summand
+    stays apart: it becomes the residual of the two.
     """
     changed = 0
     for node in list(gm.graph.nodes):
@@ -136,7 +136,7 @@ def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The tensors that a node adds, in the orders in which the first may take the second over."""
+    """The pairs (layer result, other summand) to try for a node that adds, the later node first."""
     pair = _summands(node)
     if pair is None:
         return []
@@ -144,14 +144,14 @@ def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _adds(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
-    """Whether a node calls a layer without any of these arguments, and has one reader."""
+    """Whether a node calls a layer without any of these arguments, and one node reads it."""
     if layer_on_codes(gm, call) is None or only_user(call) is None:
         return False
     return not {*arguments, "out_scale"} & set(call.kwargs)
 
 
 def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
-    """Whether one kernel runs two layers: only their channels, ranges and values differ."""
+    """Whether one kernel can run two layers: only their channels, ranges and values differ."""
     first, second = (codes_layer(gm, c) for c in (call, other))
     if first is None or second is None or (first.bias is not None and second.bias is not None):
         return False
@@ -166,7 +166,7 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
 
 
 def _merged(gm: fx.GraphModule, first: str, second: str) -> str:
-    """The path of the `ConcatLayer` of two layers, which is made if there is none yet."""
+    """The path of the `ConcatLayer` of two layers, created if there is none yet."""
     parts = []
     for path in (first, second):
         part = gm.get_submodule(path)
@@ -187,7 +187,7 @@ def _merged(gm: fx.GraphModule, first: str, second: str) -> str:
 
 
 def _source(value: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The value that views lead back to, each of them used once, and these views in order."""
+    """The value under a chain of views that are used once, and these views in order."""
     views: list[fx.Node] = []
     while moves(value) and only_user(value) is not None:
         views.insert(0, value)

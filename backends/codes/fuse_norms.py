@@ -51,7 +51,7 @@ dtype: of the result, (B, top + H + bottom, left + W + right, C), with N and 1 f
 
 @dataclass(slots=True)
 class _Norm:
-    """A group norm and what is done to its result on the way to the codes.
+    """A group norm and the operations between its result and the codes.
 
     path: of the module whose `weight` and `bias` it has; None where these are nodes.
     factor, shift: nodes (B, C, 1, ...).  inside: the nodes to replace, in order.
@@ -70,18 +70,18 @@ class _Norm:
 
     @property
     def value(self) -> fx.Node:
-        """The last value so far."""
+        """The node of the last operation that was matched so far."""
         return self.inside[-1]
 
     @property
     def reads(self) -> set[fx.Node | None]:
-        """The values that it takes from outside."""
+        """The nodes outside the match that it reads."""
         return {self.x, self.weight, self.bias, self.factor, self.shift}
 
 
 @dataclass(slots=True)
 class _Readers:
-    """The calls of `quantize_input` that read a norm, and how.
+    """The calls of `quantize_input` that read a norm.
 
     sizes: channels that each one reads.  views: nodes between the norm and them.
     tokens: whether they read places as tokens.
@@ -94,7 +94,7 @@ class _Readers:
 
 
 def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
-    """Replace group norms by a kernel that makes codes at once, in place; returns how many.
+    """Replace group norms by a kernel that makes codes directly, in place; returns how many.
 
     quantize_input(silu(group_norm(x) * factor + shift), s)    ->    norm(x, ..., s)
 
@@ -102,7 +102,7 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
     may read slices of the channels, each on a grid of its own, or for linear layers that read
     places as tokens.  Nothing is rounded to 16 bits between the norm and the codes any more.
     Left alone where something else reads a value on the way.
-    norm: what makes the codes.  most_runs: of channels with a grid each, that one call of it takes.
+    norm: makes the codes.  most_runs: how many runs of channels, each with a grid, it takes.
     """
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
@@ -121,7 +121,7 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
 
 
 def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
-    """The group norm that a node computes, of an image or of a row of places; None for others."""
+    """The match of a node that computes a group norm of images or token rows; None for others."""
     module = called(gm, node, nn.GroupNorm)
     norm = None
     if module is not None:
@@ -143,7 +143,7 @@ def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
 
 
 def _modulate(norm: _Norm) -> None:
-    """Take in value * factor and value + shift."""
+    """Extend the match by value * factor and value + shift."""
     shape = node_shape(norm.x)[:2] + ["1"] * (norm.x.meta["val"].dim() - 2)
     for name in ("mul", "add"):
         user = only_user(norm.value)
@@ -160,7 +160,7 @@ def _modulate(norm: _Norm) -> None:
 
 
 def _activate(gm: fx.GraphModule, norm: _Norm) -> None:
-    """Take in silu(value) and value * sigmoid(value)."""
+    """Extend the match by silu(value) or value * sigmoid(value)."""
     value, users = norm.value, list(norm.value.users)
     if len(users) == 1 and (called(gm, users[0], nn.SiLU) or op_name(users[0]) == "silu"):
         norm.inside.append(users[0])
@@ -174,7 +174,7 @@ def _activate(gm: fx.GraphModule, norm: _Norm) -> None:
 
 
 def _skip_casts(norm: _Norm) -> None:
-    """Take in casts of the value to another float dtype."""
+    """Extend the match by casts of the value to another float dtype."""
     while (user := only_user(norm.value)) is not None and _is_cast(user):
         norm.inside.append(user)
 
@@ -188,8 +188,8 @@ def _is_cast(node: fx.Node) -> bool:
 
 
 def _of_images(value: fx.Node) -> _Readers | None:
-    """The codes for convolutions, if nothing but them reads the value or slices of its channels
-    that together are all."""
+    """The readers of a norm for convolutions; None unless they are all that reads the value, or
+    slices that together make all its channels."""
     channels = value.meta["val"].shape[1]
     if value.meta["val"].dim() != 4 or not isinstance(channels, int):
         return None
@@ -213,7 +213,8 @@ def _of_images(value: fx.Node) -> _Readers | None:
 
 
 def _of_tokens(value: fx.Node) -> _Readers | None:
-    """The codes for linear layers, if nothing but they read the value, (B, places, C) by then."""
+    """The reader of a norm for linear layers; None unless it alone reads the value, moved to
+    (B, places, C)."""
     channels, chain = value.meta["val"].shape[1], []
     end = value
     while (user := only_user(end)) is not None and moves(user):
@@ -233,8 +234,8 @@ def _start(node: fx.Node) -> int:
 
 
 def _agreed(readers: _Readers) -> _Readers | None:
-    """The readers, if one kernel makes their codes: of one dtype, range and border, with scales
-    that are known before."""
+    """The readers, or None where one kernel cannot make all their codes: dtype, range and borders
+    are equal, and scales are not measured from the value."""
     if any(node.target is not quantize_input for node in readers.nodes):
         return None
     calls = [Codes.of(node) for node in readers.nodes]
@@ -246,7 +247,8 @@ def _agreed(readers: _Readers) -> _Readers | None:
 
 
 def _hoist(nodes: list[fx.Node]) -> bool:
-    """Move the scales that all these calls take before the first of them; whether that can be."""
+    """Move the scales of all these calls in front of the first call; returns False where it
+    cannot."""
     first = min(nodes)
     late = [scale for node in nodes if not (scale := Codes.of(node).scale) < first]
     if any(not used < first for scale in late for used in scale.all_input_nodes):

@@ -1,4 +1,4 @@
-"""Run layers that read the same codes as one: queries, keys and values of attention.
+"""Join layers that read the same codes: queries, keys and values of attention.
 
 q(c, s), k(c, s), v(c, s)    ->    y = q_k_v(c, s);  y[..., :n], y[..., n:m], y[..., m:]
 """
@@ -20,8 +20,7 @@ from .matching import codes_layer
 
 
 def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
-    """Join layers that read the same codes with the same scale, in place; returns how many calls
-    that saved.
+    """Join layers that read the same codes with the same scale, in place; returns the calls saved.
 
     One wide product fills a device that narrow ones leave idle. Left alone where a layer is called
     twice or adds anything to its sums, and where the trial found the narrow ones faster together.
@@ -47,7 +46,7 @@ def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
 
 
 def _worth_it(layers: Sequence[CodesLayer], choose: Chooser) -> Choice | None:
-    """The kernel of layers side by side, or None where they are faster apart."""
+    """The kernel for layers side by side, or None where they are faster apart."""
     joint = choose(joint_problem(layers), layers[0].dtype)
     if joint.engine == "float":
         return None
@@ -61,7 +60,7 @@ def _worth_it(layers: Sequence[CodesLayer], choose: Chooser) -> Choice | None:
 def _join(
     gm: fx.GraphModule, nodes: Sequence[fx.Node], layers: Sequence[CodesLayer], choice: Choice
 ) -> None:
-    """Replace calls by one call in the place of the first, and slices of its result."""
+    """Replace calls of layers by slices of one joint call in the place of the first."""
     first, paths = nodes[0], [str(node.target) for node in nodes]
     path = "_".join([paths[0], *(other.rpartition(".")[2] for other in paths[1:])])
     owner = gm.get_submodule(path.rpartition(".")[0])

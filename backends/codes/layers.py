@@ -1,4 +1,5 @@
-"""Convolutions and linear layers on codes: integers or fp8 in, one kernel, epilogue included."""
+"""Run convolutions and linear layers on integer or fp8 codes, each by one kernel with its
+epilogue."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ Pads = tuple[int, int, int, int]  # left, right, top, bottom, as for torch.nn.fu
 
 
 class Epilogue(NamedTuple):
-    """What a kernel adds to its sums, and the scale that it quantizes them with.
+    """The tensors that a kernel adds to its sums, and the scale that it quantizes the result with.
 
     row: (B, O), added at every place of a sample.  residual: (B, OH, OW, O).  out_scale: (ranges,).
     """
@@ -126,17 +127,17 @@ class CodesLayer(nn.Module):
 
     @classmethod
     def as_run(cls, choice: Choice) -> Choice:
-        """The choice with the engine that layers of this class run on, whatever was chosen."""
+        """The choice with its engine replaced by the one that runs layers of this class."""
         return choice
 
     def requantizes(self, zero: int, levels: int, dtype: torch.dtype) -> None:
-        """Give codes on another layer's grid instead of floats; calls then pass its scale."""
+        """Make the layer return codes on another layer's grid; calls then pass its scale."""
         self.out_zero, self.out_levels, self.out_dtype = zero, levels, dtype
 
     @classmethod
     def side_by_side(cls, layers: Sequence[CodesLayer], choice: Choice) -> CodesLayer:
-        """One layer whose results are those of `layers` one after the other along the channels; of
-        layers that read the same codes and differ in their weights alone."""
+        """Join layers that differ only in their weights into one; it returns their results one
+        after the other along the channels."""
         first = layers[0]
         joint = copy.copy(first)
         joint.problem, joint.choice = joint_problem(layers), first.as_run(choice)
@@ -178,7 +179,7 @@ class CodesLayer(nn.Module):
         scales: list[Tensor],
         epilogue: Epilogue,
     ) -> Tensor:
-        """The sum of what `layers`, this one first, give for their codes: (B, OH, OW, O).
+        """The sum of the results of `layers`, this one first: (B, OH, OW, O).
 
         codes: (B, H, W, C), for linear layers (B, 1, T, C).  scales: (ranges,) each.
         """
@@ -186,8 +187,8 @@ class CodesLayer(nn.Module):
 
 
 class ConcatLayer(nn.Module):
-    """The sum of two layers of equal geometry on the parts of a concatenation, as one kernel; the
-    bias is the first one's."""
+    """Add two layers of equal geometry, on the parts of a concatenation, in one kernel; the first
+    holds the bias."""
 
     stage = Stage.LOWERED
 
@@ -210,7 +211,7 @@ class ConcatLayer(nn.Module):
 
 
 def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
-    """The problem that a layer poses on an input of `shape`, (B, C, H, W) or (B, ..., C)."""
+    """The sizes of a layer's work on an input of `shape`, (B, C, H, W) or (B, ..., C)."""
     out, channels, *taps = layer.weight_shape
     if isinstance(layer, QuantConv):
         left, right, top, bottom = layer.pad_widths
@@ -236,19 +237,19 @@ def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
 
 
 def problem_at(layer: QuantLayer, node: fx.Node) -> Problem:
-    """The problem that a layer poses where `node` calls it, at the sizes of capture."""
+    """The sizes of a layer's work where `node` calls it, at the sizes of capture."""
     return problem_of(layer, [size_hint(size) for size in layer_input(node).meta["val"].shape])
 
 
 def joint_problem(layers: Sequence[CodesLayer]) -> Problem:
-    """The problem of layers that read the same codes, side by side."""
+    """The sizes of the work of layers that read the same codes, side by side."""
     width = sum(layer.problem.out_channels for layer in layers)
     return dataclasses.replace(layers[0].problem, out_channels=width)
 
 
 def pads_of(layer: QuantLayer) -> Pads | None:
-    """The borders of the codes of a layer's input, None for linear layers; other padding than by
-    zeros is done in floating point."""
+    """The borders of the codes that a layer reads, None for linear layers; padding modes other than
+    zeros are applied in floating point before."""
     if not isinstance(layer, QuantConv):
         return None
     if layer.padding_mode != "zeros":
@@ -260,7 +261,7 @@ def pads_of(layer: QuantLayer) -> Pads | None:
 def _run(
     layers: list[CodesLayer], codes: list[Tensor], scales: list[Tensor], epilogue: Epilogue
 ) -> Tensor:
-    """The sum of what layers give for their codes, in the form that `CodesLayer.forward` states."""
+    """Run layers by the kernel of the first; returns the sum as `CodesLayer.forward` describes."""
     first, shape = layers[0], codes[0].shape
     row, residual, out_scale = epilogue
     if not first.is_conv:

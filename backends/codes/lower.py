@@ -1,4 +1,4 @@
-"""Replace the quantized layers of a graph: the part of lowering that is the same for every engine.
+"""Replace the quantized layers of a graph, whatever engine runs them.
 
 y = conv_q(x, s)    ->    y = conv(quantize_input(x, s), s): codes computed apart, so that they can
 be fused into what computes x
@@ -27,10 +27,10 @@ Calls = dict[str, list[fx.Node]]  # the nodes that call a layer, by its name
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """The module that runs a quantized layer from now on.
+    """The module that replaces a quantized layer.
 
-    reason: why that is in floating point, None where it is not.  micros: microseconds by what was
-    tried, empty where nothing was timed.
+    reason: why it runs in floating point, None where it does not.  micros: microseconds by engine
+    that was timed, empty where none was.
     """
 
     module: nn.Module
@@ -39,7 +39,7 @@ class Lowered:
 
 
 def quantized_calls(gm: fx.GraphModule) -> Calls:
-    """The calls of each quantized layer of a graph."""
+    """The nodes that call each quantized layer of a graph, by its name."""
     calls: Calls = {}
     for node in gm.graph.find_nodes(op="call_module"):
         if isinstance(gm.get_submodule(str(node.target)), QuantLayer):
@@ -53,7 +53,7 @@ def lower_layers(
     lower_one: Callable[[QuantLayer, Sequence[fx.Node]], Lowered],
     refused: Mapping[str, str] | None,
 ) -> dict[str, Lowered]:
-    """Replace each quantized layer by what `lower_one` makes of it, in place; returns those.
+    """Replace each quantized layer by the module that `lower_one` returns, in place.
 
     Layers on codes are then called with the codes of their input.
     refused: layers that stay in floating point whatever an engine could do, and why.
@@ -75,7 +75,7 @@ def lower_layers(
 
 
 def declined(layers: Mapping[str, Lowered]) -> list[Declined]:
-    """The layers that run in floating point, with the reasons."""
+    """A `Declined` for each layer that runs in floating point, with the reason."""
     return [
         Declined(name, f"runs in floating point: {lowered.reason}")
         for name, lowered in layers.items()
@@ -94,7 +94,7 @@ def dtype_obstacle(nodes: Sequence[fx.Node], written: Collection[torch.dtype]) -
 def _give_codes(
     gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, lowered: CodesLayer
 ) -> None:
-    """Pass the codes of its input and their scale to the call of a layer."""
+    """Pass the codes of its input, and their scale, to the call of a layer."""
     x = layer_input(node)
     if isinstance(layer, QuantConv) and layer.padding_mode != "zeros":
         padded, mode = f"{node.name}_padded", layer.padding_mode

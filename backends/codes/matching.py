@@ -1,4 +1,4 @@
-"""Questions that fusions ask about the nodes of a graph."""
+"""Match nodes of a graph for the fusions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Codes(NamedTuple):
 
 
 def written_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose memory something writes in place: what they hold depends on when it is
+    """The nodes whose memory is written in place, so that their value depends on when it is
     read."""
     return {node for _, bases in writers(gm) for node in bases}
 
@@ -58,7 +58,8 @@ def same_kind(node: fx.Node, other: fx.Node) -> bool:
 
 
 def called(gm: fx.GraphModule, node: Any, *kinds: type[M]) -> M | None:
-    """The module that a node calls, where it is of one of these very types and has no hooks."""
+    """The module that a node calls, if it has exactly one of these types and no hooks; else
+    None."""
     module: Any = _without_hooks(gm, node)
     return module if type(module) in kinds else None
 
@@ -76,7 +77,7 @@ def layer_on_codes(gm: fx.GraphModule, node: Any) -> CodesLayer | ConcatLayer | 
 
 
 def _without_hooks(gm: fx.GraphModule, node: Any) -> nn.Module | None:
-    """The module that a node calls, where it calls one that has no hooks."""
+    """The module that a node calls; None for other nodes and for modules with hooks."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     module = gm.get_submodule(str(node.target))
@@ -84,7 +85,7 @@ def _without_hooks(gm: fx.GraphModule, node: Any) -> nn.Module | None:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The one node that reads a value, if it is one."""
+    """The only node that reads a value; None where there are none or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 

@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One convolution, borders included in height and width; a linear layer has taps (1, 1).
+    """The sizes of one convolution, height and width with borders; a linear layer has taps (1, 1).
 
     half: of packed 4-bit weights, else 0.
     """

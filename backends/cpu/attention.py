@@ -34,7 +34,8 @@ attention.stage = Stage.LOWERED  # type: ignore[attr-defined]
 
 
 def use_kernel(gm: fx.GraphModule) -> int:
-    """Use `attention` wherever it computes what a node computes, in place; returns how many."""
+    """Replace attention by the kernel of this package where it can run it, in place; returns how
+    many."""
     changed = 0
     for node in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
         arguments = _arguments(node)
@@ -45,7 +46,7 @@ def use_kernel(gm: fx.GraphModule) -> int:
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...] | None:
-    """What `attention` takes for a node, or None where it computes something else."""
+    """The arguments of `attention` for a node, or None where it computes something else."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     if len(node.args) > len(names):
         return None

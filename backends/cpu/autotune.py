@@ -28,7 +28,7 @@ MARGIN = 0.9  # of our kernel's time that another must stay below: ours takes su
 
 
 def by_trial(*, timer: Timer | None = None, cache: Path | None = None) -> Chooser:
-    """A chooser that times what a problem can run on: our kernel, oneDNN's, or floating point.
+    """A chooser that times our kernel, oneDNN's and floating point for each problem.
 
     What makes the codes is not timed: it is fused into what computes the input.
     timer: how calls are timed; None is the least of some.  cache: file of earlier results; None is
@@ -39,7 +39,7 @@ def by_trial(*, timer: Timer | None = None, cache: Path | None = None) -> Choose
 
 
 def untried(problem: Problem, dtype: torch.dtype) -> Choice:
-    """The kernel of this package, for where nothing is to be timed."""
+    """Choose the kernel of this package without timing anything."""
     return Choice("cpu", Tile())
 
 
@@ -60,7 +60,7 @@ def _try(problem: Problem, timer: Timer) -> Choice:
 
 
 def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
-    """A call on random values for each engine that can run a problem."""
+    """A function for each engine that can run a problem, which runs it on random values."""
     p = problem
     x = torch.randint(0, 256, (p.batch, p.height, p.width, p.channels), dtype=torch.uint8)
     most = 7 if p.half else 127

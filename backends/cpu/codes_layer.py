@@ -1,4 +1,4 @@
-"""Layers on codes that the CPU kernels of this package run."""
+"""Run layers on codes by the CPU kernels of this package."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class CpuCodesLayer(CodesLayer):
 
     @classmethod
     def as_run(cls, choice: Choice) -> Choice:
-        """The choice with the engine "cpu": layers on these codes have no other."""
+        """The choice with the engine "cpu", the only one for these layers."""
         return dataclasses.replace(choice, engine="cpu")
 
     def to_panels(self) -> None:
-        """Bring the weights into the order that the kernel reads, once all fusions are done."""
+        """Reorder the weights for the kernel, after all fusions."""
         if self.problem.half:
             codes = self.weight.to(torch.int16) + self.zero.to(torch.int16)[:, None, None, None]
             self.weight = kernels.packed_panels(codes.to(torch.uint8))

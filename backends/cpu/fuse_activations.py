@@ -1,4 +1,4 @@
-"""Let kernels apply the activation that follows a layer.
+"""Fuse the activation that follows a layer into its kernel.
 
 gelu(linear(q, s))    ->    linear(q, s), which applies gelu
 """
@@ -40,8 +40,7 @@ def fuse_activations(gm: fx.GraphModule) -> int:
 
 
 def activation(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """The activation that a node applies to its first argument, by the kernels' name; None for
-    anything else."""
+    """The kernels' name of the activation that a node applies; None where it is no activation."""
     silu, gelu = called(gm, node, nn.SiLU), called(gm, node, nn.GELU)
     settings = {**node.kwargs}
     if silu is not None:

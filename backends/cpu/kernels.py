@@ -1,4 +1,5 @@
-"""The kernels of `kernels.cpp` as torch operators, compiled for this machine when first used."""
+"""Define the kernels of `kernels.cpp` as torch operators, compiled for this machine at first
+use."""
 
 from __future__ import annotations
 
@@ -71,15 +72,14 @@ def unavailable() -> str | None:
 
 
 def limited() -> str | None:
-    """What ATEN_CPU_CAPABILITY, the variable by which torch is kept from newer instructions, says
-    where it forbids AVX-512; None where it does not."""
+    """The value of ATEN_CPU_CAPABILITY, which limits torch's instructions, where it forbids
+    AVX-512; else None."""
     limit = os.environ.get("ATEN_CPU_CAPABILITY", "")
     return limit if limit in ("default", "avx2") else None
 
 
 def processor() -> str:
-    """The name of the processor and what it can do, as the system tells. Raises OSError on a Linux
-    that does not."""
+    """The name of the processor and its flags. Raises OSError where Linux does not report them."""
     if sys.platform != "linux":
         return f"{platform.machine()} {platform.processor()}"
     facts: dict[str, str] = {}
@@ -111,7 +111,7 @@ def load_plain() -> None:
 
 @functools.cache
 def stand_in() -> None:
-    """Have the plain kernels run the operators too, where there are no others: for tests."""
+    """Run the operators by the plain kernels: for tests on machines without the others."""
     load_plain()
     for name in _SCHEMAS:
         keys = "CompositeExplicitAutograd" if name == "cpu_nan_count" else "CPU"

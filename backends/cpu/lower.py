@@ -1,5 +1,5 @@
-"""Lower the quantized layers of a graph on the CPU: to the kernels of this package, or where these
-do not run to patterns that Inductor gives to oneDNN.
+"""Lower the quantized layers of a graph on the CPU to the kernels of this package, or to patterns
+that Inductor gives to oneDNN where these do not run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
 def lower(
     gm: fx.GraphModule, *, choose: Chooser, refused: Mapping[str, str] | None = None
 ) -> Rewrite:
-    """The graph with every quantized layer on what `choose` gives it.
+    """The graph with every quantized layer on the engine that `choose` picks.
 
     refused: layers whose kernels are not to be used, and why.
     Declined: layers that run in floating point, with the reason.
@@ -88,7 +88,7 @@ def lower(
 
 
 def _lowered(layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser) -> Lowered:
-    """The module that runs a layer on this machine."""
+    """The module that replaces a layer on this machine."""
     if (reason := obstacle(layer, "cpu")) is not None:
         if keeps_integer_weights(layer):
             assert isinstance(layer, QuantLinear)
@@ -120,8 +120,8 @@ def kernel_obstacle(layer: QuantLayer, nodes: Sequence[fx.Node]) -> str | None:
 
 
 def alone(layer: QuantLayer, node: fx.Node) -> CpuCodesLayer | None:
-    """The layer that a node calls on the kernel of this package, ready to run; None where there is
-    none."""
+    """The layer that a node calls as one for the kernel of this package, ready to run; None where
+    the kernel cannot run it."""
     if obstacle(layer, "cpu") or kernel_obstacle(layer, [node]):
         return None
     kernels.load()

@@ -1,5 +1,5 @@
-"""Answer NaN where NaN arises inside a model on integer kernels: codes have none, so the kernels
-count it."""
+"""Return NaN where NaN arises inside a model on integer kernels: codes have none, so kernels count
+it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .codes_layer import CpuCodesLayer
 
 
 def showing_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
-    """A form of `run`, which computes the lowered graph `gm`, whose results are NaN where a kernel
-    made a code of a NaN and no result shows it.
+    """Wrap `run`, which computes the lowered graph `gm`: results become NaN where a kernel
+    quantized a NaN and no result shows one.
 
     The reference answers NaN then, in part or throughout; which part is not known here, so that
     all floating-point results become NaN. Where a result has a NaN already, as for a sample at an

@@ -1,4 +1,4 @@
-"""Group norms that make the codes of the layers that read them, on the CPU."""
+"""Run a group norm and quantize its result in one kernel on the CPU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Quantized layers as patterns that Inductor gives to oneDNN, for machines and layers that the
-kernels of this package do not run.
+"""Write quantized layers as patterns that Inductor gives to oneDNN.
+
+They serve machines and layers that the kernels of this package do not run.
 
 Quantize / dequantize written round a convolution or linear becomes one oneDNN int8 kernel
 (`qconv_pointwise`, `qlinear_pointwise`) when Inductor freezes constants.

@@ -32,7 +32,7 @@ TRIED = 6  # tiles that are timed for a problem
 
 
 def untried(problem: Problem, dtype: torch.dtype) -> Choice:
-    """The Triton kernel with the most promising tile, for where nothing is to be timed."""
+    """Choose the Triton kernel with the most promising tile without timing anything."""
     return Choice("triton", default_tile(problem))
 
 
@@ -42,7 +42,7 @@ def by_trial(
     timer: Timer | None = None,
     cache: Path | None = None,
 ) -> Chooser:
-    """A chooser that times on `device` what a problem can run on, the float layer included.
+    """A chooser that times each problem on `device`: Triton, torch's product and the float layer.
 
     What makes the codes is not timed: it is fused into what computes the input.
     timer: how calls are timed; None replays them as a CUDA graph, which leaves launching out.
@@ -71,7 +71,7 @@ def cache_file(device: torch.device) -> Path:
 
 
 def sources() -> list[Path]:
-    """The source files on which measurements depend: a change of one makes earlier choices void."""
+    """The source files on which measurements depend: a change in one discards earlier choices."""
     here = Path(__file__).parent
     return [*sorted((here / "kernels").glob("*.py")), here / "tiles.py", Path(problems.__file__)]
 
@@ -131,7 +131,7 @@ def _try(problem: Problem, device: torch.device, dtype: torch.dtype, timer: Time
 
 
 def float_call(problem: Problem, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The layer in floating point: cuDNN's convolution, channels last, or a matrix product."""
+    """A function that runs the layer in floating point: cuDNN's convolution or a matrix product."""
     p = problem
     x = torch.randn((p.batch, p.height, p.width, p.channels), device=device, dtype=dtype)
     w = torch.randn((p.out_channels, *p.taps, p.channels), device=device, dtype=dtype)
@@ -156,7 +156,8 @@ def best_convolutions() -> Iterator[None]:
 def _torch_call(
     problem: Problem, operands: dict[str, Any], dtype: torch.dtype
 ) -> Callable[[], Tensor] | None:
-    """torch's own product of the codes, and a pass over its result as its epilogue will be."""
+    """A function that runs torch's own product of the codes and one pass over its result, as the
+    epilogue will be."""
     if problem.taps != (1, 1) or problem.stride != (1, 1) or not runs_on_torch(problem):
         return None
     codes = operands["xs"][0].reshape(-1, problem.channels)

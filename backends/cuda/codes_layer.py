@@ -1,4 +1,4 @@
-"""Layers on codes that CUDA runs: on a Triton kernel, or on torch's own matrix product."""
+"""Run layers on codes on CUDA by a Triton kernel, or by torch's own matrix product."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class CudaCodesLayer(CodesLayer):
 
     @property
     def takes_second_segment(self) -> bool:
-        """Whether its kernel adds the sum of another layer: a sum that programs share has no place
-        for one, and neither has torch's product."""
+        """Whether its kernel adds the sum of another layer: not where programs share a sum, and not
+        in torch's product."""
         return self.choice.engine == "triton" and self.choice.tile.split == 1
 
     def run(

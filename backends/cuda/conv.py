@@ -1,4 +1,4 @@
-"""Convolution (and linear layer: a 1x1 convolution) of int8 or fp8 values, with its epilogue.
+"""Convolve int8 or fp8 codes on CUDA, epilogue included; a linear layer is a 1x1 convolution.
 
 y = ((x * w) + offset) * (scale[range] * weight_scale[o]) + bias[o] + row[b, o] + residual,
 summed over one or two segments of input channels, each with scales of its own.

@@ -66,7 +66,7 @@ def lower(
 def _lowered(
     layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser, capability: tuple[int, int]
 ) -> Lowered:
-    """The module that runs a layer on this device."""
+    """The module that replaces a layer on this device."""
     if _on_torchao(layer):
         return Lowered(to_torchao(layer))
     if (reason := _obstacle(layer, nodes, capability)) is not None:
@@ -82,7 +82,8 @@ def _lowered(
 def alone(
     layer: QuantLayer, node: fx.Node, choose: Chooser, capability: tuple[int, int]
 ) -> CudaCodesLayer | None:
-    """The layer that a node calls on the kernel of this package; None where it runs on another."""
+    """The layer that a node calls as one for the kernel of this package; None where something else
+    runs it."""
     if _on_torchao(layer) or _obstacle(layer, [node], capability):
         return None
     problem, dtype = problem_at(layer, node), node.meta["val"].dtype

@@ -1,4 +1,4 @@
-"""Group norm, modulation, SiLU and quantization on CUDA, in two reads and one write.
+"""Run group norm, modulation, SiLU and quantization on CUDA in two reads and one write.
 
 q = quantize(silu(norm(x) * factor + shift)), stored with the borders that a convolution pads with.
 """
@@ -97,7 +97,7 @@ def _lines(
     factor: Tensor | None,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The norm and its modulation as a line for each channel: x * a + b, both (B, C) float32."""
+    """The norm and its modulation as x * a + b for each channel; a, b: (B, C) float32."""
     from tfmq_fx.backends.cuda.kernels.norm import norm_affine_kernel, norm_partial_kernel
 
     batch, height, width, channels = x.shape

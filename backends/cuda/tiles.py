@@ -1,4 +1,4 @@
-"""Tile sizes to try for the CUDA convolution kernel, ordered by an estimate of their cost."""
+"""List tile sizes to try for the CUDA convolution kernel, by estimated cost."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def candidates(
 
 
 def cost(problem: Problem, tile: Tile, processors: int = 132) -> float:
-    """An estimate to order tiles by: multiply-adds of the busiest multiprocessor, where narrow
-    tiles count for more, as they load more for each."""
+    """The estimated cost of a tile: multiply-adds of the busiest multiprocessor, weighted up for
+    narrow tiles, which load more for each."""
     steps = math.prod(problem.taps) * -(-problem.channels // tile.k)
     each = tile.m * tile.n * tile.k * -(-steps // tile.split)
     slowness = 1 + 64 * (tile.m + tile.n) / (tile.m * tile.n)
@@ -70,7 +70,7 @@ def _programs(problem: Problem, tile: Tile) -> int:
 
 
 def _fits(problem: Problem, tile: Tile) -> bool:
-    """Whether no side is more than twice what the problem fills; the smallest tiles always do."""
+    """Whether no side of a tile is more than twice the problem's; the smallest tiles always fit."""
     if tile.m <= 16:
         return tile.n <= max(32, 2 * problem.out_channels)
     return (

@@ -1,4 +1,4 @@
-"""Quantized layers in the form that OpenVINO turns into int8 kernels.
+"""Write quantized layers in the form that OpenVINO turns into int8 kernels.
 
 OpenVINO fuses quantization, an integer product and its scales where a FakeQuantize operation with
 constant bounds stands in front of a convolution or matrix product, and the weight is an int8
@@ -37,7 +37,7 @@ One node in an exported graph, which becomes OpenVINO's FakeQuantize.
 
 
 def float_reason(layer: QuantLayer) -> str | None:
-    """Why a layer's product is computed in floating point, or None where it is one of integers."""
+    """Why a layer is computed in floating point, or None where its product is of integers."""
     if layer.dynamic:
         return "ranges measured at run time"
     integers = layer.weight_format == layer.act_format == "int" and layer.weight_groups == 1
@@ -71,8 +71,10 @@ class IntegerLayer(IntegerPattern):
 
 
 class CompressedLinear(LoweredLayer):
-    """A linear layer in floating point whose weights stay int8 in memory; its input is rounded as
-    it was. Weights in groups have a scale for each."""
+    """A linear layer in floating point with int8 weights in memory, one scale for each group.
+
+    Its input is rounded as in the quantized layer.
+    """
 
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__(layer)
@@ -93,8 +95,9 @@ class CompressedLinear(LoweredLayer):
 
 
 class ChannelsLastNorm(nn.Module):
-    """A group norm from statistics of single channels, which OpenVINO computes on channels-last
-    memory: its own group norm wants channels first, and every layer round it a copy.
+    """A group norm computed from statistics of single channels, on channels-last memory.
+
+    OpenVINO's own wants channels first, and so a copy before and after it.
 
     The variance is E[x^2] - E[x]^2: equal to the two-pass one up to (1 + mean^2 / variance) times
     float32's rounding, so not for half precision.

@@ -1,4 +1,4 @@
-"""A lowered graph as a model of OpenVINO's: exported, converted, compiled, called with tensors."""
+"""Export a lowered graph, convert and compile it with OpenVINO, and call it with tensors."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class OpenVINOCallable:
         return tuple(value.to(dtype) for value, dtype in zip(outputs, dtypes, strict=True))
 
     def _request(self, values: Sequence[Tensor]) -> tuple[Any, list[torch.dtype]]:
-        """What runs inputs of these shapes, and the dtypes of its outputs."""
+        """The inference request for inputs of these shapes, and the dtypes of its outputs."""
         shapes = tuple(value.shape for value in values)
         if shapes not in self.compiled:
             model = self._model(values)
@@ -115,7 +115,7 @@ class OpenVINOCallable:
         return Model(fixed, self.model.dtypes)
 
     def _own_outputs(self, request: Any) -> list[Tensor | None]:
-        """Memory of the caller's own for each output; None where its shape is not known."""
+        """A new tensor for each output, set as its memory; None where the shape is not known."""
         memory: list[Tensor | None] = []
         for i, port in enumerate(request.model_outputs):
             if port.get_partial_shape().is_dynamic:
@@ -141,7 +141,7 @@ def split_rows(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | Non
 def converted(
     gm: fx.GraphModule, examples: Sequence[Tensor], free: Sequence[dict[int, Any]] | None = None
 ) -> Model:
-    """A lowered graph as OpenVINO has it.
+    """Export a lowered graph and convert it to OpenVINO.
 
     free: the dimensions of each input whose sizes stay free; left out, none does.
     Raises BackendError where torch.export fails, and naming operations that OpenVINO does not have.
@@ -196,7 +196,7 @@ def _fake_quantize(context: Any) -> Any:
 def _free_examples(
     gm: fx.GraphModule, values: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[dict[int, Any]]]:
-    """Tensors like those of a call, and which of their dimensions the capture left free.
+    """Tensors shaped like those of a call, and which of their dimensions the capture left free.
 
     A free size of 0 or 1 becomes 2: torch.export takes these for fixed.
     """
