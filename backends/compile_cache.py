@@ -85,14 +85,16 @@ def _read(path: Path) -> bool:
         if caches:
             _check_keys(caches, path)
         loaded = torch.compiler.load_cache_artifacts(caches) if caches else "libraries alone"
+        if loaded is None:  # torch has logged why
+            raise ValueError("torch cannot unpack its caches")
     except ConfigError:
         raise
     except OSError as error:
         raise ConfigError(f"artifact={str(path)!r} cannot be read: {error}") from error
-    except Exception as error:  # torch raises what its caches meet
-        raise _no_artifact(path) from error
-    if loaded is None:  # what does not unpack is logged by torch
-        raise _no_artifact(path)
+    except Exception as error:  # torch raises whatever its caches raise
+        raise ConfigError(
+            f"artifact={str(path)!r} holds no compiled model. Remove it, or name another file."
+        ) from error
     logger.info("read %s: %s", path, loaded)
     if fits := machine == _machine():
         _unpack(libraries)
@@ -180,9 +182,3 @@ def _machine() -> str:
         name = "unknown"
     words = (name, sys.platform, sys.version, torch.__version__)
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
-
-
-def _no_artifact(path: Path) -> ConfigError:
-    return ConfigError(
-        f"artifact={str(path)!r} holds no compiled model. Remove it, or name another file."
-    )

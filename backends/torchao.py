@@ -3,19 +3,17 @@ again.
 
 y = linear_q(x)    ->    y = F.linear(x, Int8Tensor(codes, scale)), and so with fp8 and int4
 
-Weights are bit for bit ours, but for int4, whose kernel takes scales in bfloat16. Inputs are
-rounded by torchao, with scales that it computes in the input's dtype:
-- int8, static: the codes of the reference; what the zero point adds is taken off in the output's
-  dtype.
-- int8, dynamic: a row whose largest magnitude is negative has scale -x / 128 where that is more
-  than x / 127 of its largest value, and is rounded a little finer than in the reference.
+Weights are bit for bit ours, but for int4, whose kernel takes scales in bfloat16. Inputs are in
+floating point, or ranged at every call and rounded by torchao, with scales that it computes in the
+input's dtype:
+- int8: a row whose largest magnitude is negative has scale -x / 128 where that is more than x / 127
+  of its largest value, and is rounded a little finer than in the reference.
 - fp8: codes of x / scale where the reference takes x * (1 / scale), which differ at ties alone.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +25,7 @@ from tfmq_fx.quant.affine import FP8_MAX, TINY_SCALE, QParams
 from tfmq_fx.quant.modules import QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
 
-_INPUTS_SINCE = (0, 18)  # of torchao: whose tensors take static and bounded input ranges
+_INPUTS_SINCE = (0, 18)  # of torchao: whose tensors take bounded input ranges
 _GROUPS = (32, 64, 128, 256)  # of input channels, in the int4 kernel
 _ROWS = 17  # that cuBLAS multiplies at least as int8
 
@@ -39,8 +37,8 @@ def torchao_obstacle(layer: QuantLayer, device_type: str) -> str | None:
         return "torchao has tensors for linear layers alone"
     if layer.act_bits is None:
         return int4_obstacle(layer, device_type) if layer.weight_groups > 1 else None
-    if layer.per_timestep:
-        return "torchao has no scale per timestep"
+    if not layer.dynamic:
+        return "static input ranges run on the kernels of this package"
     if layer.weight_format != layer.act_format:
         return f"weights are {layer.weight_format} and inputs {layer.act_format}"
     if layer.act_bits != 8:
@@ -70,22 +68,21 @@ def int4_obstacle(layer: QuantLayer, device_type: str) -> str | None:
     return _since((8, 0), "int4")
 
 
-def to_torchao(layer: QuantLinear, *, int4: bool = False) -> nn.Linear:
+def to_torchao(layer: QuantLinear) -> nn.Linear:
     """A torch.nn.Linear whose weight is a torchao tensor with the codes of `layer`.
 
     Integer weights of fewer than 8 bits are expanded to int8, their zero points subtracted; those
-    in groups, or all of up to 4 bits with `int4`, are packed for the int4 kernel, which reads half
-    as much and is made for few rows at a time.  Raises BackendError where there is no such tensor.
+    in groups are packed for the int4 kernel, which reads half as much and is made for few rows at a
+    time.  Raises BackendError where there is no such tensor.
     """
-    packed = int4 or layer.weight_groups > 1
     device = layer.codes.device.type
-    if reason := (int4_obstacle if packed else torchao_obstacle)(layer, device):
+    if reason := torchao_obstacle(layer, device):
         raise BackendError(f"no torchao tensor for {layer}: {reason}")
     out, width = layer.weight_shape
     integers = layer.act_bits is not None and layer.act_format == "int"
     kind = _RowsLinear if integers else nn.Linear
     linear = kind(width, out, bias=False, device="meta", dtype=layer.dtype)
-    if packed:
+    if layer.weight_groups > 1:
         weight = _int4_tensor(layer)
     elif layer.weight_format == "fp8":
         weight = _fp8_tensor(layer)
@@ -98,8 +95,7 @@ def to_torchao(layer: QuantLinear, *, int4: bool = False) -> nn.Linear:
 
 
 class _RowsLinear(nn.Linear):
-    """A linear layer that passes x to its weight as at least 17 rows (n, in), as static scales and
-    the int8 product require."""
+    """A linear layer that pads its rows (n, in) to as many as the int8 product takes."""
 
     stage = Stage.LOWERED
 
@@ -113,8 +109,11 @@ class _RowsLinear(nn.Linear):
 
 
 def _int8_tensor(layer: QuantLinear) -> Tensor:
-    from torchao.quantization import Int8Tensor
+    from torchao.quantization import Int8Tensor, MappingType, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs as Inputs
 
+    # plain SYMMETRIC has scale amax / 127.5, which clips the largest value by half a step
+    rows = Inputs(granularity=PerRow(), mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR)
     # Where inputs are integers the product is one of float32 scales, rounded once.
     dtype = layer.dtype if layer.act_bits is None else torch.float32
     weight: Tensor = Int8Tensor(
@@ -122,29 +121,9 @@ def _int8_tensor(layer: QuantLinear) -> Tensor:
         scale=layer.weight_scale.to(dtype)[:, None],
         block_size=[1, layer.in_features],
         dtype=layer.dtype,
-        **_int8_inputs(layer),
+        act_quant_kwargs=None if layer.act_bits is None else rows,
     )
     return weight
-
-
-def _int8_inputs(layer: QuantLinear) -> dict[str, Any]:
-    """The arguments of an Int8Tensor that say how the input of its layer is rounded."""
-    if layer.act_bits is None:
-        return {}
-    from torchao.quantization import MappingType, PerRow, PerTensor
-    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs as Inputs
-
-    if layer.dynamic:
-        # plain SYMMETRIC has scale amax / 127.5, which clips the largest value by half a step
-        mapping = MappingType.SYMMETRIC_NO_CLIPPING_ERR
-        return {"act_quant_kwargs": Inputs(granularity=PerRow(), mapping_type=mapping)}
-    zero = int(layer.act_zero) - 128  # codes are int8 there, uint8 here
-    mapping = MappingType.ASYMMETRIC if zero else MappingType.SYMMETRIC
-    return {
-        "act_quant_kwargs": Inputs(granularity=PerTensor(), mapping_type=mapping),
-        "act_quant_scale": layer.act_scale.clone().view(1, 1),
-        "act_quant_zero_point": torch.full_like(layer.act_zero, zero, dtype=torch.int8).view(1, 1),
-    }
 
 
 def _fp8_tensor(layer: QuantLinear) -> Tensor:
@@ -153,11 +132,8 @@ def _fp8_tensor(layer: QuantLinear) -> Tensor:
 
     inputs = None
     if layer.act_bits is not None:
-        # Bounds of the largest magnitude that a row's scale is made of: both are one static range,
-        # and without the lower one a row of zeros is divided by 0.
-        least = FP8_MAX * (TINY_SCALE if layer.dynamic else float(layer.act_scale))
-        most = None if layer.dynamic else least
-        inputs = Inputs(granularity=PerRow(), hp_value_lb=least, hp_value_ub=most)
+        # without this least magnitude a row of zeros is divided by 0
+        inputs = Inputs(granularity=PerRow(), hp_value_lb=FP8_MAX * TINY_SCALE)
     weight: Tensor = Float8Tensor(
         layer.weight_codes().clone(),
         layer.weight_scale.clone()[:, None],
@@ -191,25 +167,21 @@ def int4_parts(layer: QuantLinear) -> tuple[Tensor, Tensor]:
     with zeros.
     """
     out, width = layer.weight_shape
-    size, grid = _group_size(layer), layer.grid()
+    grid = layer.grid()
     if layer.weight_bits < 4:
         grid = QParams(grid.scale, torch.full_like(grid.zero, 8), 4)
     padding = (0, -width % 1024, 0, -out % 8)
     codes = layer.weight_codes().float() + grid.over(width)[1]
     codes = F.pad(codes, padding).to(torch.uint8)
-    # one scale per channel is that of each of its groups; a group may reach into the padding
-    shape = (out, -(-width // size))
-    scale, zero = (part.view(out, -1).expand(shape) for part in (grid.scale, grid.zero))
-    pair = torch.stack([scale, scale * (8 - zero)], 2)
-    groups = codes.shape[1] // size
-    pair = F.pad(pair, (0, 0, 0, groups - shape[1], 0, -out % 8))
+    pair = torch.stack([grid.scale, grid.scale * (8 - grid.zero)], 2)
+    groups = codes.shape[1] // _group_size(layer)
+    pair = F.pad(pair, (0, 0, 0, groups - layer.weight_groups, 0, -out % 8))
     return codes[:, ::2] << 4 | codes[:, 1::2], pair.transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
 def _group_size(layer: QuantLinear) -> int:
-    """Input channels that share a scale in the int4 kernel: the most it takes where all share
-    one."""
-    return _GROUPS[-1] if layer.weight_groups == 1 else layer.in_features // layer.weight_groups
+    """Input channels that share a scale."""
+    return layer.in_features // layer.weight_groups
 
 
 def _kernel_obstacle(layer: QuantLinear, device_type: str) -> str | None:

@@ -17,6 +17,7 @@ from tfmq_fx.core.stages import REPLACED, Stage
 from tfmq_fx.ir.binding_times import binding_times
 from tfmq_fx.ir.graph import fork, module_path
 from tfmq_fx.ir.graph_pass import Rewrite, graph_pass, prune
+from tfmq_fx.ir.layer_edits import layer_input, replace_call
 
 _aten = torch.ops.aten
 _KINDS: dict[Any, type[nn.Module]] = {
@@ -178,13 +179,10 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 def _call(gm: fx.GraphModule, node: fx.Node, path: str) -> fx.Node:
     """Replace a product by a call of the layer at `path`."""
-    x = node.args[0] if node.args else node.kwargs["input"]
     with gm.graph.inserting_before(node):
-        call = gm.graph.create_node("call_module", path, (x,))
-    call.meta = dict(node.meta)
-    node.replace_all_uses_with(call, propagate_meta=False)
-    gm.graph.erase_node(node)
-    call.name = node.name  # what is compared with the original is found by name
+        call = gm.graph.create_node("call_module", path, (layer_input(node),))
+    call.meta["val"] = node.meta["val"]
+    replace_call(node, call)
     return call
 
 
