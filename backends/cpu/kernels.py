@@ -109,15 +109,6 @@ def load_plain() -> None:
     library.load(library.PLAIN, platform.machine())
 
 
-@functools.cache
-def stand_in() -> None:
-    """Run the operators by the plain kernels: for tests on machines without the others."""
-    load_plain()
-    for name in _SCHEMAS:
-        keys = "CompositeExplicitAutograd" if name == "cpu_nan_count" else "CPU"
-        _LIBRARY.impl(name, getattr(torch.ops.tfmq_fx_plain, name).default, keys)
-
-
 def panels(weight: Tensor) -> Tensor:
     """int8 weights (O, R, S, C) as the kernels read them: (O / 64, R * S, C / 4, 64, 4), missing
     outputs filled with zeros. C must be a multiple of 4."""
