@@ -21,16 +21,16 @@ from .layers import quantize_input
 from .matching import Codes, called, concatenation, is_tensor, same_kind, written_nodes
 
 
-def fuse(gm: fx.GraphModule, choose: Chooser, *, norm: NormCodes, most_runs: int) -> dict[str, int]:
+def fuse(gm: fx.GraphModule, choose: Chooser, *, norm: NormCodes) -> dict[str, int]:
     """Apply all fusions to a graph, in place; returns the count of each, by name.
 
-    choose: chooses the kernel of joined layers.  norm, most_runs: see `fuse_norms`.
+    choose: chooses the kernel of joined layers.  norm: see `fuse_norms`.
     """
     counts: dict[str, int] = {}
     for fusion in BEFORE_NORMS:
         counts[fusion.__name__] = counts.get(fusion.__name__, 0) + fusion(gm)
         prune(gm.graph)
-    counts["fuse_norms"] = fuse_norms(gm, norm=norm, most_runs=most_runs)
+    counts["fuse_norms"] = fuse_norms(gm, norm=norm)
     prune(gm.graph)
     counts["requantize"] = requantize(gm)
     prune(gm.graph)
@@ -83,13 +83,13 @@ def share_quantize(gm: fx.GraphModule) -> int:
     written, changed = written_nodes(gm), 0
     first_calls: dict[Any, fx.Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
-        codes = Codes.of(node)
+        codes = Codes._make(node.args)
         if codes.x in written:
             continue
         first = first_calls.setdefault(codes._replace(scale=_content(gm, codes.scale)), node)
         if first is not node:
             for user in list(node.users):
-                user.replace_input_with(codes.scale, Codes.of(first).scale)
+                user.replace_input_with(codes.scale, Codes._make(first.args).scale)
             node.replace_all_uses_with(first)
             gm.graph.erase_node(node)
             changed += 1

@@ -112,7 +112,7 @@ def requantize(gm: fx.GraphModule) -> int:
     """
     changed = 0
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
-        codes = Codes.of(node)
+        codes = Codes._make(node.args)
         layer = codes_layer(gm, codes.x)
         if layer is None or not _adds(gm, codes.x):
             continue

@@ -36,6 +36,7 @@ _CASTS = frozenset(["to", "type", "float", "half", "bfloat16"])
 _GROUP_NORM = inspect.signature(F.group_norm)
 
 
+MOST_RUNS = 2  # of channels, each with a grid of its own, that the kernels take
 NormCodes = Callable[..., Tensor]
 """An engine's kernel that makes the codes of silu(group_norm(x) * factor + shift), as a function
 that a graph can call: (x, groups, weight, bias, eps, factor, shift, silu, scales, zeros, sizes,
@@ -93,7 +94,7 @@ class _Readers:
     tokens: bool = False
 
 
-def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
+def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes) -> int:
     """Replace group norms by a kernel that makes codes directly, in place; returns how many.
 
     quantize_input(silu(group_norm(x) * factor + shift), s)    ->    norm(x, ..., s)
@@ -102,7 +103,7 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
     may read slices of the channels, each on a grid of its own, or for linear layers that read
     places as tokens.  Nothing is rounded to 16 bits between the norm and the codes any more.
     Left alone where something else reads a value on the way.
-    norm: makes the codes.  most_runs: how many runs of channels, each with a grid, it takes.
+    norm: makes the codes.
     """
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
@@ -112,7 +113,7 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
         _modulate(candidate)
         _activate(gm, candidate)
         readers = _of_images(candidate.value) or _of_tokens(candidate.value)
-        if readers is None or len(readers.nodes) > most_runs or candidate.reads & written:
+        if readers is None or len(readers.nodes) > MOST_RUNS or candidate.reads & written:
             continue
         if _hoist(readers.nodes):
             _replace(gm, candidate, readers, norm)
@@ -238,7 +239,7 @@ def _agreed(readers: _Readers) -> _Readers | None:
     are equal, and scales are not measured from the value."""
     if any(node.target is not quantize_input for node in readers.nodes):
         return None
-    calls = [Codes.of(node) for node in readers.nodes]
+    calls = [Codes._make(node.args) for node in readers.nodes]
     if any(
         (call.pads is None) != readers.tokens or call.scale.meta["val"].dim() != 1 for call in calls
     ):
@@ -250,7 +251,7 @@ def _hoist(nodes: list[fx.Node]) -> bool:
     """Move the scales of all these calls in front of the first call; returns False where it
     cannot."""
     first = min(nodes)
-    late = [scale for node in nodes if not (scale := Codes.of(node).scale) < first]
+    late = [scale for node in nodes if not (scale := Codes._make(node.args).scale) < first]
     if any(not used < first for scale in late for used in scale.all_input_nodes):
         return False
     for scale in late:
@@ -259,7 +260,7 @@ def _hoist(nodes: list[fx.Node]) -> bool:
 
 
 def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers, kernel: NormCodes) -> None:
-    first, calls = min(readers.nodes), [Codes.of(node) for node in readers.nodes]
+    first, calls = min(readers.nodes), [Codes._make(node.args) for node in readers.nodes]
     weight, bias = norm.weight, norm.bias
     if norm.path is not None:
         module = gm.get_submodule(norm.path)

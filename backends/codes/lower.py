@@ -22,8 +22,6 @@ from tfmq_fx.quant.quant_layer import QuantLayer
 
 from .layers import CodesLayer, quantize_input
 
-Calls = dict[str, list[fx.Node]]  # the nodes that call a layer, by its name
-
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
@@ -38,9 +36,9 @@ class Lowered:
     micros: dict[str, float] = field(default_factory=dict)
 
 
-def quantized_calls(gm: fx.GraphModule) -> Calls:
+def quantized_calls(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """The nodes that call each quantized layer of a graph, by its name."""
-    calls: Calls = {}
+    calls: dict[str, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_module"):
         if isinstance(gm.get_submodule(str(node.target)), QuantLayer):
             calls.setdefault(str(node.target), []).append(node)
@@ -49,7 +47,6 @@ def quantized_calls(gm: fx.GraphModule) -> Calls:
 
 def lower_layers(
     gm: fx.GraphModule,
-    calls: Calls,
     lower_one: Callable[[QuantLayer, Sequence[fx.Node]], Lowered],
     refused: Mapping[str, str] | None,
 ) -> dict[str, Lowered]:
@@ -59,7 +56,7 @@ def lower_layers(
     refused: layers that stay in floating point whatever an engine could do, and why.
     """
     replaced = {}
-    for name, nodes in calls.items():
+    for name, nodes in quantized_calls(gm).items():
         layer = gm.get_submodule(name)
         assert isinstance(layer, QuantLayer)
         if (reason := (refused or {}).get(name)) is not None:

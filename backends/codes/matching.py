@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ _MOVES = frozenset(
 
 
 class Codes(NamedTuple):
-    """The arguments of a call of `quantize_input`."""
+    """The arguments of a call of `quantize_input`, all given by position."""
 
     x: fx.Node
     scale: fx.Node
@@ -27,12 +27,6 @@ class Codes(NamedTuple):
     levels: int
     dtype: torch.dtype
     pads: Pads | None
-
-    @classmethod
-    def of(cls, node: fx.Node) -> Self:
-        """The arguments of a node, which gives all of them by position."""
-        arguments: Any = node.args
-        return cls(*arguments)
 
 
 def written_nodes(gm: fx.GraphModule) -> set[fx.Node]:

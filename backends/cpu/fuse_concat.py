@@ -26,7 +26,7 @@ def fuse_concat(gm: fx.GraphModule) -> int:
         if node.target is norm_codes:
             rest = node.args[1:]
         elif node.target is quantize_input:
-            rest = _without_norm(Codes.of(node))
+            rest = _without_norm(Codes._make(node.args))
         parts = None if rest is None else _images(node.args[0])
         if rest is None or parts is None or {node.args[0], *parts} & written:
             continue

@@ -13,13 +13,7 @@ from tfmq_fx.backends.codes.choice import Choice, Chooser, slower
 from tfmq_fx.backends.codes.fuse import fuse
 from tfmq_fx.backends.codes.fuse_epilogues import requantize
 from tfmq_fx.backends.codes.layers import problem_at
-from tfmq_fx.backends.codes.lower import (
-    Lowered,
-    declined,
-    dtype_obstacle,
-    lower_layers,
-    quantized_calls,
-)
+from tfmq_fx.backends.codes.lower import Lowered, declined, dtype_obstacle, lower_layers
 from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.backends.cpu.kernels import fast_dtype
 from tfmq_fx.backends.float_layers import DequantizedLayer, FloatLayer
@@ -36,7 +30,7 @@ from .attention import pad_attention, use_kernel
 from .codes_layer import CpuCodesLayer
 from .fuse_activations import fuse_activations
 from .fuse_concat import fuse_concat
-from .norm_codes import MOST_RUNS, norm_codes
+from .norm_codes import norm_codes
 from .onednn import OnednnLayer
 
 MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
@@ -55,15 +49,15 @@ def lower(
     "attention", calls on our kernel; "padded_attention", calls with wider heads; "micros", what was
     measured, by layer.
     """
-    calls = quantized_calls(gm)
-    if calls and kernels.unavailable() is None:
+    quantized = any(isinstance(module, QuantLayer) for module in gm.modules())
+    if quantized and kernels.unavailable() is None:
         kernels.load()
-    layers = lower_layers(gm, calls, partial(_lowered, choose=choose), refused)
+    layers = lower_layers(gm, partial(_lowered, choose=choose), refused)
     weight_only = [name for name, each in layers.items() if isinstance(each.module, nn.Linear)]
     on_onednn = [name for name, each in layers.items() if isinstance(each.module, OnednnLayer)]
     in_float = declined(layers)
     lowered = len(layers) - len(weight_only) - len(in_float)
-    fused = fuse(gm, choose, norm=norm_codes, most_runs=MOST_RUNS)
+    fused = fuse(gm, choose, norm=norm_codes)
     fused["activations"] = fuse_activations(gm)
     fused["concat"] = fuse_concat(gm)
     prune(gm.graph)

@@ -12,8 +12,6 @@ from tfmq_fx.core.stages import Stage
 
 from . import kernels
 
-MOST_RUNS = 2  # of channels with a grid each, that one call makes codes of
-
 
 def norm_codes(
     x: Tensor,

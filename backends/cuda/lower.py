@@ -12,13 +12,7 @@ from torch import fx, nn
 from tfmq_fx.backends.codes.choice import Chooser, slower
 from tfmq_fx.backends.codes.fuse import fuse
 from tfmq_fx.backends.codes.layers import problem_at
-from tfmq_fx.backends.codes.lower import (
-    Lowered,
-    declined,
-    dtype_obstacle,
-    lower_layers,
-    quantized_calls,
-)
+from tfmq_fx.backends.codes.lower import Lowered, declined, dtype_obstacle, lower_layers
 from tfmq_fx.backends.float_layers import FloatLayer
 from tfmq_fx.backends.support import obstacle
 from tfmq_fx.backends.torchao import to_torchao, too_old, torchao_obstacle
@@ -28,7 +22,7 @@ from tfmq_fx.quant.modules import QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 from .codes_layer import CudaCodesLayer
-from .norm import MOST_RUNS, norm_codes
+from .norm import norm_codes
 
 _RESULTS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -51,13 +45,13 @@ def lower(
     fused, by kind; "micros", what was measured, by layer.
     """
     lower_one = partial(_lowered, choose=choose, capability=capability)
-    layers = lower_layers(gm, quantized_calls(gm), lower_one, refused)
+    layers = lower_layers(gm, lower_one, refused)
     integer = sum(isinstance(each.module, CudaCodesLayer) for each in layers.values())
     on_torchao = [name for name, each in layers.items() if isinstance(each.module, nn.Linear)]
     details = {
         "integer": integer,
         "torchao": on_torchao,
-        "fused": fuse(gm, choose, norm=norm_codes, most_runs=MOST_RUNS),
+        "fused": fuse(gm, choose, norm=norm_codes),
         "micros": {name: each.micros for name, each in layers.items() if each.micros},
     }
     return Rewrite(gm, integer + len(on_torchao), declined(layers), details)

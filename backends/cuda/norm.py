@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.backends.codes.arithmetic import quantize, stored_zero
+from tfmq_fx.backends.codes.fuse_norms import MOST_RUNS
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.core.stages import Stage
 
 from .triton_op import kernel_op, launcher
 
-MOST_RUNS = 2  # of channels, with a grid each
 CHUNK = 256  # pixels whose statistics one program takes
 BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_CHUNKS = 32, 64, 16  # of a program's step
 
