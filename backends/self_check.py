@@ -165,7 +165,9 @@ class Reference:
             for a, n in zip(self.apart, near, strict=True)
         ]
         powers = [power(_finite(y)) for y in self.answers[self.middle]]
-        return [_ratio(a, p) for a, p in zip(allowed, powers, strict=True)]
+        return [
+            a / p if p else (math.inf if a else 0.0) for a, p in zip(allowed, powers, strict=True)
+        ]
 
     def _moved(self, moved: fx.Interpreter) -> list[float]:
         """The power of the change of each output when the graph is run by `moved`."""
@@ -303,10 +305,6 @@ def _outputs(result: Any) -> list[Tensor]:
 
 def _finite(y: Tensor) -> Tensor:
     return torch.where(y.isfinite(), y, torch.zeros_like(y))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else (math.inf if part else 0.0)
 
 
 def _like(x: Tensor, generator: torch.Generator, draw: Callable[..., Tensor]) -> Tensor:

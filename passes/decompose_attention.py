@@ -30,7 +30,10 @@ def decompose_attention(gm: fx.GraphModule) -> Rewrite:
     declined, changed = [], 0
     for node in list(gm.graph.nodes):
         name = op_name(node)
-        if name == "multi_head_attention_forward" or _holds_attention(gm, node):
+        is_module = node.op == "call_module"
+        parts = gm.get_submodule(str(node.target)).modules() if is_module else ()
+        inside = any(isinstance(part, nn.MultiheadAttention) for part in parts)
+        if inside or name == "multi_head_attention_forward":
             declined.append(Declined(node.name, "attention inside torch.nn.MultiheadAttention"))
         elif name == "scaled_dot_product_attention":
             call = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
@@ -41,13 +44,6 @@ def decompose_attention(gm: fx.GraphModule) -> Rewrite:
             else:
                 declined.append(Declined(node.name, reason))
     return Rewrite(gm, changed, declined)
-
-
-def _holds_attention(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    parts = gm.get_submodule(str(node.target)).modules()
-    return any(isinstance(part, nn.MultiheadAttention) for part in parts)
 
 
 def _obstacle(node: fx.Node, call: dict[str, Any]) -> str | None:

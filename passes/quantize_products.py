@@ -44,7 +44,9 @@ def quantize_products(
         if product.name not in measured:
             declined.append(Declined(product.name, "calibration saw no such product"))
             continue
-        if any(_is_rounded(gm, product.operand(side)) for side in SIDES):
+        operands = [product.operand(side) for side in SIDES]
+        called = [gm.get_submodule(str(x.target)) for x in operands if x.op == "call_module"]
+        if any(isinstance(module, QuantActivation) for module in called):
             declined.append(Declined(product.name, "it is quantized already"))
             continue
         details[product.name] = {}
@@ -70,12 +72,6 @@ def quantize_products(
             place, name = (slice(None), column), f"scale_{call.name}"
             call.args = (call.args[0], call_before(call, operator.getitem, row, place, name=name))
     return Rewrite(gm, changed, declined, {"products": details})
-
-
-def _is_rounded(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    return isinstance(gm.get_submodule(str(node.target)), QuantActivation)
 
 
 def _rounding(operand: Operand, spec: AttentionSpec) -> tuple[QuantActivation, Tensor]:

@@ -69,17 +69,15 @@ def split_low_rank(
         gm.set_submodule(site.name, layer_with(site.layer, residual, bias_of(site.layer)))
         gm.add_submodule(site.name + SUFFIX, branch)
         for node in site.nodes:
-            _split(node, site.name, gm)
+            x, name = layer_input(node), node.name
+            layer = gm.get_submodule(site.name)
+            terms = (
+                layer_before(node, site.name, layer, x, f"{name}_residual"),
+                layer_before(node, site.name + SUFFIX, branch, x, f"{name}{SUFFIX}"),
+            )
+            replace_call(node, call_before(node, torch.add, *terms, name=f"{name}_sum"))
         shares[site.name] = 1 - rest / whole if whole else 0.0
     return Rewrite(gm, len(shares), declined, {"share": shares})
-
-
-def _split(node: fx.Node, path: str, gm: fx.GraphModule) -> None:
-    """Replace the call of a layer by the sum of its residual and its branch."""
-    x, name, branch = layer_input(node), node.name, path + SUFFIX
-    residual = layer_before(node, path, gm.get_submodule(path), x, f"{name}_residual")
-    low_rank = layer_before(node, branch, gm.get_submodule(branch), x, f"{name}{SUFFIX}")
-    replace_call(node, call_before(node, torch.add, residual, low_rank, name=f"{name}_sum"))
 
 
 def _reason(gm: fx.GraphModule, site: Site, rank: int) -> str | None:

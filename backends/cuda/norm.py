@@ -39,15 +39,11 @@ def group_norm_quantize_triton(
     pads: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Codes of silu(group_norm(x) * factor + shift) with a border of zeros' codes.
+    """The codes of silu(group_norm(x) * factor + shift); arguments as for `NormCodes`, except for:
 
     x: (B, H, W, C), contiguous, any float dtype; computed in float32 throughout.
-    weight, bias: (C,).  factor, shift: (B, C), the modulation, or None.  silu: False leaves it out.
-    scales, zeros, sizes: of one or two runs of channels: the scale, (1,) or (B,) float32, the zero
-    point of its grid, and how many channels it has.  levels: the largest code.
-    pads: width of the border left, right, top and bottom, as for torch.nn.functional.pad.
-    dtype: int8 (codes - 128) or float8_e4m3fn, of the result (B, top + H + bottom,
-    left + W + right, C).
+    factor, shift: (B, C), or None.
+    dtype: int8 (codes - 128) or float8_e4m3fn.
     Raises BackendError for another layout, and more runs than the kernel takes.
     """
     from tfmq_fx.backends.cuda.kernels.norm import norm_apply_kernel
