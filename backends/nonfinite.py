@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
-
-from tfmq_fx.ir.graph import timestep_node
 
 
 def is_finite(inputs: Sequence[Tensor]) -> bool:
@@ -25,13 +23,6 @@ def is_finite(inputs: Sequence[Tensor]) -> bool:
         elif x.is_floating_point() and not math.isfinite(x.sum(dtype=torch.float64).item()):
             return False
     return True
-
-
-def batched(gm: fx.GraphModule) -> list[bool]:
-    """Whether each placeholder has the batch, the timestep's dimension, as its first dimension."""
-    times = timestep_node(gm).meta["val"].shape
-    shapes = [node.meta["val"].shape for node in gm.graph.find_nodes(op="placeholder")]
-    return [len(shape) > 0 and str(shape[:1]) == str(times[:1]) for shape in shapes]
 
 
 def with_nan(outputs: Any, inputs: Sequence[Tensor], batched: Sequence[bool]) -> Any:

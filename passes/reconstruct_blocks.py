@@ -20,7 +20,7 @@ from tfmq_fx.core.config import ReconstructionSpec
 from tfmq_fx.core.distributed import exchange, rank, world
 from tfmq_fx.core.progress import progress_bar
 from tfmq_fx.core.stages import Stage
-from tfmq_fx.ir.graph import fork, timestep_node
+from tfmq_fx.ir.graph import batched_inputs, fork, timestep_node
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 from tfmq_fx.ir.node_info import writers
 from tfmq_fx.ir.reconstruction_units import Unit, unit_nodes, units
@@ -142,13 +142,11 @@ def _own_rows(
     size = t.meta["val"].shape[0]
     if world() == 1 or not isinstance(size, torch.SymInt):
         return chunks, weights, None
-    nodes = list(gm.graph.find_nodes(op="placeholder"))
-    shapes = [node.meta["val"].shape for node in nodes]
-    batched = [len(shape) > 0 and str(shape[0]) == str(size) for shape in shapes]
+    place, batched = list(gm.graph.find_nodes(op="placeholder")).index(t), batched_inputs(gm)
     own, shares, rows = [], [], []
     for chunk in chunks:
-        count = len(chunk[nodes.index(t)])
-        start, stop = (place * count // world() for place in (rank(), rank() + 1))
+        count = len(chunk[place])
+        start, stop = (n * count // world() for n in (rank(), rank() + 1))
         shares.append((stop - start) / count)
         rows.append(slice(start, stop) if stop > start else slice(0, 1))
         pairs = zip(chunk, batched, strict=True)
