@@ -71,14 +71,7 @@ def split_prologue(
     request = find_request(gm, conditions, steps=steps)
     t = timestep_node(gm)
     inputs = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
-    batch = t.meta["val"].shape[0]
-
-    def begins_with_batch(value: Tensor) -> bool:
-        first = value.shape[0] if value.dim() else 0
-        if isinstance(batch, int) or isinstance(first, int):
-            return isinstance(batch, int) and first == batch
-        return bool(first.node.expr == batch.node.expr)
-
+    batch = str(t.meta["val"].shape[:1])
     shown = _shared_with_outputs(gm)
     parts, cut = [], list[fx.Node]()
     for group in request.groups:
@@ -90,7 +83,7 @@ def split_prologue(
                 group.conditions,
                 group.stepped,
                 tuple(node.name for node in values),
-                tuple(begins_with_batch(node.meta["val"]) for node in values),
+                tuple(str(node.meta["val"].shape[:1]) == batch for node in values),
                 tuple(node in shown for node in values),
                 sum(map(stored_bytes, values)),
                 part,

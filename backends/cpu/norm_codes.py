@@ -13,30 +13,18 @@ from tfmq_fx.core.stages import Stage
 from . import kernels
 
 
-def norm_codes(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    *grids: Any,
-    more: Tensor | None = None,
-) -> Tensor:
+def norm_codes(x: Tensor, groups: int, *settings: Any, more: Tensor | None = None) -> Tensor:
     """The codes of silu(group_norm(x) * factor + shift); arguments as for `NormCodes`.
 
     groups: 0 makes codes of x itself.  more: (B, C', H, W), channels that follow those of x, as if
-    both were concatenated.  grids: scales, zeros, sizes, levels, pads and dtype; the kernels write
-    torch.uint8 alone.  Raises BackendError for another dtype.
+    both were concatenated.  Raises BackendError for a dtype other than torch.uint8.
     """
-    *settings, dtype = grids
+    weight, bias, eps, factor, shift, silu, *grids, dtype = settings
     if dtype != torch.uint8:
         raise BackendError(f"norm_codes on the CPU makes codes in torch.uint8, not in {dtype}")
     norm = (rows(weight), rows(bias), eps, rows(factor), rows(shift), silu)
     rest = None if more is None else _pixels(more)
-    codes: Tensor = kernels.cpu_norm(_pixels(x), groups, *norm, *settings, rest)
+    codes: Tensor = kernels.cpu_norm(_pixels(x), groups, *norm, *grids, rest)
     return codes
 
 

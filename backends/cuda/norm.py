@@ -198,25 +198,16 @@ def _fake(x: Tensor, *settings: Any) -> Tensor:
 group_norm_quantize.register_fake(_fake)
 
 
-def norm_codes(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-    *settings: Any,
-) -> Tensor:
+def norm_codes(x: Tensor, groups: int, *settings: Any) -> Tensor:
     """The codes of silu(group_norm(x) * factor + shift); arguments as for `NormCodes`.
 
-    settings: from `silu` on; the last, dtype, is int8 (codes - 128) or float8_e4m3fn.
+    Their dtype is int8 (codes - 128) or float8_e4m3fn.
     """
+    weight, bias, eps, factor, shift, *rest = settings
     images = x if x.dim() == 4 else x.unsqueeze(3)
     pixels = images.permute(0, 2, 3, 1).contiguous()
     factor, shift = (None if v is None else v.flatten(1) for v in (factor, shift))
-    norm = (groups, weight, bias, eps, factor, shift)
-    codes: Tensor = group_norm_quantize(pixels, *norm, *settings)
+    codes: Tensor = group_norm_quantize(pixels, groups, weight, bias, eps, factor, shift, *rest)
     return codes
 
 
