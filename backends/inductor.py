@@ -61,9 +61,9 @@ class CpuCallable:
         if "mode" not in options:  # the graph is our own: its modules and buffers do not change
             unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
             options = {**options, "options": unguarded | (options.get("options") or {})}
-        from tfmq_fx.backends.cpu.nans import showing_nans
+        from tfmq_fx.backends.cpu.nans import mark_nans
 
-        self.compiled = showing_nans(torch.compile(gm, fullgraph=True, **options), gm)
+        self.compiled = mark_nans(torch.compile(gm, fullgraph=True, **options), gm)
         self.freezes, self.artifact, self.formats = freezes, artifact, _formats_of(gm)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -115,10 +115,10 @@ def compile_graph(
     check_options("inductor", options, OPTIONS)
     device = device_of(gm)  # `unavailable` has passed it
     if device.type == "cpu":
-        from tfmq_fx.backends.cpu.autotune import by_trial, untried
+        from tfmq_fx.backends.cpu.autotune import timed_chooser, untimed_choice
         from tfmq_fx.backends.cpu.lower import freezes, lower
 
-        lowered = lower(gm, choose=by_trial() if trial else untried, refused=refused)
+        lowered = lower(gm, choose=timed_chooser() if trial else untimed_choice, refused=refused)
         path = None if artifact is None else Path(artifact)
         frozen = freezes(lowered.gm)
         return CpuCallable(lowered.gm, options, freezes=frozen, artifact=path), lowered
@@ -154,9 +154,9 @@ def alone(device: torch.device, trial: bool | None = None) -> Alone:
 
 def _on_cuda(device: torch.device, trial: bool | None) -> tuple[Any, tuple[int, int]]:
     """The chooser of kernels for a GPU, and its compute capability."""
-    from tfmq_fx.backends.cuda.autotune import by_trial, untried
+    from tfmq_fx.backends.cuda.autotune import timed_chooser, untimed_choice
 
-    choose = untried if trial is False else by_trial(device)
+    choose = untimed_choice if trial is False else timed_chooser(device)
     return choose, torch.cuda.get_device_capability(device)
 
 

@@ -37,11 +37,11 @@ class LayerTime:
 def chooser(device: torch.device) -> Chooser | None:
     """The chooser that times kernels on a device; None where nothing can be timed."""
     if device.type == "cpu":
-        from .cpu.autotune import by_trial
+        from .cpu.autotune import timed_chooser
 
-        return by_trial()
+        return timed_chooser()
     if device.type == "cuda" and importlib.util.find_spec("triton"):
-        from .cuda.autotune import by_trial as by_trial_on_cuda
+        from .cuda.autotune import timed_chooser as by_trial_on_cuda
 
         return by_trial_on_cuda(device)
     return None

@@ -55,7 +55,7 @@ def runs_on_torch(problem: Problem) -> bool:
     return problem.half == 0 and aligned and problem.rows // problem.batch > 16
 
 
-def remembering(
+def cached_chooser(
     decide: Chooser, path: Path, *, keeps: Callable[[Choice], bool] = lambda choice: True
 ) -> Chooser:
     """A chooser that calls `decide` once for each problem and dtype, and keeps choices in a file.

@@ -38,14 +38,17 @@ def merge_concat(gm: fx.GraphModule) -> int:
     changed = 0
     for node in list(gm.graph.nodes):
         pair = _summands(node)
-        if pair is None or not _fit(gm, *pair):
+        if pair is None or not _share_kernel(gm, *pair):
             continue
-        if not all(_adds(gm, call, "row", "residual") and same_kind(call, node) for call in pair):
+        if not all(
+            _has_free_epilogue(gm, call, "row", "residual") and same_kind(call, node)
+            for call in pair
+        ):
             continue
         first, second = sorted(
             pair, key=lambda call: gm.get_submodule(str(call.target)).bias is None
         )
-        path = _merged(gm, str(first.target), str(second.target))
+        path = _concat_layer(gm, str(first.target), str(second.target))
         _replace(node, first, path, (*first.args, *second.args))
         gm.graph.erase_node(second)
         changed += 1
@@ -61,8 +64,8 @@ def absorb_rows(gm: fx.GraphModule) -> int:
     """
     changed = 0
     for node in list(gm.graph.nodes):
-        for call, other in _orders(node):
-            if not _adds(gm, call, "row") or not same_kind(call, node):
+        for call, other in _summand_pairs(node):
+            if not _has_free_epilogue(gm, call, "row") or not same_kind(call, node):
                 continue
             batch, *rest = node_shape(node)
             ones = ["1"] * (len(rest) - 1)
@@ -88,11 +91,13 @@ def absorb_residuals(gm: fx.GraphModule) -> int:
     """
     changed = 0
     for node in list(gm.graph.nodes):
-        for value, other in _orders(node):
+        for value, other in _summand_pairs(node):
             if not (same_kind(value, node) and same_kind(other, node)):
                 continue
             call, views = _source(value)
-            if not _adds(gm, call, "residual") or (views and not _makes_images(call, views)):
+            if not _has_free_epilogue(gm, call, "residual") or (
+                views and not _makes_images(call, views)
+            ):
                 continue
             if views:
                 flat = call_before(node, torch.flatten, other, 2, name=f"{call.name}_flat")
@@ -114,7 +119,7 @@ def requantize(gm: fx.GraphModule) -> int:
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
         codes = Codes._make(node.args)
         layer = codes_layer(gm, codes.x)
-        if layer is None or not _adds(gm, codes.x):
+        if layer is None or not _has_free_epilogue(gm, codes.x):
             continue
         fits = layer.is_conv == (codes.pads is not None) and not any(codes.pads or ())
         once = len(gm.graph.find_nodes(op="call_module", target=codes.x.target)) == 1
@@ -135,7 +140,7 @@ def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return first, second
 
 
-def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+def _summand_pairs(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     """The pairs (layer result, other summand) to try for a node that adds, the later node first."""
     pair = _summands(node)
     if pair is None:
@@ -143,14 +148,14 @@ def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     return sorted([pair, pair[::-1]], key=lambda order: order[0], reverse=True)
 
 
-def _adds(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
+def _has_free_epilogue(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
     """Whether a node calls a layer without any of these arguments, and one node reads it."""
     if layer_on_codes(gm, call) is None or only_user(call) is None:
         return False
     return not {*arguments, "out_scale"} & set(call.kwargs)
 
 
-def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
+def _share_kernel(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
     """Whether one kernel can run two layers: only their channels, ranges and values differ."""
     first, second = (codes_layer(gm, c) for c in (call, other))
     if first is None or second is None or (first.bias is not None and second.bias is not None):
@@ -165,7 +170,7 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
     return takes and settings(first, call) == settings(second, other)
 
 
-def _merged(gm: fx.GraphModule, first: str, second: str) -> str:
+def _concat_layer(gm: fx.GraphModule, first: str, second: str) -> str:
     """The path of the `ConcatLayer` of two layers, created if there is none yet."""
     parts = []
     for path in (first, second):

@@ -107,12 +107,12 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes) -> int:
     """
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
-        candidate = _norm(gm, node)
+        candidate = _match_norm(gm, node)
         if candidate is None:
             continue
-        _modulate(candidate)
-        _activate(gm, candidate)
-        readers = _of_images(candidate.value) or _of_tokens(candidate.value)
+        _match_modulation(candidate)
+        _match_activation(gm, candidate)
+        readers = _image_readers(candidate.value) or _token_readers(candidate.value)
         if readers is None or len(readers.nodes) > MOST_RUNS or candidate.reads & written:
             continue
         if _hoist(readers.nodes):
@@ -121,7 +121,7 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes) -> int:
     return changed
 
 
-def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
+def _match_norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
     """The match of a node that computes a group norm of images or token rows; None for others."""
     module = called(gm, node, nn.GroupNorm)
     norm = None
@@ -139,11 +139,11 @@ def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
     if _is_cast(norm.x) and norm.x.meta["val"].dtype == torch.float32 and only_user(norm.x):
         norm.inside.insert(0, norm.x)  # exact, and what the kernel does by itself
         norm.x = norm.x.all_input_nodes[0]
-    _skip_casts(norm)
+    _match_casts(norm)
     return norm
 
 
-def _modulate(norm: _Norm) -> None:
+def _match_modulation(norm: _Norm) -> None:
     """Extend the match by value * factor and value + shift."""
     shape = node_shape(norm.x)[:2] + ["1"] * (norm.x.meta["val"].dim() - 2)
     for name in ("mul", "add"):
@@ -157,10 +157,10 @@ def _modulate(norm: _Norm) -> None:
             else:
                 norm.shift = others[0]
             norm.inside.append(user)
-            _skip_casts(norm)
+            _match_casts(norm)
 
 
-def _activate(gm: fx.GraphModule, norm: _Norm) -> None:
+def _match_activation(gm: fx.GraphModule, norm: _Norm) -> None:
     """Extend the match by silu(value) or value * sigmoid(value)."""
     value, users = norm.value, list(norm.value.users)
     if len(users) == 1 and (called(gm, users[0], nn.SiLU) or op_name(users[0]) == "silu"):
@@ -171,10 +171,10 @@ def _activate(gm: fx.GraphModule, norm: _Norm) -> None:
         if only_user(gate) is product and set(product.args) == {value, gate}:
             norm.inside += [gate, product]
             norm.silu = True
-    _skip_casts(norm)
+    _match_casts(norm)
 
 
-def _skip_casts(norm: _Norm) -> None:
+def _match_casts(norm: _Norm) -> None:
     """Extend the match by casts of the value to another float dtype."""
     while (user := only_user(norm.value)) is not None and _is_cast(user):
         norm.inside.append(user)
@@ -188,7 +188,7 @@ def _is_cast(node: fx.Node) -> bool:
     return floats and before.device == after.device
 
 
-def _of_images(value: fx.Node) -> _Readers | None:
+def _image_readers(value: fx.Node) -> _Readers | None:
     """The readers of a norm for convolutions; None unless they are all that reads the value, or
     slices that together make all its channels."""
     channels = value.meta["val"].shape[1]
@@ -210,10 +210,10 @@ def _of_images(value: fx.Node) -> _Readers | None:
             return None
         nodes.append(reader)
         sizes.append(size)
-    return _agreed(_Readers(nodes, sizes, slices)) if sum(sizes) == channels else None
+    return _with_one_kernel(_Readers(nodes, sizes, slices)) if sum(sizes) == channels else None
 
 
-def _of_tokens(value: fx.Node) -> _Readers | None:
+def _token_readers(value: fx.Node) -> _Readers | None:
     """The reader of a norm for linear layers; None unless it alone reads the value, moved to
     (B, places, C)."""
     channels, chain = value.meta["val"].shape[1], []
@@ -226,7 +226,7 @@ def _of_tokens(value: fx.Node) -> _Readers | None:
     positions = positions_of(value)
     if not torch.equal(positions_after(chain, positions), as_tokens(positions)):
         return None
-    return _agreed(_Readers([user], [channels], chain, tokens=True))
+    return _with_one_kernel(_Readers([user], [channels], chain, tokens=True))
 
 
 def _start(node: fx.Node) -> int:
@@ -234,7 +234,7 @@ def _start(node: fx.Node) -> int:
     return start if isinstance(start, int) else 0
 
 
-def _agreed(readers: _Readers) -> _Readers | None:
+def _with_one_kernel(readers: _Readers) -> _Readers | None:
     """The readers, or None where one kernel cannot make all their codes: dtype, range and borders
     are equal, and scales are not measured from the value."""
     if any(node.target is not quantize_input for node in readers.nodes):

@@ -50,7 +50,7 @@ def _worth_it(layers: Sequence[CodesLayer], choose: Chooser) -> Choice | None:
     joint = choose(joint_problem(layers), layers[0].dtype)
     if joint.engine == "float":
         return None
-    joint = layers[0].as_run(joint)
+    joint = layers[0].with_own_engine(joint)
     if joint.micros and all(layer.choice.micros for layer in layers):
         apart = sum(layer.choice.micros[layer.choice.engine] for layer in layers)
         return joint if joint.micros[joint.engine] < apart else None

@@ -76,7 +76,7 @@ class CodesLayer(nn.Module):
     pads: borders that the input's codes must have, None for linear layers.  dtype: of the result.
 
     A subclass defines `run`, and where they differ `integer_dtype`, `stored_weight`,
-    `takes_second_segment` and `as_run`.
+    `takes_second_segment` and `with_own_engine`.
     """
 
     stage = Stage.LOWERED
@@ -91,7 +91,7 @@ class CodesLayer(nn.Module):
             setattr(self, name, getattr(layer, name))
         self.is_conv = isinstance(layer, QuantConv)
         self.pads = pads_of(layer)
-        self.dtype, self.problem, self.choice = dtype, problem, self.as_run(choice)
+        self.dtype, self.problem, self.choice = dtype, problem, self.with_own_engine(choice)
         self.codes_dtype = FP8 if layer.act_format == "fp8" else self.integer_dtype
         self.zero_point, self.levels = int(layer.act_zero), levels(layer.act_bits)
         self.out_zero, self.out_levels, self.out_dtype = 0, 0, dtype
@@ -126,7 +126,7 @@ class CodesLayer(nn.Module):
         return True
 
     @classmethod
-    def as_run(cls, choice: Choice) -> Choice:
+    def with_own_engine(cls, choice: Choice) -> Choice:
         """The choice with its engine replaced by the one that runs layers of this class."""
         return choice
 
@@ -140,7 +140,7 @@ class CodesLayer(nn.Module):
         after the other along the channels."""
         first = layers[0]
         joint = copy.copy(first)
-        joint.problem, joint.choice = joint_problem(layers), first.as_run(choice)
+        joint.problem, joint.choice = joint_problem(layers), first.with_own_engine(choice)
         joint._buffers = dict(first._buffers)
         for name in ("weight", "zero", "weight_scale", "offset"):
             joint._buffers[name] = torch.cat([getattr(layer, name) for layer in layers])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, remembering
+from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, cached_chooser
 from tfmq_fx.backends.codes.problem import Problem, Tile
 from tfmq_fx.backends.cpu.kernels import fast_dtype
 from tfmq_fx.backends.timing import least_micros
@@ -27,7 +27,7 @@ CALLS = 9  # that are timed of each kernel
 MARGIN = 0.9  # of our kernel's time that another must stay below: ours takes sums and codes along
 
 
-def by_trial(*, timer: Timer | None = None, cache: Path | None = None) -> Chooser:
+def timed_chooser(*, timer: Timer | None = None, cache: Path | None = None) -> Chooser:
     """A chooser that times our kernel, oneDNN's and floating point for each problem.
 
     What makes the codes is not timed: it is fused into what computes the input.
@@ -35,10 +35,10 @@ def by_trial(*, timer: Timer | None = None, cache: Path | None = None) -> Choose
     the one of this machine.
     """
     timer = timer or functools.partial(least_micros, calls=CALLS)
-    return remembering(lambda problem, dtype: _try(problem, timer), cache or cache_file())
+    return cached_chooser(lambda problem, dtype: _try(problem, timer), cache or cache_file())
 
 
-def untried(problem: Problem, dtype: torch.dtype) -> Choice:
+def untimed_choice(problem: Problem, dtype: torch.dtype) -> Choice:
     """Choose the kernel of this package without timing anything."""
     return Choice("cpu", Tile())
 

@@ -25,7 +25,7 @@ class CpuCodesLayer(CodesLayer):
     activation = "none"
 
     @classmethod
-    def as_run(cls, choice: Choice) -> Choice:
+    def with_own_engine(cls, choice: Choice) -> Choice:
         """The choice with the engine "cpu", the only one for these layers."""
         return dataclasses.replace(choice, engine="cpu")
 

@@ -13,7 +13,7 @@ from . import kernels
 from .codes_layer import CpuCodesLayer
 
 
-def showing_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
+def mark_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
     """Wrap `run`, which computes the lowered graph `gm`: results become NaN where a kernel
     quantized a NaN and no result shows one.
 

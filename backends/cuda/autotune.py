@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.backends.codes import problem as problems
-from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, remembering, runs_on_torch
+from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, cached_chooser, runs_on_torch
 from tfmq_fx.backends.codes.problem import Problem
 from tfmq_fx.core.files import cache_folder
 from tfmq_fx.quant.affine import FP8
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 TRIED = 6  # tiles that are timed for a problem
 
 
-def untried(problem: Problem, dtype: torch.dtype) -> Choice:
+def untimed_choice(problem: Problem, dtype: torch.dtype) -> Choice:
     """Choose the Triton kernel with the most promising tile without timing anything."""
     return Choice("triton", default_tile(problem))
 
 
-def by_trial(
+def timed_chooser(
     device: torch.device,
     *,
     timer: Timer | None = None,
@@ -57,7 +57,7 @@ def by_trial(
     def ran(choice: Choice) -> bool:
         return "triton" in choice.micros  # else it may have been short of memory
 
-    return remembering(decide, cache or cache_file(device), keeps=ran)
+    return cached_chooser(decide, cache or cache_file(device), keeps=ran)
 
 
 def cache_file(device: torch.device) -> Path:

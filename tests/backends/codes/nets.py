@@ -8,7 +8,7 @@ from torch import nn
 from tests.toys import seeded
 from tfmq_fx.backends.codes import fuse as fusions
 from tfmq_fx.backends.cuda import lower as lowering
-from tfmq_fx.backends.cuda.autotune import untried
+from tfmq_fx.backends.cuda.autotune import untimed_choice
 from tfmq_fx.backends.cuda.norm import norm_codes
 from tfmq_fx.calibration.observers import Ranges
 from tfmq_fx.capture.capture import capture
@@ -67,7 +67,7 @@ def data(seed=0):
 
 def whole_sums(problem, dtype):
     """A choice of kernels that do not share sums: only they take a second segment."""
-    choice = untried(problem, dtype)
+    choice = untimed_choice(problem, dtype)
     return dataclasses.replace(choice, tile=choice.tile._replace(split=1))
 
 

@@ -8,7 +8,7 @@ import torch
 from tests.backends.codes import nets
 from tests.backends.codes.nets import EIGHT, C, conv, net, norm
 from tests.backends.cpu.cases import needs_kernels
-from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.autotune import untimed_choice
 from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.cpu.norm_codes import norm_codes
 from tfmq_fx.ir.node_info import op_name
@@ -27,7 +27,7 @@ LAYERS = {
 
 def lowered(function):
     gm = nets.quantized(nets.captured(net(function, **LAYERS)), EIGHT)
-    done = lower(gm, choose=untried)
+    done = lower(gm, choose=untimed_choice)
     pairs = zip(nets.results(gm), nets.results(done.gm), strict=True)
     assert min(sqnr(x, y) for x, y in pairs) > SAME
     left = sum(op_name(n) == "cat" for n in done.gm.graph.nodes)
