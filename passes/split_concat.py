@@ -65,16 +65,12 @@ def split_concat(gm: fx.GraphModule, *, only: Collection[str]) -> Rewrite:
             for i, part in enumerate(weight_of(site.layer).split(sizes, 1))
         ]
         gm.set_submodule(site.name, nn.Module())
-        parts[site.name] = [f"{site.name}.{i}" for i in range(len(layers))]
-        for path, layer in zip(parts[site.name], layers, strict=True):
+        named = {f"{site.name}.{i}": layer for i, layer in enumerate(layers)}
+        for path, layer in named.items():
             gm.add_submodule(path, layer)
         for node in site.nodes:
-            _split(
-                node,
-                channel_dim(site.layer),
-                sizes,
-                dict(zip(parts[site.name], layers, strict=True)),
-            )
+            _split(node, channel_dim(site.layer), sizes, named)
+        parts[site.name] = list(named)
     return Rewrite(gm, len(parts), declined, {"parts": parts})
 
 

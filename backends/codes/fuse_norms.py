@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tfmq_fx.ir.layer_edits import buffer_before, call_before
+from tfmq_fx.ir.layer_edits import buffer_before, call_before, layer_input
 from tfmq_fx.ir.node_info import op_name
 
 from .layers import quantize_input
@@ -123,18 +123,17 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes) -> int:
 
 def _match_norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
     """The match of a node that computes a group norm of images or token rows; None for others."""
-    module = called(gm, node, nn.GroupNorm)
-    norm = None
-    if module is not None:
-        x, path = node.args[0] if node.args else node.kwargs["input"], str(node.target)
-        assert isinstance(x, fx.Node)
-        norm = _Norm(x, module.num_groups, None, None, module.eps, path, [node])
+    if module := called(gm, node, nn.GroupNorm):
+        groups, eps, path = module.num_groups, module.eps, str(node.target)
+        norm = _Norm(layer_input(node), groups, None, None, eps, path, [node])
     elif node.target is F.group_norm:
         bound = _GROUP_NORM.bind(*node.args, **node.kwargs)
         bound.apply_defaults()
         x, groups, weight, bias, eps = bound.args
         norm = _Norm(x, groups, weight, bias, eps, None, [node])
-    if norm is None or norm.x.meta["val"].dim() not in (3, 4):
+    else:
+        return None
+    if norm.x.meta["val"].dim() not in (3, 4):
         return None
     if _is_cast(norm.x) and norm.x.meta["val"].dtype == torch.float32 and only_user(norm.x):
         norm.inside.insert(0, norm.x)  # exact, and what the kernel does by itself
