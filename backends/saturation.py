@@ -34,9 +34,8 @@ def saturates(layer: QuantLayer, library: str, exact: Callable[[], bool]) -> str
 
     exact: whether its products are exact; called only for layers whose codes could saturate.
     """
-    if layer.act_bits is None or fits_pairs(layer.weight_codes(), levels(layer.act_bits)):
-        return None
-    if exact():
+    bits = layer.act_bits
+    if bits is None or fits_pairs(layer.weight_codes(), levels(bits)) or exact():
         return None
     return (
         f"{library} adds products of {layer.weight_bits}-bit weights in 16 bits on this processor, "

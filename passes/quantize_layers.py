@@ -16,7 +16,7 @@ from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig
 from tfmq_fx.core.stages import Stage
 from tfmq_fx.ir.graph import insert_timestep_row, timestep_node
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
-from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.layer_edits import call_before, layer_input
 from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.quant.affine import activation_scales, weight_groups, weight_qparams
 from tfmq_fx.quant.gptq import round_nearest
@@ -43,8 +43,7 @@ def quantize_layers(
     A site whose input does not carry the batch in dim 0 gets one static range.
     """
     sites, declined = find_sites(gm)
-    scales: list[Tensor] = []
-    wanting: list[tuple[Site, int]] = []
+    scales: dict[str, Tensor] = {}  # of sites with a scale for each timestep, (K,)
     changed = 0
     for site in sites:
         layer_plan = plan[site.name]
@@ -69,12 +68,18 @@ def quantize_layers(
             scale, zero = activation_scales(low, high, bits=acts.bits, format=acts.format)
             layer.set_static_range(float(scale.max()), zero)
             if per_timestep:
-                wanting.append((site, len(scales)))
-                scales.append(scale)
+                scales[site.name] = scale
         gm.set_submodule(site.name, layer)
         changed += 1
-    if wanting:
-        _pass_scales(gm, wanting, torch.stack(scales, 1).to(timesteps.device), timesteps)
+    if scales:
+        table = torch.stack(list(scales.values()), 1).to(timesteps.device)
+        row = insert_timestep_row(gm, SCALES, table, timesteps)
+    calls = {site.name: site.nodes for site in sites}
+    for column, name in enumerate(scales):
+        for node in calls[name]:
+            place = (slice(None), column)
+            scale = call_before(node, operator.getitem, row, place, name=f"scale_{node.name}")
+            node.args, node.kwargs = (layer_input(node), scale), {}
     return Rewrite(gm, changed, declined)
 
 
@@ -111,14 +116,3 @@ def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
     codes = round_nearest(weight.detach().float().flatten(1), grid)
     layer.set_weight(codes.view(weight.shape), grid)
     return layer
-
-
-def _pass_scales(
-    gm: fx.GraphModule, wanting: list[tuple[Site, int]], table: Tensor, timesteps: Tensor
-) -> None:
-    row = insert_timestep_row(gm, SCALES, table, timesteps)
-    for site, column in wanting:
-        for node in site.nodes:
-            place, name = (slice(None), column), f"scale_{node.name}"
-            scale = call_before(node, operator.getitem, row, place, name=name)
-            node.args, node.kwargs = (node.all_input_nodes[0], scale), {}

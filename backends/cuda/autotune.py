@@ -54,10 +54,9 @@ def timed_chooser(
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return _try(problem, device, dtype, timer)
 
-    def ran(choice: Choice) -> bool:
-        return "triton" in choice.micros  # else it may have been short of memory
-
-    return cached_chooser(decide, cache or cache_file(device), keeps=ran)
+    # where no tile has run, it may have been short of memory
+    path = cache or cache_file(device)
+    return cached_chooser(decide, path, keeps=lambda choice: "triton" in choice.micros)
 
 
 def cache_file(device: torch.device) -> Path:
