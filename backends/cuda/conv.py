@@ -80,8 +80,7 @@ def conv2d_triton(
         *_sizes(xs, weights, scales, out_scale, (high, wide)),
         out_zero,
         out_levels,
-        **_geometry(weights[0], stride, dilation),
-        **_layout(xs, columns, halves, size, rows),
+        **_constants(xs, weights[0], stride, dilation, halves, size, rows),
         FLOAT=is_float,
         HAS_BIAS=bias is not None,
         HAS_ROW=row is not None,
@@ -129,8 +128,23 @@ def _sizes(
     ]
 
 
-def _geometry(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
-    """The constants of `conv_kernel` that say how filters move over the input."""
+def _constants(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    halves: Sequence[int],
+    tile: Tile,
+    rows: int,
+) -> dict[str, int | bool]:
+    """The constants of `conv_kernel`: how filters move over the input, and how segments lie in
+    memory and are cut into tiles; rows: pixels of the result."""
+    columns = weight.shape[0]
+    reach = max(rows * columns, *(x.numel() // x.shape[3] * pixel_stride(x) for x in xs))
+
+    def even(x: Tensor, half: int) -> bool:
+        return x.shape[3] % (2 * half or tile.k) == 0 and columns % tile.n == 0
+
     return {
         "TAPS_Y": weight.shape[1],
         "TAPS_X": weight.shape[2],
@@ -138,19 +152,6 @@ def _geometry(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) ->
         "STRIDE_X": stride[1],
         "DILATION_Y": dilation[0],
         "DILATION_X": dilation[1],
-    }
-
-
-def _layout(
-    xs: Sequence[Tensor], columns: int, halves: Sequence[int], tile: Tile, rows: int
-) -> dict[str, int | bool]:
-    """The constants of `conv_kernel` that say how segments lie in memory and are cut into tiles."""
-    reach = max(rows * columns, *(x.numel() // x.shape[3] * pixel_stride(x) for x in xs))
-
-    def even(x: Tensor, half: int) -> bool:
-        return x.shape[3] % (2 * half or tile.k) == 0 and columns % tile.n == 0
-
-    return {
         "SEGMENTS": len(xs),
         "HALF0": halves[0],
         "HALF1": halves[-1],
