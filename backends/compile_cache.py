@@ -1,4 +1,4 @@
-"""What torch.compile made, kept in a file, so that a later start does not compile again."""
+"""Keep the results of torch.compile in a file, so that a later start does not compile again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHECK_SIZE = 1024  # bytes of source that Inductor's checks of the compiler sta
 
 
 def with_artifact(path: Path, compile_and_run: Callable[[], T]) -> T:
-    """The result of a call that compiles, with what it compiles read from `path`, or written to it.
+    """Run a call that compiles; read the compiled code from `path`, or write it there.
 
     The file holds torch's own bundle of compiler caches, and the libraries that the C++ compiler
     made of its code, which torch leaves out: parts that do not fit this machine, torch or model are
@@ -47,20 +47,21 @@ def with_artifact(path: Path, compile_and_run: Callable[[], T]) -> T:
     result = compile_and_run()
     if fits and counters["inductor"]["fxgraph_cache_miss"] == before:
         return result
-    made, libraries = torch.compiler.save_cache_artifacts(), [*_libraries()]
-    if made is None and not libraries:
+    bundle, libraries = torch.compiler.save_cache_artifacts(), [*_libraries()]
+    if bundle is None and not libraries:
         logger.warning("torch kept nothing of what it compiled: %s is not written", path)
         return result
     try:
         make_private(path.parent)
-        write_whole(path, _bundle(made[0] if made else b"", libraries), mode=0o600)
+        write_whole(path, _bundle(bundle[0] if bundle else b"", libraries), mode=0o600)
     except OSError as error:
         raise ConfigError(f"artifact={str(path)!r} cannot be written: {error}") from error
     return result
 
 
 def _read(path: Path) -> bool:
-    """Give what the file holds to torch; whether it is of a machine like this one."""
+    """Load the content of the file into torch's caches; returns whether it is from a machine like
+    this one."""
     try:
         opened = open_trusted(path)
     except PermissionError as error:
@@ -83,23 +84,25 @@ def _read(path: Path) -> bool:
             libraries = {name: file.read(name) for name in names}
         if caches:
             _check_keys(caches, path)
-        found = torch.compiler.load_cache_artifacts(caches) if caches else "libraries alone"
+        loaded = torch.compiler.load_cache_artifacts(caches) if caches else "libraries alone"
+        if loaded is None:  # torch has logged why
+            raise ValueError("torch cannot unpack its caches")
     except ConfigError:
         raise
     except OSError as error:
         raise ConfigError(f"artifact={str(path)!r} cannot be read: {error}") from error
-    except Exception as error:  # torch raises what its caches meet
-        raise _no_artifact(path) from error
-    if found is None:  # what does not unpack is logged by torch
-        raise _no_artifact(path)
-    logger.info("read %s: %s", path, found)
+    except Exception as error:  # torch raises whatever its caches raise
+        raise ConfigError(
+            f"artifact={str(path)!r} holds no compiled model. Remove it, or name another file."
+        ) from error
+    logger.info("read %s: %s", path, loaded)
     if fits := machine == _machine():
         _unpack(libraries)
     return fits
 
 
 def _bundle(caches: bytes, libraries: list[Path]) -> bytes:
-    """The content of the file."""
+    """The bytes of the file: torch's caches, the machine's digest and the libraries."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(_CACHES, caches)
@@ -110,8 +113,8 @@ def _bundle(caches: bytes, libraries: list[Path]) -> bytes:
 
 
 def _libraries() -> Iterator[Path]:
-    """What the C++ compiler made for Inductor: the kernels that this process has loaded, and the
-    checks of what the compiler can do, tiny sources that depend on compiler and torch alone."""
+    """The libraries that the C++ compiler made for Inductor: the kernels that this process has
+    loaded, and the compiler checks, tiny sources that depend on compiler and torch only."""
     from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache
 
     for key in {*CppCodeCache.cache, *CppPythonBindingsCodeCache.cache}:
@@ -125,7 +128,7 @@ def _libraries() -> Iterator[Path]:
 
 
 def _unpack(libraries: dict[str, bytes]) -> None:
-    """Put libraries where Inductor looks for them, by names that tell source and options."""
+    """Write libraries where Inductor looks for them; their names identify source and options."""
     try:
         for name, content in libraries.items():
             if not (place := _folder() / name).exists():
@@ -136,7 +139,7 @@ def _unpack(libraries: dict[str, bytes]) -> None:
 
 
 def _check_folder() -> None:
-    """Raise ConfigError where anybody may have written what torch loads from its cache."""
+    """Raise ConfigError where other users may have written the code that torch loads."""
     try:
         make_private(_folder())
         reason = distrusted(_folder().stat(), writers=stat.S_IWOTH)
@@ -151,12 +154,12 @@ def _check_folder() -> None:
 
 
 def _check_keys(caches: bytes, path: Path) -> None:
-    """Raise ConfigError where torch would write a file out of its cache folder: it joins names from
-    its bundle to that folder as they are."""
+    """Raise ConfigError where torch would write a file outside its cache folder: it joins names
+    from the file to that folder unchecked."""
     from torch.compiler._cache import CacheArtifactManager
 
-    found = CacheArtifactManager.deserialize(caches)
-    for each in itertools.chain(*(found or {}).values()):
+    entries = CacheArtifactManager.deserialize(caches)
+    for each in itertools.chain(*(entries or {}).values()):
         place = PurePath(each.key)
         if place.is_absolute() or ".." in place.parts:
             raise ConfigError(
@@ -172,16 +175,10 @@ def _folder() -> Path:
 
 
 def _machine() -> str:
-    """What machine code depends on beside its source and the compiler's options."""
+    """The digest of processor, system and versions that machine code depends on."""
     try:
         name = processor()
     except OSError:
         name = "unknown"
     words = (name, sys.platform, sys.version, torch.__version__)
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
-
-
-def _no_artifact(path: Path) -> ConfigError:
-    return ConfigError(
-        f"artifact={str(path)!r} holds no compiled model. Remove it, or name another file."
-    )

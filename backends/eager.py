@@ -1,4 +1,4 @@
-"""The reference: the graph as it stands. What every other backend is compared with."""
+"""Run the graph as it is: the reference that every other backend is compared with."""
 
 from __future__ import annotations
 

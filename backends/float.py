@@ -1,5 +1,5 @@
-"""The quantized model in floating point: bfloat16 where the processor has it. What integers have to
-beat."""
+"""Compile the quantized model in floating point, in bfloat16 where the processor has it: the speed
+that integers have to beat."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tfmq_fx.backends.cpu.attention import pad_attention
 from tfmq_fx.backends.cpu.kernels import fast_dtype
-from tfmq_fx.backends.cpu.pad_attention import pad_attention
 from tfmq_fx.backends.inductor import TORCH_OPTIONS, CpuCallable, check_options
 from tfmq_fx.backends.inductor import unavailable as no_compiler
 from tfmq_fx.backends.support import CPU
@@ -24,7 +24,7 @@ OPTIONS = ("artifact", *TORCH_OPTIONS)
 
 
 def unavailable(device: torch.device = CPU) -> str | None:
-    """Why it cannot run on `device`, or None where it can."""
+    """Why this backend cannot run on `device`, or None where it can."""
     if device.type != "cpu":
         return f"it compiles for cpu, the model is on {device.type}"
     return no_compiler(device)
@@ -32,8 +32,12 @@ def unavailable(device: torch.device = CPU) -> str | None:
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
 def dequantize(gm: fx.GraphModule, *, dtype: torch.dtype) -> Rewrite:
-    """conv_q(x, s)    ->    conv(x), on the weights that the codes stand for, in `dtype`; inputs
-    are not rounded. Every quantized layer is declined."""
+    """The graph whose quantized layers compute in `dtype`, on dequantized weights.
+
+    conv_q(x, s)    ->    conv(x)
+
+    Inputs are not rounded. Every quantized layer is declined.
+    """
     name_of = str(dtype).removeprefix("torch.")
     declined = []
     for name, layer in list(gm.named_modules()):
@@ -46,7 +50,7 @@ def dequantize(gm: fx.GraphModule, *, dtype: torch.dtype) -> Rewrite:
 def compile_graph(
     gm: fx.GraphModule, *, artifact: str | Path | None = None, **options: Any
 ) -> tuple[Any, Rewrite]:
-    """The compiled graph, products in `fast_dtype()` under autocast, results in their own dtypes.
+    """Compile the graph with products in `fast_dtype()` under autocast; results keep their dtypes.
 
     artifact: as of inductor; packed weights keep torch from writing much of it.
     options: passed on to torch.compile.
@@ -59,12 +63,12 @@ def compile_graph(
     pad_attention(lowered.gm)
     compiled = CpuCallable(lowered.gm, options, freezes=True, artifact=path)
     (output,) = gm.graph.find_nodes(op="output")
-    given: Any = output.args[0]
-    wanted = [node.meta["val"].dtype for node in given]
+    outputs: Any = output.args[0]
+    dtypes = [node.meta["val"].dtype for node in outputs]
 
     def run(*inputs: Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found = compiled(*inputs)
-        return tuple(y.to(wide) for y, wide in zip(found, wanted, strict=True))
+            results = compiled(*inputs)
+        return tuple(y.to(wide) for y, wide in zip(results, dtypes, strict=True))
 
     return run, lowered

@@ -1,12 +1,12 @@
-"""Lower quantized layers to integer kernels and compile what is left with torch.compile: for the
-CPU in `cpu`, for NVIDIA GPUs in `cuda`."""
+"""Lower quantized layers to integer kernels, and compile the graph with torch.compile: for the CPU
+in `cpu`, for NVIDIA GPUs in `cuda`."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from tfmq_fx.backends.inputs import apart, formats_of, plain
 from tfmq_fx.backends.layer_check import Alone
 from tfmq_fx.backends.support import CPU
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.ir.graph import device_of
 from tfmq_fx.ir.graph_pass import Rewrite
+from tfmq_fx.ir.node_info import size_hint
 
 from .compile_cache import with_artifact
 
 TORCH_OPTIONS = ("dynamic", "mode", "options", "disable")  # of torch.compile
 OPTIONS = ("trial", "artifact", *TORCH_OPTIONS)
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def unavailable(device: torch.device = CPU) -> str | None:
@@ -60,20 +61,20 @@ class CpuCallable:
         if "mode" not in options:  # the graph is our own: its modules and buffers do not change
             unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
             options = {**options, "options": unguarded | (options.get("options") or {})}
-        from tfmq_fx.backends.cpu.nans import showing_nans
+        from tfmq_fx.backends.cpu.nans import mark_nans
 
-        self.compiled = showing_nans(torch.compile(gm, fullgraph=True, **options), gm)
-        self.freezes, self.artifact, self.formats = freezes, artifact, formats_of(gm)
+        self.compiled = mark_nans(torch.compile(gm, fullgraph=True, **options), gm)
+        self.freezes, self.artifact, self.formats = freezes, artifact, _formats_of(gm)
 
     def __call__(self, *inputs: Tensor) -> Any:
         from torch._inductor import config
 
-        given = plain(inputs, self.formats)
-        with apart(), config.patch(freezing=True) if self.freezes else nullcontext():
+        values = _plain(inputs, self.formats)
+        with _apart(), config.patch(freezing=True) if self.freezes else nullcontext():
             if self.artifact is None:
-                return self.compiled(*given)
+                return self.compiled(*values)
             path, self.artifact = self.artifact, None
-            return with_artifact(path, lambda: self.compiled(*given))
+            return with_artifact(path, lambda: self.compiled(*values))
 
 
 class CudaCallable:
@@ -81,16 +82,16 @@ class CudaCallable:
     CUDA graphs, results are copied out of their memory, which the next call overwrites."""
 
     def __init__(self, gm: fx.GraphModule, options: dict[str, Any]) -> None:
-        self.compiled, self.formats = torch.compile(gm, fullgraph=True, **options), formats_of(gm)
+        self.compiled, self.formats = torch.compile(gm, fullgraph=True, **options), _formats_of(gm)
         flags = options.get("options") or {}
         recorded = options.get("mode") in ("max-autotune", "reduce-overhead")
         self.copies = recorded or bool(flags.get("triton.cudagraphs"))
 
     def __call__(self, *inputs: Tensor) -> Any:
-        given = plain(inputs, self.formats)
-        with apart():
-            found = self.compiled(*given)
-            return tree_map_only(Tensor, Tensor.clone, found) if self.copies else found
+        values = _plain(inputs, self.formats)
+        with _apart():
+            results = self.compiled(*values)
+            return tree_map_only(Tensor, Tensor.clone, results) if self.copies else results
 
 
 def compile_graph(
@@ -101,7 +102,7 @@ def compile_graph(
     refused: Mapping[str, str] | None = None,
     **options: Any,
 ) -> tuple[CpuCallable | CudaCallable, Rewrite]:
-    """The compiled form of a quantized graph, and what was not lowered to integers.
+    """Compile a quantized graph; returns a callable and how the graph was lowered.
 
     trial: whether each layer's kernel is chosen by timing it on this machine, where what is slower
     than bf16 stays in floating point; None does so on CUDA alone.
@@ -114,10 +115,10 @@ def compile_graph(
     check_options("inductor", options, OPTIONS)
     device = device_of(gm)  # `unavailable` has passed it
     if device.type == "cpu":
-        from tfmq_fx.backends.cpu.autotune import by_trial, untried
+        from tfmq_fx.backends.cpu.autotune import timed_chooser, untimed_choice
         from tfmq_fx.backends.cpu.lower import freezes, lower
 
-        lowered = lower(gm, choose=by_trial() if trial else untried, refused=refused)
+        lowered = lower(gm, choose=timed_chooser() if trial else untimed_choice, refused=refused)
         path = None if artifact is None else Path(artifact)
         frozen = freezes(lowered.gm)
         return CpuCallable(lowered.gm, options, freezes=frozen, artifact=path), lowered
@@ -139,8 +140,8 @@ def check_options(name: str, options: dict[str, Any], known: Sequence[str]) -> N
 
 
 def alone(device: torch.device, trial: bool | None = None) -> Alone:
-    """The function that puts a single layer on the kernel of this package for `device`, and returns
-    None where that layer runs on another. trial: as of `compile_graph`."""
+    """A function that returns a single layer on the kernel of this package for `device`, or None
+    where something else runs it. trial: see `compile_graph`."""
     if device.type == "cpu":
         from tfmq_fx.backends.cpu.lower import alone as alone_on_cpu
 
@@ -153,7 +154,53 @@ def alone(device: torch.device, trial: bool | None = None) -> Alone:
 
 def _on_cuda(device: torch.device, trial: bool | None) -> tuple[Any, tuple[int, int]]:
     """The chooser of kernels for a GPU, and its compute capability."""
-    from tfmq_fx.backends.cuda.autotune import by_trial, untried
+    from tfmq_fx.backends.cuda.autotune import timed_chooser, untimed_choice
 
-    choose = untried if trial is False else by_trial(device)
+    choose = untimed_choice if trial is False else timed_chooser(device)
     return choose, torch.cuda.get_device_capability(device)
+
+
+def _formats_of(gm: fx.GraphModule) -> list[torch.memory_format]:
+    """The memory format of each placeholder of a graph: channels last where it was captured so."""
+    formats = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        shape, strides = (tuple(map(size_hint, v)) for v in (value.shape, value.stride()))
+        last = _LAST.get(value.dim(), torch.contiguous_format)
+        plain = _strides(shape, torch.contiguous_format)
+        as_last = strides == _strides(shape, last) and strides != plain
+        formats.append(last if as_last else torch.contiguous_format)
+    return formats
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """A context that turns off gradients and inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _plain(inputs: Sequence[Tensor], formats: Sequence[torch.memory_format]) -> list[Tensor]:
+    """The same values as tensors without gradients or inference mode, in the strides that sizes and
+    format give: for others torch.compile would make another graph. Copied where needed."""
+    with _apart():
+        return [_plain_value(value, form) for value, form in zip(inputs, formats, strict=True)]
+
+
+def _plain_value(value: Tensor, form: torch.memory_format) -> Tensor:
+    value = value.clone() if value.is_inference() else value.detach()
+    value = value.resolve_conj().resolve_neg().contiguous(memory_format=form)
+    strides = _strides(value.shape, form)  # those of sizes of 1 are free, and looked at too
+    return value if value.stride() == strides else value.as_strided(value.shape, strides)
+
+
+def _strides(shape: Sequence[int], form: torch.memory_format) -> tuple[int, ...]:
+    """The strides of a new tensor."""
+    dims = list(range(len(shape)))
+    if form != torch.contiguous_format:
+        dims = [0, *dims[2:], 1]
+    strides, step = [1] * len(shape), 1
+    for dim in reversed(dims):
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return tuple(strides)

@@ -1,8 +1,8 @@
-"""Compare each kernel of this package with the layer that it stands for, on the inputs that this
-layer gets in a run of the model; the same for the CPU and for CUDA.
+"""Compare each kernel of this package with its layer, on the inputs of that layer in a run of the
+model; the same for the CPU and for CUDA.
 
-A wrong kernel moves all that a layer answers, which the noise of rounding in the layers around it
-may hide from a look at the model's output. Alone, on the same codes, the kernel has to give the
+A wrong kernel changes all outputs of a layer, which the noise of rounding in the layers around it
+may hide in the model's output. Alone, on the same codes, the kernel has to give the
 same integers: what differs is the order of sums and the rounding of the result.
 """
 
@@ -30,12 +30,11 @@ Alone = Callable[[QuantLayer, fx.Node], CodesLayer | None]
 
 
 class LayerByLayer(fx.Interpreter):
-    """Runs a quantized graph, and each layer that has a kernel on that as well.
+    """Run a quantized graph, and each layer that has a kernel on that kernel as well.
 
-    alone: makes the kernel of a layer called by a node, ready to run, or None; None is where
-    kernels are not looked at.
-    wrong: layer -> how far off its kernel is.  shares: of values beyond their range, by
-    call.
+    alone: makes the kernel of a layer called by a node, ready to run, or None; None checks no
+    kernels.
+    wrong: layer -> how far off its kernel is.  shares: of values beyond their range, by call.
     """
 
     def __init__(self, gm: fx.GraphModule, alone: Alone | None) -> None:
@@ -73,29 +72,30 @@ class LayerByLayer(fx.Interpreter):
 def _fault(
     layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | None, expected: Tensor
 ) -> str | None:
-    """The fault of a kernel in words, or None where it computes what its layer does."""
+    """The error of a kernel as text, or None where it agrees with its layer."""
     try:
-        found = run_alone(layer, kernel, x, scale)
+        answer = run_alone(layer, kernel, x, scale)
     except Exception as error:  # whatever a compiler or a driver raises
         first = str(error).strip().partition("\n")[0]
         return f"its kernel fails here: {type(error).__name__}: {first}"
     bias = 0 if layer.bias is None else layer.bias.float().view(layer.bias_shape)
-    wanted, sums = expected.float() - bias, found.float() - bias
-    known = wanted.isfinite()  # codes have no NaN: where it arises is told for a call as a whole
+    target, sums = expected.float() - bias, answer.float() - bias
+    known = target.isfinite()  # codes have no NaN: `cpu.nans` reports where it arises
     if not sums[known].isfinite().all():
         return "its kernel answers NaN or Inf where the layer does not"
-    off, whole = _power((wanted - sums)[known]), _power(wanted[known])
+    off, whole = power((target - sums)[known]), power(target[known])
     if expected.dtype != torch.float32:  # which is rounded with the bias
-        whole = max(whole, _power(expected[known]))
+        whole = max(whole, power(expected[known]))
     least = _LEAST_FP8 if layer.act_format == "fp8" else _LEAST[expected.dtype]
     if off <= whole * 10 ** (-least / 10):
         return None
-    sqnr = 10 * math.log10(whole / off) if whole else -math.inf
+    sqnr = decibels(whole, off)
     return f"its kernel is {sqnr:.1f} dB from the layer, at least {least:.0f} are needed"
 
 
 def run_alone(layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | None) -> Tensor:
-    """The answer of a kernel on x (B, ...); scale: (B,) where ranges come per timestep."""
+    """The output of a kernel for the input x (B, ...) of its layer; scale: (B,) where ranges come
+    per timestep."""
     if isinstance(layer, QuantConv) and layer.padding_mode != "zeros":
         x = F.pad(x, layer.pad_widths, mode=layer.padding_mode)
     if layer.dynamic:
@@ -108,9 +108,16 @@ def run_alone(layer: QuantLayer, kernel: CodesLayer, x: Tensor, scale: Tensor | 
     return y
 
 
-def _power(y: Tensor) -> float:
+def power(y: Tensor) -> float:
     """The sum of squares."""
     return float(y.double().square().sum())
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two powers in dB; infinite without noise."""
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal and noise < math.inf else -math.inf
 
 
 def _given(input: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

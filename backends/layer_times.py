@@ -1,8 +1,7 @@
-"""The time of one layer as integers and in floating point, before anything is lowered."""
+"""Measure or estimate the time of one layer on integers and in floating point, before lowering."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ _SPEEDUP = 2.0  # of integers, likewise
 class LayerTime:
     """Microseconds of all calls of a layer in one call of the model.
 
-    integer: as it is quantized, which is in floating point where no integer kernel runs it.
-    measured: whether both were timed; else they follow from the layer's multiply-adds.
+    integer: of the quantized layer, in floating point where no integer kernel runs it.
+    measured: whether both were timed; else they are estimated from multiply-adds.
     """
 
     integer: float
@@ -36,25 +35,26 @@ class LayerTime:
 
 
 def chooser(device: torch.device) -> Chooser | None:
-    """The chooser that times kernels on a device; None where none can be timed."""
+    """The chooser that times kernels on a device; None where nothing can be timed."""
     if device.type == "cpu":
-        return importlib.import_module("tfmq_fx.backends.cpu.autotune").by_trial()  # type: ignore[no-any-return]
+        from .cpu.autotune import timed_chooser
+
+        return timed_chooser()
     if device.type == "cuda" and importlib.util.find_spec("triton"):
-        return importlib.import_module("tfmq_fx.backends.cuda.autotune").by_trial(device)  # type: ignore[no-any-return]
+        from .cuda.autotune import timed_chooser as by_trial_on_cuda
+
+        return by_trial_on_cuda(device)
     return None
 
 
 def layer_time(layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser | None) -> LayerTime:
     """The time of a layer called by `nodes`, at the sizes of the example it was captured with."""
-    total = LayerTime(0.0, 0.0, True)
-    for node in nodes:
-        one = _call_time(layer, node, choose)
-        total = LayerTime(
-            total.integer + one.integer,
-            total.floating + one.floating,
-            total.measured and one.measured,
-        )
-    return total
+    calls = [_call_time(layer, node, choose) for node in nodes]
+    return LayerTime(
+        sum(call.integer for call in calls),
+        sum(call.floating for call in calls),
+        all(call.measured for call in calls),
+    )
 
 
 def _call_time(layer: QuantLayer, node: fx.Node, choose: Chooser | None) -> LayerTime:

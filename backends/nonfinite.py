@@ -1,4 +1,4 @@
-"""Calls with NaN or Inf in their inputs, whose codes mean nothing to integer kernels."""
+"""Detect NaN and Inf in inputs, which codes cannot hold, and mark outputs with NaN."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
-
-from tfmq_fx.ir.graph import timestep_node
 
 
 def is_finite(inputs: Sequence[Tensor]) -> bool:
@@ -27,16 +25,9 @@ def is_finite(inputs: Sequence[Tensor]) -> bool:
     return True
 
 
-def batched(gm: fx.GraphModule) -> list[bool]:
-    """Which placeholders carry the batch, the timestep's first dimension, in theirs."""
-    times = timestep_node(gm).meta["val"].shape
-    shapes = [node.meta["val"].shape for node in gm.graph.find_nodes(op="placeholder")]
-    return [len(shape) > 0 and str(shape[:1]) == str(times[:1]) for shape in shapes]
-
-
 def with_nan(outputs: Any, inputs: Sequence[Tensor], batched: Sequence[bool]) -> Any:
-    """Outputs that are NaN in every sample that has a NaN in an input: the most that the model
-    itself may answer so. NaN in an input of no single sample is in all of them.
+    """Outputs with NaN in every sample that has a NaN in an input: no more of the model's own
+    outputs could be NaN. A NaN in an input without a batch marks all samples.
 
     Computed where the outputs are, without waiting for that device.
     """

@@ -1,8 +1,8 @@
-"""Whether the libraries that multiply 8-bit codes here do so exactly.
+"""Test whether the libraries that multiply 8-bit codes do so exactly on this machine.
 
 On processors without VNNI, oneDNN and OpenVINO multiply unsigned by signed bytes in pairs whose sum
-is kept in 16 bits and saturates there (`vpmaddubsw`): 255 * 127 * 2 does not fit. No list of
-processors is asked: each library multiplies a few codes once in a process, and the sums tell.
+is kept in 16 bits and saturates there (`vpmaddubsw`): 255 * 127 * 2 does not fit. Instead of a
+list of processors, each library multiplies a few codes once in a process, and the sums are checked.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SUM = 255 * 127 * _CHANNELS  # of a tap
 
 
 def fits_pairs(codes: Tensor, top: int) -> bool:
-    """Whether any two products of weight codes (less zero points) and input codes of 0 to `top` add
-    up to a number of 16 bits: sums that keep pairs in 16 bits are exact then, in any order."""
+    """Whether the sum of any two products of weight codes (less zero points) and input codes of 0
+    to `top` fits in 16 bits, so that sums that keep pairs in 16 bits are exact."""
     low, high = (int(value) for value in codes.aminmax()) if codes.numel() else (0, 0)
     return 2 * top * max(-low, high) <= _MOST
 
@@ -32,11 +32,10 @@ def fits_pairs(codes: Tensor, top: int) -> bool:
 def saturates(layer: QuantLayer, library: str, exact: Callable[[], bool]) -> str | None:
     """Why a library must not multiply the codes of a layer on integers here, or None where it may.
 
-    exact: whether its products are; asked of layers whose codes could saturate alone.
+    exact: whether its products are exact; called only for layers whose codes could saturate.
     """
-    if layer.act_bits is None or fits_pairs(layer.weight_codes(), levels(layer.act_bits)):
-        return None
-    if exact():
+    bits = layer.act_bits
+    if bits is None or fits_pairs(layer.weight_codes(), levels(bits)) or exact():
         return None
     return (
         f"{library} adds products of {layer.weight_bits}-bit weights in 16 bits on this processor, "
@@ -63,8 +62,8 @@ def onednn_is_exact() -> bool:
             filters = torch.full((_OUT, _CHANNELS, taps, taps), 127, dtype=torch.int8)
             geometry = ([1, 1], [0, 0], [1, 1], 1)
             packed = ops.qconv_prepack(filters, scale, 1.0, 0, *geometry, list(images.shape))
-            given = (images, 1.0, 0, packed, scale, zero, None, *geometry)
-            if not (ops.qconv_pointwise(*given, *rest) == _SUM * taps**2).all():
+            arguments = (images, 1.0, 0, packed, scale, zero, None, *geometry)
+            if not (ops.qconv_pointwise(*arguments, *rest) == _SUM * taps**2).all():
                 return False
     return True
 
@@ -76,7 +75,7 @@ def openvino_is_exact() -> bool:
 
 
 def _openvino_sums_are(taps: int) -> bool:
-    """Whether the sums of a convolution, or for 0 taps a matrix product, come out right."""
+    """Whether OpenVINO sums a convolution, or for 0 taps a matrix product, exactly."""
     import numpy as np
     import openvino
     from openvino import opset15 as ops

@@ -1,6 +1,6 @@
-"""Whether what a backend made of a model answers as the model does, before it is handed out.
+"""Compare the outputs of a compiled model with those of the model itself, before it is used.
 
-Where is the bound from? A backend adds in another order, and in places in bfloat16. Values then
+How is the bound found? A backend adds in another order, and in places in bfloat16. Values then
 differ by little, but codes of those beside a boundary differ by one, which moves more codes of the
 layers behind. How far that goes depends on the model, so it is measured on it:
 
@@ -35,7 +35,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tfmq_fx.backends.cpu.attention import attention
-from tfmq_fx.backends.layer_check import Alone, LayerByLayer
+from tfmq_fx.backends.layer_check import Alone, LayerByLayer, decibels, power
 from tfmq_fx.ir.graph import device_of
 from tfmq_fx.quant.activation import QuantActivation
 from tfmq_fx.quant.quant_layer import QuantLayer
@@ -53,8 +53,8 @@ Runner = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class StepCheck:
-    """One timestep: how near the answer is to the reference's, and has to be, in dB (signal to
-    difference, of the worst output).  passed: whether it is."""
+    """The comparison at one timestep: SQNR of the worst output against the reference, and the least
+    that is allowed, in dB."""
 
     timestep: float | None
     sqnr: float
@@ -64,7 +64,7 @@ class StepCheck:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What comparing a backend with the reference found.  notes: what could not be compared."""
+    """The comparison of a backend with the reference.  notes: what could not be compared."""
 
     backend: str
     steps: tuple[StepCheck, ...]
@@ -72,7 +72,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether every timestep did."""
+        """Whether every timestep passed."""
         return all(step.passed for step in self.steps)
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class Check:
 
 
 class Reference:
-    """What a graph answers at a few timesteps, computed when first asked for.
+    """The outputs of a graph at a few timesteps, computed when first needed.
 
     inputs: of a factor by which values of the sample and the conditions are multiplied, what the
     graph takes at each of `timesteps`; the middle one is measured closely. Where more than
@@ -111,7 +111,7 @@ class Reference:
         self.nearby: dict[Any, list[float]] = {}
 
     def wrong_layers(self, alone: Alone) -> dict[str, str]:
-        """How far off the kernels of this package are, by layer, where they are wrong.
+        """The layers whose kernels of this package are wrong, with how far off they are.
 
         alone: makes the kernel of a layer, or None where it has none.
         """
@@ -120,7 +120,8 @@ class Reference:
         return self.wrong
 
     def _measure(self, alone: Alone | None) -> dict[str, str]:
-        """Run the graph, and layers on their kernels if these are given."""
+        """Run the graph, and layers on their kernels if `alone` makes them; returns the wrong
+        layers."""
         with torch.no_grad():
             for factor in (1.0, 1 / 4, 1 / 16):
                 self.inputs = list(self.make_inputs(factor))
@@ -130,29 +131,31 @@ class Reference:
                     break
             if not self.answers:
                 self.answers = [
-                    middle if i == self.middle else _outputs(self.gm(*given))
-                    for i, given in enumerate(self.inputs)
+                    middle if i == self.middle else _outputs(self.gm(*values))
+                    for i, values in enumerate(self.inputs)
                 ]
                 self.apart = self._moved(Apart(self.gm))
         return run.wrong
 
     def check(self, backend: str, runner: Runner, lowered: fx.GraphModule) -> Check:
-        """How near what `runner` answers is to the reference.  lowered: the graph it runs."""
+        """Compare the outputs of `runner` with the reference.  lowered: the graph that it runs."""
         if not self.answers:
             self._measure(None)
         with torch.no_grad():
             bounds = self._bounds(lowered)
-            found = [_outputs(runner(*given)) for given in self.inputs]
+            outputs = [_outputs(runner(*values)) for values in self.inputs]
         steps, notes = [], []
         for i, step in enumerate(self.timesteps):
             wide = 1.0 if i == self.middle else _ELSEWHERE
-            made, note = _compared(step, self.answers[i], found[i], [wide * b for b in bounds])
-            steps.append(made)
+            allowed = [wide * b for b in bounds]
+            judged, note = _compared(step, self.answers[i], outputs[i], allowed)
+            steps.append(judged)
             notes += note
         return Check(backend, tuple(steps), tuple(dict.fromkeys(notes)))
 
     def _bounds(self, lowered: fx.GraphModule) -> list[float]:
-        """The power by which each output may differ, as a share of the output's own."""
+        """The power that the difference of each output may have, as a share of the output's
+        power."""
         coarse = coarse_parts(lowered)
         if coarse not in self.nearby:
             self.nearby[coarse] = self._moved(Nearby(self.gm, *coarse))
@@ -161,20 +164,22 @@ class Reference:
             min(_SHARE * a + _TIMES * n, max(_MOST * a, 2 * n))
             for a, n in zip(self.apart, near, strict=True)
         ]
-        powers = [_power(_finite(y)) for y in self.answers[self.middle]]
-        return [_ratio(a, p) for a, p in zip(allowed, powers, strict=True)]
+        powers = [power(_finite(y)) for y in self.answers[self.middle]]
+        return [
+            a / p if p else (math.inf if a else 0.0) for a, p in zip(allowed, powers, strict=True)
+        ]
 
     def _moved(self, moved: fx.Interpreter) -> list[float]:
-        """The power of what each output changes by where a graph is run so."""
-        found = _outputs(moved.run(*self.inputs[self.middle]))
+        """The power of the change of each output when the graph is run by `moved`."""
+        outputs = _outputs(moved.run(*self.inputs[self.middle]))
         return [
-            _power(_finite(y).double() - _finite(z).double())
-            for y, z in zip(self.answers[self.middle], found, strict=True)
+            power(_finite(y).double() - _finite(z).double())
+            for y, z in zip(self.answers[self.middle], outputs, strict=True)
         ]
 
 
 class Apart(fx.Interpreter):
-    """Runs a graph with every value moved by up to half a step before it is rounded."""
+    """Run a graph with every value moved by up to half a step before it is rounded."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -190,7 +195,7 @@ class Apart(fx.Interpreter):
         return super().call_module(target, args, kwargs)
 
     def _dithered(self, module: nn.Module, rounds: str, relative: bool) -> nn.Module:
-        exact, made = getattr(module, rounds), copy.copy(module)
+        exact, dithered = getattr(module, rounds), copy.copy(module)
 
         def rounded(x: Tensor, scale: Tensor) -> Tensor:
             draw = _like(x, self.generator, torch.rand) - 0.5
@@ -198,13 +203,13 @@ class Apart(fx.Interpreter):
             y: Tensor = exact(x.float() + step * draw, scale)
             return y
 
-        object.__setattr__(made, rounds, rounded)
-        return made
+        object.__setattr__(dithered, rounds, rounded)
+        return dithered
 
 
 class Nearby(fx.Interpreter):
-    """Runs a graph as a backend may: values that modules read and attention gives are moved a
-    little, and in half precision all that is rounded to it.
+    """Run a graph with rounding noise like a backend's: on the inputs of modules, the results of
+    attention, and all values in half precision.
 
     layers: those that read inputs in bfloat16, which they do not round further.  nodes: attention
     in bfloat16.  "" among them: everything is in bfloat16.
@@ -234,9 +239,9 @@ class Nearby(fx.Interpreter):
         return result
 
     def _is_fresh(self, n: fx.Node, result: Tensor) -> bool:
-        """Whether a node made the memory of its result, and that alone."""
-        given = tree_leaves(self.fetch_args_kwargs_from_env(n))
-        memory = {v.untyped_storage().data_ptr() for v in given if isinstance(v, Tensor)}
+        """Whether the result of a node lies in new memory of its own."""
+        arguments = tree_leaves(self.fetch_args_kwargs_from_env(n))
+        memory = {v.untyped_storage().data_ptr() for v in arguments if isinstance(v, Tensor)}
         own = result.untyped_storage().data_ptr() not in memory
         return own and not any(s == 0 for s in result.stride())
 
@@ -269,23 +274,23 @@ def coarse_parts(lowered: fx.GraphModule) -> tuple[frozenset[str], frozenset[str
 
 
 def _compared(
-    step: float | None, wanted: list[Tensor], found: list[Tensor], shares: list[float]
+    step: float | None, expected: list[Tensor], outputs: list[Tensor], shares: list[float]
 ) -> tuple[StepCheck, list[str]]:
-    """One timestep, judged by the output that is furthest off; and what is to be said of it."""
+    """Judge one timestep by its worst output; returns notes on what could not be compared too."""
     at = "" if step is None else f" at t = {step:g}"
-    if [y.shape for y in found] != [y.shape for y in wanted]:
+    if [y.shape for y in outputs] != [y.shape for y in expected]:
         return StepCheck(step, -math.inf, math.inf, False), [f"other shapes of outputs{at}"]
     worst, notes = StepCheck(step, math.inf, math.inf, True), []
     margin = math.inf
-    for i, (y, z, share) in enumerate(zip(wanted, found, shares, strict=True)):
+    for i, (y, z, share) in enumerate(zip(expected, outputs, shares, strict=True)):
         known = y.isfinite()
         if not torch.equal(known, z.isfinite()):
             notes.append(f"output {i} is NaN or Inf{at} at other places than the reference's")
             return StepCheck(step, -math.inf, math.inf, False), notes
         if not known.all():
             notes.append(f"the reference's output {i} has NaN or Inf{at}: the rest is compared")
-        power, error = _power(_finite(y)), _power(_finite(y).double() - _finite(z).double())
-        passed, sqnr, least = error <= share * power, _db(power, error), _db(1.0, share)
+        size, error = power(_finite(y)), power(_finite(y).double() - _finite(z).double())
+        passed, sqnr, least = error <= share * size, decibels(size, error), decibels(1.0, share)
         if not passed or sqnr - least <= margin:
             margin = sqnr - least
             worst = StepCheck(step, sqnr, least, passed)
@@ -294,26 +299,12 @@ def _compared(
     return worst, notes
 
 
-def _outputs(found: Any) -> list[Tensor]:
-    return [y for y in tree_leaves(found) if isinstance(y, Tensor)]
+def _outputs(result: Any) -> list[Tensor]:
+    return [y for y in tree_leaves(result) if isinstance(y, Tensor)]
 
 
 def _finite(y: Tensor) -> Tensor:
     return torch.where(y.isfinite(), y, torch.zeros_like(y))
-
-
-def _power(y: Tensor) -> float:
-    return float(y.double().square().sum())
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else (math.inf if part else 0.0)
-
-
-def _db(signal: float, noise: float) -> float:
-    if not noise:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal and noise < math.inf else -math.inf
 
 
 def _like(x: Tensor, generator: torch.Generator, draw: Callable[..., Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which quantized layers an integer kernel runs, and why the others do not."""
+"""Decide which quantized layers an integer kernel can run, and why not the others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ CPU = torch.device("cpu")
 
 
 def obstacle(layer: QuantLayer, device: str | None = None) -> str | None:
-    """Why no int8 or fp8 kernel runs the layer on a kind of device, "cpu" or "cuda", or None where
-    one does. device: None is where the layer is."""
+    """Why no int8 or fp8 kernel runs a layer on a kind of device, "cpu" or "cuda", or None where
+    one does. device: None takes the layer's own."""
     device = device or layer.codes.device.type
     if device not in ("cpu", "cuda"):
         return f"no int8 kernel on {device} in this version"

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def least_micros(call: Callable[[], Any], *, calls: int, warmups: int = 0) -> float:
-    """Microseconds of the fastest of several calls: what slows the others down is not the callee's.
+    """Microseconds of the fastest of several calls; the others were slowed down by something else.
 
     warmups: calls before those that are timed, which may compile.
     """

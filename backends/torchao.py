@@ -1,20 +1,19 @@
-"""Lower linear layers to torchao's tensors, made of our codes and scales: nothing is rounded anew.
+"""Lower linear layers to torchao's tensors with our codes and scales; weights are not rounded
+again.
 
 y = linear_q(x)    ->    y = F.linear(x, Int8Tensor(codes, scale)), and so with fp8 and int4
 
-Weights are bit for bit ours, but for int4, whose kernel takes scales in bfloat16. Inputs are
-rounded by torchao, with scales that it computes in the input's dtype:
-- int8, static: the codes of the reference; what the zero point adds is taken off in the output's
-  dtype.
-- int8, dynamic: a row whose largest magnitude is negative has scale -x / 128 where that is more
-  than x / 127 of its largest value, and is rounded a little finer than in the reference.
+Weights are bit for bit ours, but for int4, whose kernel takes scales in bfloat16. Inputs are in
+floating point, or ranged at every call and rounded by torchao, with scales that it computes in the
+input's dtype:
+- int8: a row whose largest magnitude is negative has scale -x / 128 where that is more than x / 127
+  of its largest value, and is rounded a little finer than in the reference.
 - fp8: codes of x / scale where the reference takes x * (1 / scale), which differ at ties alone.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +25,20 @@ from tfmq_fx.quant.affine import FP8_MAX, TINY_SCALE, QParams
 from tfmq_fx.quant.modules import QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
 
-_INPUTS_SINCE = (0, 18)  # of torchao: whose tensors take static and bounded input ranges
+_INPUTS_SINCE = (0, 18)  # of torchao: whose tensors take bounded input ranges
 _GROUPS = (32, 64, 128, 256)  # of input channels, in the int4 kernel
 _ROWS = 17  # that cuBLAS multiplies at least as int8
 
 
 def torchao_obstacle(layer: QuantLayer, device_type: str) -> str | None:
-    """Why no torchao tensor stands for a layer on a device of that type, or None where one does."""
+    """Why no torchao tensor can hold a layer's weight on a type of device, or None where one
+    can."""
     if not isinstance(layer, QuantLinear):
         return "torchao has tensors for linear layers alone"
     if layer.act_bits is None:
         return int4_obstacle(layer, device_type) if layer.weight_groups > 1 else None
-    if layer.per_timestep:
-        return "torchao has no scale per timestep"
+    if not layer.dynamic:
+        return "static input ranges run on the kernels of this package"
     if layer.weight_format != layer.act_format:
         return f"weights are {layer.weight_format} and inputs {layer.act_format}"
     if layer.act_bits != 8:
@@ -54,7 +54,7 @@ def torchao_obstacle(layer: QuantLayer, device_type: str) -> str | None:
 
 
 def int4_obstacle(layer: QuantLayer, device_type: str) -> str | None:
-    """Why torchao's int4 kernel cannot run a layer on a device of that type, or None."""
+    """Why torchao's int4 kernel cannot run a layer on a type of device, or None where it can."""
     if not isinstance(layer, QuantLinear) or layer.act_bits is not None:
         return "int4 kernels run linear layers whose input is in floating point"
     if layer.weight_format != "int" or layer.weight_bits > 4:
@@ -68,36 +68,34 @@ def int4_obstacle(layer: QuantLayer, device_type: str) -> str | None:
     return _since((8, 0), "int4")
 
 
-def to_torchao(layer: QuantLinear, *, int4: bool = False) -> nn.Linear:
+def to_torchao(layer: QuantLinear) -> nn.Linear:
     """A torch.nn.Linear whose weight is a torchao tensor with the codes of `layer`.
 
     Integer weights of fewer than 8 bits are expanded to int8, their zero points subtracted; those
-    in groups, or all of up to 4 bits with `int4`, are packed for the int4 kernel, which reads half
-    as much and is made for few rows at a time.  Raises BackendError where there is no such tensor.
+    in groups are packed for the int4 kernel, which reads half as much and is made for few rows at a
+    time.  Raises BackendError where there is no such tensor.
     """
-    packed = int4 or layer.weight_groups > 1
     device = layer.codes.device.type
-    if reason := (int4_obstacle if packed else torchao_obstacle)(layer, device):
+    if reason := torchao_obstacle(layer, device):
         raise BackendError(f"no torchao tensor for {layer}: {reason}")
     out, width = layer.weight_shape
     integers = layer.act_bits is not None and layer.act_format == "int"
     kind = _RowsLinear if integers else nn.Linear
-    made = kind(width, out, bias=False, device="meta", dtype=layer.dtype)
-    if packed:
+    linear = kind(width, out, bias=False, device="meta", dtype=layer.dtype)
+    if layer.weight_groups > 1:
         weight = _int4_tensor(layer)
     elif layer.weight_format == "fp8":
         weight = _fp8_tensor(layer)
     else:
         weight = _int8_tensor(layer)
-    made.weight = nn.Parameter(weight, requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.clone(), requires_grad=False)
-    return made.eval()
+        linear.bias = nn.Parameter(layer.bias.clone(), requires_grad=False)
+    return linear.eval()
 
 
 class _RowsLinear(nn.Linear):
-    """A linear layer that gives its weight x as rows (n, in), of whose rank a static scale must be,
-    and as many as the int8 product takes."""
+    """A linear layer that pads its rows (n, in) to as many as the int8 product takes."""
 
     stage = Stage.LOWERED
 
@@ -111,8 +109,11 @@ class _RowsLinear(nn.Linear):
 
 
 def _int8_tensor(layer: QuantLinear) -> Tensor:
-    from torchao.quantization import Int8Tensor
+    from torchao.quantization import Int8Tensor, MappingType, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs as Inputs
 
+    # plain SYMMETRIC has scale amax / 127.5, which clips the largest value by half a step
+    rows = Inputs(granularity=PerRow(), mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR)
     # Where inputs are integers the product is one of float32 scales, rounded once.
     dtype = layer.dtype if layer.act_bits is None else torch.float32
     weight: Tensor = Int8Tensor(
@@ -120,29 +121,9 @@ def _int8_tensor(layer: QuantLinear) -> Tensor:
         scale=layer.weight_scale.to(dtype)[:, None],
         block_size=[1, layer.in_features],
         dtype=layer.dtype,
-        **_int8_inputs(layer),
+        act_quant_kwargs=None if layer.act_bits is None else rows,
     )
     return weight
-
-
-def _int8_inputs(layer: QuantLinear) -> dict[str, Any]:
-    """How an Int8Tensor rounds the input of the layer that it is the weight of."""
-    if layer.act_bits is None:
-        return {}
-    from torchao.quantization import MappingType, PerRow, PerTensor
-    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs as Inputs
-
-    if layer.dynamic:
-        # plain SYMMETRIC has scale amax / 127.5, which clips the largest value by half a step
-        mapping = MappingType.SYMMETRIC_NO_CLIPPING_ERR
-        return {"act_quant_kwargs": Inputs(granularity=PerRow(), mapping_type=mapping)}
-    zero = int(layer.act_zero) - 128  # codes are int8 there, uint8 here
-    mapping = MappingType.ASYMMETRIC if zero else MappingType.SYMMETRIC
-    return {
-        "act_quant_kwargs": Inputs(granularity=PerTensor(), mapping_type=mapping),
-        "act_quant_scale": layer.act_scale.clone().view(1, 1),
-        "act_quant_zero_point": torch.full_like(layer.act_zero, zero, dtype=torch.int8).view(1, 1),
-    }
 
 
 def _fp8_tensor(layer: QuantLinear) -> Tensor:
@@ -151,11 +132,8 @@ def _fp8_tensor(layer: QuantLinear) -> Tensor:
 
     inputs = None
     if layer.act_bits is not None:
-        # Bounds of the largest magnitude that a row's scale is made of: both are one static range,
-        # and without the lower one a row of zeros is divided by 0.
-        least = FP8_MAX * (TINY_SCALE if layer.dynamic else float(layer.act_scale))
-        most = None if layer.dynamic else least
-        inputs = Inputs(granularity=PerRow(), hp_value_lb=least, hp_value_ub=most)
+        # without this least magnitude a row of zeros is divided by 0
+        inputs = Inputs(granularity=PerRow(), hp_value_lb=FP8_MAX * TINY_SCALE)
     weight: Tensor = Float8Tensor(
         layer.weight_codes().clone(),
         layer.weight_scale.clone()[:, None],
@@ -181,36 +159,33 @@ def _int4_tensor(layer: QuantLinear) -> Tensor:
 
 
 def int4_parts(layer: QuantLinear) -> tuple[Tensor, Tensor]:
-    """What the int4 kernel reads of a layer: codes (out, in / 2) uint8, the first of two in the
-    high four bits, and scale and zero (in / group, out, 2) bfloat16.
+    """The tensors of a layer that the int4 kernel reads: codes (out, in / 2) uint8, the first of
+    two in the high four bits, and scale and zero (in / group, out, 2) bfloat16.
 
     It computes scale * (code - 8) + zero, so that zero = scale * (8 - zero point); codes of fewer
     than 4 bits are moved to have 0 there.  `in` is padded to a multiple of 1024 and `out` of 8,
     with zeros.
     """
     out, width = layer.weight_shape
-    size, grid = _group_size(layer), layer.grid()
+    grid = layer.grid()
     if layer.weight_bits < 4:
         grid = QParams(grid.scale, torch.full_like(grid.zero, 8), 4)
     padding = (0, -width % 1024, 0, -out % 8)
     codes = layer.weight_codes().float() + grid.over(width)[1]
     codes = F.pad(codes, padding).to(torch.uint8)
-    # one scale per channel is that of each of its groups; a group may reach into the padding
-    shape = (out, -(-width // size))
-    scale, zero = (part.view(out, -1).expand(shape) for part in (grid.scale, grid.zero))
-    pair = torch.stack([scale, scale * (8 - zero)], 2)
-    groups = codes.shape[1] // size
-    pair = F.pad(pair, (0, 0, 0, groups - shape[1], 0, -out % 8))
+    pair = torch.stack([grid.scale, grid.scale * (8 - grid.zero)], 2)
+    groups = codes.shape[1] // _group_size(layer)
+    pair = F.pad(pair, (0, 0, 0, groups - layer.weight_groups, 0, -out % 8))
     return codes[:, ::2] << 4 | codes[:, 1::2], pair.transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
 def _group_size(layer: QuantLinear) -> int:
-    """Input channels that share a scale in the int4 kernel: as many as it can where all do."""
-    return _GROUPS[-1] if layer.weight_groups == 1 else layer.in_features // layer.weight_groups
+    """Input channels that share a scale."""
+    return layer.in_features // layer.weight_groups
 
 
 def _kernel_obstacle(layer: QuantLinear, device_type: str) -> str | None:
-    """Why torchao's products of 8-bit rows cannot run the layer on an accelerator, or None."""
+    """Why torchao's 8-bit products cannot run a layer on an accelerator, or None where they can."""
     fp8 = layer.act_format == "fp8"
     kind, multiple = ("fp8", 16) if fp8 else ("int8", 8)
     if device_type != "cuda":
@@ -225,10 +200,15 @@ def _kernel_obstacle(layer: QuantLinear, device_type: str) -> str | None:
 
 def _since(needed: tuple[int, int], kind: str) -> str | None:
     """Why the current CUDA device is too old for a kind of kernel, or None where it is not."""
-    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    if found >= needed:
+    has_gpu = torch.cuda.is_available()
+    return too_old(torch.cuda.get_device_capability() if has_gpu else (0, 0), needed, kind)
+
+
+def too_old(capability: tuple[int, int], needed: tuple[int, int], kind: str) -> str | None:
+    """Why a device of this compute capability cannot run a kind of kernel, or None where it can."""
+    if capability >= needed:
         return None
-    need, have = (f"{major}.{minor}" for major, minor in (needed, found))
+    need, have = (f"{major}.{minor}" for major, minor in (needed, capability))
     return f"{kind} kernels need compute capability {need}, this device has {have}"
 
 

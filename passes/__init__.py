@@ -1,7 +1,7 @@
-"""Graph rewrites, one per file, and what a pass of your own is written with.
+"""Graph rewrites, one per file, and the names that a pass of your own needs.
 
 A pass is a function GraphModule -> Rewrite under `@graph_pass`; `tfmq_fx.conversion.steps` runs
-them in order. Passes know nothing of one another; they may import everything below
+them in order. Passes import no other pass; they may import everything below
 `tfmq_fx.conversion.models`.
 """
 

@@ -1,4 +1,4 @@
-"""Another finite set of timesteps: new rows in every look-up.
+"""Change the set of timesteps of a folded graph: every look-up gets new rows.
 
 row = timestep_row(table, keys, t)    ->    row = timestep_row(table', keys', t)
 """
@@ -51,13 +51,13 @@ def change_timesteps(
     features = [name for node in (*tables, *caches) for name, _ in _features(node)]
     # the part of a graph that only hands rows on does not say which features they hold
     computed = [node for node in tables if _buffer(node, 0).startswith(TABLE)] + caches
-    kept = int((timestep_index(old, new) >= 0).sum())
-    details: dict[str, Any] = {"timesteps": len(new), "kept": kept, "interpolated": 0}
+    unchanged = int((timestep_index(old, new) >= 0).sum())
+    details: dict[str, Any] = {"timesteps": len(new), "kept": unchanged, "interpolated": 0}
     details["features"] = features
     if rows is None and calibrated is None and torch.equal(old, new):
         return Rewrite(gm, 0, [], details)
     _check_rows(
-        features or ["the temporal block"] * bool(computed), rows, new, missing=len(new) - kept
+        features or ["the temporal block"] * bool(computed), rows, new, missing=len(new) - unchanged
     )
     known, measured = calibrated or (old, {})
     for node in tables:
@@ -66,15 +66,15 @@ def change_timesteps(
         if not name.startswith(TABLE):
             own = measured.get(name, table).to(table.device)
             log2 = dict(_choices(gm, node))
-            made, filled = _interpolate(own, known.to(old.device), new, log2)
+            new_rows, filled = _interpolate(own, known.to(old.device), new, log2)
             details["interpolated"] = max(details["interpolated"], filled)
         elif rows is None:
-            made = table[timestep_index(old, new)]
+            new_rows = table[timestep_index(old, new)]
         else:
-            made = table.new_zeros((len(new), table.shape[1]))
+            new_rows = table.new_zeros((len(new), table.shape[1]))
             for feature, columns in _features(node):
-                made[:, columns] = rows[feature].reshape(len(new), -1).to(table)
-        setattr(gm, name, made)  # buffers of a fork are its own
+                new_rows[:, columns] = rows[feature].reshape(len(new), -1).to(table)
+        setattr(gm, name, new_rows)  # buffers of a fork are its own
     for name in {_buffer(node, 1) for node in tables}:
         setattr(gm, name, new.clone())
     for node in caches:
@@ -84,7 +84,7 @@ def change_timesteps(
 
 
 def _keys(gm: fx.GraphModule, tables: list[fx.Node]) -> Tensor:
-    """The timesteps that the graph is over, sorted."""
+    """The sorted timesteps (K,) that the tables of the graph have rows for."""
     known = gm.meta.get("timesteps")
     if known is None and tables:
         known = getattr(gm, _buffer(tables[0], 1))
@@ -117,7 +117,7 @@ def _check_rows(
 def _interpolate(
     table: Tensor, old: Tensor, new: Tensor, log2: Mapping[int, tuple[int, int]]
 ) -> tuple[Tensor, int]:
-    """Rows of `table` (K, F) at `new`, and how many of them were not there.
+    """The rows of `table` (K, F) at the timesteps `new`, and how many of them are interpolated.
 
     log2: column of a scale -> column that is 1 where its grid is logarithmic, and the largest code.
     There the grid follows the nearer timestep, and what is interpolated is the highest value.
@@ -130,14 +130,16 @@ def _interpolate(
     values = table.double()
     for scale, (flag, top) in log2.items():
         values[:, scale] *= torch.where(table[:, flag] != 0, 1, top)
-    made = values[below] * (1 - share) + values[above] * share
+    interpolated = values[below] * (1 - share) + values[above] * share
     for scale, (flag, top) in log2.items():
         nearer = torch.where(share[:, 0] <= 0.5, below, above)
-        made[:, flag] = values[nearer, flag]
-        made[:, scale] /= torch.where(made[:, flag] != 0, 1, top)
+        interpolated[:, flag] = values[nearer, flag]
+        interpolated[:, scale] /= torch.where(interpolated[:, flag] != 0, 1, top)
     hit = index >= 0
-    made = torch.where(hit[:, None], table[index.clamp(min=0)], made.to(table.dtype))
-    return made, int((~hit).sum())
+    interpolated = torch.where(
+        hit[:, None], table[index.clamp(min=0)], interpolated.to(table.dtype)
+    )
+    return interpolated, int((~hit).sum())
 
 
 def _cached(
@@ -147,7 +149,7 @@ def _cached(
     new: Tensor,
     rows: Mapping[str, Tensor] | None,
 ) -> QuantTimestepTable:
-    """The cached table that `node` calls, over the new timesteps."""
+    """The integer table that `node` calls, with rows for the new timesteps."""
     table = _cache(gm, node)
     assert table is not None
     if rows is not None:
@@ -160,14 +162,15 @@ def _cached(
             feature = rows[names[start]].reshape(len(new), -1) if start in names else none
             features.append(feature.to(none.device))
             start += width
-        made = QuantTimestepTable.from_rows(new, features, bits=table.bits)
-        made.dtype = table.dtype
-        return made
-    made = QuantTimestepTable.from_spec({**table.spec(), "rows": len(new)}).to(table.scale.device)
+        cached = QuantTimestepTable.from_rows(new, features, bits=table.bits)
+        cached.dtype = table.dtype
+        return cached
+    cached = QuantTimestepTable.from_spec({**table.spec(), "rows": len(new)}).to(table.scale.device)
     index = timestep_index(old, new)
-    made.keys = new.clone()
-    made.codes, made.scale, made.zero = table.codes[index], table.scale[index], table.zero[index]
-    return made
+    cached.keys = new.clone()
+    cached.codes, cached.scale = table.codes[index], table.scale[index]
+    cached.zero = table.zero[index]
+    return cached
 
 
 def _cache(gm: fx.GraphModule, node: fx.Node) -> QuantTimestepTable | None:
@@ -176,7 +179,7 @@ def _cache(gm: fx.GraphModule, node: fx.Node) -> QuantTimestepTable | None:
 
 
 def _features(row: fx.Node) -> Iterator[tuple[str, slice]]:
-    """The features that are read from a row, and their columns."""
+    """The name of each feature that is read from a row, with its columns."""
     for user in row.users:
         if FEATURE in user.meta:
             columns: Any = user.args[1]
@@ -184,7 +187,8 @@ def _features(row: fx.Node) -> Iterator[tuple[str, slice]]:
 
 
 def _choices(gm: fx.GraphModule, row: fx.Node) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Columns of scales whose grid the timestep chooses, with that of the choice."""
+    """The columns of scales whose grid depends on the timestep, each with the column that says
+    which grid it is, and the largest code."""
     columns = {user: user.args[1] for user in row.users if user.target is operator.getitem}
     for user, column in columns.items():
         for call in user.users:
@@ -196,7 +200,7 @@ def _choices(gm: fx.GraphModule, row: fx.Node) -> Iterator[tuple[int, tuple[int,
 
 
 def _buffer(row: fx.Node, argument: int) -> str:
-    """The buffer that a look-up reads its rows or its keys from."""
+    """The name of the buffer that a look-up reads: its rows (argument 0) or its keys (1)."""
     read = row.args[argument]
     assert isinstance(read, fx.Node)
     return str(read.target)

@@ -1,4 +1,4 @@
-"""Correct the output by what calibration found its error to be at each timestep.
+"""Correct the output of a graph by the error that calibration measured at each timestep.
 
 return ehat    ->    row = timestep_row(output_correction, keys, t);  return (ehat - D) / (1 + k)
 """
@@ -58,18 +58,20 @@ def correct_outputs(
     details: dict[str, Any] = {"kind": kind, "timesteps": len(timesteps)}
     if reason:
         return Rewrite(gm, 0, [Declined(getattr(node, "name", "output"), reason)], details)
-    found = errors.correction(kind)
-    corrected = int(found.corrected.sum())
+    correction = errors.correction(kind)
+    corrected = int(correction.corrected.sum())
     details |= {
         "corrected": corrected,
-        "interpolated": found.interpolated,
-        "error_before": found.before,
-        "error_after": found.after,
+        "interpolated": correction.interpolated,
+        "error_before": correction.before,
+        "error_after": correction.after,
     }
     if not corrected:
         reason = "no correction helps samples that it was not fitted on"
         return Rewrite(gm, 0, [Declined(node.name, reason)], details)
-    columns = [found.shift] if kind == "bias" else [found.shift, 1 / (1 + found.k)[:, None]]
+    columns = [correction.shift]
+    if kind == "noise":
+        columns.append(1 / (1 + correction.k)[:, None])
     table = torch.cat(columns, 1).float().to(timesteps.device)
     row = insert_timestep_row(gm, CORRECTION, table, timesteps)
     (output,) = gm.graph.find_nodes(op="output")
@@ -82,7 +84,7 @@ def correct_outputs(
 
 
 def _corrected(gm: fx.GraphModule, node: fx.Node, row: fx.Node) -> fx.Node:
-    """(node - shift) * factor in the dtype of `node`; the row may hold no factor."""
+    """Insert (node - shift) * factor, in the dtype of `node`; rows without a factor only shift."""
     value, channels = node.meta["val"], int(channel_count(node))
     shape = [-1, *[1] * (value.dim() - 1)]
     shape[channel_dim(value.shape)] = channels
@@ -97,13 +99,14 @@ def _corrected(gm: fx.GraphModule, node: fx.Node, row: fx.Node) -> fx.Node:
 def _columns(
     gm: fx.GraphModule, row: fx.Node, columns: slice, shape: list[int], like: fx.Node
 ) -> fx.Node:
-    """Columns of a row, shaped to meet `like` and in its dtype (which may change with .half())."""
+    """Insert a read of columns of a row, in `shape` and the dtype of `like` (which `.half()` may
+    change)."""
     part = _call(gm, operator.getitem, row, (slice(None), columns))
     return _call(gm, "type_as", _call(gm, "reshape", part, shape), like)
 
 
 def _call(gm: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
-    """A new node at the graph's insertion point, with its value."""
+    """Insert a call at the insertion point of the graph, with its fake value."""
     method = isinstance(target, str)
     node = gm.graph.create_node("call_method" if method else "call_function", target, args)
     values = fx.map_arg(args, lambda used: used.meta["val"])

@@ -30,7 +30,10 @@ def decompose_attention(gm: fx.GraphModule) -> Rewrite:
     declined, changed = [], 0
     for node in list(gm.graph.nodes):
         name = op_name(node)
-        if name == "multi_head_attention_forward" or _holds_attention(gm, node):
+        is_module = node.op == "call_module"
+        parts = gm.get_submodule(str(node.target)).modules() if is_module else ()
+        inside = any(isinstance(part, nn.MultiheadAttention) for part in parts)
+        if inside or name == "multi_head_attention_forward":
             declined.append(Declined(node.name, "attention inside torch.nn.MultiheadAttention"))
         elif name == "scaled_dot_product_attention":
             call = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
@@ -43,15 +46,8 @@ def decompose_attention(gm: fx.GraphModule) -> Rewrite:
     return Rewrite(gm, changed, declined)
 
 
-def _holds_attention(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    parts = gm.get_submodule(str(node.target)).modules()
-    return any(isinstance(part, nn.MultiheadAttention) for part in parts)
-
-
 def _obstacle(node: fx.Node, call: dict[str, Any]) -> str | None:
-    """Why a call cannot be written out, or None where it can."""
+    """Why a call of fused attention cannot be written out, or None where it can."""
     if call.get("dropout_p", 0.0) != 0:
         return "it has dropout"
     if call.get("is_causal", False) not in (True, False):
@@ -69,14 +65,19 @@ def _obstacle(node: fx.Node, call: dict[str, Any]) -> str | None:
 
 
 def _write_out(node: fx.Node, call: dict[str, Any]) -> None:
-    """Turn `node` into the last of the steps, written in front of it."""
+    """Replace a call of fused attention by its steps; the last one takes over the name."""
     query, key, value = (call[name] for name in _ARGUMENTS[:3])
     scale = call.get("scale")
     if scale is None:
         scale = query.meta["val"].shape[-1] ** -0.5
     scaled = _step(node, "query", torch.mul, query, scale)
     if call.get("enable_gqa"):
-        key, value = (_repeat_heads(node, x, scaled) for x in (key, value))
+        heads = query.meta["val"].shape[-3]
+        times = [heads // x.meta["val"].shape[-3] for x in (key, value)]
+        key, value = (
+            _step(node, "heads", torch.repeat_interleave, x, n, dim=-3)
+            for x, n in zip((key, value), times, strict=True)
+        )
     turned = _step(node, "key", torch.transpose, key, -2, -1)
     scores = _step(node, "scores", torch.matmul, scaled, turned)
     mask, hidden = call.get("attn_mask"), None
@@ -107,12 +108,6 @@ def _write_out(node: fx.Node, call: dict[str, Any]) -> None:
     replace_call(node, product)
 
 
-def _repeat_heads(node: fx.Node, x: fx.Node, query: fx.Node) -> fx.Node:
-    """Keys or values with each head repeated for the queries that share it."""
-    times = query.meta["val"].shape[-3] // x.meta["val"].shape[-3]
-    return _step(node, "heads", torch.repeat_interleave, x, times, dim=-3)
-
-
 def _views_follow(node: fx.Node) -> bool:
     """Whether a view that needs a certain memory layout is taken of the result."""
     todo = [node]
@@ -132,5 +127,5 @@ def _layout(value: Tensor) -> tuple[int, ...]:
 
 
 def _step(node: fx.Node, name: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call in front of `node`, with its value."""
+    """Insert a call in front of `node`, named after it."""
     return call_before(node, target, *args, name=f"{node.name}_{name}", **kwargs)

@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.stages import Stage, stage_of
 from tfmq_fx.ir.binding_times import Binding, binding_times
-from tfmq_fx.ir.graph import feature_slice, insert_timestep_row, timestep_node
+from tfmq_fx.ir.graph import feature_slice, fork, insert_timestep_row, timestep_node
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass, prune
 from tfmq_fx.ir.node_info import is_view, op_name
 from tfmq_fx.ir.subgraphs import as_input, compute_rows
@@ -32,7 +32,7 @@ from tfmq_fx.quant.timestep_table import FEATURE, TABLE
 def fold_timesteps(
     gm: fx.GraphModule, *, timesteps: Tensor, only: Collection[str] | None = None
 ) -> Rewrite:
-    """The graph with its temporal block as a table over `timesteps`.
+    """The graph that reads its temporal features from tables over `timesteps`.
 
     timesteps: (K,) finite, unique, in any order, of values the timestep's dtype can hold.
     only: names of the features to fold (`temporal_block(gm).features`); None folds all.
@@ -45,16 +45,16 @@ def fold_timesteps(
     keys = check_timesteps(timesteps, t.meta["val"].dtype)
     _check_same_set(gm, keys)
     block = temporal_block(gm)
-    wanted, declined = _choose(block.features, only), list(block.declined)
-    before, attributes = _parameters(gm), _attributes(gm)
+    chosen, declined = _choose(block.features, only), list(block.declined)
+    before = _parameters(gm)
     rows = compute_rows(block.graph, keys)
     picked = []
     mixing = _mixing(block.graph, keys, rows)
     for feature, values, mixes in zip(block.features, rows, mixing, strict=True):
-        if feature.name in wanted and mixes:
+        if feature.name in chosen and mixes:
             reason = "its value for one sample depends on the rest of the batch"
             declined.append(Declined(feature.name, reason))
-        elif feature.name in wanted:
+        elif feature.name in chosen:
             picked.append((feature, values))
     table_bytes = 0
     by_dtype = sorted(picked, key=lambda each: str(each[0].dtype))
@@ -70,9 +70,7 @@ def fold_timesteps(
     if picked:
         _free_sizes(gm)
         prune(gm.graph)
-        for target in attributes - _attributes(gm):
-            if "." not in target:  # torch cleans up modules; those below may be the model's own
-                delattr(gm, target)
+        gm = fork(gm)  # without the tensors that nothing reads now
     gm.meta["timesteps"] = keys
     after = _parameters(gm)
     details = {
@@ -85,7 +83,7 @@ def fold_timesteps(
 
 
 def _mixing(graph: fx.GraphModule, keys: Tensor, rows: Sequence[Tensor]) -> list[bool]:
-    """Which outputs are not, row by row, the same in a batch of different timesteps.
+    """Which outputs for one sample depend on the other samples of the batch.
 
     A value that mixes samples (a mean over the batch, t[0]) or reads the batch size is off by its
     own magnitude; rounding in another order is not: 1 % of the norm tells them apart.
@@ -105,7 +103,7 @@ def _mixing(graph: fx.GraphModule, keys: Tensor, rows: Sequence[Tensor]) -> list
 
 
 def _place(gm: fx.GraphModule, feature: Feature, row: fx.Node, start: int) -> None:
-    """Use columns from `start` of `row` (B, F) instead of the feature's node."""
+    """Replace the node of a feature by its columns, from `start`, of a table row (B, F)."""
     old, graph = feature.node, gm.graph
     with graph.inserting_before(old):
         new = feature_slice(graph, row, start, feature.width, f"{old.name}_row")
@@ -118,7 +116,7 @@ def _place(gm: fx.GraphModule, feature: Feature, row: fx.Node, start: int) -> No
 
 
 def _inherited(node: fx.Node) -> dict[str, Any]:
-    """Metadata that is still true of a value computed elsewhere."""
+    """The metadata of a node that a look-up in its place takes over."""
     meta = {key: node.meta[key] for key in ("source", "stack_trace") if key in node.meta}
     stack = OrderedDict(node.meta.get("nn_module_stack") or {})
     if node.op == "call_module" and stack:
@@ -131,12 +129,12 @@ def _then(graph: fx.Graph, node: fx.Node, method: str, *args: int) -> fx.Node:
         new = graph.create_node("call_method", method, (node, *args), name=f"{node.name}_{method}")
     with enable_python_dispatcher():
         value = getattr(node.meta["val"], method)(*args)
-    new.meta = {key: kept for key, kept in node.meta.items() if key != FEATURE} | {"val": value}
+    new.meta = {key: entry for key, entry in node.meta.items() if key != FEATURE} | {"val": value}
     return new
 
 
 def _is_viewed(node: fx.Node) -> bool:
-    """Whether `view`, which refuses some strides, is called on the value, perhaps through views."""
+    """Whether `view`, which refuses some strides, is called on a value or on a view of it."""
     return any(
         op_name(user) in ("view", "view_as") or (is_view(user) and _is_viewed(user))
         for user in node.users
@@ -144,7 +142,7 @@ def _is_viewed(node: fx.Node) -> bool:
 
 
 def _free_sizes(gm: fx.GraphModule) -> None:
-    """Read batch sizes from the timestep where they were read from a value that is to go."""
+    """Read batch sizes from the timestep instead of from values that are about to be removed."""
     times, t = binding_times(gm), timestep_node(gm)
     batch = str(t.meta["val"].shape[0])
     for node in gm.graph.nodes:
@@ -164,7 +162,7 @@ def _choose(features: Collection[Feature], only: Collection[str] | None) -> set[
 
 
 def _check_same_set(gm: fx.GraphModule, keys: Tensor) -> None:
-    """Tables of one graph share one set of timesteps."""
+    """Raise ConfigError if the graph has tables over other timesteps."""
     known = gm.meta.get("timesteps")
     if stage_of(gm) is not Stage.FOLDED or known is None:
         return
@@ -175,18 +173,14 @@ def _check_same_set(gm: fx.GraphModule, keys: Tensor) -> None:
         )
 
 
-def _attributes(gm: fx.GraphModule) -> set[str]:
-    return {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
-
-
 def _parameters(gm: fx.GraphModule) -> dict[int, Tensor]:
     """The parameters that the graph uses, by identity."""
-    found: dict[int, Tensor] = {}
+    parameters: dict[int, Tensor] = {}
     for node in gm.graph.nodes:
         if node.op == "call_module":
-            found |= {id(p): p for p in gm.get_submodule(str(node.target)).parameters()}
+            parameters |= {id(p): p for p in gm.get_submodule(str(node.target)).parameters()}
         elif node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(gm)
             if isinstance(value, nn.Parameter):
-                found[id(value)] = value
-    return found
+                parameters[id(value)] = value
+    return parameters

@@ -1,4 +1,4 @@
-"""Make layers of the convolutions and linear products whose weights no input changes.
+"""Replace convolutions and linear products that have constant weights by layers.
 
 w = (v - mean(v)) / std(v);  y = conv2d(x, w, b)    ->    y = conv(x), a torch.nn layer that holds w
 """
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from tfmq_fx.core.stages import REPLACED, Stage
 from tfmq_fx.ir.binding_times import binding_times
 from tfmq_fx.ir.graph import fork, module_path
 from tfmq_fx.ir.graph_pass import Rewrite, graph_pass, prune
+from tfmq_fx.ir.layer_edits import layer_input, replace_call
 
 _aten = torch.ops.aten
 _KINDS: dict[Any, type[nn.Module]] = {
@@ -37,8 +39,9 @@ _SETTINGS = ("stride", "padding", "dilation", "groups")
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)
 def fold_weights(gm: fx.GraphModule) -> Rewrite:
-    """The graph with a layer for each product of an input with constant weights; outputs are
-    unchanged (exactly).
+    """The graph with a layer for each product of an input and constant weights.
+
+    Outputs are unchanged (exactly).
 
     A layer is called like the module whose forward multiplies, or after that and the operation
     where one module multiplies with several weights.  What a replaced forward does stays as it is.
@@ -46,27 +49,27 @@ def fold_weights(gm: fx.GraphModule) -> Rewrite:
     "bias" are computed from.
     """
     constants = _Constants(gm)
-    found: dict[Any, tuple[nn.Module, list[fx.Node], dict[str, Any]]] = {}
+    layers: dict[Any, tuple[nn.Module, list[fx.Node], dict[str, Any]]] = {}
     for node in gm.graph.nodes:
-        given = _arguments(node)
-        if REPLACED in node.meta or not given or not constants.may_fold(given):
+        arguments = _arguments(node)
+        if REPLACED in node.meta or not arguments or not constants.may_fold(arguments):
             continue
-        key = (_KINDS[node.target], *(repr(given.get(n)) for n in (*_OPERANDS[1:], *_SETTINGS)))
-        if key not in found:
-            layer = _layer(_KINDS[node.target], given, constants.value)
+        key = (_KINDS[node.target], *(repr(arguments.get(n)) for n in (*_OPERANDS[1:], *_SETTINGS)))
+        if key not in layers:
+            layer = _layer(_KINDS[node.target], arguments, constants.value)
             if layer is None:
                 continue
-            found[key] = (layer, [], given)
-        found[key][1].append(node)
+            layers[key] = (layer, [], arguments)
+        layers[key][1].append(node)
     sources = {
         layer: {
-            name: constants.sources(given[name]) if given.get(name) is not None else []
+            name: constants.sources(arguments[name]) if arguments.get(name) is not None else []
             for name in _OPERANDS[1:]
         }
-        for layer, _, given in found.values()
+        for layer, _, arguments in layers.values()
     }
     calls: dict[nn.Module, list[fx.Node]] = {}
-    for i, (layer, nodes, _) in enumerate(found.values()):
+    for i, (layer, nodes, _) in enumerate(layers.values()):
         gm.add_submodule(f"folded_weights_{i}", layer)
         calls[layer] = [_call(gm, node, f"folded_weights_{i}") for node in nodes]
     prune(gm.graph)
@@ -84,7 +87,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 class _Constants:
-    """The values of a graph that no input decides, computed when they are asked for."""
+    """Compute the values of a graph that depend on no input, each when it is first needed."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
@@ -95,71 +98,52 @@ class _Constants:
                 not deps[node] and all(used in self._fixed for used in node.all_input_nodes)
             ):
                 self._fixed.add(node)
-        self._values: dict[fx.Node, Any] = {}
+        self._interpreter = fx.Interpreter(gm, garbage_collect_values=False)
 
-    def may_fold(self, given: Mapping[str, Any]) -> bool:
+    def may_fold(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the weight and bias of a product are constant, its input is not, and its settings
         are numbers."""
-        x, weight, bias = (given.get(name) for name in _OPERANDS)
-        settings = [given[name] for name in _SETTINGS if name in given]
-        plain = not any(_nodes(value) for value in settings)
+        x, weight, bias = (arguments.get(name) for name in _OPERANDS)
+        settings = tree_leaves([arguments[name] for name in _SETTINGS if name in arguments])
+        plain = not any(isinstance(value, fx.Node) for value in settings)
         fixed = weight in self._fixed and (bias is None or bias in self._fixed)
         return plain and fixed and isinstance(x, fx.Node) and x not in self._fixed
 
     def value(self, node: fx.Node) -> Any:
-        """What a constant node computes."""
-        todo = [node]
+        """The value of a constant node."""
+        values, todo = self._interpreter.env, [node]
         while todo:
             at = todo[-1]
-            missing = [used for used in at.all_input_nodes if used not in self._values]
-            if missing and at not in self._values:
+            missing = [used for used in at.all_input_nodes if used not in values]
+            if at not in values and missing:
                 todo += missing
                 continue
             todo.pop()
-            if at not in self._values:
-                self._values[at] = self._compute(at)
-        return self._values[node]
-
-    def _compute(self, node: fx.Node) -> Any:
-        args: Any = fx.map_arg(node.args, self._values.__getitem__)
-        kwargs: Any = fx.map_arg(node.kwargs, self._values.__getitem__)
-        target: Any = node.target
-        if node.op == "get_attr":
-            owner, _, name = str(target).rpartition(".")
-            return getattr(self._gm.get_submodule(owner), name)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        if node.op == "call_module":
-            target = self._gm.get_submodule(target)
-        return target(*args, **kwargs)
+            if at not in values:
+                values[at] = self._interpreter.run_node(at)
+        return values[node]
 
     def sources(self, node: fx.Node) -> list[str]:
         """Names of the tensors that a constant is computed from."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         todo = [node]
         while todo:
             at = todo.pop()
             todo += at.all_input_nodes
             if at.op == "get_attr":
-                found[str(at.target)] = None
+                names[str(at.target)] = None
             elif at.op == "call_module":
                 inner = self._gm.get_submodule(str(at.target)).named_parameters()
-                found |= {f"{at.target}.{name}": None for name, _ in inner}
-        return [*found]
-
-
-def _nodes(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(value, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
-    return found
+                names |= {f"{at.target}.{name}": None for name, _ in inner}
+        return [*names]
 
 
 def _layer(
-    kind: Any, given: Mapping[str, Any], value: Callable[[fx.Node], Any]
+    kind: Any, arguments: Mapping[str, Any], value: Callable[[fx.Node], Any]
 ) -> nn.Module | None:
-    """A layer that holds the weight and bias of a product; None where there is none for them."""
-    weight = value(given["weight"])
-    bias = None if given.get("bias") is None else value(given["bias"])
+    """The layer with the weight and bias of a product; None where no torch layer holds them."""
+    weight = value(arguments["weight"])
+    bias = None if arguments.get("bias") is None else value(arguments["bias"])
     dims = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}[kind]
     if not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == dims):
         return None
@@ -168,15 +152,15 @@ def _layer(
         return None
     common: dict[str, Any] = {"bias": bias is not None, "device": "meta"}  # replaced below
     if kind is nn.Linear:
-        made = nn.Linear(width, out, **common)
+        layer = nn.Linear(width, out, **common)
     else:
-        settings = {n: _setting(given[n]) for n in _SETTINGS if n in given}
+        settings = {n: _setting(arguments[n]) for n in _SETTINGS if n in arguments}
         size = tuple(weight.shape[2:])
-        made = kind(width * settings.get("groups", 1), out, size, **settings, **common)
-    made.weight = _parameter(weight)
+        layer = kind(width * settings.get("groups", 1), out, size, **settings, **common)
+    layer.weight = _parameter(weight)
     if bias is not None:
-        made.bias = _parameter(bias)
-    return made.eval()
+        layer.bias = _parameter(bias)
+    return layer.eval()
 
 
 def _setting(value: Any) -> Any:
@@ -187,31 +171,28 @@ def _setting(value: Any) -> Any:
 
 
 def _parameter(value: Tensor) -> nn.Parameter:
-    """A parameter of the model as it is, else a computed value in memory of its own."""
+    """The parameter itself, or a computed value as a new parameter in its own memory."""
     if isinstance(value, nn.Parameter):
         return value
     return nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
 def _call(gm: fx.GraphModule, node: fx.Node, path: str) -> fx.Node:
-    """A call of the layer at `path` in the place of a product."""
-    x = node.args[0] if node.args else node.kwargs["input"]
+    """Replace a product by a call of the layer at `path`."""
     with gm.graph.inserting_before(node):
-        made = gm.graph.create_node("call_module", path, (x,))
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made, propagate_meta=False)
-    gm.graph.erase_node(node)
-    made.name = node.name  # what is compared with the original is found by name
-    return made
+        call = gm.graph.create_node("call_module", path, (layer_input(node),))
+    call.meta["val"] = node.meta["val"]
+    replace_call(node, call)
+    return call
 
 
 def _name(gm: fx.GraphModule, calls: Mapping[nn.Module, list[fx.Node]]) -> dict[nn.Module, str]:
-    """Move the new layers to where their users look for them; their paths."""
-    made = {node for nodes in calls.values() for node in nodes}
+    """Move new layers to the path of the module that calls them, and return their paths."""
+    new_calls = {node for nodes in calls.values() for node in nodes}
     taken = [
         str(node.target)
         for node in gm.graph.nodes
-        if node.op in ("get_attr", "call_module") and node not in made
+        if node.op in ("get_attr", "call_module") and node not in new_calls
     ]
     paths = [module_path(nodes[0]) for nodes in calls.values()]
     names: dict[nn.Module, str] = {}

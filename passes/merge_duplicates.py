@@ -1,10 +1,11 @@
-"""Compute once what a model computes several times from the same values.
+"""Merge nodes that compute the same from the same values.
 
 a = embed_0(t);  b = embed_1(t)    ->    a = embed_0(t)   and a for b, where the weights are equal
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def merge_duplicates(gm: fx.GraphModule) -> Rewrite:
     details["merged"]: the path of each layer that went -> the path of the one that serves for it.
     """
     deps = binding_times(gm).deps
-    kept: dict[Any, list[fx.Node]] = {}
+    candidates: dict[Any, list[fx.Node]] = {}
     merged: dict[str, str] = {}
     changed = 0
     for node in list(gm.graph.nodes):
@@ -34,7 +35,7 @@ def merge_duplicates(gm: fx.GraphModule) -> Rewrite:
             continue
         if "writes" in node.meta or node.meta.get("val") is None:
             continue
-        alike = kept.setdefault(_key(gm, node), [])
+        alike = candidates.setdefault(_key(gm, node), [])
         same = next((other for other in alike if _equal(gm, node, other)), None)
         if same is None:
             alike.append(node)
@@ -49,13 +50,13 @@ def merge_duplicates(gm: fx.GraphModule) -> Rewrite:
 
 
 def _key(gm: fx.GraphModule, node: fx.Node) -> Any:
-    """Equal for nodes that may be duplicates."""
+    """A key that is equal for nodes that may be duplicates."""
     target: Any = node.target
     if node.op == "call_module":
         module = gm.get_submodule(str(target))
         target = (type(module), repr(module))
     elif node.op == "get_attr":
-        value = _attribute(gm, node)
+        value = operator.attrgetter(str(node.target))(gm)
         target = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else target
     return node.op, target, repr(node.args), repr(node.kwargs)
 
@@ -65,10 +66,10 @@ def _equal(gm: fx.GraphModule, node: fx.Node, other: fx.Node) -> bool:
     if node.target == other.target or node.op not in ("call_module", "get_attr"):
         return True
     if node.op == "get_attr":  # parameters have names that users know them by
-        values = _attribute(gm, node), _attribute(gm, other)
+        values = [operator.attrgetter(str(n.target))(gm) for n in (node, other)]
         return not any(isinstance(v, nn.Parameter) for v in values) and _same_tensor(*values)
     a, b = gm.get_submodule(str(node.target)), gm.get_submodule(str(other.target))
-    if any(_has_hooks(module) for module in (*a.modules(), *b.modules())):
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (*a.modules(), *b.modules())):
         return False
     first, second = a.state_dict(), b.state_dict()
     return first.keys() == second.keys() and all(
@@ -84,12 +85,3 @@ def _same_tensor(a: Any, b: Any) -> bool:
     if a.is_meta or b.is_meta or a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a, b)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    owner, _, name = str(node.target).rpartition(".")
-    return getattr(gm.get_submodule(owner), name)

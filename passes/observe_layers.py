@@ -11,42 +11,40 @@ from torch import fx, nn
 
 from tfmq_fx.calibration.observers import RangeObserver
 from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
+from tfmq_fx.ir.layer_edits import layer_input
 from tfmq_fx.ir.sites import Site, find_sites
 
 PREFIX = "observers"
 
 
 def observer_name(site: str) -> str:
-    """Path of the observer of a site, another for every site; dots would nest modules."""
+    """The path of the observer of a site: unique, and without dots, which would nest modules."""
     return f"{PREFIX}.{site.replace('_', '__').replace('.', '_d')}"
-
-
-def _range_observer(site: Site) -> nn.Module:
-    return RangeObserver(site.name)
 
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.OBSERVED)
 def observe_layers(
-    gm: fx.GraphModule, observer: Callable[[Site], nn.Module | None] = _range_observer
+    gm: fx.GraphModule,
+    observer: Callable[[Site], nn.Module | None] = lambda site: RangeObserver(site.name),
 ) -> Rewrite:
     """The graph with observers; outputs are unchanged (exactly). A layer called several times
-    shares one observer. Reads gm.meta["timestep"], the name of the timestep's placeholder.
+    has one observer.
 
-    observer: makes the observer of a site, called with its input and the timestep (B,), or None.
+    observer: makes the module for a site that is called with its input and the timestep (B,), or
+    None to leave the site alone.
     """
-    (t,) = (n for n in gm.graph.find_nodes(op="placeholder") if n.target == gm.meta["timestep"])
     sites, declined = find_sites(gm)
-    changed = 0
+    t, changed = timestep_node(gm), 0
     for site in sites:
-        made = observer(site)
-        if made is None:
+        module = observer(site)
+        if module is None:
             continue
         changed += 1
-        gm.add_submodule(observer_name(site.name), made)
+        gm.add_submodule(observer_name(site.name), module)
         for node in site.nodes:
-            x = node.args[0] if node.args else node.kwargs["input"]
-            assert isinstance(x, fx.Node)
+            x = layer_input(node)
             with gm.graph.inserting_before(node):
                 seen = gm.graph.call_module(observer_name(site.name), (x, t))
             seen.meta = {"val": x.meta["val"], "nn_module_stack": node.meta["nn_module_stack"]}

@@ -16,7 +16,7 @@ from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig
 from tfmq_fx.core.stages import Stage
 from tfmq_fx.ir.graph import insert_timestep_row, timestep_node
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
-from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.layer_edits import call_before, layer_input
 from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.quant.affine import activation_scales, weight_groups, weight_qparams
 from tfmq_fx.quant.gptq import round_nearest
@@ -43,23 +43,22 @@ def quantize_layers(
     A site whose input does not carry the batch in dim 0 gets one static range.
     """
     sites, declined = find_sites(gm)
-    scales: list[Tensor] = []
-    wanting: list[tuple[Site, int]] = []
+    scales: dict[str, Tensor] = {}  # of sites with a scale for each timestep, (K,)
     changed = 0
     for site in sites:
         layer_plan = plan[site.name]
         if layer_plan.weights is None:
             declined.append(Declined(site.name, "its configuration keeps it in floating point"))
             continue
-        made = (ready or {}).get(site.name)
+        layer = (ready or {}).get(site.name)
         per_timestep, reason = _per_timestep(gm, site, layer_plan.activations)
         if reason:
             declined.append(Declined(site.name, reason))
-        if made is None:
-            made = _quantized(site, layer_plan, per_timestep)
+        if layer is None:
+            layer = _quantized(site, layer_plan, per_timestep)
         size = layer_plan.weights.group_size
-        if size and made.weight_shape[1] % size:
-            reason = f"one scale a channel: {size} does not divide {made.weight_shape[1]} inputs"
+        if size and layer.weight_shape[1] % size:
+            reason = f"one scale a channel: {size} does not divide {layer.weight_shape[1]} inputs"
             declined.append(Declined(site.name, reason))
         if (acts := layer_plan.calibrated) is not None:
             seen = ranges[site.name]
@@ -67,21 +66,27 @@ def quantize_layers(
             if not per_timestep:
                 low, high = low.min()[None], high.max()[None]
             scale, zero = activation_scales(low, high, bits=acts.bits, format=acts.format)
-            made.set_static_range(float(scale.max()), zero)
+            layer.set_static_range(float(scale.max()), zero)
             if per_timestep:
-                wanting.append((site, len(scales)))
-                scales.append(scale)
-        gm.set_submodule(site.name, made)
+                scales[site.name] = scale
+        gm.set_submodule(site.name, layer)
         changed += 1
-    if wanting:
-        _pass_scales(gm, wanting, torch.stack(scales, 1).to(timesteps.device), timesteps)
+    if scales:
+        table = torch.stack(list(scales.values()), 1).to(timesteps.device)
+        row = insert_timestep_row(gm, SCALES, table, timesteps)
+    calls = {site.name: site.nodes for site in sites}
+    for column, name in enumerate(scales):
+        for node in calls[name]:
+            place = (slice(None), column)
+            scale = call_before(node, operator.getitem, row, place, name=f"scale_{node.name}")
+            node.args, node.kwargs = (layer_input(node), scale), {}
     return Rewrite(gm, changed, declined)
 
 
 def _per_timestep(
     gm: fx.GraphModule, site: Site, spec: ActivationSpec | None
 ) -> tuple[bool, str | None]:
-    """Whether the site's input can be scaled per timestep, and why not where it was asked for."""
+    """Whether the input of a site gets a scale per timestep; why not, where the spec wants one."""
     if spec is None or not spec.per_timestep:
         return False, None
     batch = timestep_node(gm).meta["val"].shape[0]
@@ -97,7 +102,7 @@ def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
     weight = site.layer.weight
     assert kind is not None and plan.weights is not None and isinstance(weight, Tensor)
     acts = plan.activations
-    made = kind.from_float(
+    layer = kind.from_float(
         site.layer,  # type: ignore[arg-type]  # the class was chosen by the layer's own
         weight_bits=plan.weights.bits,
         weight_format=plan.weights.format,
@@ -109,16 +114,5 @@ def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
     )
     grid = weight_qparams(weight, plan.weights)
     codes = round_nearest(weight.detach().float().flatten(1), grid)
-    made.set_weight(codes.view(weight.shape), grid)
-    return made
-
-
-def _pass_scales(
-    gm: fx.GraphModule, wanting: list[tuple[Site, int]], table: Tensor, timesteps: Tensor
-) -> None:
-    row = insert_timestep_row(gm, SCALES, table, timesteps)
-    for site, column in wanting:
-        for node in site.nodes:
-            place, name = (slice(None), column), f"scale_{node.name}"
-            scale = call_before(node, operator.getitem, row, place, name=name)
-            node.args, node.kwargs = (node.all_input_nodes[0], scale), {}
+    layer.set_weight(codes.view(weight.shape), grid)
+    return layer

@@ -44,7 +44,9 @@ def quantize_products(
         if product.name not in measured:
             declined.append(Declined(product.name, "calibration saw no such product"))
             continue
-        if any(_is_rounded(gm, product.operand(side)) for side in SIDES):
+        operands = [product.operand(side) for side in SIDES]
+        called = [gm.get_submodule(str(x.target)) for x in operands if x.op == "call_module"]
+        if any(isinstance(module, QuantActivation) for module in called):
             declined.append(Declined(product.name, "it is quantized already"))
             continue
         details[product.name] = {}
@@ -72,14 +74,8 @@ def quantize_products(
     return Rewrite(gm, changed, declined, {"products": details})
 
 
-def _is_rounded(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    return isinstance(gm.get_submodule(str(node.target)), QuantActivation)
-
-
 def _rounding(operand: Operand, spec: AttentionSpec) -> tuple[QuantActivation, Tensor]:
-    """The module for an operand, and its scale at each timestep (K,) float32."""
+    """The module that rounds an operand, and its scale at each timestep (K,) float32."""
     bits = spec.probabilities_bits if operand.probabilities else spec.activations.bits
     grid: Grid = spec.probabilities if operand.probabilities else "uniform"
     per_timestep = spec.activations.per_timestep and operand.static is None
@@ -95,7 +91,7 @@ def _rounding(operand: Operand, spec: AttentionSpec) -> tuple[QuantActivation, T
 
 
 def _insert(gm: fx.GraphModule, product: Product, side: Side, module: QuantActivation) -> fx.Node:
-    """A call of `module` on one operand, in front of the product."""
+    """Insert a call of `module` on one operand of a product, and return it."""
     value, node = product.operand(side), product.node
     path = f"{PREFIX}.{product.name}.{side}"
     gm.add_submodule(path, module.to(value.meta["val"].device))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,23 +15,12 @@ from torch import Tensor, fx
 
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.stages import Stage
-from tfmq_fx.ir.graph import timestep_node
-from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
+from tfmq_fx.ir.graph import fork, timestep_node
+from tfmq_fx.ir.graph_pass import Rewrite, graph_pass, prune
 from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.quant.timestep_table import BITS, FEATURE, QuantTimestepTable, cache_error
 
 CACHE = "temporal_cache_int"  # followed by the bits: path of the cached table
-
-
-@dataclass(frozen=True, slots=True)
-class _Slice:
-    """A feature in an exact table: `node` takes columns [start, stop) of the look-up `row`."""
-
-    name: str
-    node: fx.Node
-    row: fx.Node
-    start: int
-    stop: int
 
 
 @graph_pass(takes=Stage.FOLDED, gives=Stage.FOLDED)
@@ -45,18 +33,17 @@ def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
     widths.
     details: bytes before and after, and the relative L2 error of each feature over its timesteps.
     """
-    slices = {s.name: s for s in _exact_slices(gm)}
-    cached = _cached(gm)
-    _check(bits, slices, cached)
-    wanted = {name: s for name, s in slices.items() if name in bits}
+    exact, cached = _features(gm)
+    _check(bits, exact, cached)
+    chosen = {name: node for name, node in exact.items() if name in bits}
     features: dict[str, Any] = {}
-    rows = {each.row: None for each in wanted.values()}
+    rows = {_row(node): None for node in chosen.values()}
     before = sum(_table(gm, row).nbytes for row in rows)
-    caches: dict[tuple[int, torch.dtype], list[_Slice]] = {}
-    for name, each in wanted.items():
-        table = _table(gm, each.row)
-        caches.setdefault((bits[name], table.dtype), []).append(each)
-        error = cache_error(table[:, each.start : each.stop], bits[name])
+    caches: dict[tuple[int, torch.dtype], list[fx.Node]] = {}
+    for name, node in chosen.items():
+        values = _values(gm, node)
+        caches.setdefault((bits[name], values.dtype), []).append(node)
+        error = cache_error(values, bits[name])
         features[name] = {
             "bits": bits[name],
             "error_mean": float(error.mean()),
@@ -64,111 +51,97 @@ def quantize_tables(gm: fx.GraphModule, *, bits: Mapping[str, int]) -> Rewrite:
         }
     after = sum(_cache(gm, width, group) for (width, _), group in caches.items())
     for row in rows:
-        keep = [s for name, s in slices.items() if s.row is row and name not in wanted]
-        after += _shrink(gm, row, keep)
+        after += _shrink(gm, row, [node for node in exact.values() if _row(node) is row])
+    prune(gm.graph)
+    gm = fork(gm)  # without the tables that nothing reads now
     details = {"features": features, "bytes_before": before, "bytes_after": after}
-    return Rewrite(gm, len(wanted), details=details)
+    return Rewrite(gm, len(chosen), details=details)
 
 
-def _exact_slices(gm: fx.GraphModule) -> list[_Slice]:
-    found = []
+def _features(gm: fx.GraphModule) -> tuple[dict[str, fx.Node], dict[str, int]]:
+    """The nodes that read features from exact tables, and the bits of features in cached tables."""
+    exact, cached = dict[str, fx.Node](), dict[str, int]()
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
-        row, columns = node.args
-        if FEATURE in node.meta and isinstance(row, fx.Node) and is_timestep_row(row):
-            assert isinstance(columns, tuple) and isinstance(columns[1], slice)
-            name, place = node.meta[FEATURE], columns[1]
-            found.append(_Slice(name, node, row, place.start, place.stop))
-    return found
-
-
-def _cached(gm: fx.GraphModule) -> dict[str, int]:
-    """Features in cached tables, and their bits."""
-    found = {}
-    for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
-        row = node.args[0]
-        if FEATURE in node.meta and isinstance(row, fx.Node) and row.op == "call_module":
+        if FEATURE not in node.meta:
+            continue
+        name, row = node.meta[FEATURE], _row(node)
+        if is_timestep_row(row):
+            exact[name] = node
+        elif row.op == "call_module":
             table = gm.get_submodule(str(row.target))
             assert isinstance(table, QuantTimestepTable)
-            found[node.meta[FEATURE]] = table.bits
-    return found
+            cached[name] = table.bits
+    return exact, cached
 
 
 def _check(
-    bits: Mapping[str, int], slices: Mapping[str, _Slice], cached: Mapping[str, int]
+    bits: Mapping[str, int], exact: Mapping[str, fx.Node], cached: Mapping[str, int]
 ) -> None:
     for name, width in bits.items():
         if width not in BITS:
             raise ConfigError(f"{name}: rows can be cached at 4 or 8 bits, not {width}")
         if name in cached and cached[name] != width:
             raise ConfigError(f"{name} is cached at {cached[name]} bits; its exact rows are gone")
-        if name not in slices and name not in cached:
-            known = ", ".join(slices) or "none"
+        if name not in exact and name not in cached:
+            known = ", ".join(exact) or "none"
             raise ConfigError(f"no feature {name} in an exact table; there are {known}")
 
 
-def _table(gm: fx.GraphModule, row: fx.Node) -> Tensor:
-    return _attribute(gm, row.args[0])
+def _row(node: fx.Node) -> fx.Node:
+    """The look-up whose columns a feature's node takes."""
+    row = node.args[0]
+    assert isinstance(row, fx.Node)
+    return row
 
 
-def _attribute(gm: fx.GraphModule, node: Any) -> Tensor:
-    value: Tensor = operator.attrgetter(str(node.target))(gm)
-    return value
+def _table(gm: fx.GraphModule, row: fx.Node, argument: int = 0) -> Tensor:
+    """The table (K, F) that a look-up reads its rows from; argument: 1 for its keys (K,)."""
+    node: Any = row.args[argument]
+    return gm.get_buffer(str(node.target))
 
 
-def _cache(gm: fx.GraphModule, bits: int, group: Sequence[_Slice]) -> int:
-    """Put the features into one cached table; its bytes."""
-    t, first = timestep_node(gm), group[0].row
-    tables = [_table(gm, s.row)[:, s.start : s.stop] for s in group]
-    module = QuantTimestepTable.from_rows(_attribute(gm, first.args[1]), tables, bits=bits)
+def _values(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The values of a feature at each timestep, (K, width), in its exact table."""
+    columns: Any = node.args[1]
+    return _table(gm, _row(node))[columns]
+
+
+def _cache(gm: fx.GraphModule, bits: int, group: Sequence[fx.Node]) -> int:
+    """Move features into one new integer table, and return its bytes."""
+    first, tables = _row(group[0]), [_values(gm, node) for node in group]
+    module = QuantTimestepTable.from_rows(_table(gm, first, 1), tables, bits=bits)
     path, n = f"{CACHE}{bits}", 0
     while hasattr(gm, path):
         n += 1
         path = f"{CACHE}{bits}_{n}"
     gm.add_submodule(path, module)
     with gm.graph.inserting_after(first):
-        row = gm.graph.call_module(path, (t,))
-    width = sum(module.widths)
+        row = gm.graph.call_module(path, (timestep_node(gm),))
     value = first.meta["val"]
     row.meta = {
-        "val": value.new_empty((value.shape[0], width)),
+        "val": value.new_empty((value.shape[0], sum(module.widths))),
         "nn_module_stack": first.meta["nn_module_stack"],
     }
-    start = 0
-    for each, columns in zip(group, module.widths, strict=True):
-        _move(each, row, start, columns)
-        start += columns
+    _read_from(row, group)
     return module.nbytes()
 
 
-def _move(each: _Slice, row: fx.Node, start: int, width: int) -> None:
-    """Read the feature from columns of another row."""
-    columns = (slice(None), slice(start, start + width))
-    each.node.args = (row, columns)
-    each.node.meta["val"] = row.meta["val"][columns]
-
-
-def _shrink(gm: fx.GraphModule, row: fx.Node, keep: Sequence[_Slice]) -> int:
-    """Drop all columns but those of `keep` from an exact table; the bytes left."""
+def _shrink(gm: fx.GraphModule, row: fx.Node, keep: Sequence[fx.Node]) -> int:
+    """Drop all columns but those of `keep` from an exact table, and return the bytes left."""
     if not keep:
-        _remove(gm, row)
         return 0
-    kept = torch.cat([_table(gm, row)[:, s.start : s.stop] for s in keep], 1)
-    (table, *_) = row.all_input_nodes
-    setattr(gm, str(table.target), kept)  # buffers of a fork are its own
-    row.meta["val"] = row.meta["val"].new_empty((row.meta["val"].shape[0], kept.shape[1]))
+    rest = torch.cat([_values(gm, node) for node in keep], 1)
+    table: Any = row.args[0]
+    setattr(gm, str(table.target), rest)  # buffers of a fork are its own
+    row.meta["val"] = row.meta["val"].new_empty((row.meta["val"].shape[0], rest.shape[1]))
+    _read_from(row, keep)
+    return rest.nbytes
+
+
+def _read_from(row: fx.Node, nodes: Sequence[fx.Node]) -> None:
+    """Make the nodes of features take the columns of `row`, one feature after the other."""
     start = 0
-    for each in keep:
-        _move(each, row, start, each.stop - each.start)
-        start += each.stop - each.start
-    return kept.nbytes
-
-
-def _remove(gm: fx.GraphModule, row: fx.Node) -> None:
-    """Take an unused look-up out of the graph, with the buffers that nothing else reads."""
-    buffers = [node for node in row.all_input_nodes if node.op == "get_attr"]
-    gm.graph.erase_node(row)
-    for node in buffers:
-        if not node.users:
-            gm.graph.erase_node(node)
-        if not gm.graph.find_nodes(op="get_attr", target=str(node.target)):
-            delattr(gm, str(node.target))
+    for node in nodes:
+        columns = (slice(None), slice(start, start + node.meta["val"].shape[1]))
+        node.args, start = (row, columns), columns[1].stop
+        node.meta["val"] = row.meta["val"][columns]

@@ -20,7 +20,7 @@ from tfmq_fx.core.config import ReconstructionSpec
 from tfmq_fx.core.distributed import exchange, rank, world
 from tfmq_fx.core.progress import progress_bar
 from tfmq_fx.core.stages import Stage
-from tfmq_fx.ir.graph import fork, timestep_node
+from tfmq_fx.ir.graph import batched_inputs, fork, timestep_node
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 from tfmq_fx.ir.node_info import writers
 from tfmq_fx.ir.reconstruction_units import Unit, unit_nodes, units
@@ -92,9 +92,20 @@ def reconstruct_blocks(
         parts = [part for unit in units(sites) for part in _alone(unit, _view(seen, unit, full))]
 
         def learnt(unit: Unit, view: _View) -> Part:
-            return _learnt(
-                seen, reference, unit, view, full, quantized, weights, shares, spec, iters
-            )
+            """Learn a block on its inputs and outputs, in front of which the walks stop."""
+            outputs = [full.node(node.name) for node in view.outputs]
+            quantized.keep(view.inputs)
+            quantized.stop_before(view.first)
+            full.keep(outputs)
+            full.run_past(outputs)
+            block = extract(seen, view.outputs, view.inputs)
+            inputs = [quantized.values[node] for node in view.inputs]
+            targets = [full.values[node] for node in outputs]
+            batches = _Batches(block, inputs, targets, weights, shares)
+            part = _best(block, reference, unit, batches, spec, iters, split=shares is not None)
+            full.release()
+            quantized.release()
+            return part
 
         # Sites of a unit that is no region of its own may take turns with those of others.
         order = {node: i for i, node in enumerate(seen.graph.nodes)}
@@ -105,38 +116,37 @@ def reconstruct_blocks(
                 declined.append(Declined(unit.path, "its outputs are not in the captured graph"))
                 continue
             make = partial(learnt, unit, view)
-            found = finished(checkpoint, unit.path, make, shared=True)
-            errors[unit.path] = found.errors
-            if found.note:
-                declined.append(Declined(unit.path, found.note))
-            for name, state in found.states.items():
+            result = finished(checkpoint, unit.path, make, shared=True)
+            errors[unit.path] = result.errors
+            if result.note:
+                declined.append(Declined(unit.path, result.note))
+            for name, state in result.states.items():
                 for graph in {gm, seen}:
                     layer = graph.get_submodule(name)
                     assert isinstance(layer, QuantLayer)
                     graph.set_submodule(name, with_rounded_state(layer, state))
-            changed += bool(found.states)
+            changed += bool(result.states)
     return Rewrite(gm, changed, declined, {"error": errors} | record(checkpoint))
 
 
 def _own_rows(
     gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]], weights: Sequence[Tensor] | None
 ) -> tuple[Sequence[Sequence[Tensor]], Sequence[Tensor] | None, list[float] | None]:
-    """The samples of each chunk that this process takes, their weights, and which share of the
-    chunk they are, which is 0 where there are fewer samples than processes, and a sample stands in.
+    """The rows of each chunk that this process takes, their weights, and their share of the chunk.
 
-    All of them and None for the shares where there is one process, or the graph is of one size.
+    A share is 0 where there are fewer samples than processes, and a sample only stands in.
+
+    With one process, or a graph of fixed size, these are all rows, and None for the shares.
     """
     t = timestep_node(gm)
     size = t.meta["val"].shape[0]
     if world() == 1 or not isinstance(size, torch.SymInt):
         return chunks, weights, None
-    nodes = list(gm.graph.find_nodes(op="placeholder"))
-    shapes = [node.meta["val"].shape for node in nodes]
-    batched = [len(shape) > 0 and str(shape[0]) == str(size) for shape in shapes]
+    place, batched = list(gm.graph.find_nodes(op="placeholder")).index(t), batched_inputs(gm)
     own, shares, rows = [], [], []
     for chunk in chunks:
-        count = len(chunk[nodes.index(t)])
-        start, stop = (place * count // world() for place in (rank(), rank() + 1))
+        count = len(chunk[place])
+        start, stop = (n * count // world() for n in (rank(), rank() + 1))
         shares.append((stop - start) / count)
         rows.append(slice(start, stop) if stop > start else slice(0, 1))
         pairs = zip(chunk, batched, strict=True)
@@ -147,18 +157,18 @@ def _own_rows(
 
 
 def _with_float_inputs(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with every quantized layer and product reading its input as it comes."""
-    made = fork(gm)
-    for name, layer in list(made.named_modules()):
+    """The graph whose quantized layers and products do not round their inputs."""
+    forked = fork(gm)
+    for name, layer in list(forked.named_modules()):
         if isinstance(layer, QuantLayer):
-            made.set_submodule(name, with_float_inputs(layer))
+            forked.set_submodule(name, with_float_inputs(layer))
         elif isinstance(layer, QuantActivation):
-            made.set_submodule(name, _AsItComes())
-    return made
+            forked.set_submodule(name, _NoRounding())
+    return forked
 
 
-class _AsItComes(nn.Module):
-    """In the place of a QuantActivation: gives its input back."""
+class _NoRounding(nn.Module):
+    """Replace a QuantActivation by the identity."""
 
     stage = Stage.QUANTIZED
 
@@ -168,7 +178,7 @@ class _AsItComes(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A unit as a region of the quantized graph: what goes in and out, and when it starts."""
+    """The region of a unit in the quantized graph: its inputs, outputs and first layer call."""
 
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
@@ -176,7 +186,7 @@ class _View:
 
 
 def _alone(unit: Unit, view: _View | None) -> list[Unit]:
-    """The unit, or its sites one by one where it is not a region of its own."""
+    """The unit, or each of its sites as a unit where the whole is no region (`view` is None)."""
     if view is not None or len(unit.sites) == 1:
         return [unit]
     return [Unit(site.name, (site,)) for site in unit.sites]
@@ -198,7 +208,7 @@ def _view(gm: fx.GraphModule, unit: Unit, full: LayerwiseExecutor) -> _View | No
 
 
 class _Batches(Sequence[Batch]):
-    """What goes into a block and should come out of it, chunk by chunk, wherever a walk keeps it.
+    """The inputs and target outputs of a block for each chunk, read from where the walks keep them.
 
     Inputs that the block writes to in place are copies.  shares: of each batch, where processes
     have split them.
@@ -230,33 +240,6 @@ class _Batches(Sequence[Batch]):
         return Batch(tuple(inputs), tuple(held[chunk] for held in self._targets), weights, share)
 
 
-def _learnt(
-    gm: fx.GraphModule,
-    reference: fx.GraphModule,
-    unit: Unit,
-    view: _View,
-    full: LayerwiseExecutor,
-    quantized: LayerwiseExecutor,
-    weights: Sequence[Tensor] | None,
-    shares: Sequence[float] | None,
-    spec: ReconstructionSpec,
-    iters: int,
-) -> Part:
-    """The block with what it is to give and gets, in front of which the walks stop."""
-    wanted = [full.node(node.name) for node in view.outputs]
-    quantized.keep(view.inputs)
-    quantized.stop_before(view.first)
-    full.keep(wanted)
-    full.run_past(wanted)
-    block = extract(gm, view.outputs, view.inputs)
-    inputs, targets = [quantized.values[n] for n in view.inputs], [full.values[n] for n in wanted]
-    batches = _Batches(block, inputs, targets, weights, shares)
-    part = _best(block, reference, unit, batches, spec, iters, split=shares is not None)
-    full.release()
-    quantized.release()
-    return part
-
-
 def _best(
     block: fx.GraphModule,
     reference: fx.GraphModule,
@@ -267,8 +250,11 @@ def _best(
     *,
     split: bool = False,
 ) -> Part:
-    """The best rounding of a block, and the relative squared error of its outputs as given, rounded
-    to nearest, and learnt.  split: whether each process has its share of every batch."""
+    """The best rounding of a block: the one it had, rounded to nearest, or learnt.
+
+    `errors` are relative squared errors of the outputs.
+    split: whether each process has its share of every batch.
+    """
     soft, nearest = dict[str, AdaRoundLayer](), dict[str, QuantLayer]()
     errors = {"before": _error(block, batches, split)}
     for site in unit.sites:
@@ -293,20 +279,20 @@ def _best(
     )
     learnt = {name: layer.decided() for name, layer in soft.items()}
     errors["after"] = math.nan if stopped else _error(_with(block, learnt), batches, split)
-    kept = min(errors, key=lambda name: (not math.isfinite(errors[name]), errors[name]))
-    if not math.isfinite(errors[kept]):
-        kept = "before"
-    layers = {"before": {}, "nearest": nearest, "after": learnt}[kept]
+    best = min(errors, key=lambda name: (not math.isfinite(errors[name]), errors[name]))
+    if not math.isfinite(errors[best]):
+        best = "before"
+    layers = {"before": {}, "nearest": nearest, "after": learnt}[best]
     note = ""
-    if kept != "after":
-        form = "what it had" if kept == "before" else "nearest rounding"
+    if best != "after":
+        form = "what it had" if best == "before" else "nearest rounding"
         why = stopped or f"learnt rounding is no better ({errors['after']:.4g})"
-        note = f"{why}: kept {form} ({errors[kept]:.4g})"
+        note = f"{why}: kept {form} ({errors[best]:.4g})"
     return Part({name: rounded_state(layer) for name, layer in layers.items()}, errors, note)
 
 
 def _with(block: fx.GraphModule, layers: Mapping[str, nn.Module]) -> fx.GraphModule:
-    """`block` with other layers in the place of its own."""
+    """Replace layers of a block by others, in place, and return it."""
     for name, layer in layers.items():
         block.set_submodule(name, layer)
     return block

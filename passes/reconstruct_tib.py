@@ -1,4 +1,5 @@
-"""Temporal information aware reconstruction (TIAR): round the temporal block as one unit.
+"""Learn the rounding of the temporal block as one unit (TIAR, temporal information aware
+reconstruction).
 
 features = tib_q(t), rounded to nearest    ->    rounded so that all features together stay put
 """
@@ -51,17 +52,17 @@ def reconstruct_tib(
     sites = [name for name, m in gm.named_modules() if isinstance(m, QuantLayer)]
     if not sites or iters == 0:
         return Rewrite(gm, 0)
-    found = finished(
+    result = finished(
         checkpoint,
         "temporal block",
         lambda: _learnt(gm, reference, sites, timesteps, visits, iters, spec),
     )
-    for name, state in found.states.items():
+    for name, state in result.states.items():
         layer = gm.get_submodule(name)
         assert isinstance(layer, QuantLayer)
         gm.set_submodule(name, with_rounded_state(layer, state))
-    declined = [Declined("temporal block", found.note)] if found.note else []
-    return Rewrite(gm, len(found.states), declined, found.errors | record(checkpoint))
+    declined = [Declined("temporal block", result.note)] if result.note else []
+    return Rewrite(gm, len(result.states), declined, result.errors | record(checkpoint))
 
 
 def _learnt(
@@ -73,8 +74,8 @@ def _learnt(
     iters: int,
     spec: ReconstructionSpec,
 ) -> Part:
-    """The block's layers learnt, or none; mean relative errors of the features, and the share of
-    weights that had decided."""
+    """Learn the layers of the block; errors are mean relative errors of the features, and the share
+    of weights whose rounding is decided."""
     targets = at_timesteps(reference, timesteps)
     trained = fx.GraphModule(gm, gm.graph)
     soft = {}
@@ -94,8 +95,8 @@ def _learnt(
         regularization=spec.regularization,
         generator=seeded_generator(spec.seed, "temporal block"),
     )
-    made = {name: layer.decided() for name, layer in soft.items()}
-    for name, module in made.items():
+    rounded = {name: layer.decided() for name, layer in soft.items()}
+    for name, module in rounded.items():
         trained.set_submodule(name, module)
     after = feature_errors(trained, targets, timesteps)
     share = visits.to(before) / visits.sum()
@@ -111,22 +112,22 @@ def _learnt(
     if stopped or not later < earlier:  # NaN is no better
         why = stopped or f"learnt rounding is no better ({later:.4g})"
         return Part({}, errors, f"{why}: kept what it had ({earlier:.4g})")
-    return Part({name: rounded_state(module) for name, module in made.items()}, errors)
+    return Part({name: rounded_state(module) for name, module in rounded.items()}, errors)
 
 
 def feature_errors(gm: fx.GraphModule, targets: tuple[Tensor, ...], timesteps: Tensor) -> Tensor:
     """Relative L2 error of each feature at each timestep: (features, K)."""
     with torch.no_grad():
-        found = at_timesteps(gm, timesteps)
-    return relative_errors(found, targets)
+        features = at_timesteps(gm, timesteps)
+    return relative_errors(features, targets)
 
 
-def relative_errors(found: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+def relative_errors(values: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
     """|found - target| / |target| for each feature (K, ...) and row: (features, K), 0/0 is 0."""
     return torch.stack(
         [
             (f.float() - t.float()).reshape(len(t), -1).norm(dim=1)
             / t.float().reshape(len(t), -1).norm(dim=1).clamp(min=1e-12)
-            for f, t in zip(found, targets, strict=True)
+            for f, t in zip(values, targets, strict=True)
         ]
     )

@@ -32,8 +32,8 @@ ROTATION = "hadamard"  # buffers of the matrices
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)
 def rotate_inputs(gm: fx.GraphModule, *, group: int, only: Collection[str]) -> Rewrite:
-    """The graph whose linear layers in `only` read rotated inputs, as in QuaRot and, in groups, in
-    ConvRot; outputs are equal up to float reassociation.
+    """The graph whose linear layers in `only` read rotated inputs; outputs are equal up to float
+    reassociation. As in QuaRot and, in groups, in ConvRot.
 
     group: channels in a block, a power of two; a layer that it does not divide takes the largest
     power of two that does.  Sites that read one value read one rotation of it.  Declined:
@@ -80,7 +80,7 @@ def hadamard(size: int) -> Tensor:
 
 
 def _reason(site: Site) -> str | None:
-    """Why a site's input is not rotated."""
+    """Why the input of a site cannot be rotated, or None where it can."""
     if not isinstance(site.layer, nn.Linear):
         return "a convolution: only linear layers are rotated"
     if weight_of(site.layer).shape[1] % 2:
@@ -91,7 +91,7 @@ def _reason(site: Site) -> str | None:
 
 
 def _is_rotated(x: fx.Node) -> bool:
-    """Whether a value comes from `_rotated`."""
+    """Whether a value is the result of `_rotated`."""
     product = x.args[0] if x.target is torch.flatten else None
     if not isinstance(product, fx.Node) or product.target is not torch.matmul:
         return False
@@ -100,7 +100,7 @@ def _is_rotated(x: fx.Node) -> bool:
 
 
 def _rotated(gm: fx.GraphModule, node: fx.Node, x: fx.Node, buffer: str) -> fx.Node:
-    """x (..., in) rotated in blocks, in front of `node`."""
+    """Insert the rotation of x (..., in) in blocks, in front of `node`."""
     size = gm.get_buffer(buffer).shape[0]
     blocks = x.meta["val"].shape[-1] // size
     split = call_before(node, torch.unflatten, x, -1, (blocks, size), name=f"{node.name}_blocks")

@@ -1,4 +1,4 @@
-"""Round weights against what the layers really see, in execution order, in closed form.
+"""Round weights in closed form on the inputs that layers of the quantized model get.
 
 codes = round(W)    ->    codes = second_order(W aligned to the quantized inputs), bias shifted
 """
@@ -94,13 +94,13 @@ def round_weights(
                     return Part({}, {})
                 return round_layer(site.name, layer, statistics, plan[site.name], spec)
 
-            found = finished(checkpoint, site.name, rounded, shared=True)
-            errors[site.name] = found.errors
-            if found.note:
-                declined.append(Declined(site.name, found.note))
-            for name, state in found.states.items():
+            result = finished(checkpoint, site.name, rounded, shared=True)
+            errors[site.name] = result.errors
+            if result.note:
+                declined.append(Declined(site.name, result.note))
+            for name, state in result.states.items():
                 gm.set_submodule(name, with_rounded_state(layer, state))
-            changed += bool(found.states)
+            changed += bool(result.states)
     return Rewrite(gm, changed, declined, {"error": errors} | record(checkpoint))
 
 
@@ -114,8 +114,10 @@ def input_statistics(
     seed: int,
     count: int,
 ) -> InputStatistics:
-    """Statistics of about ROWS rows, as many from each of `count` chunks, of which the walks have
-    those of this process; whole in the first one alone."""
+    """The input statistics of a layer over about ROWS rows, as many from each of `count` chunks.
+
+    The walks hold the chunks of this process; only the first process gets the whole sum.
+    """
     node = site.nodes[0]
     quantized.stop_before(node)
     full.stop_before(full.node(node.name))
@@ -125,7 +127,7 @@ def input_statistics(
     share = -(-ROWS // count)
 
     def add_round(start: int) -> None:
-        """One chunk of each process, from chunk `start` on."""
+        """Add one chunk of each process, from chunk `start` on."""
         i, x, sums = start + rank(), None, None
         if i < count:
             args, _ = quantized.arguments(node, i // world())
@@ -138,9 +140,9 @@ def input_statistics(
             importance = None if weights is None else weights[i]
             sums = result.sums(*_rows(site, layer, x, true, importance, drawn[rank()]))
         sent: Any = sums if sums is None or world() == 1 else tuple(sums)
-        for found in gather_to_first(sent, f"statistics of {site.name}"):
-            if found is not None:
-                result.add_sums(iter(found))
+        for received in gather_to_first(sent, f"statistics of {site.name}"):
+            if received is not None:
+                result.add_sums(iter(received))
 
     for start in range(0, count, world()):
         add_round(start)
@@ -155,8 +157,8 @@ def _rows(
     weights: Tensor | None,
     picks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Those rows of the layer's input in one chunk, as it sees them (x) and in full precision, and
-    the weight of each."""
+    """The rows `picks` of a layer's input in one chunk, quantized (from x) and in full precision,
+    and the weight of each row."""
     seen, true = input_rows(layer, x, picks), input_rows(layer, full, picks)
     if not bool(torch.isfinite(seen).all() & torch.isfinite(true).all()):
         raise CalibrationError(f"the inputs of {site.name} hold NaN or Inf on calibration data")
@@ -174,8 +176,10 @@ def round_layer(
     plan: LayerConfig,
     spec: ReconstructionSpec,
 ) -> Part:
-    """The best of the candidates for one layer, and the squared output error of each, less what no
-    weights can avoid.  Uses `statistics` up."""
+    """The best rounding of one layer, and the squared output error of each candidate.
+
+    Errors leave out what no weights can avoid.  Changes `statistics`.
+    """
     if layer.bias is not None:
         _center_(statistics)
     error = "?"
@@ -196,13 +200,13 @@ def round_layer(
         return Part({}, {}, f"second-order rounding failed ({error}): kept what it had")
     best = min(errors, key=lambda form: (not math.isfinite(errors[form]), errors[form]))
     codes, grid = candidates[best]
-    made = with_rounded_state(layer, {})
-    made.set_weight(codes.view(layer.weight_shape), grid)
+    rounded = with_rounded_state(layer, {})
+    rounded.set_weight(codes.view(layer.weight_shape), grid)
     if layer.bias is not None:
-        made.bias = _shifted_bias(made, layer.bias, statistics)
-        if not bool(torch.isfinite(made.bias).all()):
+        rounded.bias = _shifted_bias(rounded, layer.bias, statistics)
+        if not bool(torch.isfinite(rounded.bias).all()):
             return Part({}, errors, "the bias it needs is not finite: kept what it had")
-    return Part({name: rounded_state(made)}, errors)
+    return Part({name: rounded_state(rounded)}, errors)
 
 
 def _candidates(
@@ -212,8 +216,8 @@ def _candidates(
     spec: ReconstructionSpec,
     damping: float,
 ) -> tuple[dict[str, tuple[Tensor, QParams]], Tensor]:
-    """Codes (out, in) by kind of rounding, with their grids, and the weight (out, in) they are to
-    be near to."""
+    """Codes (out, in) and grid for each kind of rounding, and the weight (out, in) that they
+    approximate."""
     assert plan.weights is not None
     per_group = statistics.aligned_weight(damping)
     channels = per_group.shape[1]
@@ -221,40 +225,41 @@ def _candidates(
     # as a weight, whose second dimension scales may go in groups of
     grid = weight_qparams(aligned.view(layer.weight_shape), plan.weights)
     _, zero = layer.grid().over(aligned.shape[1])
-    found = {
+    candidates = {
         "given": (layer.weight_codes().float().flatten(1) + zero, layer.grid()),
         "nearest": (round_nearest(aligned, grid), grid),
     }
     if grid.format == "fp8":
-        return found, aligned
+        return candidates, aligned
     parts = [
         (part, gram, grid.rows(i * channels, (i + 1) * channels))
         for i, (part, gram) in enumerate(zip(per_group, statistics.gram, strict=True))
     ]
     codes = [round_second_order(part, gram, rows, damping=damping) for part, gram, rows in parts]
-    found["second-order"] = torch.cat(codes), grid
+    candidates["second-order"] = torch.cat(codes), grid
     if spec.refine:
         refined = [
-            refine(part, given, gram, rows, sweeps=spec.refine)
-            for given, (part, gram, rows) in zip(codes, parts, strict=True)
+            refine(part, start, gram, rows, sweeps=spec.refine)
+            for start, (part, gram, rows) in zip(codes, parts, strict=True)
         ]
         scales = torch.cat([part.grid.scale for part in refined])
         codes = [part.codes for part in refined]
-        found["refined"] = torch.cat(codes), QParams(scales, grid.zero, grid.bits)
-    return found, aligned
+        candidates["refined"] = torch.cat(codes), QParams(scales, grid.zero, grid.bits)
+    return candidates, aligned
 
 
-def _shifted_bias(made: QuantLayer, bias: Tensor, statistics: InputStatistics) -> Tensor:
-    """The bias with which the mean output is the full-precision one."""
-    value = made.weight.double().view_as(statistics.weight)
-    wanted = statistics.weight.double() @ (statistics.sum_f / statistics.rows)[:, :, None]
-    given = value @ (statistics.sum_q / statistics.rows)[:, :, None]
-    return (bias.double() + (wanted - given).flatten()).to(bias.dtype)
+def _shifted_bias(rounded: QuantLayer, bias: Tensor, statistics: InputStatistics) -> Tensor:
+    """The bias that gives the mean output of full precision."""
+    value = rounded.weight.double().view_as(statistics.weight)
+    target = statistics.weight.double() @ (statistics.sum_f / statistics.rows)[:, :, None]
+    mean = value @ (statistics.sum_q / statistics.rows)[:, :, None]
+    return (bias.double() + (target - mean).flatten()).to(bias.dtype)
 
 
 def _center_(statistics: InputStatistics) -> None:
-    """The statistics about the means, as if each channel carried white noise, in both models the
-    same: NOISE of its own power, so that a channel of massive mean adds none to others.
+    """Center the statistics and add white noise to each channel, the same in both models.
+
+    It has NOISE of the channel's own power, so that a channel of massive mean adds none to others.
 
     Of an input that is the same in every row (one guidance scale, a padded text) nothing is left
     about its mean but rounding, of any sign, which must not steer the weights.

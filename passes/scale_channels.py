@@ -31,8 +31,9 @@ SCALES = "input_scale"  # buffers of the multipliers 1 / r
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)
 def scale_channels(gm: fx.GraphModule, *, factors: Mapping[str, Tensor]) -> Rewrite:
-    """The graph with layers that read scaled inputs; outputs are equal up to float rounding, and
-    bit for bit where all factors are powers of two (and nothing over- or underflows).
+    """The graph with layers that read scaled inputs; outputs are equal up to float rounding.
+
+    They are equal bit for bit where factors are powers of two (and nothing over- or underflows).
 
     factors: r of each site to rewrite, (in_channels,), finite and positive.  Sites that read the
     same value by equal factors read one product.  Scaling twice multiplies the factors.
@@ -56,22 +57,24 @@ def scale_channels(gm: fx.GraphModule, *, factors: Mapping[str, Tensor]) -> Rewr
         multipliers[site.name], largest[site.name] = multiplier, float(factor.max())
     buffers: dict[str, str] = {}
     for x, calls in readers(gm, [site for site in sites if site.name in multipliers]):
-        made: list[tuple[Tensor, fx.Node]] = []
+        products: list[tuple[Tensor, fx.Node]] = []
         for site, node in calls:
             value = multipliers[site.name]
-            product = next((p for m, p in made if m.shape == value.shape and m.equal(value)), None)
+            product = next(
+                (p for m, p in products if m.shape == value.shape and m.equal(value)), None
+            )
             if product is None:
                 if site.name not in buffers:
                     buffers[site.name] = set_buffer(gm, SCALES, value.to(x.meta["val"].device))
                 scale = buffer_before(gm, node, buffers[site.name])
                 product = call_before(node, torch.mul, x, scale, name=f"{node.name}_scaled")
-                made.append((value, product))
+                products.append((value, product))
             node.replace_input_with(x, product)
     return Rewrite(gm, len(multipliers), declined, {"largest": largest})
 
 
 def _checked(site: Site, factor: Tensor) -> Tensor:
-    """The factors of a site on the CPU, (in_channels,) float64."""
+    """The checked factors of a site on the CPU, (in_channels,) float64."""
     channels = weight_of(site.layer).shape[1] * groups_of(site.layer)
     if tuple(factor.shape) != (channels,):
         raise ConfigError(
@@ -87,17 +90,17 @@ def _checked(site: Site, factor: Tensor) -> Tensor:
 def _multiplier(site: Site, factor: Tensor) -> Tensor:
     """1 / r in the weight's dtype, shaped to multiply the layer's input."""
     weight = weight_of(site.layer)
-    made = (1 / factor).to(weight.dtype).view(-1, *[1] * (weight.dim() - 2))
-    if not bool((torch.isfinite(made) & (made > 0)).all()):
+    multiplier = (1 / factor).to(weight.dtype).view(-1, *[1] * (weight.dim() - 2))
+    if not bool((torch.isfinite(multiplier) & (multiplier > 0)).all()):
         raise ConfigError(
             f"{site.name}: 1 / r of factors from {float(factor.min()):.3g} to "
             f"{float(factor.max()):.3g} does not fit {weight.dtype}"
         )
-    return made
+    return multiplier
 
 
 def _scaled_weight(layer: nn.Module, multiplier: Tensor) -> Tensor:
-    """The weight for inputs multiplied by `multiplier`, whose rounding it makes up for."""
+    """The weight for inputs multiplied by `multiplier`; it makes up for the rounding of that."""
     weight, groups = weight_of(layer), groups_of(layer)
     by_group = weight.double().view(groups, -1, *weight.shape[1:])
     scale = multiplier.double().to(weight.device)

@@ -1,4 +1,4 @@
-"""Give the parts of a channel concatenation layers of their own.
+"""Split layers that read a channel concatenation into one layer for each part.
 
 y = conv(x)    ->    y = conv.0(x[:, :n]) + conv.1(x[:, n:]),  x = cat(a, b), normed and activated
 """
@@ -30,8 +30,8 @@ from tfmq_fx.ir.sites import Site
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)
 def split_concat(gm: fx.GraphModule, *, only: Collection[str]) -> Rewrite:
-    """The graph whose layers read concatenated channels part by part, as Q-Diffusion's split
-    shortcut does; outputs are equal up to float reassociation.
+    """The graph whose layers read concatenated channels part by part; outputs are equal up to float
+    reassociation. As Q-Diffusion's split shortcut.
 
     only: sites to rewrite where a concatenation of their input channels reaches them, through
     whatever keeps channels in their places; a concatenation of concatenations has all their parts.
@@ -40,15 +40,15 @@ def split_concat(gm: fx.GraphModule, *, only: Collection[str]) -> Rewrite:
     details["parts"]: the paths of the parts, by site.
     """
     sites, declined = sites_named(gm, only)
-    found = seams(gm)  # of the graph as it is given: one layer may read what another one gives
+    tracked = seams(gm)  # of the graph as it is given: one layer may read what another one gives
     parts: dict[str, list[str]] = {}
     chosen: list[tuple[Site, list[int]]] = []
     for site in sites:
         weight, dim = weight_of(site.layer), channel_dim(site.layer)
         inputs = [layer_input(node) for node in site.nodes]
-        cuts = {found[x].cuts.get(x.meta["val"].dim() + dim, frozenset()) for x in inputs}
+        cuts = {tracked[x].cuts.get(x.meta["val"].dim() + dim, frozenset()) for x in inputs}
         if cuts == {frozenset()}:
-            if lost := next((found[x].lost for x in inputs if found[x].lost), None):
+            if lost := next((tracked[x].lost for x in inputs if tracked[x].lost), None):
                 reason = f"its input was concatenated, but {lost}"
                 declined.append(Declined(site.name, reason))
             continue
@@ -65,16 +65,12 @@ def split_concat(gm: fx.GraphModule, *, only: Collection[str]) -> Rewrite:
             for i, part in enumerate(weight_of(site.layer).split(sizes, 1))
         ]
         gm.set_submodule(site.name, nn.Module())
-        parts[site.name] = [f"{site.name}.{i}" for i in range(len(layers))]
-        for path, layer in zip(parts[site.name], layers, strict=True):
+        named = {f"{site.name}.{i}": layer for i, layer in enumerate(layers)}
+        for path, layer in named.items():
             gm.add_submodule(path, layer)
         for node in site.nodes:
-            _split(
-                node,
-                channel_dim(site.layer),
-                sizes,
-                dict(zip(parts[site.name], layers, strict=True)),
-            )
+            _split(node, channel_dim(site.layer), sizes, named)
+        parts[site.name] = list(named)
     return Rewrite(gm, len(parts), declined, {"parts": parts})
 
 

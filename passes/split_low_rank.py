@@ -1,4 +1,4 @@
-"""Take a low-rank branch in 16 bits out of layers, whose residual weight is left to quantize.
+"""Split layers into a low-rank branch in 16 bits and a residual weight that is quantized later.
 
 y = conv(x)    ->    y = conv_R(x) + up(down(x)),  with W = R + up @ down
 """
@@ -38,8 +38,8 @@ def split_low_rank(
     only: Collection[str],
     importance: Mapping[str, Tensor] | None = None,
 ) -> Rewrite:
-    """The graph with a branch of rank `rank` beside each site of `only`, as in SVDQuant; outputs
-    are equal up to float rounding.
+    """The graph with a branch of rank `rank` beside each site of `only`; outputs are equal up to
+    float rounding. As in SVDQuant.
 
     The branch is the part of the weight that counts most for inputs of this importance: root mean
     square of each input channel, (in_channels,), by site, 1 where it is not given.  It lies at
@@ -61,7 +61,7 @@ def split_low_rank(
         s = _checked(site, (importance or {}).get(site.name))
         branch = LowRank.from_layer(site.layer, *low_rank_factors(weight, s, rank))
         residual = weight.double() - branch.product()
-        kept, whole = (_square(part, s) for part in (residual, weight.double()))
+        rest, whole = (_square(part, s) for part in (residual, weight.double()))
         residual = residual.to(weight.dtype)
         if not bool(torch.isfinite(residual).all()):
             declined.append(Declined(site.name, f"its factors overflow {branch.down.dtype}"))
@@ -69,21 +69,19 @@ def split_low_rank(
         gm.set_submodule(site.name, layer_with(site.layer, residual, bias_of(site.layer)))
         gm.add_submodule(site.name + SUFFIX, branch)
         for node in site.nodes:
-            _split(node, site.name, gm)
-        shares[site.name] = 1 - kept / whole if whole else 0.0
+            x, name = layer_input(node), node.name
+            layer = gm.get_submodule(site.name)
+            terms = (
+                layer_before(node, site.name, layer, x, f"{name}_residual"),
+                layer_before(node, site.name + SUFFIX, branch, x, f"{name}{SUFFIX}"),
+            )
+            replace_call(node, call_before(node, torch.add, *terms, name=f"{name}_sum"))
+        shares[site.name] = 1 - rest / whole if whole else 0.0
     return Rewrite(gm, len(shares), declined, {"share": shares})
 
 
-def _split(node: fx.Node, path: str, gm: fx.GraphModule) -> None:
-    """Replace the call of a layer by the sum of its residual and its branch."""
-    x, name, branch = layer_input(node), node.name, path + SUFFIX
-    residual = layer_before(node, path, gm.get_submodule(path), x, f"{name}_residual")
-    low_rank = layer_before(node, branch, gm.get_submodule(branch), x, f"{name}{SUFFIX}")
-    replace_call(node, call_before(node, torch.add, residual, low_rank, name=f"{name}_sum"))
-
-
 def _reason(gm: fx.GraphModule, site: Site, rank: int) -> str | None:
-    """Why a site gets no branch."""
+    """Why a site cannot get a branch, or None where it can."""
     weight, owner = weight_of(site.layer), site.name.rpartition(".")[0]
     out, width = weight.flatten(1).shape
     if groups_of(site.layer) > 1:
@@ -100,7 +98,7 @@ def _reason(gm: fx.GraphModule, site: Site, rank: int) -> str | None:
 
 
 def _checked(site: Site, importance: Tensor | None) -> Tensor:
-    """The importance of a site's input channels, (in_channels,) float64, on the weight's device."""
+    """The checked importance of input channels, (in_channels,) float64, on the weight's device."""
     weight = weight_of(site.layer)
     channels = weight.shape[1]
     if importance is None:
@@ -115,5 +113,6 @@ def _checked(site: Site, importance: Tensor | None) -> Tensor:
 
 
 def _square(weight: Tensor, importance: Tensor) -> float:
-    """Squared norm of a weight (out, in, ...) with its input channels multiplied."""
+    """The squared norm of a weight (out, in, ...) whose input channels are multiplied by
+    `importance`."""
     return float((weight * importance.view(-1, *[1] * (weight.dim() - 2))).square().sum())

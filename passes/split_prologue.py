@@ -1,4 +1,4 @@
-"""Split a graph into what a request fixes, computed before its steps, and the step itself.
+"""Split a graph into a prologue, computed once for a request, and the step that is repeated.
 
 step(x, t, c):  h = linear(silu(embed(t) + label(c)));  y = f(x, h)
     ->    prologue(t, c): h;    step(x, t, h): y = f(x, h)
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A graph in two; all parts share its modules and parameters.
+    """The prologue and the step of a graph; all parts share its modules and parameters.
 
     step: what is computed at every step; its inputs are `kept`, those of the whole graph that it
     still reads, and then the values of the parts, part by part.  freed: parameters and buffers that
@@ -61,27 +61,20 @@ def split_prologue(
     *,
     steps: int,
 ) -> Split:
-    """`gm` as prologue and step; the timestep stays an input of the step.
+    """Split `gm` into prologue and step; the timestep stays an input of the step.
 
     conditions: placeholders that are fixed for a request.  steps: timesteps of a request, about,
     which decide what is worth storing.
     At the batch size of a request the parts compute what `gm` computes, operation by operation.
     Raises ConfigError for a condition that is no input.
     """
-    found = find_request(gm, conditions, steps=steps)
+    request = find_request(gm, conditions, steps=steps)
     t = timestep_node(gm)
     inputs = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
-    batch = t.meta["val"].shape[0]
-
-    def begins_with_batch(value: Tensor) -> bool:
-        first = value.shape[0] if value.dim() else 0
-        if isinstance(batch, int) or isinstance(first, int):
-            return isinstance(batch, int) and first == batch
-        return bool(first.node.expr == batch.node.expr)
-
+    batch = str(t.meta["val"].shape[:1])
     shown = _shared_with_outputs(gm)
     parts, cut = [], list[fx.Node]()
-    for group in found.groups:
+    for group in request.groups:
         values = list(group.values)
         part = extract(gm, values, [t, *(inputs[name] for name in group.conditions)])
         part.meta |= {key: gm.meta[key] for key in ("timesteps",) if key in gm.meta}
@@ -90,7 +83,7 @@ def split_prologue(
                 group.conditions,
                 group.stepped,
                 tuple(node.name for node in values),
-                tuple(begins_with_batch(node.meta["val"]) for node in values),
+                tuple(str(node.meta["val"].shape[:1]) == batch for node in values),
                 tuple(node in shown for node in values),
                 sum(map(stored_bytes, values)),
                 part,
@@ -99,12 +92,12 @@ def split_prologue(
         cut += values
     (output,) = gm.graph.find_nodes(op="output")
     step = extract(gm, list(output.args[0]), [*inputs.values(), *cut], until=output)
-    kept = []
+    still_read = []
     for node in list(step.graph.find_nodes(op="placeholder")):
         if node.target not in inputs:
             continue
         if node.users or node.target == t.target:
-            kept.append(str(node.target))
+            still_read.append(str(node.target))
         else:
             step.graph.erase_node(node)
     step.recompile()
@@ -118,17 +111,17 @@ def split_prologue(
         for key, tensor in tensors_of(part.graph, part.graph.graph.nodes).items()
     }
     freed = {names[key]: value for key, value in used.items() if key not in needed}
-    return Split(step, tuple(kept), tuple(parts), freed, found.declined)
+    return Split(step, tuple(still_read), tuple(parts), freed, request.declined)
 
 
 def _shared_with_outputs(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that outputs may be views of."""
+    """The nodes that outputs may share memory with."""
     (output,) = gm.graph.find_nodes(op="output")
-    todo, found = list(output.all_input_nodes), set[fx.Node]()
+    todo, shared = list(output.all_input_nodes), set[fx.Node]()
     while todo:
         node = todo.pop()
-        if node not in found:
-            found.add(node)
+        if node not in shared:
+            shared.add(node)
             plain = node.op == "call_module" and not is_heavy(gm, node)  # Identity, Flatten, ...
             todo += node.all_input_nodes if plain or is_view(node) else ()
-    return found
+    return shared

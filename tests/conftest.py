@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE=explore draws new ones. Processes that run side by side share the cores.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -27,9 +28,20 @@ def any_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels.unavailable() is None:
         kernels.load()
         return
-    kernels.stand_in()
+    _stand_in()
     monkeypatch.setattr(kernels, "unavailable", lambda: None)
     monkeypatch.setattr(kernels, "load", lambda: None)
+
+
+@functools.cache
+def _stand_in() -> None:
+    """Have the plain kernels run the operators."""
+    from tfmq_fx.backends.cpu import kernels
+
+    kernels.load_plain()
+    for name in kernels._SCHEMAS:
+        keys = "CompositeExplicitAutograd" if name == "cpu_nan_count" else "CPU"
+        kernels._LIBRARY.impl(name, getattr(torch.ops.tfmq_fx_plain, name).default, keys)
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_fx import backends
-from tfmq_fx.backends.auto import compile_fastest, example_inputs
-from tfmq_fx.backends.proven import make_right
+from tfmq_fx.backends.auto import compile_fastest, compile_or_fall_back, example_inputs
 from tfmq_fx.backends.self_check import Reference
 
 from .calibration.sampling_pass import sampling_pass
@@ -206,17 +205,15 @@ def compile(
         backends.backend(backend, device_of(model.gm))  # before the reference is run
     reference = _reference(model) if check and backend != "eager" else None
     if backend != "auto":
-        made, reasons = make_right(backend, model.runnable, options, reference)
-        compiled = Compiled(model, made.runner, made.lowering, made.name, check=made.check)
+        result = compile_or_fall_back(backend, model.runnable, options, reference)
     else:
-        found = compile_fastest(
+        result = compile_fastest(
             model.runnable, lambda: _inputs(model)[0], options=options, reference=reference
         )
-        compiled = Compiled(
-            model, found.runner, found.lowering, found.name, millis=found.millis, check=found.check
-        )
-        reasons = [reason for _, reason in found.missing]
-    compiled.declined[:0] = [["the whole model", reason] for reason in reasons]
+    compiled = Compiled(
+        model, result.runner, result.lowering, result.name, millis=result.millis, check=result.check
+    )
+    compiled.declined[:0] = [["the whole model", reason] for _, reason in result.missing]
     return compiled
 
 

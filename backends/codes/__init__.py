@@ -1,4 +1,4 @@
-"""Layers on integer or fp8 codes: what the CPU and CUDA lowerings share, whatever runs the kernels.
+"""Lower layers to integer or fp8 codes: the part that the CPU and CUDA lowerings share.
 
 `problem` and `choice` describe one layer's work and what runs it, `arithmetic` defines the numbers,
 `layers` the modules, `lower` puts them into a graph, and `fuse` with its siblings rewrites that

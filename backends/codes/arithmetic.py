@@ -1,4 +1,4 @@
-"""The arithmetic of layers on codes, in plain torch: quantize, pack weights, apply an epilogue."""
+"""Quantize, pack weights and apply epilogues in plain torch: the arithmetic of layers on codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quantize(x: Tensor, scale: Tensor, zero: int, levels: int, dtype: torch.dtyp
 
 
 def stored_zero(zero: int, dtype: torch.dtype) -> float:
-    """The stored value that stands for 0, with which borders are filled."""
+    """The stored value of the code of 0, which borders are filled with."""
     if dtype == FP8:
         return 0.0
     return float(zero if dtype == torch.uint8 else zero - STORED_ZERO)
@@ -54,14 +54,15 @@ def pack_weight(codes: Tensor, half: int) -> Tensor:
 
 
 def unpack_weight(packed: Tensor, half: int, channels: int, zero: Tensor) -> Tensor:
-    """The codes that `pack_weight` packed, less the zero points (O,): (O, R, S, channels) int8."""
+    """Undo `pack_weight`, and subtract the zero points (O,): (O, R, S, channels) int8."""
     runs = packed.unflatten(3, (-1, half))
     codes = torch.stack([runs & 15, runs >> 4], -2).flatten(3)[..., :channels]
     return codes.to(torch.int8) - zero.to(torch.int8)[:, None, None, None]
 
 
 def row_scales(scale: Tensor, result: Tensor) -> Tensor:
-    """The scale of each pixel of `result` (B, OH, OW, O), of (ranges,) scales; broadcasts to it."""
+    """The scale of each pixel of `result` (B, OH, OW, O), from (ranges,) scales; broadcasts to
+    it."""
     batch, height, width = result.shape[:3]
     rows = scale.repeat_interleave(batch * height * width // scale.shape[0])
     return rows.view(batch, height, width, 1)
@@ -77,7 +78,7 @@ def finish(
     out_levels: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue of a convolution: add to its sums, then quantize or cast them.
+    """Apply the epilogue of a convolution: add to its sums, then quantize or cast them.
 
     result: (B, OH, OW, O) float32.  bias: (O,).  row: (B, O), added to all pixels of a sample.
     residual: like the result.  out_scale: (ranges,) float32, where the result is quantized into

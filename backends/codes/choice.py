@@ -1,4 +1,4 @@
-"""The choice of a kernel for a layer on codes, and the file that keeps measured choices."""
+"""Describe the kernel that was chosen for a layer on codes, and keep measured choices in a file."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ Chooser = Callable[[Problem, torch.dtype], Choice]  # for results of a dtype
 
 
 def slower(choice: Choice, floating: str, kernels: str) -> str:
-    """The reason why a layer stays in floating point although kernels run it: they took longer.
+    """The reason why a layer stays in floating point although slower kernels could run it.
 
-    floating, kernels: what each is called.
+    floating, kernels: names of the two for the text.
     """
     ours = min((t for name, t in choice.micros.items() if name != "float"), default=float("inf"))
     return f"{floating} took {choice.micros['float']:.1f} us, {kernels} {ours:.1f} us"
@@ -55,13 +55,13 @@ def runs_on_torch(problem: Problem) -> bool:
     return problem.half == 0 and aligned and problem.rows // problem.batch > 16
 
 
-def remembering(
+def cached_chooser(
     decide: Chooser, path: Path, *, keeps: Callable[[Choice], bool] = lambda choice: True
 ) -> Chooser:
-    """A chooser that asks `decide` once for each problem and dtype, and keeps answers in a file.
+    """A chooser that calls `decide` once for each problem and dtype, and keeps choices in a file.
 
-    path: of the answers of earlier processes, which are not asked for again.  keeps: whether an
-    answer is written; others hold for this process alone.
+    path: of the file, whose choices are not made again.  keeps: whether a choice is written; others
+    hold for this process only.
     """
     known = read_choices(path)
 

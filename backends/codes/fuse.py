@@ -1,5 +1,4 @@
-"""Fuse a lowered graph: codes are made once, by what computes the input, and kernels take over
-sums."""
+"""Fuse a lowered graph: make each tensor's codes once, and let kernels add residuals."""
 
 from __future__ import annotations
 
@@ -19,19 +18,19 @@ from .fuse_epilogues import absorb_residuals, absorb_rows, merge_concat, requant
 from .fuse_norms import NormCodes, fuse_norms
 from .fuse_siblings import join_siblings
 from .layers import quantize_input
-from .matching import Codes, called, is_tensor, same_kind, written_nodes
+from .matching import Codes, called, concatenation, is_tensor, same_kind, written_nodes
 
 
-def fuse(gm: fx.GraphModule, choose: Chooser, *, norm: NormCodes, most_runs: int) -> dict[str, int]:
-    """Fuse what can be, in place; returns how often each fusion was made, by name.
+def fuse(gm: fx.GraphModule, choose: Chooser, *, norm: NormCodes) -> dict[str, int]:
+    """Apply all fusions to a graph, in place; returns the count of each, by name.
 
-    choose: the kernel of a layer that several become.  norm, most_runs: as of `fuse_norms`.
+    choose: chooses the kernel of joined layers.  norm: see `fuse_norms`.
     """
     counts: dict[str, int] = {}
     for fusion in BEFORE_NORMS:
         counts[fusion.__name__] = counts.get(fusion.__name__, 0) + fusion(gm)
         prune(gm.graph)
-    counts["fuse_norms"] = fuse_norms(gm, norm=norm, most_runs=most_runs)
+    counts["fuse_norms"] = fuse_norms(gm, norm=norm)
     prune(gm.graph)
     counts["requantize"] = requantize(gm)
     prune(gm.graph)
@@ -73,8 +72,8 @@ def drop_noops(gm: fx.GraphModule) -> int:
 
 
 def share_quantize(gm: fx.GraphModule) -> int:
-    """Make the codes of a tensor once for all layers that read the same, in place; returns how many
-    fewer are made.
+    """Make codes of a tensor once for all layers that read the same ones, in place; returns how
+    many are saved.
 
     quantize_input(x, s0), quantize_input(x, s1) with s0 = s1    ->    quantize_input(x, s0)
 
@@ -82,15 +81,15 @@ def share_quantize(gm: fx.GraphModule) -> int:
     measured alike.
     """
     written, changed = written_nodes(gm), 0
-    found: dict[Any, fx.Node] = {}
+    first_calls: dict[Any, fx.Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
-        codes = Codes.of(node)
+        codes = Codes._make(node.args)
         if codes.x in written:
             continue
-        first = found.setdefault(codes._replace(scale=_content(gm, codes.scale)), node)
+        first = first_calls.setdefault(codes._replace(scale=_content(gm, codes.scale)), node)
         if first is not node:
             for user in list(node.users):
-                user.replace_input_with(codes.scale, Codes.of(first).scale)
+                user.replace_input_with(codes.scale, Codes._make(first.args).scale)
             node.replace_all_uses_with(first)
             gm.graph.erase_node(node)
             changed += 1
@@ -126,7 +125,7 @@ BEFORE_NORMS = (
     absorb_residuals,
     absorb_rows,  # (y + r) + row
 )
-"""In their order: each finds what those before it leave."""
+"""Fusions in the order in which they apply: each finds what those before it leave."""
 
 
 def _same_as(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -146,7 +145,7 @@ def _same_as(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _content(gm: fx.GraphModule, scale: fx.Node) -> Any:
-    """A key of a scale: equal for two scales that are equal whenever the graph runs."""
+    """A key of a scale, equal for two scales that always hold equal values."""
     if scale.op == "get_attr":
         return _values(gm, scale)
     if scale.target is dynamic_scale:
@@ -161,18 +160,13 @@ def _content(gm: fx.GraphModule, scale: fx.Node) -> Any:
 
 def _values(gm: fx.GraphModule, node: fx.Node, index: Any = ...) -> tuple[float, ...]:
     """The values of a buffer, or of a part of it."""
-    owner, _, name = str(node.target).rpartition(".")
-    buffer = getattr(gm.get_submodule(owner), name)
-    assert isinstance(buffer, Tensor)
+    buffer: Tensor = operator.attrgetter(str(node.target))(gm)
     return tuple(buffer[index].flatten().tolist())
 
 
 def _part(whole: fx.Node, dim: Any, start: Any, size: Any) -> fx.Node | None:
-    """The tensor that was concatenated into a place of `whole`, if that is all of it."""
-    if op_name(whole) not in ("cat", "concat", "concatenate"):
-        return None
-    parts: Any = whole.args[0] if whole.args else whole.kwargs["tensors"]
-    along: Any = whole.args[1] if len(whole.args) > 1 else whole.kwargs.get("dim", 0)
+    """The tensor that fills exactly this slice of a concatenation `whole`; None where none does."""
+    parts, along = concatenation(whole)
     rank = whole.meta["val"].dim()
     if not all(isinstance(n, int) for n in (dim, start, size, along)) or (along - dim) % rank:
         return None
@@ -182,7 +176,6 @@ def _part(whole: fx.Node, dim: Any, start: Any, size: Any) -> fx.Node | None:
         if not isinstance(width, int):
             return None
         if (before, width) == (start, size):
-            assert isinstance(part, fx.Node)
             return part
         before += width
     return None

@@ -32,20 +32,23 @@ def merge_concat(gm: fx.GraphModule) -> int:
 
     conv.0(q0, s0) + conv.1(q1, s1)    ->    conv.0_1(q0, s0, q1, s1)
 
-    Both of one geometry, at most one with a bias, and what they give used once.  A third part
-    stays apart: it is the residual of the others, or they are its.
+    Both have one geometry, at most one has a bias, and each result is used once.  A third summand
+    stays apart: it becomes the residual of the two.
     """
     changed = 0
     for node in list(gm.graph.nodes):
         pair = _summands(node)
-        if pair is None or not _fit(gm, *pair):
+        if pair is None or not _share_kernel(gm, *pair):
             continue
-        if not all(_adds(gm, call, "row", "residual") and same_kind(call, node) for call in pair):
+        if not all(
+            _has_free_epilogue(gm, call, "row", "residual") and same_kind(call, node)
+            for call in pair
+        ):
             continue
         first, second = sorted(
             pair, key=lambda call: gm.get_submodule(str(call.target)).bias is None
         )
-        path = _merged(gm, str(first.target), str(second.target))
+        path = _concat_layer(gm, str(first.target), str(second.target))
         _replace(node, first, path, (*first.args, *second.args))
         gm.graph.erase_node(second)
         changed += 1
@@ -61,13 +64,15 @@ def absorb_rows(gm: fx.GraphModule) -> int:
     """
     changed = 0
     for node in list(gm.graph.nodes):
-        for call, other in _orders(node):
-            if not _adds(gm, call, "row") or not same_kind(call, node):
+        for call, other in _summand_pairs(node):
+            if not _has_free_epilogue(gm, call, "row") or not same_kind(call, node):
                 continue
             batch, *rest = node_shape(node)
             ones = ["1"] * (len(rest) - 1)
-            wanted = [rest[0], *ones] if _is_conv(gm, call) else [*ones, rest[-1]]
-            if ones and node_shape(other) == [batch, *wanted]:
+            layer = layer_on_codes(gm, call)
+            is_conv = layer is not None and layer.is_conv
+            shape = [rest[0], *ones] if is_conv else [*ones, rest[-1]]
+            if ones and node_shape(other) == [batch, *shape]:
                 row = call_before(node, torch.flatten, other, 1, name=f"{call.name}_row")
                 _replace(node, call, row=row)
                 changed += 1
@@ -86,11 +91,13 @@ def absorb_residuals(gm: fx.GraphModule) -> int:
     """
     changed = 0
     for node in list(gm.graph.nodes):
-        for value, other in _orders(node):
+        for value, other in _summand_pairs(node):
             if not (same_kind(value, node) and same_kind(other, node)):
                 continue
             call, views = _source(value)
-            if not _adds(gm, call, "residual") or (views and not _makes_images(call, views)):
+            if not _has_free_epilogue(gm, call, "residual") or (
+                views and not _makes_images(call, views)
+            ):
                 continue
             if views:
                 flat = call_before(node, torch.flatten, other, 2, name=f"{call.name}_flat")
@@ -110,9 +117,9 @@ def requantize(gm: fx.GraphModule) -> int:
     """
     changed = 0
     for node in gm.graph.find_nodes(op="call_function", target=quantize_input):
-        codes = Codes.of(node)
+        codes = Codes._make(node.args)
         layer = codes_layer(gm, codes.x)
-        if layer is None or not _adds(gm, codes.x):
+        if layer is None or not _has_free_epilogue(gm, codes.x):
             continue
         fits = layer.is_conv == (codes.pads is not None) and not any(codes.pads or ())
         once = len(gm.graph.find_nodes(op="call_module", target=codes.x.target)) == 1
@@ -133,30 +140,23 @@ def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return first, second
 
 
-def _orders(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The tensors that a node adds, in the orders in which the first may take the second over."""
+def _summand_pairs(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The pairs (layer result, other summand) to try for a node that adds, the later node first."""
     pair = _summands(node)
     if pair is None:
         return []
     return sorted([pair, pair[::-1]], key=lambda order: order[0], reverse=True)
 
 
-def _adds(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
-    """Whether a node calls a layer without any of these arguments, and has one reader."""
+def _has_free_epilogue(gm: fx.GraphModule, call: Any, *arguments: str) -> bool:
+    """Whether a node calls a layer without any of these arguments, and one node reads it."""
     if layer_on_codes(gm, call) is None or only_user(call) is None:
         return False
     return not {*arguments, "out_scale"} & set(call.kwargs)
 
 
-def _is_conv(gm: fx.GraphModule, call: fx.Node) -> bool:
-    layer = gm.get_submodule(str(call.target))
-    first = layer.first if isinstance(layer, ConcatLayer) else layer
-    assert isinstance(first, CodesLayer)
-    return first.is_conv
-
-
-def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
-    """Whether one kernel runs two layers: only their channels, ranges and values differ."""
+def _share_kernel(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
+    """Whether one kernel can run two layers: only their channels, ranges and values differ."""
     first, second = (codes_layer(gm, c) for c in (call, other))
     if first is None or second is None or (first.bias is not None and second.bias is not None):
         return False
@@ -170,8 +170,8 @@ def _fit(gm: fx.GraphModule, call: fx.Node, other: fx.Node) -> bool:
     return takes and settings(first, call) == settings(second, other)
 
 
-def _merged(gm: fx.GraphModule, first: str, second: str) -> str:
-    """The path of the `ConcatLayer` of two layers, which is made if there is none yet."""
+def _concat_layer(gm: fx.GraphModule, first: str, second: str) -> str:
+    """The path of the `ConcatLayer` of two layers, created if there is none yet."""
     parts = []
     for path in (first, second):
         part = gm.get_submodule(path)
@@ -192,7 +192,7 @@ def _merged(gm: fx.GraphModule, first: str, second: str) -> str:
 
 
 def _source(value: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The value that views lead back to, each of them used once, and these views in order."""
+    """The value under a chain of views that are used once, and these views in order."""
     views: list[fx.Node] = []
     while moves(value) and only_user(value) is not None:
         views.insert(0, value)
@@ -221,16 +221,16 @@ def _replace(
     """
     graph = node.graph
     with graph.inserting_before(node):
-        made = graph.call_module(path or str(call.target), args or call.args)
-    made.kwargs = {**call.kwargs, **added}
-    made.meta = {**call.meta, "val": (call if views else node).meta["val"]}
-    call.replace_all_uses_with(made)
+        fused = graph.call_module(path or str(call.target), args or call.args)
+    fused.kwargs = {**call.kwargs, **added}
+    fused.meta = {**call.meta, "val": (call if views else node).meta["val"]}
+    call.replace_all_uses_with(fused)
     for view in views:
         node.prepend(view)
-    node.replace_all_uses_with(views[-1] if views else made)
+    node.replace_all_uses_with(views[-1] if views else fused)
     graph.erase_node(node)
     graph.erase_node(call)
-    made.name = (call if views else node).name
+    fused.name = (call if views else node).name
     for view in views:  # other layers' images lie channels last too
         if op_name(view) == "contiguous":
             view.replace_all_uses_with(view.all_input_nodes[0])

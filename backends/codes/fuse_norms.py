@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tfmq_fx.ir.layer_edits import call_before
+from tfmq_fx.ir.layer_edits import buffer_before, call_before, layer_input
 from tfmq_fx.ir.node_info import op_name
 
-from .layers import Pads, quantize_input
+from .layers import quantize_input
 from .matching import (
     Codes,
     as_tokens,
@@ -36,40 +36,23 @@ _CASTS = frozenset(["to", "type", "float", "half", "bfloat16"])
 _GROUP_NORM = inspect.signature(F.group_norm)
 
 
-class NormCodes(Protocol):
-    """An engine's kernel that makes codes of a group norm, as a function that a graph can call."""
+MOST_RUNS = 2  # of channels, each with a grid of its own, that the kernels take
+NormCodes = Callable[..., Tensor]
+"""An engine's kernel that makes the codes of silu(group_norm(x) * factor + shift), as a function
+that a graph can call: (x, groups, weight, bias, eps, factor, shift, silu, scales, zeros, sizes,
+levels, pads, dtype) -> codes, borders included.
 
-    def __call__(
-        self,
-        x: Tensor,
-        groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        factor: Tensor | None,
-        shift: Tensor | None,
-        silu: bool,
-        scales: Sequence[Tensor],
-        zeros: Sequence[int],
-        sizes: Sequence[int],
-        levels: int,
-        pads: Pads,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The codes of silu(group_norm(x) * factor + shift), borders included.
-
-        x: (B, C, H, W) or (B, C, N), read without a copy where channels lie last in memory.
-        weight, bias: (C,).  factor, shift: (B, C, 1, ...), or None.  silu: False leaves it out.
-        scales, zeros, sizes: of each run of channels: the scale, (1,) or (B,) float32, the zero
-        point of its grid, and how many channels it has.  levels: the largest code.
-        dtype: of the result, (B, top + H + bottom, left + W + right, C), with N and 1 for H and W.
-        """
-        ...
+x: (B, C, H, W) or (B, C, N), read without a copy where channels lie last in memory.
+weight, bias: (C,), or None.  factor, shift: (B, C, 1, ...), or None.  silu: False leaves it out.
+scales, zeros, sizes: for each run of channels its scale, (1,) or (B,) float32, the zero point of
+its grid, and its number of channels.  levels: the largest code.  pads: see `Pads`.
+dtype: of the result, (B, top + H + bottom, left + W + right, C), with N and 1 for H and W.
+"""
 
 
 @dataclass(slots=True)
 class _Norm:
-    """A group norm and what is done to its result on the way to the codes.
+    """A group norm and the operations between its result and the codes.
 
     path: of the module whose `weight` and `bias` it has; None where these are nodes.
     factor, shift: nodes (B, C, 1, ...).  inside: the nodes to replace, in order.
@@ -88,18 +71,18 @@ class _Norm:
 
     @property
     def value(self) -> fx.Node:
-        """The last value so far."""
+        """The node of the last operation that was matched so far."""
         return self.inside[-1]
 
     @property
     def reads(self) -> set[fx.Node | None]:
-        """The values that it takes from outside."""
+        """The nodes outside the match that it reads."""
         return {self.x, self.weight, self.bias, self.factor, self.shift}
 
 
 @dataclass(slots=True)
 class _Readers:
-    """The calls of `quantize_input` that read a norm, and how.
+    """The calls of `quantize_input` that read a norm.
 
     sizes: channels that each one reads.  views: nodes between the norm and them.
     tokens: whether they read places as tokens.
@@ -111,8 +94,8 @@ class _Readers:
     tokens: bool = False
 
 
-def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
-    """Replace group norms by a kernel that makes codes at once, in place; returns how many.
+def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes) -> int:
+    """Replace group norms by a kernel that makes codes directly, in place; returns how many.
 
     quantize_input(silu(group_norm(x) * factor + shift), s)    ->    norm(x, ..., s)
 
@@ -120,65 +103,64 @@ def fuse_norms(gm: fx.GraphModule, *, norm: NormCodes, most_runs: int) -> int:
     may read slices of the channels, each on a grid of its own, or for linear layers that read
     places as tokens.  Nothing is rounded to 16 bits between the norm and the codes any more.
     Left alone where something else reads a value on the way.
-    norm: what makes the codes.  most_runs: of channels with a grid each, that one call of it takes.
+    norm: makes the codes.
     """
     written, changed = written_nodes(gm), 0
     for node in list(gm.graph.nodes):
-        found = _norm(gm, node)
-        if found is None:
+        candidate = _match_norm(gm, node)
+        if candidate is None:
             continue
-        _modulate(found)
-        _activate(gm, found)
-        readers = _of_images(found.value) or _of_tokens(found.value)
-        if readers is None or len(readers.nodes) > most_runs or found.reads & written:
+        _match_modulation(candidate)
+        _match_activation(gm, candidate)
+        readers = _image_readers(candidate.value) or _token_readers(candidate.value)
+        if readers is None or len(readers.nodes) > MOST_RUNS or candidate.reads & written:
             continue
         if _hoist(readers.nodes):
-            _replace(gm, found, readers, norm)
+            _replace(gm, candidate, readers, norm)
             changed += 1
     return changed
 
 
-def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
-    """The group norm that a node computes, of an image or of a row of places; None for others."""
-    module = called(gm, node, nn.GroupNorm)
-    norm = None
-    if module is not None:
-        x, path = node.args[0] if node.args else node.kwargs["input"], str(node.target)
-        assert isinstance(x, fx.Node)
-        norm = _Norm(x, module.num_groups, None, None, module.eps, path, [node])
+def _match_norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
+    """The match of a node that computes a group norm of images or token rows; None for others."""
+    if module := called(gm, node, nn.GroupNorm):
+        groups, eps, path = module.num_groups, module.eps, str(node.target)
+        norm = _Norm(layer_input(node), groups, None, None, eps, path, [node])
     elif node.target is F.group_norm:
         bound = _GROUP_NORM.bind(*node.args, **node.kwargs)
         bound.apply_defaults()
         x, groups, weight, bias, eps = bound.args
         norm = _Norm(x, groups, weight, bias, eps, None, [node])
-    if norm is None or norm.x.meta["val"].dim() not in (3, 4):
+    else:
+        return None
+    if norm.x.meta["val"].dim() not in (3, 4):
         return None
     if _is_cast(norm.x) and norm.x.meta["val"].dtype == torch.float32 and only_user(norm.x):
         norm.inside.insert(0, norm.x)  # exact, and what the kernel does by itself
         norm.x = norm.x.all_input_nodes[0]
-    _skip_casts(norm)
+    _match_casts(norm)
     return norm
 
 
-def _modulate(norm: _Norm) -> None:
-    """Take in value * factor and value + shift."""
-    wanted = node_shape(norm.x)[:2] + ["1"] * (norm.x.meta["val"].dim() - 2)
+def _match_modulation(norm: _Norm) -> None:
+    """Extend the match by value * factor and value + shift."""
+    shape = node_shape(norm.x)[:2] + ["1"] * (norm.x.meta["val"].dim() - 2)
     for name in ("mul", "add"):
         user = only_user(norm.value)
         if user is None or op_name(user) != name or user.kwargs or len(user.args) != 2:
             continue
         others = [a for a in user.args if a is not norm.value and is_tensor(a)]
-        if len(others) == 1 and node_shape(others[0]) == wanted:
+        if len(others) == 1 and node_shape(others[0]) == shape:
             if name == "mul":
                 norm.factor = others[0]
             else:
                 norm.shift = others[0]
             norm.inside.append(user)
-            _skip_casts(norm)
+            _match_casts(norm)
 
 
-def _activate(gm: fx.GraphModule, norm: _Norm) -> None:
-    """Take in silu(value) and value * sigmoid(value)."""
+def _match_activation(gm: fx.GraphModule, norm: _Norm) -> None:
+    """Extend the match by silu(value) or value * sigmoid(value)."""
     value, users = norm.value, list(norm.value.users)
     if len(users) == 1 and (called(gm, users[0], nn.SiLU) or op_name(users[0]) == "silu"):
         norm.inside.append(users[0])
@@ -188,11 +170,11 @@ def _activate(gm: fx.GraphModule, norm: _Norm) -> None:
         if only_user(gate) is product and set(product.args) == {value, gate}:
             norm.inside += [gate, product]
             norm.silu = True
-    _skip_casts(norm)
+    _match_casts(norm)
 
 
-def _skip_casts(norm: _Norm) -> None:
-    """Take in casts of the value to another float dtype."""
+def _match_casts(norm: _Norm) -> None:
+    """Extend the match by casts of the value to another float dtype."""
     while (user := only_user(norm.value)) is not None and _is_cast(user):
         norm.inside.append(user)
 
@@ -205,9 +187,9 @@ def _is_cast(node: fx.Node) -> bool:
     return floats and before.device == after.device
 
 
-def _of_images(value: fx.Node) -> _Readers | None:
-    """The codes for convolutions, if nothing but them reads the value or slices of its channels
-    that together are all."""
+def _image_readers(value: fx.Node) -> _Readers | None:
+    """The readers of a norm for convolutions; None unless they are all that reads the value, or
+    slices that together make all its channels."""
     channels = value.meta["val"].shape[1]
     if value.meta["val"].dim() != 4 or not isinstance(channels, int):
         return None
@@ -227,11 +209,12 @@ def _of_images(value: fx.Node) -> _Readers | None:
             return None
         nodes.append(reader)
         sizes.append(size)
-    return _agreed(_Readers(nodes, sizes, slices)) if sum(sizes) == channels else None
+    return _with_one_kernel(_Readers(nodes, sizes, slices)) if sum(sizes) == channels else None
 
 
-def _of_tokens(value: fx.Node) -> _Readers | None:
-    """The codes for linear layers, if nothing but they read the value, (B, places, C) by then."""
+def _token_readers(value: fx.Node) -> _Readers | None:
+    """The reader of a norm for linear layers; None unless it alone reads the value, moved to
+    (B, places, C)."""
     channels, chain = value.meta["val"].shape[1], []
     end = value
     while (user := only_user(end)) is not None and moves(user):
@@ -242,7 +225,7 @@ def _of_tokens(value: fx.Node) -> _Readers | None:
     positions = positions_of(value)
     if not torch.equal(positions_after(chain, positions), as_tokens(positions)):
         return None
-    return _agreed(_Readers([user], [channels], chain, tokens=True))
+    return _with_one_kernel(_Readers([user], [channels], chain, tokens=True))
 
 
 def _start(node: fx.Node) -> int:
@@ -250,12 +233,12 @@ def _start(node: fx.Node) -> int:
     return start if isinstance(start, int) else 0
 
 
-def _agreed(readers: _Readers) -> _Readers | None:
-    """The readers, if one kernel makes their codes: of one dtype, range and border, with scales
-    that are known before."""
+def _with_one_kernel(readers: _Readers) -> _Readers | None:
+    """The readers, or None where one kernel cannot make all their codes: dtype, range and borders
+    are equal, and scales are not measured from the value."""
     if any(node.target is not quantize_input for node in readers.nodes):
         return None
-    calls = [Codes.of(node) for node in readers.nodes]
+    calls = [Codes._make(node.args) for node in readers.nodes]
     if any(
         (call.pads is None) != readers.tokens or call.scale.meta["val"].dim() != 1 for call in calls
     ):
@@ -264,9 +247,10 @@ def _agreed(readers: _Readers) -> _Readers | None:
 
 
 def _hoist(nodes: list[fx.Node]) -> bool:
-    """Move the scales that all these calls take before the first of them; whether that can be."""
+    """Move the scales of all these calls in front of the first call; returns False where it
+    cannot."""
     first = min(nodes)
-    late = [scale for node in nodes if not (scale := Codes.of(node).scale) < first]
+    late = [scale for node in nodes if not (scale := Codes._make(node.args).scale) < first]
     if any(not used < first for scale in late for used in scale.all_input_nodes):
         return False
     for scale in late:
@@ -275,12 +259,18 @@ def _hoist(nodes: list[fx.Node]) -> bool:
 
 
 def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers, kernel: NormCodes) -> None:
-    first, calls = min(readers.nodes), [Codes.of(node) for node in readers.nodes]
+    first, calls = min(readers.nodes), [Codes._make(node.args) for node in readers.nodes]
     weight, bias = norm.weight, norm.bias
     if norm.path is not None:
-        weight, bias = (_parameter(gm, first, f"{norm.path}.{n}") for n in ("weight", "bias"))
+        module = gm.get_submodule(norm.path)
+        weight, bias = (
+            None
+            if getattr(module, name) is None
+            else buffer_before(gm, first, f"{norm.path}.{name}")
+            for name in ("weight", "bias")
+        )
     settings = (norm.groups, weight, bias, norm.eps, norm.factor, norm.shift, norm.silu)
-    made = call_before(
+    codes = call_before(
         first,
         kernel,
         norm.x,
@@ -295,29 +285,13 @@ def _replace(gm: fx.GraphModule, norm: _Norm, readers: _Readers, kernel: NormCod
     )
     start = 0
     for node, size in zip(readers.nodes, readers.sizes, strict=True):
-        part, end = made, start + size
+        part, end = codes, start + size
         if readers.tokens:
-            part = call_before(first, torch.flatten, made, 1, 2, name=f"{made.name}_tokens")
+            part = call_before(first, torch.flatten, codes, 1, 2, name=f"{codes.name}_tokens")
         elif len(calls) > 1:
             channels = (Ellipsis, slice(start, end))
-            part = call_before(first, operator.getitem, made, channels, name=f"{made.name}_part")
+            part = call_before(first, operator.getitem, codes, channels, name=f"{codes.name}_part")
         node.replace_all_uses_with(part)
         start = end
     for node in [*readers.nodes, *reversed(readers.views), *reversed(norm.inside)]:
         gm.graph.erase_node(node)
-
-
-def _parameter(gm: fx.GraphModule, node: fx.Node, path: str) -> fx.Node | None:
-    """A new node in front of `node` that reads a parameter of a module, if the module has it."""
-    owner, _, name = path.rpartition(".")
-    value = getattr(gm.get_submodule(owner), name)
-    if value is None:
-        return None
-    with gm.graph.inserting_before(node):
-        made = gm.graph.get_attr(path)
-    fake = node.meta["val"].fake_mode
-    made.meta = {
-        "val": fake.from_tensor(value.detach(), static_shapes=True),
-        "nn_module_stack": node.meta["nn_module_stack"],
-    }
-    return made

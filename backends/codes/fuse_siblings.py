@@ -1,4 +1,4 @@
-"""Run layers that read the same codes as one: queries, keys and values of attention.
+"""Join layers that read the same codes: queries, keys and values of attention.
 
 q(c, s), k(c, s), v(c, s)    ->    y = q_k_v(c, s);  y[..., :n], y[..., n:m], y[..., m:]
 """
@@ -20,8 +20,7 @@ from .matching import codes_layer
 
 
 def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
-    """Join layers that read the same codes with the same scale, in place; returns how many calls
-    that saved.
+    """Join layers that read the same codes with the same scale, in place; returns the calls saved.
 
     One wide product fills a device that narrow ones leave idle. Left alone where a layer is called
     twice or adds anything to its sums, and where the trial found the narrow ones faster together.
@@ -47,11 +46,11 @@ def join_siblings(gm: fx.GraphModule, choose: Chooser) -> int:
 
 
 def _worth_it(layers: Sequence[CodesLayer], choose: Chooser) -> Choice | None:
-    """The kernel of layers side by side, or None where they are faster apart."""
+    """The kernel for layers side by side, or None where they are faster apart."""
     joint = choose(joint_problem(layers), layers[0].dtype)
     if joint.engine == "float":
         return None
-    joint = layers[0].as_run(joint)
+    joint = layers[0].with_own_engine(joint)
     if joint.micros and all(layer.choice.micros for layer in layers):
         apart = sum(layer.choice.micros[layer.choice.engine] for layer in layers)
         return joint if joint.micros[joint.engine] < apart else None
@@ -61,7 +60,7 @@ def _worth_it(layers: Sequence[CodesLayer], choose: Chooser) -> Choice | None:
 def _join(
     gm: fx.GraphModule, nodes: Sequence[fx.Node], layers: Sequence[CodesLayer], choice: Choice
 ) -> None:
-    """Replace calls by one call in the place of the first, and slices of its result."""
+    """Replace calls of layers by slices of one joint call in the place of the first."""
     first, paths = nodes[0], [str(node.target) for node in nodes]
     path = "_".join([paths[0], *(other.rpartition(".")[2] for other in paths[1:])])
     owner = gm.get_submodule(path.rpartition(".")[0])
@@ -72,16 +71,16 @@ def _join(
         if node.target in [f"{old}.act_scale" for old in paths]:
             node.target = f"{path}.act_scale"
     with gm.graph.inserting_before(first):
-        made = gm.graph.call_module(path, first.args)
+        joint = gm.graph.call_module(path, first.args)
     channels = 1 if layers[0].is_conv else first.meta["val"].dim() - 1
     shape = list(first.meta["val"].shape)
     shape[channels] = sum(len(layer.weight) for layer in layers)
-    made.meta = {**first.meta, "val": first.meta["val"].new_empty(shape)}
+    joint.meta = {**first.meta, "val": first.meta["val"].new_empty(shape)}
     start = 0
     for node, layer in zip(nodes, layers, strict=True):
         end = start + len(layer.weight)
         index = (slice(None),) * channels + (slice(start, end),)
-        part = call_before(first, operator.getitem, made, index, name=f"{node.name}_part")
+        part = call_before(first, operator.getitem, joint, index, name=f"{node.name}_part")
         node.replace_all_uses_with(part)
         part.meta = {**node.meta}
         start = end

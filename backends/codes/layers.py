@@ -1,4 +1,5 @@
-"""Convolutions and linear layers on codes: integers or fp8 in, one kernel, epilogue included."""
+"""Run convolutions and linear layers on integer or fp8 codes, each by one kernel with its
+epilogue."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,17 @@ from .choice import Choice
 from .problem import Problem
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom, as for torch.nn.functional.pad
+
+
+class Epilogue(NamedTuple):
+    """The tensors that a kernel adds to its sums, and the scale that it quantizes the result with.
+
+    row: (B, O), added at every place of a sample.  residual: (B, OH, OW, O).  out_scale: (ranges,).
+    """
+
+    row: Tensor | None
+    residual: Tensor | None
+    out_scale: Tensor | None
 
 
 def quantize_input(
@@ -63,7 +76,7 @@ class CodesLayer(nn.Module):
     pads: borders that the input's codes must have, None for linear layers.  dtype: of the result.
 
     A subclass defines `run`, and where they differ `integer_dtype`, `stored_weight`,
-    `takes_second_segment` and `as_run`.
+    `takes_second_segment` and `with_own_engine`.
     """
 
     stage = Stage.LOWERED
@@ -78,12 +91,13 @@ class CodesLayer(nn.Module):
             setattr(self, name, getattr(layer, name))
         self.is_conv = isinstance(layer, QuantConv)
         self.pads = pads_of(layer)
-        self.dtype, self.problem, self.choice = dtype, problem, self.as_run(choice)
+        self.dtype, self.problem, self.choice = dtype, problem, self.with_own_engine(choice)
         self.codes_dtype = FP8 if layer.act_format == "fp8" else self.integer_dtype
         self.zero_point, self.levels = int(layer.act_zero), levels(layer.act_bits)
         self.out_zero, self.out_levels, self.out_dtype = 0, 0, dtype
 
-        codes = _channels_last(layer.weight_codes())
+        codes = layer.weight_codes()  # (O, C) or (O, C, R, S)
+        codes = codes.permute(0, 2, 3, 1) if codes.dim() == 4 else codes[:, None, None, :]
         zero = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
         if problem.half:
             zero = layer.weight_zero.clone()
@@ -112,24 +126,24 @@ class CodesLayer(nn.Module):
         return True
 
     @classmethod
-    def as_run(cls, choice: Choice) -> Choice:
-        """The choice with the engine that layers of this class run on, whatever was chosen."""
+    def with_own_engine(cls, choice: Choice) -> Choice:
+        """The choice with its engine replaced by the one that runs layers of this class."""
         return choice
 
     def requantizes(self, zero: int, levels: int, dtype: torch.dtype) -> None:
-        """Give codes on another layer's grid instead of floats; calls then pass its scale."""
+        """Make the layer return codes on another layer's grid; calls then pass its scale."""
         self.out_zero, self.out_levels, self.out_dtype = zero, levels, dtype
 
     @classmethod
     def side_by_side(cls, layers: Sequence[CodesLayer], choice: Choice) -> CodesLayer:
-        """One layer whose results are those of `layers` one after the other along the channels; of
-        layers that read the same codes and differ in their weights alone."""
+        """Join layers that differ only in their weights into one; it returns their results one
+        after the other along the channels."""
         first = layers[0]
-        made = copy.copy(first)
-        made.problem, made.choice = joint_problem(layers), first.as_run(choice)
-        made._buffers = dict(first._buffers)
+        joint = copy.copy(first)
+        joint.problem, joint.choice = joint_problem(layers), first.with_own_engine(choice)
+        joint._buffers = dict(first._buffers)
         for name in ("weight", "zero", "weight_scale", "offset"):
-            made._buffers[name] = torch.cat([getattr(layer, name) for layer in layers])
+            joint._buffers[name] = torch.cat([getattr(layer, name) for layer in layers])
         if any(layer.bias is not None for layer in layers):
             dtype = next(layer.bias.dtype for layer in layers if layer.bias is not None)
             biases = [
@@ -138,8 +152,8 @@ class CodesLayer(nn.Module):
                 else layer.bias
                 for layer in layers
             ]
-            made._buffers["bias"] = torch.cat(biases)
-        return made
+            joint._buffers["bias"] = torch.cat(biases)
+        return joint
 
     def forward(
         self,
@@ -156,34 +170,31 @@ class CodesLayer(nn.Module):
         out_scale: (ranges,), after `requantizes`: the output is codes, of convolutions channels
         last (B, OH, OW, O).
         """
-        return _run([self], [codes], [scale], row, residual, out_scale)
+        return _run([self], [codes], [scale], Epilogue(row, residual, out_scale))
 
     def run(
         self,
         layers: Sequence[CodesLayer],
         codes: list[Tensor],
         scales: list[Tensor],
-        row: Tensor | None,
-        residual: Tensor | None,
-        out_scale: Tensor | None,
+        epilogue: Epilogue,
     ) -> Tensor:
-        """The sum of what `layers`, this one first, give for their codes: (B, OH, OW, O).
+        """The sum of the results of `layers`, this one first: (B, OH, OW, O).
 
-        codes: (B, H, W, C), of linear layers (B, 1, T, C).  scales: (ranges,) each.
-        row: (B, O).  residual: like the result.  out_scale: as of `forward`.
+        codes: (B, H, W, C), for linear layers (B, 1, T, C).  scales: (ranges,) each.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no kernel: give it a `run`")
 
 
 class ConcatLayer(nn.Module):
-    """The sum of two layers of equal geometry on the parts of a concatenation, as one kernel; the
-    bias is the first one's."""
+    """Add two layers of equal geometry, on the parts of a concatenation, in one kernel; the first
+    holds the bias."""
 
     stage = Stage.LOWERED
 
     def __init__(self, first: CodesLayer, second: CodesLayer) -> None:
         super().__init__()
-        self.first, self.second = first, second
+        self.first, self.second, self.is_conv = first, second, first.is_conv
 
     def forward(
         self,
@@ -196,11 +207,11 @@ class ConcatLayer(nn.Module):
     ) -> Tensor:
         """As `CodesLayer.forward`, for the codes of both parts and their scales."""
         layers, scales = [self.first, self.second], [scale, more_scale]
-        return _run(layers, [codes, more_codes], scales, row, residual, None)
+        return _run(layers, [codes, more_codes], scales, Epilogue(row, residual, None))
 
 
 def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
-    """The problem that a layer poses on an input of `shape`, (B, C, H, W) or (B, ..., C)."""
+    """The sizes of a layer's work on an input of `shape`, (B, C, H, W) or (B, ..., C)."""
     out, channels, *taps = layer.weight_shape
     if isinstance(layer, QuantConv):
         left, right, top, bottom = layer.pad_widths
@@ -226,19 +237,19 @@ def problem_of(layer: QuantLayer, shape: Sequence[int]) -> Problem:
 
 
 def problem_at(layer: QuantLayer, node: fx.Node) -> Problem:
-    """The problem that a layer poses where `node` calls it, at the sizes of capture."""
+    """The sizes of a layer's work where `node` calls it, at the sizes of capture."""
     return problem_of(layer, [size_hint(size) for size in layer_input(node).meta["val"].shape])
 
 
 def joint_problem(layers: Sequence[CodesLayer]) -> Problem:
-    """The problem of layers that read the same codes, side by side."""
+    """The sizes of the work of layers that read the same codes, side by side."""
     width = sum(layer.problem.out_channels for layer in layers)
     return dataclasses.replace(layers[0].problem, out_channels=width)
 
 
 def pads_of(layer: QuantLayer) -> Pads | None:
-    """The borders of the codes of a layer's input, None for linear layers; other padding than by
-    zeros is done in floating point."""
+    """The borders of the codes that a layer reads, None for linear layers; padding modes other than
+    zeros are applied in floating point before."""
     if not isinstance(layer, QuantConv):
         return None
     if layer.padding_mode != "zeros":
@@ -248,15 +259,11 @@ def pads_of(layer: QuantLayer) -> Pads | None:
 
 
 def _run(
-    layers: list[CodesLayer],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    row: Tensor | None,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
+    layers: list[CodesLayer], codes: list[Tensor], scales: list[Tensor], epilogue: Epilogue
 ) -> Tensor:
-    """The sum of what layers give for their codes, in the form that `CodesLayer.forward` states."""
+    """Run layers by the kernel of the first; returns the sum as `CodesLayer.forward` describes."""
     first, shape = layers[0], codes[0].shape
+    row, residual, out_scale = epilogue
     if not first.is_conv:
         codes = [c.reshape(c.shape[0], 1, -1, c.shape[-1]) for c in codes]
     if residual is not None:
@@ -268,12 +275,7 @@ def _run(
     if row is not None:
         row = row.reshape(row.shape[0], row.shape[-1]).contiguous()
     scales = [scale.reshape(-1) for scale in scales]
-    y = first.run(layers, codes, scales, row, residual, out_scale)
+    y = first.run(layers, codes, scales, Epilogue(row, residual, out_scale))
     if not first.is_conv:
         return y.view(*shape[:-1], y.shape[-1])
     return y if out_scale is not None else y.permute(0, 3, 1, 2)
-
-
-def _channels_last(codes: Tensor) -> Tensor:
-    """Weights (O, C) or (O, C, R, S) as (O, R, S, C)."""
-    return codes[:, None, None, :] if codes.dim() == 2 else codes.permute(0, 2, 3, 1)

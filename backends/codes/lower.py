@@ -1,4 +1,4 @@
-"""Replace the quantized layers of a graph: the part of lowering that is the same for every engine.
+"""Replace the quantized layers of a graph, whatever engine runs them.
 
 y = conv_q(x, s)    ->    y = conv(quantize_input(x, s), s): codes computed apart, so that they can
 be fused into what computes x
@@ -22,15 +22,13 @@ from tfmq_fx.quant.quant_layer import QuantLayer
 
 from .layers import CodesLayer, quantize_input
 
-Calls = dict[str, list[fx.Node]]  # the nodes that call a layer, by its name
-
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """The module that runs a quantized layer from now on.
+    """The module that replaces a quantized layer.
 
-    reason: why that is in floating point, None where it is not.  micros: microseconds by what was
-    tried, empty where nothing was timed.
+    reason: why it runs in floating point, None where it does not.  micros: microseconds by engine
+    that was timed, empty where none was.
     """
 
     module: nn.Module
@@ -38,9 +36,9 @@ class Lowered:
     micros: dict[str, float] = field(default_factory=dict)
 
 
-def quantized_calls(gm: fx.GraphModule) -> Calls:
-    """The calls of each quantized layer of a graph."""
-    calls: Calls = {}
+def quantized_calls(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """The nodes that call each quantized layer of a graph, by its name."""
+    calls: dict[str, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_module"):
         if isinstance(gm.get_submodule(str(node.target)), QuantLayer):
             calls.setdefault(str(node.target), []).append(node)
@@ -49,37 +47,36 @@ def quantized_calls(gm: fx.GraphModule) -> Calls:
 
 def lower_layers(
     gm: fx.GraphModule,
-    calls: Calls,
     lower_one: Callable[[QuantLayer, Sequence[fx.Node]], Lowered],
     refused: Mapping[str, str] | None,
 ) -> dict[str, Lowered]:
-    """Replace each quantized layer by what `lower_one` makes of it, in place; returns those.
+    """Replace each quantized layer by the module that `lower_one` returns, in place.
 
     Layers on codes are then called with the codes of their input.
     refused: layers that stay in floating point whatever an engine could do, and why.
     """
-    found = {}
-    for name, nodes in calls.items():
+    replaced = {}
+    for name, nodes in quantized_calls(gm).items():
         layer = gm.get_submodule(name)
         assert isinstance(layer, QuantLayer)
         if (reason := (refused or {}).get(name)) is not None:
-            made = Lowered(FloatLayer(layer), reason)
+            lowered = Lowered(FloatLayer(layer), reason)
         else:
-            made = lower_one(layer, nodes)
-        gm.set_submodule(name, made.module)
-        if isinstance(made.module, CodesLayer):
+            lowered = lower_one(layer, nodes)
+        gm.set_submodule(name, lowered.module)
+        if isinstance(lowered.module, CodesLayer):
             for node in nodes:
-                _give_codes(gm, node, name, layer, made.module)
-        found[name] = made
-    return found
+                _give_codes(gm, node, name, layer, lowered.module)
+        replaced[name] = lowered
+    return replaced
 
 
 def declined(layers: Mapping[str, Lowered]) -> list[Declined]:
-    """The layers that run in floating point, with the reasons."""
+    """A `Declined` for each layer that runs in floating point, with the reason."""
     return [
-        Declined(name, f"runs in floating point: {made.reason}")
-        for name, made in layers.items()
-        if made.reason is not None
+        Declined(name, f"runs in floating point: {lowered.reason}")
+        for name, lowered in layers.items()
+        if lowered.reason is not None
     ]
 
 
@@ -92,9 +89,9 @@ def dtype_obstacle(nodes: Sequence[fx.Node], written: Collection[torch.dtype]) -
 
 
 def _give_codes(
-    gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, made: CodesLayer
+    gm: fx.GraphModule, node: fx.Node, name: str, layer: QuantLayer, lowered: CodesLayer
 ) -> None:
-    """Pass the codes of its input and their scale to the call of a layer."""
+    """Pass the codes of its input, and their scale, to the call of a layer."""
     x = layer_input(node)
     if isinstance(layer, QuantConv) and layer.padding_mode != "zeros":
         padded, mode = f"{node.name}_padded", layer.padding_mode
@@ -105,11 +102,11 @@ def _give_codes(
         measured = (dynamic_scale, x, layer.ranged_dims, steps)
         scale = call_before(node, *measured, name=f"{node.name}_scale")
     elif layer.per_timestep:
-        given = node.args[1] if len(node.args) > 1 else node.kwargs["scale"]
-        assert isinstance(given, fx.Node)
-        scale = given
+        row = node.args[1] if len(node.args) > 1 else node.kwargs["scale"]
+        assert isinstance(row, fx.Node)
+        scale = row
     else:
         scale = buffer_before(gm, node, f"{name}.act_scale")
-    settings = (made.zero_point, made.levels, made.codes_dtype, made.pads)
+    settings = (lowered.zero_point, lowered.levels, lowered.codes_dtype, lowered.pads)
     codes = call_before(node, quantize_input, x, scale, *settings, name=f"{node.name}_codes")
     node.args, node.kwargs = (codes, scale), {}

@@ -1,9 +1,9 @@
-"""Questions that fusions ask about the nodes of a graph."""
+"""Match nodes of a graph for the fusions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ _MOVES = frozenset(
 
 
 class Codes(NamedTuple):
-    """The arguments of a call of `quantize_input`."""
+    """The arguments of a call of `quantize_input`, all given by position."""
 
     x: fx.Node
     scale: fx.Node
@@ -28,15 +28,9 @@ class Codes(NamedTuple):
     dtype: torch.dtype
     pads: Pads | None
 
-    @classmethod
-    def of(cls, node: fx.Node) -> Self:
-        """The arguments of a node, which gives all of them by position."""
-        arguments: Any = node.args
-        return cls(*arguments)
-
 
 def written_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose memory something writes in place: what they hold depends on when it is
+    """The nodes whose memory is written in place, so that their value depends on when it is
     read."""
     return {node for _, bases in writers(gm) for node in bases}
 
@@ -58,7 +52,8 @@ def same_kind(node: fx.Node, other: fx.Node) -> bool:
 
 
 def called(gm: fx.GraphModule, node: Any, *kinds: type[M]) -> M | None:
-    """The module that a node calls, where it is of one of these very types and has no hooks."""
+    """The module that a node calls, if it has exactly one of these types and no hooks; else
+    None."""
     module: Any = _without_hooks(gm, node)
     return module if type(module) in kinds else None
 
@@ -76,7 +71,7 @@ def layer_on_codes(gm: fx.GraphModule, node: Any) -> CodesLayer | ConcatLayer | 
 
 
 def _without_hooks(gm: fx.GraphModule, node: Any) -> nn.Module | None:
-    """The module that a node calls, where it calls one that has no hooks."""
+    """The module that a node calls; None for other nodes and for modules with hooks."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     module = gm.get_submodule(str(node.target))
@@ -84,7 +79,7 @@ def _without_hooks(gm: fx.GraphModule, node: Any) -> nn.Module | None:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The one node that reads a value, if it is one."""
+    """The only node that reads a value; None where there are none or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
@@ -93,14 +88,22 @@ def moves(node: fx.Node) -> bool:
     return op_name(node) in _MOVES and is_tensor(node.args[0])
 
 
+def concatenation(node: Any) -> tuple[list[fx.Node], Any]:
+    """The tensors that a node concatenates and the dimension; ([], 0) for other nodes."""
+    if not is_tensor(node) or op_name(node) not in ("cat", "concat", "concatenate"):
+        return [], 0
+    parts: Any = node.args[0] if node.args else node.kwargs["tensors"]
+    return list(parts), node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+
+
 def positions_after(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
     """The tensor `value` after a chain of nodes that only move elements (see `moves`).
 
     value: positions, with the sizes of capture, which the nodes are given too.
     """
     for node in chain:
-        given: Any = (node.args[1:], node.kwargs)
-        rest, kwargs = fx.map_arg(given, lambda used: size_hint(used.meta["val"]))
+        arguments: Any = (node.args[1:], node.kwargs)
+        rest, kwargs = fx.map_arg(arguments, lambda used: size_hint(used.meta["val"]))
         call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
         value = call(value, *rest, **kwargs)
     return value

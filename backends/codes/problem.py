@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One convolution, borders included in height and width; a linear layer has taps (1, 1).
+    """The sizes of one convolution, height and width with borders; a linear layer has taps (1, 1).
 
     half: of packed 4-bit weights, else 0.
     """
@@ -55,20 +55,3 @@ class Problem:
     def rows(self) -> int:
         """Pixels of the result, all samples together."""
         return self.batch * math.prod(self.out_size)
-
-    @property
-    def depth(self) -> int:
-        """Terms of each sum."""
-        return math.prod(self.taps) * self.channels
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions."""
-        return 2 * self.rows * self.out_channels * self.depth
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that must move: codes and weights read once, a 16-bit result written once."""
-        read = self.batch * self.height * self.width * self.channels
-        weights = self.out_channels * self.depth
-        return read + (weights // 2 if self.half else weights) + 2 * self.rows * self.out_channels

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, remembering
+from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, cached_chooser
 from tfmq_fx.backends.codes.problem import Problem, Tile
 from tfmq_fx.backends.cpu.kernels import fast_dtype
 from tfmq_fx.backends.timing import least_micros
@@ -27,19 +27,19 @@ CALLS = 9  # that are timed of each kernel
 MARGIN = 0.9  # of our kernel's time that another must stay below: ours takes sums and codes along
 
 
-def by_trial(*, timer: Timer | None = None, cache: Path | None = None) -> Chooser:
-    """A chooser that times what a problem can run on: our kernel, oneDNN's, or floating point.
+def timed_chooser(*, timer: Timer | None = None, cache: Path | None = None) -> Chooser:
+    """A chooser that times our kernel, oneDNN's and floating point for each problem.
 
     What makes the codes is not timed: it is fused into what computes the input.
     timer: how calls are timed; None is the least of some.  cache: file of earlier results; None is
     the one of this machine.
     """
     timer = timer or functools.partial(least_micros, calls=CALLS)
-    return remembering(lambda problem, dtype: _try(problem, timer), cache or cache_file())
+    return cached_chooser(lambda problem, dtype: _try(problem, timer), cache or cache_file())
 
 
-def untried(problem: Problem, dtype: torch.dtype) -> Choice:
-    """The kernel of this package, for where nothing is to be timed."""
+def untimed_choice(problem: Problem, dtype: torch.dtype) -> Choice:
+    """Choose the kernel of this package without timing anything."""
     return Choice("cpu", Tile())
 
 
@@ -60,7 +60,7 @@ def _try(problem: Problem, timer: Timer) -> Choice:
 
 
 def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
-    """A call on random values for each engine that can run a problem."""
+    """A function for each engine that can run a problem, which runs it on random values."""
     p = problem
     x = torch.randint(0, 256, (p.batch, p.height, p.width, p.channels), dtype=torch.uint8)
     most = 7 if p.half else 127
@@ -70,7 +70,7 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     images, weights = x.permute(0, 3, 1, 2), filters.permute(0, 3, 1, 2).contiguous()
     dtype = fast_dtype()
     floats, float_weights = images.to(dtype), weights.to(dtype)
-    found: dict[str, Callable[[], Tensor]] = {
+    engines: dict[str, Callable[[], Tensor]] = {
         "float": lambda: F.conv2d(floats, float_weights, None, stride, 0, dilation)
     }
     zeros = torch.zeros(p.out_channels, dtype=torch.int64)
@@ -78,15 +78,15 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     if p.taps == (1, 1) and p.stride == (1, 1):
         rows, matrix = x.view(-1, p.channels), weights.view(p.out_channels, -1)
         float_rows, float_matrix = rows.to(dtype), matrix.to(dtype)
-        found["float"] = lambda: F.linear(float_rows, float_matrix)
+        engines["float"] = lambda: F.linear(float_rows, float_matrix)
         packed = ops.qlinear_prepack(matrix, list(rows.shape))
-        given: Any = (packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        found["onednn"] = lambda: ops.qlinear_pointwise(rows, 1.0, 0, *given)
+        settings: Any = (packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        engines["onednn"] = lambda: ops.qlinear_pointwise(rows, 1.0, 0, *settings)
     else:
         geometry = (stride, [0, 0], dilation, 1)
         packed = ops.qconv_prepack(weights, scale, 1.0, 0, *geometry, list(images.shape))
         rest: Any = (*geometry, 1.0, 0, torch.float32, "none", [], "")
-        found["onednn"] = lambda: ops.qconv_pointwise(
+        engines["onednn"] = lambda: ops.qconv_pointwise(
             images, 1.0, 0, packed, scale, zeros, None, *rest
         )
     if kernels.unavailable() is None and p.channels % 4 == 0:
@@ -95,5 +95,5 @@ def calls(problem: Problem) -> dict[str, Callable[[], Tensor]]:
         offset = torch.zeros(p.out_channels, dtype=torch.int32)
         sums = ([x], [panels], [zero], [scale], [offset], [one], None, None, None, None, 0, 0)
         shape = (p.out_channels, list(p.taps), stride, dilation, torch.float32)
-        found["cpu"] = lambda: kernels.cpu_conv(*sums, *shape)
-    return found
+        engines["cpu"] = lambda: kernels.cpu_conv(*sums, *shape)
+    return engines

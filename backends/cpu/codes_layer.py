@@ -1,4 +1,4 @@
-"""Layers on codes that the CPU kernels of this package run."""
+"""Run layers on codes by the CPU kernels of this package."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.backends.codes.choice import Choice
-from tfmq_fx.backends.codes.layers import CodesLayer
-from tfmq_fx.backends.codes.problem import Problem
-from tfmq_fx.quant.quant_layer import QuantLayer
+from tfmq_fx.backends.codes.layers import CodesLayer, Epilogue
 
 from . import kernels
 
@@ -24,20 +22,15 @@ class CpuCodesLayer(CodesLayer):
     """
 
     integer_dtype = torch.uint8
-
-    def __init__(
-        self, layer: QuantLayer, dtype: torch.dtype, problem: Problem, choice: Choice
-    ) -> None:
-        super().__init__(layer, dtype, problem, choice)
-        self.activation = "none"
+    activation = "none"
 
     @classmethod
-    def as_run(cls, choice: Choice) -> Choice:
-        """The choice with the engine "cpu": layers on these codes have no other."""
+    def with_own_engine(cls, choice: Choice) -> Choice:
+        """The choice with the engine "cpu", the only one for these layers."""
         return dataclasses.replace(choice, engine="cpu")
 
     def to_panels(self) -> None:
-        """Bring the weights into the order that the kernel reads, once all fusions are done."""
+        """Reorder the weights for the kernel, after all fusions."""
         if self.problem.half:
             codes = self.weight.to(torch.int16) + self.zero.to(torch.int16)[:, None, None, None]
             self.weight = kernels.packed_panels(codes.to(torch.uint8))
@@ -51,11 +44,10 @@ class CpuCodesLayer(CodesLayer):
         layers: Sequence[CodesLayer],
         codes: list[Tensor],
         scales: list[Tensor],
-        row: Tensor | None,
-        residual: Tensor | None,
-        out_scale: Tensor | None,
+        epilogue: Epilogue,
     ) -> Tensor:
         """As `CodesLayer.run`, by one call of `kernels.cpu_conv`."""
+        row, residual, out_scale = epilogue
         y: Tensor = kernels.cpu_conv(
             codes,
             [layer.weight for layer in layers],

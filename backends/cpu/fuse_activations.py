@@ -1,4 +1,4 @@
-"""Let kernels apply the activation that follows a layer.
+"""Fuse the activation that follows a layer into its kernel.
 
 gelu(linear(q, s))    ->    linear(q, s), which applies gelu
 """
@@ -40,16 +40,15 @@ def fuse_activations(gm: fx.GraphModule) -> int:
 
 
 def activation(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """The activation that a node applies to its first argument, by the kernels' name; None for
-    anything else."""
+    """The kernels' name of the activation that a node applies; None where it is no activation."""
     silu, gelu = called(gm, node, nn.SiLU), called(gm, node, nn.GELU)
-    given = {**node.kwargs}
+    settings = {**node.kwargs}
     if silu is not None:
         return None if silu.inplace else "silu"
     if gelu is not None:
-        given = {"approximate": gelu.approximate}
+        settings = {"approximate": gelu.approximate}
     elif op_name(node) == "silu":
-        return "silu" if len(node.args) == 1 and not given.get("inplace") else None
+        return "silu" if len(node.args) == 1 and not settings.get("inplace") else None
     elif op_name(node) != "gelu" or len(node.args) > 1:
         return None
-    return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(given.get("approximate", "none")))
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(settings.get("approximate", "none")))

@@ -1,4 +1,5 @@
-"""The kernels of `kernels.cpp` as torch operators, compiled for this machine when first used."""
+"""Define the kernels of `kernels.cpp` as torch operators, compiled for this machine at first
+use."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,22 +72,21 @@ def unavailable() -> str | None:
 
 
 def limited() -> str | None:
-    """What ATEN_CPU_CAPABILITY, the variable by which torch is kept from newer instructions, says
-    where it forbids AVX-512; None where it does not."""
-    asked = os.environ.get("ATEN_CPU_CAPABILITY", "")
-    return asked if asked in ("default", "avx2") else None
+    """The value of ATEN_CPU_CAPABILITY, which limits torch's instructions, where it forbids
+    AVX-512; else None."""
+    limit = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    return limit if limit in ("default", "avx2") else None
 
 
 def processor() -> str:
-    """The name of the processor and what it can do, as the system tells. Raises OSError on a Linux
-    that does not."""
+    """The name of the processor and its flags. Raises OSError where Linux does not report them."""
     if sys.platform != "linux":
         return f"{platform.machine()} {platform.processor()}"
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
-    return f"{found.get('model name')} {found.get('flags')}"
+        facts.setdefault(name.strip(), value.strip())
+    return f"{facts.get('model name')} {facts.get('flags')}"
 
 
 @functools.cache
@@ -108,15 +109,6 @@ def load_plain() -> None:
     library.load(library.PLAIN, platform.machine())
 
 
-@functools.cache
-def stand_in() -> None:
-    """Have the plain kernels run the operators too, where there are no others: for tests."""
-    load_plain()
-    for name in _SCHEMAS:
-        keys = "CompositeExplicitAutograd" if name == "cpu_nan_count" else "CPU"
-        _LIBRARY.impl(name, getattr(torch.ops.tfmq_fx_plain, name).default, keys)
-
-
 def panels(weight: Tensor) -> Tensor:
     """int8 weights (O, R, S, C) as the kernels read them: (O / 64, R * S, C / 4, 64, 4), missing
     outputs filled with zeros. C must be a multiple of 4."""
@@ -134,55 +126,22 @@ def packed_panels(codes: Tensor) -> Tensor:
     return packed
 
 
-def _fake_conv(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    zeros: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    bias: Tensor | None,
-    row: Tensor | None,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero: int,
-    out_levels: int,
-    out: int,
-    taps: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    dtype: torch.dtype,
-    activation: str = "none",
-) -> Tensor:
+def _fake_conv(xs: Sequence[Tensor], *settings: Any) -> Tensor:
+    """The shape of `cpu_conv`'s result; settings: its arguments in the order of `_SCHEMAS`."""
+    out_scale, _, _, out, taps, stride, dilation, dtype = settings[8:16]
     x = xs[0]
     high, wide = (
         (x.shape[i + 1] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     )
-    made = torch.uint8 if out_scale is not None else dtype
-    return x.new_empty((x.shape[0], high, wide, out), dtype=made)
+    result = torch.uint8 if out_scale is not None else dtype
+    return x.new_empty((x.shape[0], high, wide, out), dtype=result)
 
 
-def _fake_norm(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Sequence[int],
-    more: Tensor | None = None,
-) -> Tensor:
-    batch, height, width, channels = x.shape
-    if more is not None:
-        channels += more.shape[3]
-    left, right, top, bottom = pads
-    shape = (batch, top + height + bottom, left + width + right, channels)
+def _fake_norm(x: Tensor, *settings: Any) -> Tensor:
+    """The shape of `cpu_norm`'s result; settings: its arguments in the order of `_SCHEMAS`."""
+    sizes, _, (left, right, top, bottom) = settings[9:12]
+    batch, height, width, _ = x.shape
+    shape = (batch, top + height + bottom, left + width + right, sum(sizes))
     return x.new_empty(shape, dtype=torch.uint8)
 
 

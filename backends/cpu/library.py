@@ -1,4 +1,4 @@
-"""The library that the C++ compiler makes of `kernels.cpp`: made once a machine, kept, and loaded.
+"""Compile `kernels.cpp` once for each machine, keep the library, and load it.
 
 It is kept in `cache_folder()`, by source, options, compiler, torch and processor (compiling takes
 about ten seconds). What is loaded runs in this process, so a folder or file that others could have
@@ -28,7 +28,7 @@ PLAIN = ("-O1", "-march=x86-64", "-msse4.1", "-DTFMQ_FX_PLAIN", "-Wno-psabi", *_
 
 
 def load(options: tuple[str, ...], processor: str) -> None:
-    """Load what the compiler makes with `options` on a `processor`, compiled if it is not kept.
+    """Load the library for compiler `options` and a `processor`, compiled if it is not there yet.
 
     Raises BackendError with what the compiler says where it fails.
     """
@@ -52,12 +52,12 @@ def load(options: tuple[str, ...], processor: str) -> None:
 
 
 def sources() -> str:
-    """The text of the kernels."""
+    """The source text of the kernels."""
     return "\n".join(p.read_text() for p in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
 
 
 def library(options: tuple[str, ...], processor: str) -> Path:
-    """Where the library is kept."""
+    """The path of the library for compiler `options` and a `processor`."""
     try:
         compiler = _compiler()
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
@@ -86,20 +86,21 @@ def _compile(path: Path, options: tuple[str, ...]) -> None:
     command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
     try:
         with folder_beside(path, "new") as folder:  # the compiler makes a file of its own
-            made = folder / "made.so"
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            built = folder / "made.so"
+            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
             if done.returncode:
                 raise BackendError(
                     f"{SOURCE.name} does not compile:\n{done.stderr.strip()[-2000:]}"
                 )
-            made.chmod(0o644)  # whatever the umask, for others to read at most
-            os.replace(made, path)
+            built.chmod(0o644)  # whatever the umask, for others to read at most
+            os.replace(built, path)
     except OSError as error:
         raise _unkept(path, error) from error
 
 
 def _trusted(path: Path, folder: int | None = None) -> int:
-    """A descriptor of the cache folder, or of the library in it."""
+    """Open the cache folder, or the library in it; returns a descriptor. Raises BackendError where
+    others could have written it."""
     try:
         return open_trusted(path if folder is None else path.name, within=folder)
     except OSError as error:

@@ -1,10 +1,11 @@
-"""Lower the quantized layers of a graph on the CPU: to the kernels of this package, or where these
-do not run to patterns that Inductor gives to oneDNN.
+"""Lower the quantized layers of a graph on the CPU to the kernels of this package, or to patterns
+that Inductor gives to oneDNN where these do not run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import fx, nn
 
@@ -12,13 +13,7 @@ from tfmq_fx.backends.codes.choice import Choice, Chooser, slower
 from tfmq_fx.backends.codes.fuse import fuse
 from tfmq_fx.backends.codes.fuse_epilogues import requantize
 from tfmq_fx.backends.codes.layers import problem_at
-from tfmq_fx.backends.codes.lower import (
-    Lowered,
-    declined,
-    dtype_obstacle,
-    lower_layers,
-    quantized_calls,
-)
+from tfmq_fx.backends.codes.lower import Lowered, declined, dtype_obstacle, lower_layers
 from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.backends.cpu.kernels import fast_dtype
 from tfmq_fx.backends.float_layers import DequantizedLayer, FloatLayer
@@ -31,13 +26,12 @@ from tfmq_fx.quant.modules import QuantConv, QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 from . import kernels
-from .attention import use_kernel
+from .attention import pad_attention, use_kernel
 from .codes_layer import CpuCodesLayer
 from .fuse_activations import fuse_activations
 from .fuse_concat import fuse_concat
-from .norm_codes import MOST_RUNS, norm_codes
+from .norm_codes import norm_codes
 from .onednn import OnednnLayer
-from .pad_attention import pad_attention
 
 MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
 
@@ -46,7 +40,7 @@ MOST_LOOSE = 1 << 20  # bytes of float weights that are worth no folding
 def lower(
     gm: fx.GraphModule, *, choose: Chooser, refused: Mapping[str, str] | None = None
 ) -> Rewrite:
-    """The graph with every quantized layer on what `choose` gives it.
+    """The graph with every quantized layer on the engine that `choose` picks.
 
     refused: layers whose kernels are not to be used, and why.
     Declined: layers that run in floating point, with the reason.
@@ -55,19 +49,15 @@ def lower(
     "attention", calls on our kernel; "padded_attention", calls with wider heads; "micros", what was
     measured, by layer.
     """
-    calls = quantized_calls(gm)
-    if calls and kernels.unavailable() is None:
+    quantized = any(isinstance(module, QuantLayer) for module in gm.modules())
+    if quantized and kernels.unavailable() is None:
         kernels.load()
-
-    def lower_one(layer: QuantLayer, nodes: Sequence[fx.Node]) -> Lowered:
-        return _lowered(layer, nodes, choose)
-
-    layers = lower_layers(gm, calls, lower_one, refused)
-    weight_only = [name for name, made in layers.items() if isinstance(made.module, nn.Linear)]
-    on_onednn = [name for name, made in layers.items() if isinstance(made.module, OnednnLayer)]
+    layers = lower_layers(gm, partial(_lowered, choose=choose), refused)
+    weight_only = [name for name, each in layers.items() if isinstance(each.module, nn.Linear)]
+    on_onednn = [name for name, each in layers.items() if isinstance(each.module, OnednnLayer)]
     in_float = declined(layers)
     lowered = len(layers) - len(weight_only) - len(in_float)
-    fused = fuse(gm, choose, norm=norm_codes, most_runs=MOST_RUNS)
+    fused = fuse(gm, choose, norm=norm_codes)
     fused["activations"] = fuse_activations(gm)
     fused["concat"] = fuse_concat(gm)
     prune(gm.graph)
@@ -85,14 +75,14 @@ def lower(
         "fused": fused,
         "attention": attention,
         "padded_attention": padded,
-        "micros": {name: made.micros for name, made in layers.items() if made.micros},
+        "micros": {name: each.micros for name, each in layers.items() if each.micros},
     }
     changed = lowered + len(weight_only) + attention + padded
     return Rewrite(gm, changed, in_float, details)
 
 
 def _lowered(layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser) -> Lowered:
-    """The module that runs a layer on this machine."""
+    """The module that replaces a layer on this machine."""
     if (reason := obstacle(layer, "cpu")) is not None:
         if keeps_integer_weights(layer):
             assert isinstance(layer, QuantLinear)
@@ -124,15 +114,15 @@ def kernel_obstacle(layer: QuantLayer, nodes: Sequence[fx.Node]) -> str | None:
 
 
 def alone(layer: QuantLayer, node: fx.Node) -> CpuCodesLayer | None:
-    """The layer that a node calls on the kernel of this package, ready to run; None where there is
-    none."""
+    """The layer that a node calls as one for the kernel of this package, ready to run; None where
+    the kernel cannot run it."""
     if obstacle(layer, "cpu") or kernel_obstacle(layer, [node]):
         return None
     kernels.load()
     choice = Choice("cpu", Tile())
-    made = CpuCodesLayer(layer, node.meta["val"].dtype, problem_at(layer, node), choice)
-    made.to_panels()
-    return made
+    kernel = CpuCodesLayer(layer, node.meta["val"].dtype, problem_at(layer, node), choice)
+    kernel.to_panels()
+    return kernel
 
 
 def onednn_obstacle(layer: QuantLayer) -> str | None:

@@ -1,5 +1,5 @@
-"""Answer NaN where NaN arises inside a model on integer kernels: codes have none, so the kernels
-count it."""
+"""Return NaN where NaN arises inside a model on integer kernels: codes have none, so kernels count
+it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from . import kernels
 from .codes_layer import CpuCodesLayer
 
 
-def showing_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
-    """A form of `run`, which computes the lowered graph `gm`, whose results are NaN where a kernel
-    made a code of a NaN and no result shows it.
+def mark_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
+    """Wrap `run`, which computes the lowered graph `gm`: results become NaN where a kernel
+    quantized a NaN and no result shows one.
 
     The reference answers NaN then, in part or throughout; which part is not known here, so that
     all floating-point results become NaN. Where a result has a NaN already, as for a sample at an
@@ -27,17 +27,16 @@ def showing_nans(run: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., A
 
     def noticing(*inputs: Tensor) -> Any:
         before = kernels.cpu_nan_count()
-        found = run(*inputs)
-        if kernels.cpu_nan_count() == before or any(map(_shows, tree_leaves(found))):
-            return found
-        return tree_map_only(Tensor, _nan, found)
+        results = run(*inputs)
+        if kernels.cpu_nan_count() == before:
+            return results
+        values = [value for value in tree_leaves(results) if isinstance(value, Tensor)]
+        if any(bool(value.isnan().any()) for value in values):
+            return results
+        return tree_map_only(Tensor, _nan_like, results)
 
     return noticing
 
 
-def _shows(value: Any) -> bool:
-    return isinstance(value, Tensor) and bool(value.isnan().any())
-
-
-def _nan(value: Tensor) -> Tensor:
+def _nan_like(value: Tensor) -> Tensor:
     return value.new_full(value.shape, float("nan")) if value.is_floating_point() else value

@@ -1,49 +1,38 @@
-"""Group norms that make the codes of the layers that read them, on the CPU."""
+"""Run a group norm and quantize its result in one kernel on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tfmq_fx.backends.codes.layers import Pads
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.core.stages import Stage
 
 from . import kernels
 
-MOST_RUNS = 2  # of channels with a grid each, that one call makes codes of
 
+def norm_codes(x: Tensor, groups: int, *settings: Any, more: Tensor | None = None) -> Tensor:
+    """The codes of silu(group_norm(x) * factor + shift); arguments as for `NormCodes`.
 
-def norm_codes(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Pads,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The codes of silu(group_norm(x) * factor + shift); arguments as of `NormCodes`.
-
-    dtype: uint8, which is what the CPU's kernels read.  Raises BackendError for another.
+    groups: 0 makes codes of x itself.  more: (B, C', H, W), channels that follow those of x, as if
+    both were concatenated.  Raises BackendError for a dtype other than torch.uint8.
     """
+    weight, bias, eps, factor, shift, silu, *grids, dtype = settings
     if dtype != torch.uint8:
         raise BackendError(f"norm_codes on the CPU makes codes in torch.uint8, not in {dtype}")
+    norm = (rows(weight), rows(bias), eps, rows(factor), rows(shift), silu)
+    rest = None if more is None else _pixels(more)
+    codes: Tensor = kernels.cpu_norm(_pixels(x), groups, *norm, *grids, rest)
+    return codes
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """x (B, C, H, W) or (B, C, N) as (B, H, W, C), contiguous, in a dtype that the kernel reads."""
     images = x if x.dim() == 4 else x.unsqueeze(3)
     pixels = images.permute(0, 2, 3, 1).contiguous()
-    pixels = pixels if pixels.dtype in kernels.DTYPES else pixels.float()
-    norm = (groups, rows(weight), rows(bias), eps, rows(factor), rows(shift), silu)
-    codes: Tensor = kernels.cpu_norm(pixels, *norm, scales, zeros, sizes, levels, pads)
-    return codes
+    return pixels if pixels.dtype in kernels.DTYPES else pixels.float()
 
 
 norm_codes.stage = Stage.LOWERED  # type: ignore[attr-defined]

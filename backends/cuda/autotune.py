@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.backends.codes import problem as problems
-from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, remembering, runs_on_torch
+from tfmq_fx.backends.codes.choice import Choice, Chooser, Timer, cached_chooser, runs_on_torch
 from tfmq_fx.backends.codes.problem import Problem
 from tfmq_fx.core.files import cache_folder
 from tfmq_fx.quant.affine import FP8
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 TRIED = 6  # tiles that are timed for a problem
 
 
-def untried(problem: Problem, dtype: torch.dtype) -> Choice:
-    """The Triton kernel with the most promising tile, for where nothing is to be timed."""
+def untimed_choice(problem: Problem, dtype: torch.dtype) -> Choice:
+    """Choose the Triton kernel with the most promising tile without timing anything."""
     return Choice("triton", default_tile(problem))
 
 
-def by_trial(
+def timed_chooser(
     device: torch.device,
     *,
     timer: Timer | None = None,
     cache: Path | None = None,
 ) -> Chooser:
-    """A chooser that times on `device` what a problem can run on, the float layer included.
+    """A chooser that times each problem on `device`: Triton, torch's product and the float layer.
 
     What makes the codes is not timed: it is fused into what computes the input.
     timer: how calls are timed; None replays them as a CUDA graph, which leaves launching out.
@@ -54,10 +54,9 @@ def by_trial(
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return _try(problem, device, dtype, timer)
 
-    def ran(choice: Choice) -> bool:
-        return "triton" in choice.micros  # else it may have been short of memory
-
-    return remembering(decide, cache or cache_file(device), keeps=ran)
+    # where no tile has run, it may have been short of memory
+    path = cache or cache_file(device)
+    return cached_chooser(decide, path, keeps=lambda choice: "triton" in choice.micros)
 
 
 def cache_file(device: torch.device) -> Path:
@@ -71,7 +70,7 @@ def cache_file(device: torch.device) -> Path:
 
 
 def sources() -> list[Path]:
-    """The source files on which measurements depend: a change of one makes earlier choices void."""
+    """The source files on which measurements depend: a change in one discards earlier choices."""
     here = Path(__file__).parent
     return [*sorted((here / "kernels").glob("*.py")), here / "tiles.py", Path(problems.__file__)]
 
@@ -112,26 +111,26 @@ def arguments(problem: Problem, device: torch.device) -> dict[str, Any]:
 
 def _try(problem: Problem, device: torch.device, dtype: torch.dtype, timer: Timer) -> Choice:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    given = arguments(problem, device)
+    operands = arguments(problem, device)
     with best_convolutions():
         micros = {"float": timer(float_call(problem, device, dtype))}
     best = default_tile(problem, capability)
     for tile in candidates(problem, capability)[:TRIED]:
         try:
-            taken = timer(lambda tile=tile: conv2d(**given, dtype=dtype, tile=tile))  # type: ignore[misc]
+            taken = timer(lambda tile=tile: conv2d(**operands, dtype=dtype, tile=tile))  # type: ignore[misc]
         except Exception as error:  # out of resources, or a tile that this Triton cannot compile
             logger.info("%s cannot run %s: %s", tile, problem, error)
             continue
         if taken < micros.get("triton", float("inf")):
             micros["triton"], best = taken, tile
-    if (call := _torch_call(problem, given, dtype)) is not None:
+    if (call := _torch_call(problem, operands, dtype)) is not None:
         micros["torch"] = timer(call)
     engine: Any = min(micros, key=lambda name: micros[name])
     return Choice(engine, best, micros)
 
 
 def float_call(problem: Problem, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The layer in floating point: cuDNN's convolution, channels last, or a matrix product."""
+    """A function that runs the layer in floating point: cuDNN's convolution or a matrix product."""
     p = problem
     x = torch.randn((p.batch, p.height, p.width, p.channels), device=device, dtype=dtype)
     w = torch.randn((p.out_channels, *p.taps, p.channels), device=device, dtype=dtype)
@@ -148,19 +147,20 @@ def float_call(problem: Problem, device: torch.device, dtype: torch.dtype) -> Ca
 def best_convolutions() -> Iterator[None]:
     """A context in which cuDNN tries its algorithms; its other settings stay as they are."""
     cudnn = torch.backends.cudnn
-    kept = {"deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
-    with cudnn.flags(enabled=cudnn.enabled, benchmark=True, **kept):
+    others = {"deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=True, **others):
         yield
 
 
 def _torch_call(
-    problem: Problem, given: dict[str, Any], dtype: torch.dtype
+    problem: Problem, operands: dict[str, Any], dtype: torch.dtype
 ) -> Callable[[], Tensor] | None:
-    """torch's own product of the codes, and a pass over its result as its epilogue will be."""
+    """A function that runs torch's own product of the codes and one pass over its result, as the
+    epilogue will be."""
     if problem.taps != (1, 1) or problem.stride != (1, 1) or not runs_on_torch(problem):
         return None
-    codes = given["xs"][0].reshape(-1, problem.channels)
-    weight = given["weights"][0].reshape(problem.out_channels, problem.channels).t()
+    codes = operands["xs"][0].reshape(-1, problem.channels)
+    weight = operands["weights"][0].reshape(problem.out_channels, problem.channels).t()
     if problem.format == "int8":
         return lambda: torch._int_mm(codes, weight).to(dtype)
     one = torch.ones((), dtype=torch.float32, device=codes.device)

@@ -1,4 +1,4 @@
-"""Layers on codes that CUDA runs: on a Triton kernel, or on torch's own matrix product."""
+"""Run layers on codes on CUDA by a Triton kernel, or by torch's own matrix product."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq_fx.backends.codes.arithmetic import finish, pack_weight, row_scales
-from tfmq_fx.backends.codes.layers import CodesLayer
+from tfmq_fx.backends.codes.layers import CodesLayer, Epilogue
 from tfmq_fx.quant.affine import FP8
 
 from .conv import conv2d
@@ -26,8 +26,8 @@ class CudaCodesLayer(CodesLayer):
 
     @property
     def takes_second_segment(self) -> bool:
-        """Whether its kernel adds the sum of another layer: a sum that programs share has no place
-        for one, and neither has torch's product."""
+        """Whether its kernel adds the sum of another layer: not where programs share a sum, and not
+        in torch's product."""
         return self.choice.engine == "triton" and self.choice.tile.split == 1
 
     def run(
@@ -35,12 +35,10 @@ class CudaCodesLayer(CodesLayer):
         layers: Sequence[CodesLayer],
         codes: list[Tensor],
         scales: list[Tensor],
-        row: Tensor | None,
-        residual: Tensor | None,
-        out_scale: Tensor | None,
+        epilogue: Epilogue,
     ) -> Tensor:
         """As `CodesLayer.run`, by one Triton kernel, or a product of torch for each layer."""
-        added = (self.bias, row, residual, out_scale)
+        added = (self.bias, *epilogue)
         result = (self.out_zero, self.out_levels)
         if all(layer.choice.engine == "torch" for layer in layers):
             sums = [_product(*each) for each in zip(layers, codes, scales, strict=True)]

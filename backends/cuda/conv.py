@@ -1,4 +1,4 @@
-"""Convolution (and linear layer: a 1x1 convolution) of int8 or fp8 values, with its epilogue.
+"""Convolve int8 or fp8 codes on CUDA, epilogue included; a linear layer is a 1x1 convolution.
 
 y = ((x * w) + offset) * (scale[range] * weight_scale[o]) + bias[o] + row[b, o] + residual,
 summed over one or two segments of input channels, each with scales of its own.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +80,7 @@ def conv2d_triton(
         *_sizes(xs, weights, scales, out_scale, (high, wide)),
         out_zero,
         out_levels,
-        **_geometry(weights[0], stride, dilation),
-        **_layout(xs, columns, halves, size, rows),
+        **_constants(xs, weights[0], stride, dilation, halves, size, rows),
         FLOAT=is_float,
         HAS_BIAS=bias is not None,
         HAS_ROW=row is not None,
@@ -128,8 +128,23 @@ def _sizes(
     ]
 
 
-def _geometry(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
-    """The constants of `conv_kernel` that say how filters move over the input."""
+def _constants(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    halves: Sequence[int],
+    tile: Tile,
+    rows: int,
+) -> dict[str, int | bool]:
+    """The constants of `conv_kernel`: how filters move over the input, and how segments lie in
+    memory and are cut into tiles; rows: pixels of the result."""
+    columns = weight.shape[0]
+    reach = max(rows * columns, *(x.numel() // x.shape[3] * pixel_stride(x) for x in xs))
+
+    def even(x: Tensor, half: int) -> bool:
+        return x.shape[3] % (2 * half or tile.k) == 0 and columns % tile.n == 0
+
     return {
         "TAPS_Y": weight.shape[1],
         "TAPS_X": weight.shape[2],
@@ -137,19 +152,6 @@ def _geometry(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) ->
         "STRIDE_X": stride[1],
         "DILATION_Y": dilation[0],
         "DILATION_X": dilation[1],
-    }
-
-
-def _layout(
-    xs: Sequence[Tensor], columns: int, halves: Sequence[int], tile: Tile, rows: int
-) -> dict[str, int | bool]:
-    """The constants of `conv_kernel` that say how segments lie in memory and are cut into tiles."""
-    reach = max(rows * columns, *(x.numel() // x.shape[3] * pixel_stride(x) for x in xs))
-
-    def even(x: Tensor, half: int) -> bool:
-        return x.shape[3] % (2 * half or tile.k) == 0 and columns % tile.n == 0
-
-    return {
         "SEGMENTS": len(xs),
         "HALF0": halves[0],
         "HALF1": halves[-1],
@@ -206,25 +208,8 @@ conv2d = kernel_op("tfmq_fx::conv2d", conv2d_triton)
 conv2d.register_kernel("cpu")(conv2d_reference)
 
 
-def _fake(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    zeros: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    bias: Tensor | None,
-    row: Tensor | None,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero: int,
-    out_levels: int,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    halves: Sequence[int],
-    dtype: torch.dtype,
-    tile: Sequence[int],
-) -> Tensor:
+def _fake(xs: Sequence[Tensor], weights: Sequence[Tensor], *settings: Any) -> Tensor:
+    stride, dilation, _, dtype, _ = settings[-5:]
     height, width = out_size(xs[0], weights[0], stride, dilation)
     return xs[0].new_empty((xs[0].shape[0], height, width, weights[0].shape[0]), dtype=dtype)
 
@@ -234,8 +219,8 @@ conv2d.register_fake(_fake)
 
 def _check(xs: Sequence[Tensor], tile: Tile) -> None:
     if any(x.dtype not in (torch.int8, FP8) or x.dtype != xs[0].dtype for x in xs):
-        found = ", ".join(str(x.dtype) for x in xs)
-        raise BackendError(f"conv2d takes codes in int8 or float8_e4m3fn, all alike, got {found}")
+        dtypes = ", ".join(str(x.dtype) for x in xs)
+        raise BackendError(f"conv2d takes codes in int8 or float8_e4m3fn, all alike, got {dtypes}")
     for x in xs:
         pixel_stride(x)
     if len(xs) > 1 and tile.split > 1:
@@ -251,9 +236,9 @@ def pixel_stride(x: Tensor) -> int:
         return x.shape[3]
     batch, height, width, channels = x.shape
     apart = [(width, 1), (height, width), (batch, height * width)]  # size, pixels to the next
-    found = [(x.stride(2 - i), n) for i, (size, n) in enumerate(apart) if size > 1]
-    stride = found[0][0] // found[0][1] if found else channels
-    if any(each != stride * n for each, n in found) or (channels > 1 and x.stride(3) != 1):
+    strides = [(x.stride(2 - i), n) for i, (size, n) in enumerate(apart) if size > 1]
+    stride = strides[0][0] // strides[0][1] if strides else channels
+    if any(each != stride * n for each, n in strides) or (channels > 1 and x.stride(3) != 1):
         raise BackendError(
             f"conv2d takes codes (B, H, W, C) with channels last and pixels evenly apart, got "
             f"shape {tuple(x.shape)} with strides {x.stride()}; call .contiguous() on them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TypeGuard
 
 import torch
@@ -11,26 +12,19 @@ from torch import fx, nn
 from tfmq_fx.backends.codes.choice import Chooser, slower
 from tfmq_fx.backends.codes.fuse import fuse
 from tfmq_fx.backends.codes.layers import problem_at
-from tfmq_fx.backends.codes.lower import (
-    Lowered,
-    declined,
-    dtype_obstacle,
-    lower_layers,
-    quantized_calls,
-)
+from tfmq_fx.backends.codes.lower import Lowered, declined, dtype_obstacle, lower_layers
 from tfmq_fx.backends.float_layers import FloatLayer
 from tfmq_fx.backends.support import obstacle
-from tfmq_fx.backends.torchao import to_torchao, torchao_obstacle
+from tfmq_fx.backends.torchao import to_torchao, too_old, torchao_obstacle
 from tfmq_fx.core.stages import Stage
 from tfmq_fx.ir.graph_pass import Rewrite, graph_pass
 from tfmq_fx.quant.modules import QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 from .codes_layer import CudaCodesLayer
-from .norm import MOST_RUNS, norm_codes
+from .norm import norm_codes
 
 _RESULTS = (torch.float32, torch.float16, torch.bfloat16)
-_FP8_SINCE, _INT8_SINCE = (8, 9), (8, 0)
 
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
@@ -50,18 +44,15 @@ def lower(
     details: "integer", the layers on kernels; "torchao", those on its tensors; "fused", what was
     fused, by kind; "micros", what was measured, by layer.
     """
-
-    def lower_one(layer: QuantLayer, nodes: Sequence[fx.Node]) -> Lowered:
-        return _lowered(layer, nodes, choose, capability)
-
-    layers = lower_layers(gm, quantized_calls(gm), lower_one, refused)
-    integer = sum(isinstance(made.module, CudaCodesLayer) for made in layers.values())
-    on_torchao = [name for name, made in layers.items() if isinstance(made.module, nn.Linear)]
+    lower_one = partial(_lowered, choose=choose, capability=capability)
+    layers = lower_layers(gm, lower_one, refused)
+    integer = sum(isinstance(each.module, CudaCodesLayer) for each in layers.values())
+    on_torchao = [name for name, each in layers.items() if isinstance(each.module, nn.Linear)]
     details = {
         "integer": integer,
         "torchao": on_torchao,
-        "fused": fuse(gm, choose, norm=norm_codes, most_runs=MOST_RUNS),
-        "micros": {name: made.micros for name, made in layers.items() if made.micros},
+        "fused": fuse(gm, choose, norm=norm_codes),
+        "micros": {name: each.micros for name, each in layers.items() if each.micros},
     }
     return Rewrite(gm, integer + len(on_torchao), declined(layers), details)
 
@@ -69,7 +60,7 @@ def lower(
 def _lowered(
     layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser, capability: tuple[int, int]
 ) -> Lowered:
-    """The module that runs a layer on this device."""
+    """The module that replaces a layer on this device."""
     if _on_torchao(layer):
         return Lowered(to_torchao(layer))
     if (reason := _obstacle(layer, nodes, capability)) is not None:
@@ -85,7 +76,8 @@ def _lowered(
 def alone(
     layer: QuantLayer, node: fx.Node, choose: Chooser, capability: tuple[int, int]
 ) -> CudaCodesLayer | None:
-    """The layer that a node calls on the kernel of this package; None where it runs on another."""
+    """The layer that a node calls as one for the kernel of this package; None where something else
+    runs it."""
     if _on_torchao(layer) or _obstacle(layer, [node], capability):
         return None
     problem, dtype = problem_at(layer, node), node.meta["val"].dtype
@@ -105,9 +97,5 @@ def _obstacle(
     """Why the kernels cannot run a layer on this device, or None where they can."""
     if (reason := obstacle(layer, "cuda")) is not None:
         return reason
-    since = _FP8_SINCE if layer.act_format == "fp8" else _INT8_SINCE
-    if capability < since:
-        need, have = (f"{major}.{minor}" for major, minor in (since, capability))
-        kind = "fp8" if layer.act_format == "fp8" else "int8"
-        return f"{kind} kernels need compute capability {need}, this device has {have}"
-    return dtype_obstacle(nodes, _RESULTS)
+    kind, since = ("fp8", (8, 9)) if layer.act_format == "fp8" else ("int8", (8, 0))
+    return too_old(capability, since, kind) or dtype_obstacle(nodes, _RESULTS)

@@ -1,4 +1,4 @@
-"""Group norm, modulation, SiLU and quantization on CUDA, in two reads and one write.
+"""Run group norm, modulation, SiLU and quantization on CUDA in two reads and one write.
 
 q = quantize(silu(norm(x) * factor + shift)), stored with the borders that a convolution pads with.
 """
@@ -6,19 +6,19 @@ q = quantize(silu(norm(x) * factor + shift)), stored with the borders that a con
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq_fx.backends.codes.arithmetic import quantize, stored_zero
-from tfmq_fx.backends.codes.layers import Pads
+from tfmq_fx.backends.codes.fuse_norms import MOST_RUNS
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.core.stages import Stage
 
 from .triton_op import kernel_op, launcher
 
-MOST_RUNS = 2  # of channels, with a grid each
 CHUNK = 256  # pixels whose statistics one program takes
 BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_CHUNKS = 32, 64, 16  # of a program's step
 
@@ -39,20 +39,49 @@ def group_norm_quantize_triton(
     pads: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Codes of silu(group_norm(x) * factor + shift) with a border of zeros' codes.
+    """The codes of silu(group_norm(x) * factor + shift); arguments as for `NormCodes`, except for:
 
     x: (B, H, W, C), contiguous, any float dtype; computed in float32 throughout.
-    weight, bias: (C,).  factor, shift: (B, C), the modulation, or None.  silu: False leaves it out.
-    scales, zeros, sizes: of one or two runs of channels: the scale, (1,) or (B,) float32, the zero
-    point of its grid, and how many channels it has.  levels: the largest code.
-    pads: width of the border left, right, top and bottom, as for torch.nn.functional.pad.
-    dtype: int8 (codes - 128) or float8_e4m3fn, of the result (B, top + H + bottom,
-    left + W + right, C).
+    factor, shift: (B, C), or None.
+    dtype: int8 (codes - 128) or float8_e4m3fn.
     Raises BackendError for another layout, and more runs than the kernel takes.
     """
+    from tfmq_fx.backends.cuda.kernels.norm import norm_apply_kernel
+
     _check(x, sizes)
     a, b = _lines(x, groups, weight, bias, eps, factor, shift)
-    return _apply(x, a, b, silu, scales, zeros, sizes, levels, pads, dtype)
+    batch, height, width, channels = x.shape
+    left, right, top, bottom = pads
+    out_height, out_width = top + height + bottom, left + width + right
+    y = x.new_empty((batch, out_height, out_width, channels), dtype=dtype)
+    rows = batch * out_height * out_width
+    launcher(norm_apply_kernel)[-(-rows // BLOCK_PIXELS), -(-channels // BLOCK_CHANNELS)](
+        x,
+        a,
+        b,
+        scales[0],
+        scales[-1],
+        y,
+        rows,
+        out_height * out_width,
+        out_width,
+        height,
+        width,
+        top,
+        left,
+        channels,
+        sizes[0],
+        zeros[0],
+        zeros[-1],
+        levels,
+        RANGES0=int(scales[0].shape[0] > 1),
+        RANGES1=int(scales[-1].shape[0] > 1),
+        SILU=silu,
+        BLOCK_P=BLOCK_PIXELS,
+        BLOCK_C=BLOCK_CHANNELS,
+        num_warps=4,
+    )
+    return y
 
 
 def _lines(
@@ -64,7 +93,7 @@ def _lines(
     factor: Tensor | None,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The norm and its modulation as a line for each channel: x * a + b, both (B, C) float32."""
+    """The norm and its modulation as x * a + b for each channel; a, b: (B, C) float32."""
     from tfmq_fx.backends.cuda.kernels.norm import norm_affine_kernel, norm_partial_kernel
 
     batch, height, width, channels = x.shape
@@ -109,55 +138,6 @@ def _lines(
         num_warps=2,
     )
     return a, b
-
-
-def _apply(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The codes of silu(x * a + b), borders included."""
-    from tfmq_fx.backends.cuda.kernels.norm import norm_apply_kernel
-
-    batch, height, width, channels = x.shape
-    left, right, top, bottom = pads
-    out_height, out_width = top + height + bottom, left + width + right
-    y = x.new_empty((batch, out_height, out_width, channels), dtype=dtype)
-    rows = batch * out_height * out_width
-    launcher(norm_apply_kernel)[-(-rows // BLOCK_PIXELS), -(-channels // BLOCK_CHANNELS)](
-        x,
-        a,
-        b,
-        scales[0],
-        scales[-1],
-        y,
-        rows,
-        out_height * out_width,
-        out_width,
-        height,
-        width,
-        top,
-        left,
-        channels,
-        sizes[0],
-        zeros[0],
-        zeros[-1],
-        levels,
-        RANGES0=int(scales[0].shape[0] > 1),
-        RANGES1=int(scales[-1].shape[0] > 1),
-        SILU=silu,
-        BLOCK_P=BLOCK_PIXELS,
-        BLOCK_C=BLOCK_CHANNELS,
-        num_warps=4,
-    )
-    return y
 
 
 def group_norm_quantize_reference(
@@ -209,68 +189,25 @@ def _check(x: Tensor, sizes: Sequence[int]) -> None:
         raise BackendError(f"group_norm_quantize takes {MOST_RUNS} runs of channels, got {sizes}")
 
 
-def _fake(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+def _fake(x: Tensor, *settings: Any) -> Tensor:
+    *_, (left, right, top, bottom), dtype = settings
     batch, height, width, channels = x.shape
-    left, right, top, bottom = pads
     return x.new_empty((batch, top + height + bottom, left + width + right, channels), dtype=dtype)
 
 
 group_norm_quantize.register_fake(_fake)
 
 
-def norm_codes(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    factor: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    scales: Sequence[Tensor],
-    zeros: Sequence[int],
-    sizes: Sequence[int],
-    levels: int,
-    pads: Pads,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The codes of silu(group_norm(x) * factor + shift); arguments as of `NormCodes`.
+def norm_codes(x: Tensor, groups: int, *settings: Any) -> Tensor:
+    """The codes of silu(group_norm(x) * factor + shift); arguments as for `NormCodes`.
 
-    dtype: int8 (codes - 128) or float8_e4m3fn.
+    Their dtype is int8 (codes - 128) or float8_e4m3fn.
     """
+    weight, bias, eps, factor, shift, *rest = settings
     images = x if x.dim() == 4 else x.unsqueeze(3)
+    pixels = images.permute(0, 2, 3, 1).contiguous()
     factor, shift = (None if v is None else v.flatten(1) for v in (factor, shift))
-    codes: Tensor = group_norm_quantize(
-        images.permute(0, 2, 3, 1).contiguous(),
-        groups,
-        weight,
-        bias,
-        eps,
-        factor,
-        shift,
-        silu,
-        scales,
-        zeros,
-        sizes,
-        levels,
-        pads,
-        dtype,
-    )
+    codes: Tensor = group_norm_quantize(pixels, groups, weight, bias, eps, factor, shift, *rest)
     return codes
 
 

@@ -1,4 +1,4 @@
-"""Tile sizes to try for the CUDA convolution kernel, ordered by an estimate of their cost."""
+"""List tile sizes to try for the CUDA convolution kernel, by estimated cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def candidates(
 ) -> list[Tile]:
     """Tiles worth trying for a problem, the most promising by `cost` first."""
     budget = SHARED.get(capability, _LEAST_SHARED) * 1024
-    found = set()
+    tiles = set()
     for m, n, k, warps, stages in _SHAPES:
         tile = Tile(m, n, 2 * problem.half or k, 8, 1, warps, stages)
         if not _fits(problem, tile):
@@ -41,17 +41,17 @@ def candidates(
             continue
         programs = _programs(problem, tile)
         steps = math.prod(problem.taps) * -(-problem.channels // tile.k)
-        found |= {
+        tiles |= {
             tile._replace(split=split)
             for split in (1, 2, 4, 8)
             if split == 1 or (programs * split <= 2 * processors and steps >= 4 * split)
         }
-    return sorted(found, key=lambda tile: (cost(problem, tile, processors), tile))
+    return sorted(tiles, key=lambda tile: (cost(problem, tile, processors), tile))
 
 
 def cost(problem: Problem, tile: Tile, processors: int = 132) -> float:
-    """An estimate to order tiles by: multiply-adds of the busiest multiprocessor, where narrow
-    tiles count for more, as they load more for each."""
+    """The estimated cost of a tile: multiply-adds of the busiest multiprocessor, weighted up for
+    narrow tiles, which load more for each."""
     steps = math.prod(problem.taps) * -(-problem.channels // tile.k)
     each = tile.m * tile.n * tile.k * -(-steps // tile.split)
     slowness = 1 + 64 * (tile.m + tile.n) / (tile.m * tile.n)
@@ -70,7 +70,7 @@ def _programs(problem: Problem, tile: Tile) -> int:
 
 
 def _fits(problem: Problem, tile: Tile) -> bool:
-    """Whether no side is more than twice what the problem fills; the smallest tiles always do."""
+    """Whether no side of a tile is more than twice the problem's; the smallest tiles always fit."""
     if tile.m <= 16:
         return tile.n <= max(32, 2 * problem.out_channels)
     return (

@@ -1,22 +1,19 @@
-"""Quantized layers in the form that OpenVINO turns into int8 kernels.
+"""Write quantized layers in the form that OpenVINO turns into int8 kernels.
 
 OpenVINO fuses quantization, an integer product and its scales where a FakeQuantize operation with
 constant bounds stands in front of a convolution or matrix product, and the weight is an int8
-constant times a scale. A scale per timestep multiplies before and after, as for Inductor:
-x / s[t] is quantized with scale 1, and the product is multiplied by s[t].
+constant times a scale.
 """
 
 from __future__ import annotations
-
-import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tfmq_fx.backends.float_layers import IntegerPattern, LoweredLayer
 from tfmq_fx.backends.support import obstacle
 from tfmq_fx.core.stages import Stage
-from tfmq_fx.quant.affine import levels
 from tfmq_fx.quant.modules import QuantConv, QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
 
@@ -40,7 +37,7 @@ One node in an exported graph, which becomes OpenVINO's FakeQuantize.
 
 
 def float_reason(layer: QuantLayer) -> str | None:
-    """Why a layer's product is computed in floating point, or None where it is one of integers."""
+    """Why a layer is computed in floating point, or None where its product is of integers."""
     if layer.dynamic:
         return "ranges measured at run time"
     integers = layer.weight_format == layer.act_format == "int" and layer.weight_groups == 1
@@ -50,37 +47,16 @@ def float_reason(layer: QuantLayer) -> str | None:
     return obstacle(layer, "cpu") or f"no int8 kernel for {type(layer).__name__}"
 
 
-class IntegerLayer(nn.Module):
-    """A quantized layer as FakeQuantize and an integer product.
-
-    Buffers: `weight` int8 (out, ...), codes less their zero points at every bit width;
-    `weight_scale` float32 (out, 1, ...); `bias`.
-    """
-
-    stage = Stage.LOWERED
+class IntegerLayer(IntegerPattern):
+    """A quantized layer as FakeQuantize and an integer product; `weight_scale` is (out, 1, ...)."""
 
     def __init__(self, layer: QuantLayer) -> None:
-        super().__init__()
-        assert layer.act_bits is not None
-        for name in layer.settings:  # diffusers' pipelines read some
-            setattr(self, name, getattr(layer, name))
-        self.layer = without_codes(layer)
-        self.zero, self.top = int(layer.act_zero), levels(layer.act_bits)
-        self.scale = 1.0 if layer.per_timestep else float(layer.act_scale)
-        shape = (-1, *[1] * (len(layer.weight_shape) - 1))
-        self.register_buffer("weight", layer.weight_codes())
-        self.register_buffer("weight_scale", layer.weight_scale.clone().view(shape))
-        self.weight: Tensor
-        self.weight_scale: Tensor
+        super().__init__(layer)
+        self.weight_scale = self.weight_scale.view(-1, *[1] * (self.weight.dim() - 1))
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The layer's output on x (B, ...); scale: (B,) where ranges come per timestep."""
-        layer, dtype = self.layer, x.dtype
-        x = x.float()
-        if layer.per_timestep:
-            assert scale is not None
-            scale = scale.view(-1, *[1] * (x.dim() - 1))
-            x = x * (1.0 / scale)
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As `IntegerPattern.product`, behind one FakeQuantize."""
+        layer = self.layer
         if isinstance(layer, QuantConv):
             # before quantization: what stands between it and the product would keep int8 away
             x, padding = layer.pad(x)
@@ -88,31 +64,20 @@ class IntegerLayer(nn.Module):
             x = x.clamp(max=(self.top - self.zero) * self.scale)
         x = fake_quantize(x, self.scale, self.zero, 255)
         weight = self.weight.float() * self.weight_scale
-        bias = None if layer.bias is None or scale is not None else layer.bias.float()
         if isinstance(layer, QuantConv):
-            operation = type(layer).convolution
             settings = (layer.stride, padding, layer.dilation, layer.groups)
-            y = operation(x, weight, bias, *settings)
-        else:
-            y = F.linear(x, weight, bias)
-        if scale is not None:
-            y = y * scale
-            if layer.bias is not None:
-                y = y + layer.bias.float().view(layer.bias_shape)
-        return y.to(dtype)
+            return type(layer).convolution(x, weight, bias, *settings)
+        return F.linear(x, weight, bias)
 
 
-class CompressedLinear(nn.Module):
-    """A linear layer in floating point whose weights stay int8 in memory; its input is rounded as
-    it was. Weights in groups have a scale for each."""
+class CompressedLinear(LoweredLayer):
+    """A linear layer in floating point with int8 weights in memory, one scale for each group.
 
-    stage = Stage.LOWERED
+    Its input is rounded as in the quantized layer.
+    """
 
     def __init__(self, layer: QuantLinear) -> None:
-        super().__init__()
-        for name in layer.settings:
-            setattr(self, name, getattr(layer, name))
-        self.layer = without_codes(layer)
+        super().__init__(layer)
         out, width = layer.weight_shape
         codes = layer.weight_codes()
         if layer.weight_groups > 1:
@@ -130,8 +95,9 @@ class CompressedLinear(nn.Module):
 
 
 class ChannelsLastNorm(nn.Module):
-    """A group norm from statistics of single channels, which OpenVINO computes on channels-last
-    memory: its own group norm wants channels first, and every layer round it a copy.
+    """A group norm computed from statistics of single channels, on channels-last memory.
+
+    OpenVINO's own wants channels first, and so a copy before and after it.
 
     The variance is E[x^2] - E[x]^2: equal to the two-pass one up to (1 + mean^2 / variance) times
     float32's rounding, so not for half precision.
@@ -142,12 +108,8 @@ class ChannelsLastNorm(nn.Module):
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.num_groups, self.num_channels = norm.num_groups, norm.num_channels
-        self.eps, self.affine, self.weight, self.bias = (
-            norm.eps,
-            norm.affine,
-            norm.weight,
-            norm.bias,
-        )
+        self.eps, self.affine = norm.eps, norm.affine
+        self.weight, self.bias = norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalized x (B, channels, ...)."""
@@ -170,11 +132,3 @@ class ChannelsLastNorm(nn.Module):
         shape = (-1, self.num_channels, *[1] * len(dims))
         factor, shift = (v.expand(-1, *grouped[1:]).reshape(shape) for v in (factor, shift))
         return (x * factor + shift).to(dtype)
-
-
-def without_codes(layer: QuantLayer) -> QuantLayer:
-    """A copy of a layer that knows its ranges and settings and holds no weights."""
-
-    made = copy.copy(layer)
-    made._buffers = {**layer._buffers, "codes": layer.codes.new_empty(0)}
-    return made

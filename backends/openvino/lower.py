@@ -1,4 +1,4 @@
-"""Lower to OpenVINO on the CPU: integer layers to its int8 kernels, everything else with them.
+"""Lower a graph to OpenVINO on the CPU, quantized layers to its int8 kernels.
 
 lower -> torch.export -> openvino.Model (once), then compiled for each set of input shapes.
 """
@@ -40,8 +40,10 @@ def unavailable(device: torch.device = CPU) -> str | None:
 
 @graph_pass(takes=(Stage.CAPTURED, Stage.FOLDED, Stage.QUANTIZED), gives=Stage.LOWERED)
 def lower(gm: fx.GraphModule, *, half: bool = False) -> Rewrite:
-    """The graph with every quantized layer written for OpenVINO; declined are those that compute in
-    floating point, with the reason. Linear layers among these keep int8 weights.
+    """The graph with every quantized layer written for OpenVINO.
+
+    Layers that compute in floating point are declined with the reason; linear ones among these keep
+    int8 weights.
 
     half: whether what is not int8 will be computed in bf16; group norms are rewritten otherwise.
     """
@@ -78,7 +80,7 @@ def compile_graph(
     cache_dir: str | Path | None = None,
     **unknown: Any,
 ) -> tuple[OpenVINOCallable, Rewrite]:
-    """The compiled form of a quantized graph, and what was not lowered to integers.
+    """Compile a quantized graph; returns a callable and how the graph was lowered.
 
     precision: of what is not int8; "auto" is bf16 where the CPU computes in it, but f32 for models
     with group norms, which are faster so (see `ChannelsLastNorm`); "bf16" is f32 where the CPU

@@ -1,4 +1,4 @@
-"""A lowered graph as a model of OpenVINO's: exported, converted, compiled, called with tensors."""
+"""Export a lowered graph, convert and compile it with OpenVINO, and call it with tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.ir.graph import fork
-from tfmq_fx.ir.graph_pass import prune
+from tfmq_fx.ir.subgraphs import extract
 from tfmq_fx.quant.timestep_lookup import timestep_row
 
 _KEPT = 4  # compiled models, one for each set of input shapes
@@ -72,88 +72,76 @@ class OpenVINOCallable:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            given = [*inputs, *self.rows(*inputs)] if self.rows is not None else list(inputs)
+            values = [*inputs, *self.rows(*inputs)] if self.rows is not None else list(inputs)
         with self.lock:
-            request, dtypes = self._request(given)
+            request, dtypes = self._request(values)
             held = [  # the plugin takes half precision as float32
                 _tensor(value.to(_dtype(port)))
-                for value, port in zip(given, request.model_inputs, strict=True)
+                for value, port in zip(values, request.model_inputs, strict=True)
             ]
             for i, value in enumerate(held):
                 request.set_input_tensor(i, value)
             own = self._own_outputs(request)
             request.infer()
-            found = [
+            outputs = [
                 _copied(request.get_output_tensor(i)) if value is None else value
                 for i, value in enumerate(own)
             ]
-        return tuple(value.to(dtype) for value, dtype in zip(found, dtypes, strict=True))
+        return tuple(value.to(dtype) for value, dtype in zip(outputs, dtypes, strict=True))
 
-    def _request(self, given: Sequence[Tensor]) -> tuple[Any, list[torch.dtype]]:
-        """What runs inputs of these shapes, and the dtypes of its outputs."""
-        shapes = tuple(value.shape for value in given)
+    def _request(self, values: Sequence[Tensor]) -> tuple[Any, list[torch.dtype]]:
+        """The inference request for inputs of these shapes, and the dtypes of its outputs."""
+        shapes = tuple(value.shape for value in values)
         if shapes not in self.compiled:
-            model = self._model(given)
+            model = self._model(values)
             compiled = self.core.compile_model(model.ported, "CPU", self.settings)
             self.compiled[shapes] = compiled.create_infer_request(), model.dtypes
             while len(self.compiled) > _KEPT:
                 self.compiled.popitem(last=False)
         self.compiled.move_to_end(shapes)
-        found: tuple[Any, list[torch.dtype]] = self.compiled[shapes]
-        return found
+        request: tuple[Any, list[torch.dtype]] = self.compiled[shapes]
+        return request
 
-    def _model(self, given: Sequence[Tensor]) -> Model:
+    def _model(self, values: Sequence[Tensor]) -> Model:
         if self.model is None and self.free_sizes:
             try:
-                self.model = converted(self.gm, *_free_examples(self.gm, given))
+                self.model = converted(self.gm, *_free_examples(self.gm, values))
             except BackendError:
                 self.free_sizes = False
         if self.model is None:
-            return converted(self.gm, given)
+            return converted(self.gm, values)
         fixed = self.model.ported.clone()  # shares constants
-        fixed.reshape({i: list(v.shape) for i, v in zip(fixed.inputs, given, strict=True)})
+        fixed.reshape({i: list(v.shape) for i, v in zip(fixed.inputs, values, strict=True)})
         return Model(fixed, self.model.dtypes)
 
     def _own_outputs(self, request: Any) -> list[Tensor | None]:
-        """Memory of the caller's own for each output; None where its shape is not known."""
-        found: list[Tensor | None] = []
+        """A new tensor for each output, set as its memory; None where the shape is not known."""
+        memory: list[Tensor | None] = []
         for i, port in enumerate(request.model_outputs):
             if port.get_partial_shape().is_dynamic:
-                found.append(None)
+                memory.append(None)
                 continue
             value = torch.empty(list(port.get_shape()), dtype=_dtype(port))
             request.set_output_tensor(i, _tensor(value))
-            found.append(value)
-        return found
+            memory.append(value)
+        return memory
 
 
 def split_rows(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | None]:
     """The graph with a further input for each row of a timestep table, in order; and the graph that
     computes these rows from the inputs, or None where there are none."""
-    rest = fork(gm)
-    if not rest.graph.find_nodes(op="call_function", target=timestep_row):
-        return rest, None
-    rows = fork(gm)
-    (output,) = rows.graph.find_nodes(op="output")
-    output.args = (tuple(rows.graph.find_nodes(op="call_function", target=timestep_row)),)
-    (last,) = rest.graph.find_nodes(op="placeholder")[-1:]
-    for i, node in enumerate(rest.graph.find_nodes(op="call_function", target=timestep_row)):
-        with rest.graph.inserting_after(last):
-            last = rest.graph.placeholder(f"timestep_row_{i}")
-        last.meta = dict(node.meta)
-        node.replace_all_uses_with(last)
-        rest.graph.erase_node(node)
-    for part in (rest, rows):
-        prune(part.graph)
-        part.delete_all_unused_submodules()
-        part.recompile()
-    return rest, rows
+    rows = list(gm.graph.find_nodes(op="call_function", target=timestep_row))
+    if not rows:
+        return fork(gm), None
+    inputs, (output,) = (gm.graph.find_nodes(op=op) for op in ("placeholder", "output"))
+    rest = extract(gm, list(output.all_input_nodes), [*inputs, *rows], until=output)
+    return rest, extract(gm, rows, list(inputs))
 
 
 def converted(
     gm: fx.GraphModule, examples: Sequence[Tensor], free: Sequence[dict[int, Any]] | None = None
 ) -> Model:
-    """A lowered graph as OpenVINO has it.
+    """Export a lowered graph and convert it to OpenVINO.
 
     free: the dimensions of each input whose sizes stay free; left out, none does.
     Raises BackendError where torch.export fails, and naming operations that OpenVINO does not have.
@@ -206,9 +194,9 @@ def _fake_quantize(context: Any) -> Any:
 
 
 def _free_examples(
-    gm: fx.GraphModule, given: Sequence[Tensor]
+    gm: fx.GraphModule, values: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[dict[int, Any]]]:
-    """Tensors like those of a call, and which of their dimensions the capture left free.
+    """Tensors shaped like those of a call, and which of their dimensions the capture left free.
 
     A free size of 0 or 1 becomes 2: torch.export takes these for fixed.
     """
@@ -217,12 +205,12 @@ def _free_examples(
     shapes = [node.meta["val"].shape for node in gm.graph.find_nodes(op="placeholder")]
     known = {
         size.node.expr: max(2, value.shape[i])
-        for shape, value in zip(shapes, given, strict=True)
+        for shape, value in zip(shapes, values, strict=True)
         for i, size in enumerate(shape)
         if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
     }
     examples, free = [], []
-    for shape, value in zip(shapes, given, strict=True):
+    for shape, value in zip(shapes, values, strict=True):
         sizes = [int(s.node.expr.subs(known)) if isinstance(s, torch.SymInt) else s for s in shape]
         examples.append(torch.zeros(sizes, dtype=value.dtype))
         dims = [i for i, size in enumerate(shape) if isinstance(size, torch.SymInt)]

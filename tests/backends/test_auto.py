@@ -8,9 +8,8 @@ import torch
 from tests.backends.test_inductor import Net, converted, data
 from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, compile, fold_timesteps
-from tfmq_fx.backends import auto, float, inductor
+from tfmq_fx.backends import auto, float, inductor, openvino
 from tfmq_fx.backends.auto import CANDIDATES, compile_fastest, example_inputs
-from tfmq_fx.backends.openvino import lower
 from tfmq_fx.core.errors import BackendError, ConfigError
 
 
@@ -38,7 +37,7 @@ def fastest(model, timer, cache, **options):
 
 @pytest.fixture(autouse=True)
 def everything_can_run(monkeypatch):
-    for module in (inductor, lower, float):
+    for module in (inductor, openvino, float):
         monkeypatch.setattr(module, "unavailable", lambda device: None)
 
 
@@ -65,7 +64,7 @@ def test_a_backend_that_fails_is_named_and_the_others_go_on(model, tmp_path, mon
     def fail(gm, **options):
         raise BackendError("OpenVINO lacks aten::something")
 
-    monkeypatch.setattr(lower, "compile_graph", fail)
+    monkeypatch.setattr(openvino, "compile_graph", fail)
     found = fastest(model, Timer(2.0, 1.0), tmp_path / "choice.json")
     assert found.name == "float" and list(found.millis) == ["inductor", "float"]
     assert found.missing == [("openvino", "OpenVINO lacks aten::something")]
@@ -87,7 +86,7 @@ def test_a_choice_that_cannot_be_kept_is_made_all_the_same(model, tmp_path, capl
 
 def test_each_option_goes_to_the_backends_that_take_it(model, tmp_path, monkeypatch):
     seen = {}
-    for module in (inductor, lower, float):
+    for module in (inductor, openvino, float):
 
         def record(gm, module=module, **options):
             seen[module.__name__.rpartition(".")[2]] = options
@@ -137,9 +136,10 @@ def test_example_inputs_are_what_the_model_takes(model):
 
 def test_a_compiled_model_tells_what_was_measured(model, monkeypatch):
     def chosen(gm, inputs, *, options, reference):
-        runner, lowering = lower.compile_graph(gm)
+        runner, lowering = openvino.compile_graph(gm)
         assert [v.shape for v in inputs()] == [(4, 4, 6, 6), (4,)]
-        return auto.Fastest("openvino", runner, lowering, {"openvino": 1.0}, [("float", "why")])
+        times, missing = {"openvino": 1.0}, [("float", "why")]
+        return auto.CompiledGraph("openvino", runner, lowering, None, times, missing)
 
     monkeypatch.setattr("tfmq_fx.api.compile_fastest", chosen)
     compiled = compile(model, check=False)

@@ -13,7 +13,7 @@ from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, calibrate, compile,
 from tfmq_fx.backends import inductor
 from tfmq_fx.backends.cpu import autotune, kernels
 from tfmq_fx.backends.cpu import lower as lowering
-from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.autotune import untimed_choice
 from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
 from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
@@ -164,7 +164,7 @@ def test_inputs_of_any_layout_run_in_the_same_code(model, dynamo):
 
 
 def test_lowering_gives_the_same_numbers_before_it_is_compiled(model, kernel):
-    lowered = lower(model.gm, choose=untried)
+    lowered = lower(model.gm, choose=untimed_choice)
     assert stage_of(lowered.gm) is Stage.LOWERED and stage_of(model.gm) is Stage.QUANTIZED
     assert lowered.changed == 2 and lowered.details["integer"] == 2
     assert lowered.details["onednn"] == (["enter", "leave"] if kernel == "onednn" else [])
@@ -182,7 +182,7 @@ def test_four_bit_weights_and_static_ranges_are_lowered_too(bits, per_timestep, 
     acts = ActivationSpec(per_timestep=per_timestep)
     layer = LayerConfig(weights=WeightSpec(bits=bits), activations=acts)
     model = converted(seeded(Net).eval(), overrides={"*": layer})
-    lowered = lower(model.gm, choose=untried)
+    lowered = lower(model.gm, choose=untimed_choice)
     assert lowered.declined == [] and isinstance(lowered.gm.enter, LAYERS[kernel])
     packed = kernel == "ours" and bits == 4
     assert lowered.gm.enter.weight.dtype == (torch.uint8 if packed else torch.int8)
@@ -197,7 +197,7 @@ def test_four_bit_weights_and_static_ranges_are_lowered_too(bits, per_timestep, 
 def test_what_runs_in_floating_point_is_listed_with_its_reason(kernel):
     model = converted(seeded(Net).eval())  # 16 bits enter the first layer
     compiled = compile(model, "eager")
-    lowered = lower(model.gm, choose=untried)
+    lowered = lower(model.gm, choose=untimed_choice)
     reason = "runs in floating point: activations have 16 bits"
     assert [[d.site, d.reason] for d in lowered.declined] == [["enter", reason]]
     assert isinstance(lowered.gm.enter, FloatLayer)
@@ -283,11 +283,11 @@ def test_modules_are_not_guarded_and_options_go_on_to_torch(model, monkeypatch):
 def test_kernels_are_chosen_by_trial_where_that_is_asked_for(model, monkeypatch, trial, made):
     asked = []
 
-    def by_trial():
+    def timed_chooser():
         asked.append(trial)
-        return untried
+        return untimed_choice
 
-    monkeypatch.setattr(autotune, "by_trial", by_trial)
+    monkeypatch.setattr(autotune, "timed_chooser", timed_chooser)
     monkeypatch.setattr(torch, "compile", lambda gm, **options: None)
     inductor.compile_graph(model.gm, trial=trial)
     assert len(asked) == made

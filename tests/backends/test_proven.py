@@ -12,9 +12,8 @@ from tests.backends.faults import Faulty, one_more, scale_off
 from tests.backends.test_inductor import data
 from tests.backends.test_self_check import deep
 from tfmq_fx import BackendWarning, compile, report
-from tfmq_fx.backends import auto, eager, float, inductor
+from tfmq_fx.backends import auto, eager, float, inductor, openvino
 from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
-from tfmq_fx.backends.openvino import lower
 from tfmq_fx.core.errors import BackendError, ConfigError
 
 X, T = data(seed=1)[0]
@@ -39,7 +38,7 @@ def using(monkeypatch, tmp_path):
     monkeypatch.setenv("TFMQ_FX_CACHE", str(tmp_path))
 
     def use(**functions):
-        for module in (inductor, lower, float):
+        for module in (inductor, openvino, float):
             monkeypatch.setattr(module, "unavailable", lambda device: None)
             name = module.__name__.rpartition(".")[2]
             monkeypatch.setattr(module, "compile_graph", functions.get(name, failing))

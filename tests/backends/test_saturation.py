@@ -11,7 +11,7 @@ from tests.backends.test_inductor import data, whole
 from tfmq_fx.backends import saturation
 from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cpu import lower as lowering
-from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.autotune import untimed_choice
 from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
 from tfmq_fx.backends.float_layers import FloatLayer
@@ -52,7 +52,9 @@ def test_layers_that_could_saturate_run_in_floating_point(bits, floats, monkeypa
     ):
         monkeypatch.setattr(module, name, lambda: False)
         lowered = (
-            lower(model.gm, choose=untried) if library == "oneDNN" else openvino.lower(model.gm)
+            lower(model.gm, choose=untimed_choice)
+            if library == "oneDNN"
+            else openvino.lower(model.gm)
         )
         assert [d.site for d in lowered.declined] == floats
         for declined in lowered.declined:

@@ -13,7 +13,7 @@ from tests.backends.test_inductor import TIMES, converted
 from tests.toys import seeded
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, fold_timesteps
 from tfmq_fx.api import _reference
-from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.autotune import untimed_choice
 from tfmq_fx.backends.cpu.lower import alone, lower
 from tfmq_fx.backends.float import dequantize
 from tfmq_fx.backends.openvino.lower import lower as lower_for_openvino
@@ -78,7 +78,7 @@ def test_the_model_agrees_with_itself():
 @torch.no_grad()
 def test_right_backends_pass_with_a_margin(bits):
     gm = deep(bits).gm
-    for lowered in (lower(gm, choose=untried), lower_for_openvino(gm)):
+    for lowered in (lower(gm, choose=untimed_choice), lower_for_openvino(gm)):
         found = reference(bits).check("right", lowered.gm, lowered.gm)
         assert found.passed and all(step.sqnr > step.least + 6 for step in found.steps)
     rough = dequantize(gm, dtype=torch.bfloat16)

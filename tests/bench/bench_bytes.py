@@ -15,7 +15,7 @@ import torch
 
 import tfmq_fx
 from tests.bench.cuda_models import Case, Request, build, calibrated, recipe, tensor_bytes
-from tfmq_fx.backends.cuda.autotune import untried
+from tfmq_fx.backends.cuda.autotune import untimed_choice
 from tfmq_fx.backends.cuda.lower import lower
 
 PRESETS = ("w8a8", "fp8", "w4a8")
@@ -40,7 +40,7 @@ def main() -> None:
             prepared.recipe = recipe(preset, tables=True)
             made = tfmq_fx.convert(prepared, progress=False)
             with torch.no_grad():
-                lowered = lower(made.gm, choose=untried, capability=HOPPER)
+                lowered = lower(made.gm, choose=untimed_choice, capability=HOPPER)
             size, count = tensor_bytes(lowered.gm), lowered.details["integer"]
             print(
                 f"{entry:12} {preset:8} {size / 2**20:8.1f} {size / whole:7.3f} {count:7} "

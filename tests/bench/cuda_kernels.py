@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tests.bench.cuda_results import BROKEN, Results, reason_of
 from tests.bench.cuda_timing import is_usable, machine, micros, synchronize
+from tests.bench.problem_size import moved_bytes, operations
 from tfmq_fx.backends.codes.arithmetic import packed_half
 from tfmq_fx.backends.codes.problem import Format, Problem
 from tfmq_fx.backends.cuda.autotune import arguments, best_convolutions
@@ -132,7 +133,7 @@ def with_format(problem: Problem, kind: Format) -> Problem:
 
 def sets(problem: Problem) -> int:
     """How many sets of operands outweigh the cache."""
-    return max(2, min(_SETS, -(-2 * _CACHE // problem.bytes)))
+    return max(2, min(_SETS, -(-2 * _CACHE // moved_bytes(problem))))
 
 
 def ceilings(device: str) -> dict[str, float]:
@@ -306,7 +307,7 @@ def table(results: Results, args: argparse.Namespace) -> Iterator[str]:
                 continue
             row, p = rows[key], with_format(problem, kind)
             us = row["us"]
-            roof = 1e6 * max(p.operations / PEAK, p.bytes / found["copy"])
+            roof = 1e6 * max(operations(p) / PEAK, moved_bytes(p) / found["copy"])
             cells += [f"{us:.1f}{' WRONG' if row['wrong'] else ''}", f"{bf16 / us:.2f}"]
             cells += [f"{100 * product / us:.0f} %" if product else "", f"{100 * roof / us:.0f} %"]
         yield f"| {name} | {' | '.join(cells)} |"

@@ -21,6 +21,7 @@ import torch
 
 import tfmq_fx
 from tests.bench.cpu_models import CASES, job, nearest
+from tests.bench.problem_size import operations
 from tfmq_fx.backends.codes.problem import Problem
 from tfmq_fx.backends.cpu.autotune import calls
 from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
@@ -83,12 +84,12 @@ def main() -> None:
         compiled(**given)
         seconds = time.perf_counter() - start
         whole = millis(lambda: compiled(**given))
-        rate = RATE.operations / millis(calls(RATE)["cpu"])
+        rate = operations(RATE) / millis(calls(RATE)["cpu"])
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             for _ in range(5):
                 compiled(**given)
     layers = [m for m in compiled.gm.modules() if isinstance(m, CpuCodesLayer)]
-    limit = sum(layer.problem.operations for layer in layers) / rate
+    limit = sum(operations(layer.problem) for layer in layers) / rate
     limit *= next(iter(given.values())).shape[0] / layers[0].problem.batch
     rows = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
     print(f"{args.model} {args.preset}: {whole:.1f} ms a call, {threads} threads")

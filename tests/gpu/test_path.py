@@ -31,7 +31,7 @@ COMPILED = [case for case in EVERY if case[1] == torch.bfloat16 or case[2] == "w
 @pytest.fixture
 def forced(monkeypatch):
     """Kernels run every layer that they can, whatever they take: tiny layers lose to floats."""
-    monkeypatch.setattr(autotune, "by_trial", lambda device: autotune.untried)
+    monkeypatch.setattr(autotune, "timed_chooser", lambda device: autotune.untimed_choice)
 
 
 @pytest.mark.parametrize("name", NAMES)

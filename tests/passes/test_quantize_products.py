@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.toys import ToyDiT, ToyUNet, seeded
-from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.autotune import untimed_choice
 from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.calibration.observers import RangeObserver
@@ -314,7 +314,7 @@ def test_the_result_compiles_with_quantized_layers():
     example = {"x": torch.randn(2, 3, 8, 8), "t": torch.tensor([1, 2])}
     gm = capture(seeded(Block).eval(), example, timestep="t").gm
     done = quantize(gm, spec(probabilities="log2"), target=quantized_layers(gm)).gm
-    lowered = lower(done, choose=untried).gm
+    lowered = lower(done, choose=untimed_choice).gm
     assert len(roundings(lowered)) == 4
     compiled = torch.compile(lowered, fullgraph=True)
     batch = list(batches(gm))[1]

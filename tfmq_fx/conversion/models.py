@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.backends.nonfinite import batched, is_finite, with_nan
+from tfmq_fx.backends.nonfinite import is_finite, with_nan
 from tfmq_fx.backends.self_check import Check
 from tfmq_fx.calibration.observers import SampleCache
 from tfmq_fx.calibration.sampling_pass import SamplingPass
@@ -20,7 +20,7 @@ from tfmq_fx.core.errors import ConfigError, InputError
 from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.stages import stage_of
-from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.graph import batched_inputs, timestep_node
 from tfmq_fx.ir.graph_pass import Rewrite
 from tfmq_fx.quant.bit_plan import BitPlan
 from tfmq_fx.serialization.graph_json import from_json, to_json
@@ -111,10 +111,7 @@ class Prepared(GraphModel):
 
     def batched(self) -> list[bool]:
         """Which placeholders carry the batch in dim 0."""
-        batch = str(timestep_node(self.gm).meta["val"].shape[0])
-        nodes = self.gm.graph.find_nodes(op="placeholder")
-        shapes = [node.meta["val"].shape for node in nodes]
-        return [len(shape) > 0 and str(shape[0]) == batch for shape in shapes]
+        return batched_inputs(self.gm)
 
 
 class Converted(GraphModel):
@@ -248,7 +245,7 @@ class Compiled(GraphModel):
         self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch
         self._feed, self._lookup_keys = converted.feed, converted.lookup_keys
         self._reference = weakref.ref(converted)
-        self._batched = batched(converted.gm)
+        self._batched = batched_inputs(converted.gm)
         install_removed(self.gm, self.record.get("removed", {}))
 
     @property

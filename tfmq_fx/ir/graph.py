@@ -84,6 +84,13 @@ def timestep_node(gm: fx.GraphModule) -> fx.Node:
     raise GraphError(f"the graph has no input {name!r}, the timestep its metadata names")
 
 
+def batched_inputs(gm: fx.GraphModule) -> list[bool]:
+    """Whether the first dimension of each placeholder is the batch, as that of the timestep is."""
+    batch = str(timestep_node(gm).meta["val"].shape[:1])
+    shapes = [node.meta["val"].shape for node in gm.graph.find_nodes(op="placeholder")]
+    return [len(shape) > 0 and str(shape[:1]) == batch for shape in shapes]
+
+
 def insert_timestep_row(
     gm: fx.GraphModule, name: str, table: torch.Tensor, timesteps: torch.Tensor
 ) -> fx.Node:

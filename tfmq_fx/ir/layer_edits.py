@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -124,11 +125,12 @@ def call_before(
 
 
 def buffer_before(gm: fx.GraphModule, node: fx.Node, buffer: str) -> fx.Node:
-    """A new node in front of `node` that reads a buffer of the graph."""
+    """A new node in front of `node` that reads a buffer or parameter of the graph by its path."""
     with gm.graph.inserting_before(node):
         made = gm.graph.get_attr(buffer)
     fake = node.meta["val"].fake_mode
-    value = fake.from_tensor(gm.get_buffer(buffer), static_shapes=True)
+    tensor: Tensor = operator.attrgetter(buffer)(gm)
+    value = fake.from_tensor(tensor.detach(), static_shapes=True)
     made.meta = {"val": value, "nn_module_stack": node.meta["nn_module_stack"]}
     return made
 

@@ -8,8 +8,8 @@ from torch import nn
 from tests.toys import seeded
 from tfmq_fx.backends.codes import fuse as fusions
 from tfmq_fx.backends.cuda import lower as lowering
-from tfmq_fx.backends.cuda.autotune import untried
-from tfmq_fx.backends.cuda.norm import MOST_RUNS, norm_codes
+from tfmq_fx.backends.cuda.autotune import untimed_choice
+from tfmq_fx.backends.cuda.norm import norm_codes
 from tfmq_fx.calibration.observers import Ranges
 from tfmq_fx.capture.capture import capture
 from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig, WeightSpec
@@ -23,7 +23,7 @@ from tfmq_fx.passes.quantize_layers import quantize_layers
 from tfmq_fx.passes.split_concat import split_concat
 
 TIMES = (0, 3, 7)
-NORMS = {"norm": norm_codes, "most_runs": MOST_RUNS}
+NORMS = {"norm": norm_codes}
 C = 16  # channels of the nets below
 EIGHT = LayerConfig(weights=WeightSpec(search=1), activations=ActivationSpec())
 LINEARS = {name: lambda: nn.Linear(C, C) for name in "qkv"}
@@ -67,7 +67,7 @@ def data(seed=0):
 
 def whole_sums(problem, dtype):
     """A choice of kernels that do not share sums: only they take a second segment."""
-    choice = untried(problem, dtype)
+    choice = untimed_choice(problem, dtype)
     return dataclasses.replace(choice, tile=choice.tile._replace(split=1))
 
 

@@ -8,8 +8,8 @@ import torch
 
 from tfmq_fx.backends.codes.choice import (
     Choice,
+    cached_chooser,
     read_choices,
-    remembering,
     runs_on_torch,
     slower,
     write_choices,
@@ -34,21 +34,21 @@ class Deciding:
 
 def test_a_question_is_asked_once_for_each_problem_and_dtype(tmp_path):
     decide = Deciding()
-    choose = remembering(decide, tmp_path / "choices.json")
+    choose = cached_chooser(decide, tmp_path / "choices.json")
     for _ in range(2):
         assert choose(LINEAR, torch.float32) is MEASURED
         assert choose(LINEAR, torch.bfloat16) is MEASURED
         assert choose(WIDE, torch.float32) is MEASURED
     assert len(decide.asked) == 3
     again = Deciding()
-    assert remembering(again, tmp_path / "choices.json")(WIDE, torch.float32) == MEASURED
+    assert cached_chooser(again, tmp_path / "choices.json")(WIDE, torch.float32) == MEASURED
     assert again.asked == []
 
 
 def test_what_is_not_worth_keeping_is_asked_for_again_by_the_next_process(tmp_path):
     path = tmp_path / "choices.json"
     decide = Deciding()
-    choose = remembering(decide, path, keeps=lambda choice: False)
+    choose = cached_chooser(decide, path, keeps=lambda choice: False)
     assert choose(LINEAR, torch.float32) is choose(LINEAR, torch.float32) is MEASURED
     assert len(decide.asked) == 1 and not path.exists()
 

@@ -21,7 +21,7 @@ from tests.backends.codes.nets import (
 )
 from tfmq_fx.backends.codes.choice import Choice
 from tfmq_fx.backends.codes.layers import ConcatLayer
-from tfmq_fx.backends.cuda.autotune import untried
+from tfmq_fx.backends.cuda.autotune import untimed_choice
 from tfmq_fx.core.layer_config import ActivationSpec
 
 
@@ -95,7 +95,7 @@ def test_layers_that_one_kernel_cannot_run_stay_apart(monkeypatch):
     assert apply(base, "merge_concat")[1] == [0]
 
     def shared(problem, dtype):
-        return Choice("triton", untried(problem, dtype).tile._replace(split=2))
+        return Choice("triton", untimed_choice(problem, dtype).tile._replace(split=2))
 
     base = lowered(net(shortcut, a=lambda: conv(3, 2 * C), b=conv), monkeypatch, choose=shared)
     assert apply(base, "merge_concat")[1] == [0]

@@ -10,7 +10,7 @@ from tfmq_fx.backends.codes.arithmetic import (
     stored_zero,
 )
 from tfmq_fx.backends.codes.layers import ConcatLayer, problem_of, quantize_input
-from tfmq_fx.backends.cuda.autotune import untried
+from tfmq_fx.backends.cuda.autotune import untimed_choice
 from tfmq_fx.backends.cuda.codes_layer import CudaCodesLayer
 from tfmq_fx.core.layer_config import WeightSpec
 from tfmq_fx.quant.affine import FP8, weight_qparams
@@ -43,7 +43,7 @@ def quantized(source, *, bits=8, act_bits=8, format="int", ranges="per timestep"
 
 def lowered(layer, x, choice=None):
     problem = problem_of(layer, x.shape)
-    return CudaCodesLayer(layer, x.dtype, problem, choice or untried(problem, x.dtype))
+    return CudaCodesLayer(layer, x.dtype, problem, choice or untimed_choice(problem, x.dtype))
 
 
 def codes_of(made, x, scale):

@@ -43,7 +43,7 @@ def test_calls_are_found_by_layer(gm):
 
 
 def test_layers_on_codes_are_called_with_codes(gm):
-    made = lower_layers(gm, quantized_calls(gm), on_codes, None)
+    made = lower_layers(gm, on_codes, None)
     assert list(made) == ["enter", "a", "b", "leave"] and declined(made) == []
     assert not any(isinstance(module, QuantLayer) for module in gm.modules())
     assert count(gm, quantize_input) == 5  # one for each call
@@ -60,7 +60,7 @@ def test_layers_in_floating_point_are_declined_with_the_reason(gm):
             return Lowered(FloatLayer(layer), "it is called twice", {"float": 1.0})
         return on_codes(layer, nodes)
 
-    made = lower_layers(gm, quantized_calls(gm), lower_one, {"b": "its kernel is wrong"})
+    made = lower_layers(gm, lower_one, {"b": "its kernel is wrong"})
     assert [(d.site, d.reason) for d in declined(made)] == [
         ("a", "runs in floating point: it is called twice"),
         ("b", "runs in floating point: its kernel is wrong"),
@@ -77,7 +77,7 @@ def test_kernels_write_some_dtypes(gm):
 
 
 def test_a_layer_without_an_engine_says_what_it_lacks(gm):
-    made = lower_layers(gm, quantized_calls(gm), on_codes, None)
+    made = lower_layers(gm, on_codes, None)
     with pytest.raises(NotImplementedError, match="NoEngine defines no kernel: give it a `run`"):
         gm(torch.randn(4, 3, 6, 6), torch.zeros(4, dtype=torch.int64))
     assert isinstance(made["a"].module, nn.Module)

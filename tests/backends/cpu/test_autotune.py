@@ -10,7 +10,7 @@ from tests.backends.cpu.cases import needs_kernels
 from tfmq_fx.backends.codes.choice import Choice
 from tfmq_fx.backends.codes.problem import Problem, Tile
 from tfmq_fx.backends.cpu import kernels, library
-from tfmq_fx.backends.cpu.autotune import MARGIN, by_trial, cache_file, calls
+from tfmq_fx.backends.cpu.autotune import MARGIN, cache_file, calls, timed_chooser
 from tfmq_fx.backends.saturation import onednn_is_exact
 
 LINEAR = Problem(2, 1, 40, 64, 32, (1, 1), (1, 1), (1, 1), "int8", 0)
@@ -42,7 +42,7 @@ class Clock:
     ((50.0, 50.0, 50.0), "cpu"),
 ])  # fmt: skip
 def test_another_kernel_must_be_clearly_faster(tmp_path, micros, engine):
-    choice = by_trial(timer=Clock(*micros), cache=tmp_path / "k")(CONV, torch.float32)
+    choice = timed_chooser(timer=Clock(*micros), cache=tmp_path / "k")(CONV, torch.float32)
     times = dict(zip(("float", "onednn", "cpu"), micros, strict=True))
     assert choice == Choice(engine, Tile(), times)
 
@@ -74,7 +74,7 @@ def test_without_kernels_the_others_are_tried(monkeypatch, tmp_path, problem):
     if problem is not RGB:
         monkeypatch.setattr(kernels, "unavailable", lambda: "no such instructions")
     clock = Clock(50.0, 30.0)
-    choice = by_trial(timer=clock, cache=tmp_path / "k")(problem, torch.float32)
+    choice = timed_chooser(timer=clock, cache=tmp_path / "k")(problem, torch.float32)
     assert choice == Choice("onednn", Tile(), {"float": 50.0, "onednn": 30.0})
     assert len(clock.made) == 2
 
@@ -82,10 +82,10 @@ def test_without_kernels_the_others_are_tried(monkeypatch, tmp_path, problem):
 @needs_kernels
 def test_results_are_kept_for_the_next_start(tmp_path):
     path = tmp_path / "deep" / "cpu.json"
-    first = by_trial(timer=Clock(50.0, 30.0, 20.0), cache=path)
+    first = timed_chooser(timer=Clock(50.0, 30.0, 20.0), cache=path)
     choice = first(CONV, torch.float32)
     assert first(CONV, torch.float32) is choice  # nothing is timed twice
-    again = by_trial(timer=Clock(), cache=path)
+    again = timed_chooser(timer=Clock(), cache=path)
     assert again(CONV, torch.float32) == choice
     with pytest.raises(IndexError):  # another dtype is another question
         again(CONV, torch.bfloat16)
@@ -98,7 +98,7 @@ def test_results_are_kept_for_the_next_start(tmp_path):
 def test_a_damaged_file_counts_as_none(tmp_path, content):
     path = tmp_path / "cpu.json"
     path.write_text(content)
-    choose = by_trial(timer=Clock(50.0, 30.0, 20.0), cache=path)
+    choose = timed_chooser(timer=Clock(50.0, 30.0, 20.0), cache=path)
     assert choose(CONV, torch.float32).engine == "cpu"
     assert len(json.loads(path.read_text())) == 1
 
@@ -107,7 +107,7 @@ def test_a_damaged_file_counts_as_none(tmp_path, content):
 def test_a_file_that_cannot_be_written_is_no_obstacle(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    choose = by_trial(timer=Clock(50.0, 30.0, 20.0), cache=blocked / "cpu.json")
+    choose = timed_chooser(timer=Clock(50.0, 30.0, 20.0), cache=blocked / "cpu.json")
     assert choose(CONV, torch.float32).engine == "cpu" and "not kept" in caplog.text
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from tests.backends.codes import nets
 from tests.backends.codes.nets import EIGHT, conv, net
 from tests.backends.cpu.cases import needs_kernels
-from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.autotune import untimed_choice
 from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
 from tfmq_fx.backends.cpu.lower import lower
 from tfmq_fx.quant.sqnr import sqnr
@@ -20,7 +20,7 @@ SAME = 45  # as in test_lower
 def lowered(function, **modules):
     """The lowered net, how many activations it gave away, and how near its results are, in dB."""
     gm = nets.quantized(nets.captured(net(function, a=conv, b=conv, **modules)), EIGHT)
-    done = lower(gm, choose=untried)
+    done = lower(gm, choose=untimed_choice)
     pairs = zip(nets.results(gm), nets.results(done.gm), strict=True)
     return done.gm, done.details["fused"]["activations"], min(sqnr(x, y) for x, y in pairs)
 

@@ -8,9 +8,9 @@ import torch
 from tests.backends.codes import nets
 from tests.backends.codes.nets import EIGHT, C, conv, net, norm
 from tests.backends.cpu.cases import needs_kernels
-from tfmq_fx.backends.cpu.autotune import untried
-from tfmq_fx.backends.cpu.fuse_concat import concat_codes
+from tfmq_fx.backends.cpu.autotune import untimed_choice
 from tfmq_fx.backends.cpu.lower import lower
+from tfmq_fx.backends.cpu.norm_codes import norm_codes
 from tfmq_fx.ir.node_info import op_name
 from tfmq_fx.quant.sqnr import sqnr
 
@@ -27,7 +27,7 @@ LAYERS = {
 
 def lowered(function):
     gm = nets.quantized(nets.captured(net(function, **LAYERS)), EIGHT)
-    done = lower(gm, choose=untried)
+    done = lower(gm, choose=untimed_choice)
     pairs = zip(nets.results(gm), nets.results(done.gm), strict=True)
     assert min(sqnr(x, y) for x, y in pairs) > SAME
     left = sum(op_name(n) == "cat" for n in done.gm.graph.nodes)
@@ -51,7 +51,8 @@ def modulated(m, x, row):
 ])  # fmt: skip
 def test_norms_of_concatenations_read_the_parts(function):
     gm, count, _ = lowered(function)
-    calls = gm.graph.find_nodes(op="call_function", target=concat_codes)
+    calls = gm.graph.find_nodes(op="call_function", target=norm_codes)
+    calls = [call for call in calls if "more" in call.kwargs]
     assert len(calls) == count == 1
     for call in calls:
         assert call.meta["val"].dtype == torch.uint8

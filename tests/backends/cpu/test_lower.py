@@ -18,7 +18,7 @@ from tfmq_fx.backends.codes.problem import Tile
 from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.cpu import lower as lowering
 from tfmq_fx.backends.cpu.attention import attention
-from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.autotune import untimed_choice
 from tfmq_fx.backends.cpu.codes_layer import CpuCodesLayer
 from tfmq_fx.backends.cpu.lower import freezes, kernel_obstacle, lower
 from tfmq_fx.backends.cpu.onednn import OnednnLayer
@@ -49,7 +49,7 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "load", load)
 
 
-def on(gm, choose=untried):
+def on(gm, choose=untimed_choice):
     return lower(gm, choose=choose)
 
 
@@ -255,7 +255,7 @@ def test_the_sizes_asked_for_are_those_of_the_capture():
 
     def choose(problem, dtype):
         asked.append((problem.batch, problem.height, problem.width, problem.channels, dtype))
-        return untried(problem, dtype)
+        return untimed_choice(problem, dtype)
 
     on(quantized("w8a8").gm, choose)
     assert [each[1:4] for each in asked] == [(11, 11, 4), (9, 9, 16), (1, 16, 32), (1, 16, 16)]

@@ -7,9 +7,9 @@ from tests.backends.codes import nets
 from tests.backends.codes.nets import EIGHT, conv, net, norm
 from tests.backends.cpu.cases import conv_arguments, needs_kernels, norm_arguments
 from tfmq_fx.backends.cpu import kernels
-from tfmq_fx.backends.cpu.autotune import untried
+from tfmq_fx.backends.cpu.autotune import untimed_choice
 from tfmq_fx.backends.cpu.lower import lower
-from tfmq_fx.backends.cpu.nans import showing_nans
+from tfmq_fx.backends.cpu.nans import mark_nans
 from tfmq_fx.backends.inductor import compile_graph
 
 pytestmark = needs_kernels
@@ -73,7 +73,7 @@ def test_nan_that_arises_between_layers_is_answered(quantized, monkeypatch):
 
 
 def test_results_that_show_it_are_left_alone(quantized):
-    gm = lower(quantized, choose=untried).gm
+    gm = lower(quantized, choose=untimed_choice).gm
     _, far = inputs()
 
     def part(*given):
@@ -82,10 +82,10 @@ def test_results_that_show_it_are_left_alone(quantized):
         return (y, torch.arange(3))
 
     with torch.no_grad():
-        assert not showing_nans(part, gm)(*far)[0][1:].isnan().any()
-        whole, integers = showing_nans(lambda *given: (gm(*given)[0], torch.arange(3)), gm)(*far)
+        assert not mark_nans(part, gm)(*far)[0][1:].isnan().any()
+        whole, integers = mark_nans(lambda *given: (gm(*given)[0], torch.arange(3)), gm)(*far)
     assert whole.isnan().all() and integers.tolist() == [0, 1, 2]
 
 
 def test_a_graph_without_our_kernels_runs_as_it_is(quantized):
-    assert showing_nans(quantized, quantized) is quantized
+    assert mark_nans(quantized, quantized) is quantized

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tests.toys import ToyDiT, seeded
-from tfmq_fx.backends.cpu.pad_attention import WIDTH, pad_attention, padded_attention
+from tfmq_fx.backends.cpu.attention import WIDTH, pad_attention, padded_attention
 from tfmq_fx.capture.capture import capture
 
 

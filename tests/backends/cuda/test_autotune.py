@@ -11,7 +11,7 @@ import torch
 from tfmq_fx.backends.codes.choice import Choice
 from tfmq_fx.backends.codes.problem import Problem, Tile
 from tfmq_fx.backends.cuda import autotune
-from tfmq_fx.backends.cuda.autotune import TRIED, arguments, by_trial, untried
+from tfmq_fx.backends.cuda.autotune import TRIED, arguments, timed_chooser, untimed_choice
 from tfmq_fx.backends.cuda.conv import conv2d_reference
 from tfmq_fx.backends.cuda.tiles import candidates
 
@@ -52,7 +52,7 @@ def count(problem):
 def test_the_fastest_tile_is_chosen(tmp_path, kernel):
     times = [50.0] + [30.0] * count(CONV)
     times[2] = 20.0
-    choose = by_trial(CPU, timer=Clock(*times), cache=tmp_path / "kernels.json")
+    choose = timed_chooser(CPU, timer=Clock(*times), cache=tmp_path / "kernels.json")
     choice = choose(CONV, torch.float32)
     assert choice == Choice("triton", candidates(CONV)[1], {"float": 50.0, "triton": 20.0})
     assert kernel == candidates(CONV)[:TRIED]
@@ -60,7 +60,7 @@ def test_the_fastest_tile_is_chosen(tmp_path, kernel):
 
 def test_floating_point_wins_where_it_is_faster(tmp_path):
     clock = Clock(5.0, *[30.0] * count(CONV))
-    choice = by_trial(CPU, timer=clock, cache=tmp_path / "k")(CONV, torch.bfloat16)
+    choice = timed_chooser(CPU, timer=clock, cache=tmp_path / "k")(CONV, torch.bfloat16)
     assert choice.engine == "float" and choice.micros == {"float": 5.0, "triton": 30.0}
     in_float, by_kernel = clock.made[:2]
     assert all(r.dtype == torch.bfloat16 for r in clock.made)
@@ -69,17 +69,17 @@ def test_floating_point_wins_where_it_is_faster(tmp_path):
 
 def test_linear_layers_are_tried_on_torch_as_well(tmp_path):
     clock = Clock(50.0, *[30.0] * count(LINEAR), 10.0)
-    choice = by_trial(CPU, timer=clock, cache=tmp_path / "k")(LINEAR, torch.float32)
+    choice = timed_chooser(CPU, timer=clock, cache=tmp_path / "k")(LINEAR, torch.float32)
     assert choice.engine == "torch" and choice.micros["torch"] == 10.0
     assert clock.made[-1].shape == (80, 32)
 
 
 def test_results_are_kept_for_the_next_start(tmp_path):
     path = tmp_path / "deep" / "kernels.json"
-    first = by_trial(CPU, timer=Clock(50.0, *[30.0] * count(CONV)), cache=path)
+    first = timed_chooser(CPU, timer=Clock(50.0, *[30.0] * count(CONV)), cache=path)
     choice = first(CONV, torch.float32)
     assert first(CONV, torch.float32) is choice  # nothing is timed twice
-    again = by_trial(CPU, timer=Clock(), cache=path)
+    again = timed_chooser(CPU, timer=Clock(), cache=path)
     assert again(CONV, torch.float32) == choice
     with pytest.raises(IndexError):  # another dtype is another question
         again(CONV, torch.bfloat16)
@@ -89,7 +89,7 @@ def test_results_are_kept_for_the_next_start(tmp_path):
 def test_a_damaged_file_counts_as_none(tmp_path, content):
     path = tmp_path / "kernels.json"
     path.write_text(content)
-    choose = by_trial(CPU, timer=Clock(50.0, *[30.0] * count(CONV)), cache=path)
+    choose = timed_chooser(CPU, timer=Clock(50.0, *[30.0] * count(CONV)), cache=path)
     assert choose(CONV, torch.float32).engine == "triton"
     assert len(json.loads(path.read_text())) == 1
 
@@ -98,7 +98,7 @@ def test_a_file_that_cannot_be_written_is_no_obstacle(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
     clock = Clock(50.0, *[30.0] * count(CONV))
-    choice = by_trial(CPU, timer=clock, cache=blocked / "kernels.json")(CONV, torch.float32)
+    choice = timed_chooser(CPU, timer=clock, cache=blocked / "kernels.json")(CONV, torch.float32)
     assert choice.engine == "triton" and "not kept" in caplog.text
 
 
@@ -107,7 +107,7 @@ def test_tiles_that_fail_are_passed_over(tmp_path, monkeypatch):
         raise RuntimeError("out of resources")
 
     monkeypatch.setattr(autotune, "conv2d", fails)
-    choice = by_trial(CPU, timer=Clock(50.0), cache=tmp_path / "k")(CONV, torch.float32)
+    choice = timed_chooser(CPU, timer=Clock(50.0), cache=tmp_path / "k")(CONV, torch.float32)
     assert choice.engine == "float" and choice.micros == {"float": 50.0}
 
 
@@ -119,7 +119,7 @@ def test_arguments_are_what_the_kernel_takes(format, half):
 
 
 def test_without_a_device_the_likely_tile_is_taken():
-    assert untried(CONV, torch.float32) == Choice("triton", candidates(CONV)[0], {})
+    assert untimed_choice(CONV, torch.float32) == Choice("triton", candidates(CONV)[0], {})
 
 
 def test_the_file_is_of_the_device_and_the_versions(monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ from tfmq_fx import (
 from tfmq_fx.backends import backend
 from tfmq_fx.backends.codes.choice import Choice
 from tfmq_fx.backends.codes.layers import quantize_input
-from tfmq_fx.backends.cuda.autotune import untried
+from tfmq_fx.backends.cuda.autotune import untimed_choice
 from tfmq_fx.backends.cuda.codes_layer import CudaCodesLayer
 from tfmq_fx.backends.cuda.lower import lower
 from tfmq_fx.backends.float_layers import FloatLayer
@@ -79,7 +79,7 @@ def quantized(kind):
     return converted(overrides=KINDS[kind])
 
 
-def on(gm, capability=HOPPER, choose=untried):
+def on(gm, capability=HOPPER, choose=untimed_choice):
     return lower(gm, choose=choose, capability=capability)
 
 
@@ -141,7 +141,7 @@ def test_layers_that_are_faster_in_float_stay_there_and_the_report_says_so():
     def choose(problem, dtype):
         micros = {"float": 10.0, "triton": 12.5 if problem.taps == (3, 3) else 4.0}
         engine = min(micros, key=micros.get)
-        return dataclasses.replace(untried(problem, dtype), engine=engine, micros=micros)
+        return dataclasses.replace(untimed_choice(problem, dtype), engine=engine, micros=micros)
 
     lowered = on(quantized("w8a8").gm, choose=choose)
     reason = "runs in floating point: float32 took 10.0 us, the kernels 12.5 us"
@@ -152,7 +152,7 @@ def test_layers_that_are_faster_in_float_stay_there_and_the_report_says_so():
 
 def test_a_device_that_could_run_no_tile_says_so():
     def choose(problem, dtype):
-        return Choice("float", untried(problem, dtype).tile, {"float": 10.0})
+        return Choice("float", untimed_choice(problem, dtype).tile, {"float": 10.0})
 
     lowered = on(quantized("w8a8").gm, choose=choose)
     assert {d.reason for d in lowered.declined} == {
@@ -165,7 +165,7 @@ def test_the_sizes_asked_for_are_those_of_the_capture():
 
     def choose(problem, dtype):
         asked.append((problem.batch, problem.height, problem.width, problem.channels, dtype))
-        return untried(problem, dtype)
+        return untimed_choice(problem, dtype)
 
     on(quantized("w8a8").gm, choose=choose)
     assert asked == [

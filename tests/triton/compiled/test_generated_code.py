@@ -9,7 +9,7 @@ from torch import nn
 from tests.toys import seeded
 from tests.triton.compiled.without_device import generated_code
 from tfmq_fx import ActivationSpec, LayerConfig, WeightSpec, calibrate, convert, prepare
-from tfmq_fx.backends.cuda.autotune import untried
+from tfmq_fx.backends.cuda.autotune import untimed_choice
 from tfmq_fx.backends.cuda.lower import lower
 
 TIMES = (0, 3, 7)
@@ -48,7 +48,7 @@ def lowered(layer):
     model = seeded(Block).eval().to(torch.bfloat16)
     prepared = prepare(model, CALLS[0], timesteps=TIMES, config="w8a8", overrides={"*": layer})
     made = convert(calibrate(prepared, CALLS, progress=False), progress=False)
-    done = lower(made.gm, choose=untried, capability=(9, 0))
+    done = lower(made.gm, choose=untimed_choice, capability=(9, 0))
     assert done.declined == [] and done.details["integer"] == 3
     return done.gm
 
