@@ -193,7 +193,7 @@ class Steps(tuple[Step, ...]):
         if Need.RANGES in needs:
             check_ranges(job.prepared, job.sites, job.plan)
         if Need.SAMPLES in needs:
-            check_samples(job.prepared)
+            check_samples(job.prepared.cache)
 
     def __repr__(self) -> str:
         return f"Steps({', '.join(self.names)})"

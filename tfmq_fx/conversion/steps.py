@@ -7,7 +7,9 @@ needs and promises; `print(tfmq_fx.STEPS)` shows that as a table.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tfmq_fx.calibration.output_errors import measure_errors
 from tfmq_fx.calibration.product_ranges import measure_products as measure_product_ranges
@@ -24,7 +26,6 @@ from tfmq_fx.passes.quantize_tables import quantize_tables as quantize_tables_pa
 from tfmq_fx.passes.reconstruct_blocks import reconstruct_blocks as reconstruct_blocks_pass
 from tfmq_fx.passes.round_weights import round_weights as round_weights_pass
 
-from .bit_planning import given_bits
 from .bit_planning import plan_bits as plan_bits_within
 from .calibration_data import observed_ranges, resampled
 from .job import Job, Samples
@@ -61,16 +62,14 @@ def decompose_attention(job: Job) -> Job:
 
 
 def _no_attention(job: Job) -> str | None:
-    wanted = job.recipe.attention is not None
-    return None if wanted else "the recipe leaves attention's products in floating point"
+    attention = job.recipe.attention
+    return "the recipe leaves attention's products in floating point" if attention is None else None
 
 
 def measure_ranges(job: Job) -> Job:
     """Read the input range of each layer at each timestep from what calibration observed."""
-    sites, _ = find_sites(job.captured)
-    plan = {site.name: job.plan[site.name] for site in sites if site.name in job.plan}
-    kept = [site for site in sites if site.name in plan]
-    return replace(job, ranges=observed_ranges(job.prepared, kept, plan, job.timesteps))
+    sites = [site for site in find_sites(job.captured)[0] if site.name in job.plan]
+    return replace(job, ranges=observed_ranges(job.prepared, sites, job.plan, job.timesteps))
 
 
 def _nothing_ranged(job: Job) -> str | None:
@@ -149,27 +148,16 @@ def quantize_tables(job: Job) -> Job:
 
 
 def _nothing_cached(job: Job) -> str | None:
-    if job.temporal.choice and not job.temporal.cached:
-        return "no feature was chosen to be cached as integers"
-    return None if job.temporal.choice else "the model has no temporal features"
+    if not job.temporal.choice:
+        return "the model has no temporal features"
+    return None if job.temporal.cached else "no feature was chosen to be cached as integers"
 
 
 def plan_bits(job: Job) -> Job:
     """Choose the weight bits of each layer within the budget, by measured output error."""
     trial = quantize_layers(job)  # at the widths of the recipe
     trial = trial if job.products is None else quantize_products(trial)
-    planned = plan_bits_within(
-        trial.gm,
-        prepared=job.prepared,
-        reference=job.reference,
-        layers=job.plan,
-        fixed={*job.temporal.layers, *given_bits(job.plan, job.prepared.overrides)},
-        chunks=job.samples.chunks,
-        timesteps=job.timesteps,
-        budget=job.budget,
-        checkpoint=job.parts("plan_bits"),
-        progress=job.progress,
-    )
+    planned = plan_bits_within(trial.gm, job)
     return replace(job, bits=from_first(planned, "bits"))  # processes measure different times
 
 
@@ -290,122 +278,112 @@ def _not_corrected(job: Job) -> str | None:
     return None if changed else "nothing is quantized"
 
 
-_captured = functools.partial(Step, takes=Stage.CAPTURED, gives=Stage.CAPTURED)
-_folded = functools.partial(Step, takes=Stage.FOLDED, gives=Stage.FOLDED)
-_quantized = functools.partial(Step, takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
+def _step(run: Callable[[Job], Job], **options: Any) -> Step:
+    """The step that is called what its function is called."""
+    return Step(name=run.__name__, run=run, **options)
+
+
+_captured = functools.partial(_step, takes=Stage.CAPTURED, gives=Stage.CAPTURED)
+_folded = functools.partial(_step, takes=Stage.FOLDED, gives=Stage.FOLDED)
+_quantized = functools.partial(_step, takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
 _SAMPLES = frozenset({Need.SAMPLES})
 
 STEPS = Steps(
     _captured(
-        name="rewrite_layers",
-        run=rewrite_layers,
+        rewrite_layers,
         skip=_no_rewrites,
         needs=_SAMPLES,
         guarantee=Guarantee.REASSOCIATION,
         cost="a pass over the samples for each rewrite",
     ),
     _captured(
-        name="decompose_attention",
-        run=decompose_attention,
+        decompose_attention,
         skip=_no_attention,
         guarantee=Guarantee.REASSOCIATION,
         cost="seconds",
     ),
     _captured(
-        name="measure_ranges",
-        run=measure_ranges,
+        measure_ranges,
         skip=_nothing_ranged,
         needs=frozenset({Need.RANGES}),
         guarantee=Guarantee.UNCHANGED,
         cost="seconds",
     ),
     _captured(
-        name="profile_ranges",
-        run=profile_ranges,
+        profile_ranges,
         skip=_nothing_profiled,
         needs=_SAMPLES,
         guarantee=Guarantee.UNCHANGED,
         cost="a pass over the samples",
     ),
     _captured(
-        name="measure_products",
-        run=measure_products,
+        measure_products,
         skip=_no_attention,
         needs=_SAMPLES,
         guarantee=Guarantee.UNCHANGED,
         cost="a pass over the samples",
     ),
     _captured(
-        name="choose_temporal_forms",
-        run=choose_temporal_forms,
+        choose_temporal_forms,
         guarantee=Guarantee.UNCHANGED,
         cost="seconds, or tiar_iters steps of learning",
     ),
-    Step(
-        name="fold_timesteps",
-        run=fold_timesteps,
+    _step(
+        fold_timesteps,
         takes=Stage.CAPTURED,
         gives=Stage.FOLDED,
         guarantee=Guarantee.BIT_EXACT,
         cost="seconds",
     ),
     _folded(
-        name="quantize_tables",
-        run=quantize_tables,
+        quantize_tables,
         skip=_nothing_cached,
         guarantee=Guarantee.MEASURED,
         cost="seconds",
     ),
     _folded(
-        name="plan_bits",
-        run=plan_bits,
+        plan_bits,
         skip=_no_budget,
         needs=_SAMPLES,
         guarantee=Guarantee.UNCHANGED,
         cost="layers x bit widths, each a pass over the samples",
     ),
-    Step(
-        name="quantize_layers",
-        run=quantize_layers,
+    _step(
+        quantize_layers,
         takes=Stage.FOLDED,
         gives=Stage.QUANTIZED,
         guarantee=Guarantee.MEASURED,
         cost="seconds",
     ),
     _quantized(
-        name="quantize_products",
-        run=quantize_products,
+        quantize_products,
         skip=_no_attention,
         guarantee=Guarantee.MEASURED,
         cost="seconds",
     ),
     _quantized(
-        name="round_weights",
-        run=round_weights,
+        round_weights,
         skip=_no_second_order,
         needs=_SAMPLES,
         guarantee=Guarantee.MEASURED,
         cost="two passes over the samples, and a factorization for each layer",
     ),
     _quantized(
-        name="reconstruct_blocks",
-        run=reconstruct_blocks,
+        reconstruct_blocks,
         skip=_not_learnt,
         needs=_SAMPLES,
         guarantee=Guarantee.MEASURED,
         cost="blocks x iters steps of learning",
     ),
     _quantized(
-        name="resample_and_reconstruct",
-        run=resample_and_reconstruct,
+        resample_and_reconstruct,
         skip=_not_resampled,
         needs=frozenset({Need.SAMPLES, Need.RESAMPLING}),
         guarantee=Guarantee.MEASURED,
         cost="rounds x (a calibration, and blocks x round_iters steps of learning)",
     ),
     _quantized(
-        name="correct_outputs",
-        run=correct_outputs,
+        correct_outputs,
         skip=_not_corrected,
         needs=_SAMPLES,
         guarantee=Guarantee.MEASURED,

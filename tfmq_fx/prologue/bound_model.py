@@ -36,15 +36,7 @@ class Bound(Converted):
     def __init__(
         self, model: Converted, spec: PrologueSpec, schedule: Schedule | None = None
     ) -> None:
-        super().__init__(
-            model.gm,
-            model.call,
-            recipe=model.recipe,
-            record=model.record,
-            model_config=model.model_config,
-            origin=model.origin,
-            watch=model.watch,
-        )
+        super().__init__(model.gm, model.call, **model.settings())
         self.spec = spec
         self.conditions = model.call.named_conditions(spec.conditions)
         self._split(schedule)
@@ -104,15 +96,7 @@ class Bound(Converted):
     def unbound(self) -> Converted:
         """The same model without a prologue; it shares all tensors with this one."""
         self.prologue.restore()
-        return Converted(
-            self.gm,
-            self.call,
-            recipe=self.recipe,
-            record=self.record,
-            model_config=self.model_config,
-            origin=self.origin,
-            watch=self.watch,
-        )
+        return Converted(self.gm, self.call, **self.settings())
 
     def bound_alike(self, model: Converted, timesteps: Any = None) -> Bound:
         bound = Bound(model, self.spec, self.prologue.schedule)
