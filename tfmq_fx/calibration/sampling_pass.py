@@ -56,18 +56,15 @@ def sampling_pass(
     fixed_batch: the batch size of every call, where the model was captured for one alone.
     Raises ConfigError for arguments that cannot be used, and settings that `source` brings.
     """
-    is_pair = isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step")
-    values = {
-        name: usual if settings[name] is None else settings[name]
-        for name, usual in SETTINGS.items()
-    }
-    for name, value in values.items():
-        check_whole(value, name, int(name != "seed"))
-    chosen = {name: int(value) for name, value in values.items() if value is not None}
+    chosen: dict[str, int] = {}
+    for name, usual in SETTINGS.items():
+        value = settings[name]
+        chosen[name] = usual if value is None else value
+        check_whole(chosen[name], name, int(name != "seed"))
     if hasattr(source, "components"):
         return _pipeline_pass(source, args, kwargs, original, settings, chosen, progress)
     others = ", ".join([*(type(value).__name__ for value in args), *kwargs])
-    if is_pair:
+    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step"):
         if args or not all(isinstance(value, Tensor) for value in kwargs.values()):
             raise ConfigError(
                 "calibrate() with a (scheduler, shape) pair takes the model's further inputs by "
@@ -75,7 +72,7 @@ def sampling_pass(
             )
         if fixed_batch is not None:
             _fit(chosen, settings, fixed_batch)
-        return _scheduler_pass(*source, kwargs, chosen, progress)
+        return _scheduler_pass(source[0], source[1], kwargs, chosen, progress)
     if not isinstance(source, Iterable):
         raise ConfigError(
             "calibrate() takes a diffusers pipeline, a (scheduler, shape) pair or an iterable of "

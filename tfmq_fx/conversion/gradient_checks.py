@@ -1,4 +1,4 @@
-"""Outputs without a gradient say so when one is asked for, instead of giving a part of it."""
+"""Make outputs without a gradient raise an error in backward, instead of giving a part of it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tfmq_fx.core.errors import InputError
 
 
 def refusing(outputs: Sequence[Any], inputs: Sequence[Tensor], why: str) -> list[Any]:
-    """`outputs`, whose backward raises InputError(why) where one of `inputs` wants a gradient."""
-    wanting = [value for value in inputs if value.requires_grad]
-    if not (wanting and torch.is_grad_enabled()):
+    """`outputs`, whose backward raises InputError(why) where one of `inputs` needs a gradient."""
+    leaves = [value for value in inputs if value.requires_grad]
+    if not leaves:
         return list(outputs)
     return [
-        _Refusal.apply(why, value, *wanting)  # type: ignore[no-untyped-call]
+        _Refusal.apply(why, value, *leaves)  # type: ignore[no-untyped-call]
         if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
         else value
         for value in outputs
@@ -25,10 +25,10 @@ def refusing(outputs: Sequence[Any], inputs: Sequence[Tensor], why: str) -> list
 
 
 class _Refusal(torch.autograd.Function):
-    """The value itself, as if it were computed from tensors whose gradients nobody knows."""
+    """Returns a tensor as it is, as a function of other tensors that has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, why: str, value: Tensor, *wanting: Tensor) -> Tensor:
+    def forward(ctx: Any, why: str, value: Tensor, *leaves: Tensor) -> Tensor:
         ctx.why = why
         return value.view_as(value)
 

@@ -38,18 +38,7 @@ from .temporal_forms import choose_temporal
 def rewrite_layers(job: Job) -> Job:
     """Rewrite layers so that they quantize better: split at concatenations (Q-Diffusion), scaled
     (TCAQ-DM's TCR, SmoothQuant), rotated (QuaRot, ConvRot), with a low-rank branch (SVDQuant)."""
-    block = job.temporal_block()
-    rewritten = rewrite_planned_layers(
-        job.gm,
-        job.recipe.rewrites,
-        plan=job.plan,
-        fixed=block.modules,
-        chunks=job.samples.chunks,
-        seed=job.recipe.reconstruction.seed,
-        progress=job.progress,
-    )
-    rewritten.gm.requires_grad_(False)  # what a rewrite computes is not learnt
-    return job.applied(*rewritten.passes, plan=rewritten.plan)
+    return rewrite_planned_layers(job)
 
 
 def _no_rewrites(job: Job) -> str | None:
@@ -79,27 +68,19 @@ def _nothing_ranged(job: Job) -> str | None:
 
 def profile_ranges(job: Job) -> Job:
     """Measure anew the input ranges of rewritten layers, and those that are grouped or clipped."""
-    specs = {name: acts for name, layer in job.plan.items() if (acts := layer.calibrated)}
-    profiled = profiled_ranges(
-        job.gm,
-        {name: specs[name] for name in _profiled(job)},
-        timesteps=job.timesteps,
-        chunks=job.samples.chunks,
-        seed=job.recipe.reconstruction.seed,
-        progress=job.progress,
-    )
+    profiled = profiled_ranges(job, _profiled(job))
     return replace(job, ranges={**job.ranges, **profiled})
 
 
 def _profiled(job: Job) -> list[str]:
-    """The layers whose ranges need more than the lowest and highest input seen by calibration."""
+    """The layers whose ranges need more than the lowest and highest input that calibration saw."""
     unchanged = unchanged_sites(job.captured, job.gm)
-    chosen = job.recipe.reconstruction.sampling != "uniform"
+    drawn = job.recipe.reconstruction.sampling != "uniform"
     return [
         name
         for name, layer in job.plan.items()
         if (acts := layer.calibrated) is not None
-        and (name not in unchanged or acts.ranges != "minmax" or acts.timestep_groups or chosen)
+        and (name not in unchanged or acts.ranges != "minmax" or acts.timestep_groups or drawn)
     ]
 
 
