@@ -1,4 +1,4 @@
-"""A saved model as an object to call: what its files say, checked against each other."""
+"""Load a saved model from its files and check them against each other."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _RECORD = {
 
 @outside_inference_mode
 def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
-    """The model that `save` wrote, rebuilt from its own files; outputs are bit-identical.
+    """The model that `save` wrote; its outputs are bit-identical.
 
     outputs: your own dataclasses and named tuples that the model returns or takes; those of
-    diffusers and transformers are found by themselves. No other class is looked up or imported, so
+    diffusers and transformers are found automatically. No other class is looked up or imported, so
     that a file from somewhere else runs no code.
-    Files in the directory that `save` did not write are neither read nor minded.
+    Files in the directory that `save` did not write are ignored.
     Raises ArtifactError for a directory that is missing, foreign, truncated, altered or of a newer
     format. The SHA-256 in it shows damage; who wrote it, it does not show.
     """
@@ -84,12 +84,12 @@ def _configuration(data: Any, where: str, kind: type) -> Any:
 
 
 def _checked_record(record: dict[str, Any], gm: fx.GraphModule, where: str) -> dict[str, Any]:
-    """`record`, of whose entries those that have to be right are. Raises ArtifactError."""
+    """`record`, after a check of the entries that are read later. Raises ArtifactError."""
     known = {key: kind for key, kind in _RECORD.items() if key in record}
     typed(record, where, **known)
-    held = dict(gm.named_modules())
+    modules = dict(gm.named_modules())
     for path in record.get("removed", {}):
-        if path in held:
+        if path in modules:
             raise ArtifactError(f"{where}.removed.{path}: the graph still has this layer")
     if record.get("bits") is not None:
         try:
