@@ -21,8 +21,6 @@ from tfmq_fx.quant.timestep_lookup import find_unknown
 from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.staleness import StalenessCheck
 
-from .gradient_checks import refusing
-
 T = TypeVar("T")
 
 # names of the buffers that keep their dtype when the model is cast
@@ -81,7 +79,7 @@ class GraphModel(nn.Module):
         if torch.is_grad_enabled():
             names = self.without_gradient()
             lost = [v for n, v in zip(self.call.names, inputs, strict=True) if n in names]
-            outputs = refusing(outputs, lost, f"{', '.join(names)}: {self.why_no_gradient}")
+            outputs = without_backward(outputs, lost, f"{', '.join(names)}: {self.why_no_gradient}")
         return self.call.rebuild(outputs, return_dict)
 
     def without_gradient(self) -> Sequence[str]:
@@ -214,3 +212,29 @@ def retarget(
             node.args = map_aggregate(node.args, changed)
             node.kwargs = map_aggregate(node.kwargs, changed)
     gm.recompile()
+
+
+def without_backward(outputs: Sequence[Any], inputs: Sequence[Tensor], why: str) -> list[Any]:
+    """`outputs`, whose backward raises InputError(why) where one of `inputs` needs a gradient."""
+    leaves = [value for value in inputs if value.requires_grad]
+    if not leaves:
+        return list(outputs)
+    return [
+        _NoBackward.apply(why, value, *leaves)  # type: ignore[no-untyped-call]
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        else value
+        for value in outputs
+    ]
+
+
+class _NoBackward(torch.autograd.Function):
+    """Returns a tensor as it is, as a function of other tensors that has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, why: str, value: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.why = why
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise InputError(ctx.why)

@@ -1,7 +1,7 @@
-"""The steps of `convert`, in the order in which they run.
+"""Define the steps of `convert`: `STEPS`, at the end, lists them in the order in which they run.
 
-Each function is one step: it takes a Job and returns a new one. `STEPS`, at the end, says what each
-needs and promises; `print(tfmq_fx.STEPS)` shows that as a table.
+Each function is one step: it takes a Job and returns a new one. `print(tfmq_fx.STEPS)` shows what
+each step does, guarantees and costs.
 """
 
 from __future__ import annotations
@@ -259,15 +259,20 @@ def _not_corrected(job: Job) -> str | None:
     return None if changed else "nothing is quantized"
 
 
-def _step(run: Callable[[Job], Job], **options: Any) -> Step:
-    """The step that is called what its function is called."""
-    return Step(name=run.__name__, run=run, **options)
+def _step(run: Callable[[Job], Job], *, cost: str = "seconds", **options: Any) -> Step:
+    """A step with the name of its function."""
+    return Step(name=run.__name__, run=run, cost=cost, **options)
 
 
-_captured = functools.partial(_step, takes=Stage.CAPTURED, gives=Stage.CAPTURED)
+_captured = functools.partial(
+    _step, takes=Stage.CAPTURED, gives=Stage.CAPTURED, guarantee=Guarantee.UNCHANGED
+)
 _folded = functools.partial(_step, takes=Stage.FOLDED, gives=Stage.FOLDED)
-_quantized = functools.partial(_step, takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
+_quantized = functools.partial(
+    _step, takes=Stage.QUANTIZED, gives=Stage.QUANTIZED, guarantee=Guarantee.MEASURED
+)
 _SAMPLES = frozenset({Need.SAMPLES})
+_PASS = "a pass over the samples"
 
 STEPS = Steps(
     _captured(
@@ -277,51 +282,18 @@ STEPS = Steps(
         guarantee=Guarantee.REASSOCIATION,
         cost="a pass over the samples for each rewrite",
     ),
-    _captured(
-        decompose_attention,
-        skip=_no_attention,
-        guarantee=Guarantee.REASSOCIATION,
-        cost="seconds",
-    ),
-    _captured(
-        measure_ranges,
-        skip=_nothing_ranged,
-        needs=frozenset({Need.RANGES}),
-        guarantee=Guarantee.UNCHANGED,
-        cost="seconds",
-    ),
-    _captured(
-        profile_ranges,
-        skip=_nothing_profiled,
-        needs=_SAMPLES,
-        guarantee=Guarantee.UNCHANGED,
-        cost="a pass over the samples",
-    ),
-    _captured(
-        measure_products,
-        skip=_no_attention,
-        needs=_SAMPLES,
-        guarantee=Guarantee.UNCHANGED,
-        cost="a pass over the samples",
-    ),
-    _captured(
-        choose_temporal_forms,
-        guarantee=Guarantee.UNCHANGED,
-        cost="seconds, or tiar_iters steps of learning",
-    ),
+    _captured(decompose_attention, skip=_no_attention, guarantee=Guarantee.REASSOCIATION),
+    _captured(measure_ranges, skip=_nothing_ranged, needs=frozenset({Need.RANGES})),
+    _captured(profile_ranges, skip=_nothing_profiled, needs=_SAMPLES, cost=_PASS),
+    _captured(measure_products, skip=_no_attention, needs=_SAMPLES, cost=_PASS),
+    _captured(choose_temporal_forms, cost="seconds, or tiar_iters steps of learning"),
     _step(
         fold_timesteps,
         takes=Stage.CAPTURED,
         gives=Stage.FOLDED,
         guarantee=Guarantee.BIT_EXACT,
-        cost="seconds",
     ),
-    _folded(
-        quantize_tables,
-        skip=_nothing_cached,
-        guarantee=Guarantee.MEASURED,
-        cost="seconds",
-    ),
+    _folded(quantize_tables, skip=_nothing_cached, guarantee=Guarantee.MEASURED),
     _folded(
         plan_bits,
         skip=_no_budget,
@@ -334,40 +306,30 @@ STEPS = Steps(
         takes=Stage.FOLDED,
         gives=Stage.QUANTIZED,
         guarantee=Guarantee.MEASURED,
-        cost="seconds",
     ),
-    _quantized(
-        quantize_products,
-        skip=_no_attention,
-        guarantee=Guarantee.MEASURED,
-        cost="seconds",
-    ),
+    _quantized(quantize_products, skip=_no_attention),
     _quantized(
         round_weights,
         skip=_no_second_order,
         needs=_SAMPLES,
-        guarantee=Guarantee.MEASURED,
         cost="two passes over the samples, and a factorization for each layer",
     ),
     _quantized(
         reconstruct_blocks,
         skip=_not_learnt,
         needs=_SAMPLES,
-        guarantee=Guarantee.MEASURED,
         cost="blocks x iters steps of learning",
     ),
     _quantized(
         resample_and_reconstruct,
         skip=_not_resampled,
         needs=frozenset({Need.SAMPLES, Need.RESAMPLING}),
-        guarantee=Guarantee.MEASURED,
         cost="rounds x (a calibration, and blocks x round_iters steps of learning)",
     ),
     _quantized(
         correct_outputs,
         skip=_not_corrected,
         needs=_SAMPLES,
-        guarantee=Guarantee.MEASURED,
         cost="two passes over the samples",
     ),
 )

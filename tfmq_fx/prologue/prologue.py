@@ -288,7 +288,7 @@ class Prologue:
         for graph in (step, *(cache.part.graph for cache in self.parts)):
             if graph is not None:
                 _relink(graph, gm)
-        self.offloaded.retarget({n: attrgetter(n)(gm) for n in self.offloaded.tensors})
+        self.offloaded.tensors = {n: attrgetter(n)(gm) for n in self.offloaded.tensors}
         for cache in self.parts:
             cache.graph = cache.part.graph
         self.forget()

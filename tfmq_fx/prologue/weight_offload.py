@@ -72,10 +72,6 @@ class Offloaded:
             for tensor in self.tensors.values():
                 tensor.data = tensor.data.to(self._device)
 
-    def retarget(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the tensors by others of the same names, none of which is away."""
-        self.tensors = dict(tensors)
-
     def restore(self) -> None:
         """Move all tensors back to their device and into memory of their own."""
         self.back()
