@@ -50,16 +50,13 @@ def check_sampling(prepared: Prepared, step: str) -> None:
 def resampled(prepared: Prepared, gm: torch.fx.GraphModule) -> Prepared:
     """A copy of `prepared` calibrated with `gm`, the model quantized so far, as the denoiser."""
     assert prepared.sampling is not None
-    spec = prepared.recipe.reconstruction
     result = Prepared(
         prepared.gm,
         gm,
         prepared.call,
         recipe=prepared.recipe,
         overrides=prepared.overrides,
-        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
         source=prepared.source,
-        model_config=prepared.model_config,
     )
     run_calibration(result, prepared.sampling)
     return result

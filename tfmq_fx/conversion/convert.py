@@ -62,7 +62,6 @@ def convert(
     checkpoint of another conversion, a plan is of another model, or a budget cannot be met, naming
     the smallest feasible one.
     """
-    check_arguments(prepared, budget, bits, steps)
     job = start(prepared, budget, bits, checkpoint, steps, progress)
     steps.check(job)  # before the long work
     for step in steps:
@@ -70,8 +69,19 @@ def convert(
     return finish(job, steps)
 
 
-def check_arguments(prepared: object, budget: object, bits: object, steps: object) -> None:
-    """Raise ConfigError for an argument of `convert` that has a wrong type."""
+def start(
+    prepared: Prepared,
+    budget: object,
+    bits: BitPlan | None,
+    checkpoint: str | Path | None,
+    steps: Steps,
+    progress: bool,
+) -> Job:
+    """The job before the first step: a copy of the captured graph, and the layer configurations.
+
+    Raises CalibrationError where no timestep is known, ConfigError for an argument of a wrong type
+    and where processes or the checkpoint's directory are of another conversion.
+    """
     if not isinstance(prepared, Prepared):
         raise ConfigError(
             f"convert() takes what prepare() returned, not a {type(prepared).__name__}"
@@ -87,21 +97,6 @@ def check_arguments(prepared: object, budget: object, bits: object, steps: objec
             f"steps must be a tfmq_fx.Steps, such as STEPS.before('round_weights', mine), "
             f"not a {type(steps).__name__}"
         )
-
-
-def start(
-    prepared: Prepared,
-    budget: object,
-    bits: BitPlan | None,
-    checkpoint: str | Path | None,
-    steps: Steps,
-    progress: bool,
-) -> Job:
-    """The job before the first step: a copy of the captured graph, and the layer configurations.
-
-    Raises CalibrationError where no timestep is known, ConfigError where processes or the
-    checkpoint's directory are of another conversion.
-    """
     if checkpoint is not None:
         checkpoint = path_of(checkpoint, "checkpoint")
     timesteps, visits = finite_set(prepared)
@@ -190,7 +185,7 @@ def finish(job: Job, steps: Steps) -> Converted:
         gm,
         prepared.call,
         recipe=recipe,
-        record=record.to_dict(),
+        record=vars(record),
         model_config=prepared.model_config,
         origin=origin,
         watch=watch,

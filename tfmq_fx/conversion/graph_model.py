@@ -143,9 +143,7 @@ class GraphModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device the model lies on."""
-        for tensor in self.tensors():
-            return tensor.device
-        return torch.device("cpu")
+        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
 
     def tensors(self) -> Iterator[Tensor]:
         """Every parameter and buffer."""

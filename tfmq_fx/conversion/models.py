@@ -38,10 +38,12 @@ class Prepared(GraphModel):
 
     Its outputs are those of the original, without a gradient.
     observed: the graph with observers, which runs.  gm: the graph that `convert` takes.
-    unmerged: the graph as it was captured, repetitions included; left out, `gm`.
+    source: the user's own model.  unmerged: the graph as it was captured, repetitions included.
     behaviour: the settings of the source's modules when it was captured.
     """
 
+    source: nn.Module
+    unmerged: fx.GraphModule
     why_no_gradient = (
         "a prepared model only observes and has no gradient. Call the model itself, or the "
         "converted one"
@@ -55,30 +57,19 @@ class Prepared(GraphModel):
         *,
         recipe: Config,
         overrides: Mapping[str, LayerConfig],
-        cache: SampleCache,
         source: nn.Module,
-        model_config: Any = None,
         unmerged: fx.GraphModule | None = None,
         behaviour: Behaviour | None = None,
     ) -> None:
-        super().__init__(captured, call, model_config)
-        self.observed = observed
-        self.recipe, self.overrides, self.cache = recipe, dict(overrides), cache
+        super().__init__(captured, call, getattr(source, "config", None))
+        self.observed, self.recipe, self.overrides = observed, recipe, dict(overrides)
+        spec = recipe.reconstruction
+        self.cache = SampleCache(capacity=spec.cache, seed=spec.seed)
         self.sampling: SamplingPass | None = None  # the last calibration, to be run again
-        # A tuple keeps modules out of the submodules and the state_dict.
-        self._source = (source,)
-        self._unmerged = (captured if unmerged is None else unmerged,)
+        # In __dict__ these modules are no submodules, and so not in the state_dict.
+        self.__dict__["source"] = source
+        self.__dict__["unmerged"] = captured if unmerged is None else unmerged
         self.behaviour = behaviour or {}
-
-    @property
-    def source(self) -> nn.Module:
-        """The user's own model."""
-        return self._source[0]
-
-    @property
-    def unmerged(self) -> fx.GraphModule:
-        """The graph as it was captured."""
-        return self._unmerged[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))

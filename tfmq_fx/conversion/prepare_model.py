@@ -46,7 +46,7 @@ def captured_only(prepared: Prepared) -> Converted:
         gm,
         prepared.call,
         recipe=prepared.recipe,
-        record=record.to_dict(),
+        record=vars(record),
         model_config=prepared.model_config,
         origin=origin,
         watch=watch,
@@ -84,16 +84,13 @@ def observe_graph(
         "merged": merged.details["merged"],
         "folded": folded.details["folded"],
     }
-    spec = recipe.reconstruction
     return Prepared(
         gm,
         observe_layers(gm).gm,
         call,
         recipe=recipe,
         overrides=overrides,
-        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
         source=source,
-        model_config=getattr(source, "config", None),
         unmerged=captured,
         behaviour=behaves,
     )

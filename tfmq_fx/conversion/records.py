@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +19,9 @@ from tfmq_fx.quant.quant_layer import QuantLayer
 _NO_BLOCK: dict[str, list[Any]] = {"features": [], "modules": [], "shared": [], "declined": []}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ConversionRecord:
-    """The facts in `Converted.record`, which holds them as a dict.
+    """The facts in `Converted.record`, which is the `vars` of one.
 
     capture: how the model was captured.  block: the temporal block's features and modules.
     temporal: the candidate forms of each temporal feature, and the chosen one.
@@ -48,10 +47,6 @@ class ConversionRecord:
     steps: list[dict[str, Any]] = field(default_factory=list)
     passes: list[dict[str, Any]] = field(default_factory=list)
     removed: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts by name; their values are shared, not copied."""
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
 
 def pass_record(rewrite: Rewrite) -> dict[str, Any]:

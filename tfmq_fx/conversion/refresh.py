@@ -179,7 +179,9 @@ def _retimed(model: Converted, values: Tensor, source: nn.Module | None) -> Conv
         rows = _rows(captured, values, {n.meta.get(FEATURE) for n in model.gm.graph.nodes})
         held = tensors_of(captured)
         watch = watch or StalenessCheck(source, origin.fingerprints, held, origin.behaviour)
-    scales = origin.scales or _scales(model.gm)
+    lookups = [str(n.args[0].target) for n in model.gm.graph.nodes if is_timestep_row(n)]
+    measured = [name for name in lookups if not name.startswith(TABLE)]  # tables are computed
+    scales = origin.scales or {name: getattr(model.gm, name).cpu() for name in measured}
     calibrated = (origin.timesteps, scales)
     rewrite = change_timesteps(model.gm, timesteps=values, rows=rows, calibrated=calibrated)
     own_modules(rewrite.gm)
@@ -201,9 +203,3 @@ def _rows(captured: fx.GraphModule, values: Tensor, features: Container[str]) ->
     rows = compute_rows(block.graph, keys)
     named = zip(block.features, rows, strict=True)
     return {feature.name: row for feature, row in named if feature.name in features}
-
-
-def _scales(gm: fx.GraphModule) -> dict[str, Tensor]:
-    """Buffers of the rows that calibration measured, by name, on the CPU."""
-    read = [str(node.args[0].target) for node in gm.graph.nodes if is_timestep_row(node)]
-    return {name: getattr(gm, name).cpu() for name in read if not name.startswith(TABLE)}

@@ -7,6 +7,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -66,7 +67,7 @@ class Step:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ConfigError(f"Step.name must be an identifier such as 'clip', not {self.name!r}")
-        kinds = {
+        kinds: dict[str, tuple[Any, str]] = {
             "run": (Callable, "function of a Job"),
             "skip": (Callable, "function of a Job"),
             "takes": (Stage, "Stage"),

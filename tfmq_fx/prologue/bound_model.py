@@ -28,6 +28,7 @@ class Bound(Converted):
     from it and share its modules.  Values are computed without gradients.
     """
 
+    step: fx.GraphModule  # from inputs of the model and then values of the prologue to its outputs
     why_no_gradient = (
         "no gradient with respect to what a request fixes, whose values are kept. Detach it, or "
         "call model.unbound()"
@@ -42,13 +43,8 @@ class Bound(Converted):
         self._split(schedule)
 
     @property
-    def step(self) -> fx.GraphModule:
-        """The graph of one step, from inputs of the model and then values of the prologue."""
-        return self._steps[0]
-
-    @property
     def runnable(self) -> fx.GraphModule:
-        return self._steps[0]
+        return self.step
 
     @property
     def feed(self) -> Callable[[list[Tensor]], list[Tensor]] | None:
@@ -114,16 +110,8 @@ class Bound(Converted):
         known = self.timesteps
         steps = self.spec.steps or (_STEPS if known is None else len(known))
         split = split_prologue(self.gm, self.conditions, steps=steps)
-        # in a tuple it is no submodule: its tensors are the graph's
-        self._steps = (split.step,)
-        self.prologue = Prologue(
-            self.gm,
-            split,
-            self.spec,
-            names=self.call.names,
-            timestep=self.call.timestep,
-            schedule=schedule,
-        )
+        self.__dict__["step"] = split.step  # no submodule: its tensors are the graph's
+        self.prologue = Prologue(self.gm, split, self.spec, self.call, schedule)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.prologue.restore()

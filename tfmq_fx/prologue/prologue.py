@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.core.config import PrologueSpec
 from tfmq_fx.core.errors import ConfigError, InputError
 from tfmq_fx.ir.graph import timestep_node
@@ -47,13 +48,11 @@ class Prologue:
         gm: fx.GraphModule,
         split: Split,
         spec: PrologueSpec,
-        *,
-        names: Sequence[str],
-        timestep: str,
-        schedule: Schedule | None = None,
+        call: CallSpec,
+        schedule: Schedule | None,
     ) -> None:
         self.spec, self.kept, self.declined = spec, split.kept, split.declined
-        self._names, self._timestep = tuple(names), timestep
+        self._names, self._timestep = call.names, call.timestep
         self.parts = [ValueCache(part, spec) for part in split.parts]
         self._dtype = timestep_node(split.step).meta["val"].dtype
         self.schedule = Schedule(None, self._dtype) if schedule is None else schedule
@@ -164,9 +163,8 @@ class Prologue:
             steps = t.tolist()
         missing = list(dict.fromkeys(s for s in steps if s not in entry.index))
         if missing:
-            self._fill(
-                cache, entry, [*steps, *self._steps_to_compute(cache, entry, missing)], conditions
-            )
+            steps_to_compute = self._steps_to_compute(cache, entry, missing)
+            self._fill(cache, entry, [*steps, *steps_to_compute], conditions)
         entry.used.update(steps)
         if len(set(steps)) == 1:
             values = [rows.row(entry.index[steps[0]]) for rows in entry.rows]
@@ -223,17 +221,16 @@ class Prologue:
         values = cache.compute(missing, conditions, entry.like)
         if cache.shared:
             pairs = zip(values, cache.part.batched, strict=True)
-            first = [[v[:1] for v in steps] if batched else steps for steps, batched in pairs]
+            first = [tuple(v[:1] for v in rows) if batched else rows for rows, batched in pairs]
             rows = zip(itertools.chain(*first), itertools.chain(*values), strict=True)
             if all(torch.equal(one.expand_as(row), row) for one, row in rows):
-                entry.store(first)
+                values = first
             else:  # rows of one batch differ after all, as kernels round
                 cache.shared = False
                 missing = [*entry.index, *missing]
                 entry.clear()
-                entry.store(cache.compute(missing, conditions, entry.like))
-        else:
-            entry.store(values)
+                values = cache.compute(missing, conditions, entry.like)
+        entry.store(values)
         for step in missing:
             entry.index[step] = len(entry.index)
 
