@@ -174,12 +174,12 @@ class SampleCache:
         center: float | None = None,
         whole: bool = False,
     ) -> list[tuple[Tensor, ...]]:
-        """About `count` samples, mixed, in batches of `batch_size`; the last one may be smaller,
-        or, if it is to be `whole`, is filled up with the first samples again.
+        """About `count` samples, shuffled, in batches of `batch_size`.
 
-        Evenly over timesteps; or, with `center`, over timesteps drawn from a normal distribution
-        about that share of the sorted set, with a deviation of half the set (PTQ4DM), and fewer
-        than `count` where a timestep has fewer samples than it was drawn.
+        The last batch may be smaller, unless `whole` fills it up with the first samples.
+        Samples are spread evenly over timesteps; with `center`, timesteps are drawn from a normal
+        distribution about that share of the sorted set, with a deviation of half the set (PTQ4DM);
+        then there are fewer than `count` where a timestep has too few samples.
         """
         random = np.random.default_rng(seed)
         shares = self._shares(count, center, random)

@@ -21,7 +21,7 @@ _NO_BLOCK: dict[str, list[Any]] = {"features": [], "modules": [], "shared": [], 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionRecord:
-    """The facts in `Converted.record`, which is the `vars` of one.
+    """The facts in `Converted.record`, as attributes.
 
     capture: how the model was captured.  block: the temporal block's features and modules.
     temporal: the candidate forms of each temporal feature, and the chosen one.

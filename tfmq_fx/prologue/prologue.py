@@ -235,7 +235,7 @@ class Prologue:
             entry.index[step] = len(entry.index)
 
     def _room(self, cache: ValueCache, entry: CacheEntry) -> int:
-        """The number of rows an entry may have: always twice those of the schedule."""
+        """The number of rows that an entry may have, at least twice those of the schedule."""
         row = max(1, cache.part.step_bytes * len(entry.like))
         scheduled = 2 * len(self.schedule.values())
         return min(_MOST_ROWS, max(_FEW_ROWS, scheduled, self.offloaded.nbytes() // row))
