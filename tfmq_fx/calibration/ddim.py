@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tfmq_fx.core.arguments import check_whole
 from tfmq_fx.core.distributed import (
     check_same,
     interleaved,
@@ -80,10 +81,8 @@ def sample(
     Raises ConfigError for an empty shape, batch_size < 1 or num_inference_steps < 1, or conditions
     of another length.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    if num_inference_steps < 1:
-        raise ConfigError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    check_whole(batch_size, "batch_size", 1)
+    check_whole(num_inference_steps, "num_inference_steps", 1)
     rows = dict(conditions or {})
     if wrong := [name for name, value in rows.items() if len(value) != shape[0]]:
         raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq_fx.calibration.observers import RangeObserver, Ranges, SampleCache
+from tfmq_fx.calibration.observers import RangeObserver, SampleCache
 from tfmq_fx.core.errors import CalibrationError
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.version import __version__
@@ -80,14 +80,6 @@ def check_ranges(
             "Run tfmq_fx.calibrate(prepared, ...) first."
         )
     return observers
-
-
-def observed_ranges(
-    prepared: Prepared, sites: Sequence[Site], plan: Mapping[str, LayerConfig], timesteps: Tensor
-) -> dict[str, Ranges]:
-    """The calibrated input range of every site that has one, over the finite set."""
-    observers = check_ranges(prepared, sites, plan)
-    return {name: observer.ranges(timesteps) for name, observer in observers.items()}
 
 
 def check_samples(cache: SampleCache) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -161,7 +161,3 @@ class Job:
         tensors = [*self.gm.named_parameters(), *self.gm.named_buffers()]
         mark = digest([self.gm.code, [list(pair) for pair in tensors], repr(dict(self.plan))])
         return replace(self, marks=(*self.marks, mark[:12]))
-
-    def untouched(self) -> Collection[str]:
-        """Layers that the rounding steps leave alone, since TIAR has rounded them."""
-        return self.temporal.layers if self.recipe.temporal.tiar_iters else {}

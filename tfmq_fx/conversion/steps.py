@@ -27,7 +27,7 @@ from tfmq_fx.passes.reconstruct_blocks import reconstruct_blocks as reconstruct_
 from tfmq_fx.passes.round_weights import round_weights as round_weights_pass
 
 from .bit_planning import plan_bits as plan_bits_within
-from .calibration_data import observed_ranges, resampled
+from .calibration_data import check_ranges, resampled
 from .job import Job, Samples
 from .layer_rewrites import profiled_ranges, unchanged_sites
 from .layer_rewrites import rewrite_layers as rewrite_planned_layers
@@ -58,7 +58,8 @@ def _no_attention(job: Job) -> str | None:
 def measure_ranges(job: Job) -> Job:
     """Read the input range of each layer at each timestep from what calibration observed."""
     sites = [site for site in find_sites(job.captured)[0] if site.name in job.plan]
-    return replace(job, ranges=observed_ranges(job.prepared, sites, job.plan, job.timesteps))
+    observers = check_ranges(job.prepared, sites, job.plan)
+    return replace(job, ranges={n: o.ranges(job.timesteps) for n, o in observers.items()})
 
 
 def _nothing_ranged(job: Job) -> str | None:
@@ -175,19 +176,22 @@ def quantize_products(job: Job) -> Job:
 def round_weights(job: Job) -> Job:
     """Round weights to second order (GPTQ) on the inputs that each layer really gets, in execution
     order."""
-    return job.applied(
-        round_weights_pass(
-            job.gm,
-            reference=job.reference,
-            chunks=job.samples.chunks,
-            plan=dict(job.plan),
-            spec=job.recipe.reconstruction,
-            weights=job.samples.weights,
-            skip=job.untouched(),
-            checkpoint=job.parts("round_weights"),
-            progress=job.progress,
-        )
-    )
+    options = _rounding_options(job, "round_weights")
+    return job.applied(round_weights_pass(job.gm, plan=dict(job.plan), **options))
+
+
+def _rounding_options(job: Job, group: str) -> dict[str, Any]:
+    """The arguments that both passes take which round weights on samples."""
+    return {
+        "reference": job.reference,
+        "chunks": job.samples.chunks,
+        "spec": job.recipe.reconstruction,
+        "weights": job.samples.weights,
+        # layers that TIAR has rounded are left alone
+        "skip": job.temporal.layers if job.recipe.temporal.tiar_iters else {},
+        "checkpoint": job.parts(group),
+        "progress": job.progress,
+    }
 
 
 def _no_second_order(job: Job) -> str | None:
@@ -200,23 +204,9 @@ def _no_second_order(job: Job) -> str | None:
 def reconstruct_blocks(job: Job) -> Job:
     """Learn the rounding of each block (BRECQ, AdaRound) so that its output is the full-precision
     one."""
-    return _reconstructed(job, job.recipe.reconstruction.iters, "reconstruct_blocks")
-
-
-def _reconstructed(job: Job, iters: int, group: str) -> Job:
-    return job.applied(
-        reconstruct_blocks_pass(
-            job.gm,
-            reference=job.reference,
-            chunks=job.samples.chunks,
-            spec=job.recipe.reconstruction,
-            iters=iters,
-            weights=job.samples.weights,
-            skip=job.untouched(),
-            checkpoint=job.parts(group),
-            progress=job.progress,
-        )
-    )
+    options = _rounding_options(job, "reconstruct_blocks")
+    iters = job.recipe.reconstruction.iters
+    return job.applied(reconstruct_blocks_pass(job.gm, iters=iters, **options))
 
 
 def _not_learnt(job: Job) -> str | None:
@@ -230,9 +220,9 @@ def resample_and_reconstruct(job: Job) -> Job:
     on that."""
     spec, samples = job.recipe.reconstruction, job.samples
     for i in range(spec.rounds):
-        visited = Samples(resampled(job.prepared, job.gm))
-        job = replace(job, samples=visited)
-        job = _reconstructed(job, spec.round_iters, f"resample_and_reconstruct {i}")
+        job = replace(job, samples=Samples(resampled(job.prepared, job.gm)))
+        options = _rounding_options(job, f"resample_and_reconstruct {i}")
+        job = job.applied(reconstruct_blocks_pass(job.gm, iters=spec.round_iters, **options))
     return replace(job, samples=samples)
 
 

@@ -168,8 +168,10 @@ class Prologue:
         entry.used.update(steps)
         if len(set(steps)) == 1:
             values = [rows.row(entry.index[steps[0]]) for rows in entry.rows]
-            pairs = zip(values, cache.part.batched, strict=True)
-            return [_expanded(value, len(t)) if batched else value for value, batched in pairs]
+            for k, batched in enumerate(cache.part.batched):
+                if batched and len(values[k]) != len(t):  # one sample serves all
+                    values[k] = values[k].expand(len(t), *values[k].shape[1:]).contiguous()
+            return values
         if not self._mixes(cache, steps, t, conditions):
             return entry.picked(torch.tensor([entry.index[s] for s in steps], device=t.device))
         self.offloaded.back()
@@ -296,13 +298,6 @@ class Prologue:
     def _move_weights_away(self) -> None:
         if self.offloaded.away():
             self._snapshot = self._take_snapshot()
-
-
-def _expanded(value: Tensor, batch: int) -> Tensor:
-    """A value of one sample, or of all, repeated for each sample of the batch."""
-    if len(value) == batch:
-        return value
-    return value.expand(batch, *value.shape[1:]).contiguous()
 
 
 def _weights(gm: fx.GraphModule, split: Split) -> list[str]:
