@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -46,15 +45,13 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
     Raises ArtifactError for a directory that is missing, foreign, truncated, altered or of a newer
     format. The SHA-256 in it shows damage; who wrote it, it does not show.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ArtifactError(f"load() takes the path of a directory, not a {type(path).__name__}")
     path = path_of(path, "path", ArtifactError)
     check_many(outputs, "outputs", "classes")
     for each in outputs:
         if not isinstance(each, type):
             raise ConfigError(f"load(outputs=) takes classes, not {each!r:.80}")
     loaded = artifact.load(path)
-    with artifact.naming(Path(path) / artifact.GRAPH_FILE):
+    with artifact.naming(path / artifact.GRAPH_FILE):
         extra = keys(loaded.extra, "extra", "record model_config", "prologue")
         typed(extra, "extra", record=dict, model_config=dict | None)
         call = call_from_json(loaded.call, "call", outputs)
@@ -71,7 +68,7 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
         if prologue is not None:
             model = Bound(model, _configuration(prologue, "extra.prologue", PrologueSpec))
     if loaded.origin is not None:
-        with artifact.naming(Path(path) / artifact.ORIGIN_FILE):
+        with artifact.naming(path / artifact.ORIGIN_FILE):
             model.origin = Provenance.from_parts(*loaded.origin, outputs)
     return model
 
