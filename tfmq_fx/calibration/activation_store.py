@@ -80,15 +80,7 @@ class ActivationStore:
 
     def unpack(self, packed: Any) -> Any:
         """The value that was packed; tensors in files are read."""
-        return pytree.tree_map_only(
-            _Packed,
-            lambda leaf: (
-                torch.load(leaf.held, weights_only=True)
-                if isinstance(leaf.held, Path)
-                else leaf.held
-            ),
-            packed,
-        )
+        return pytree.tree_map_only(_Packed, _unpack_leaf, packed)
 
     def drop(self, packed: Any) -> None:
         """Free the memory and the files of a packed value."""
@@ -97,3 +89,7 @@ class ActivationStore:
                 leaf.held.unlink(missing_ok=True)
             elif isinstance(leaf, _Packed):
                 self.used -= leaf.bytes
+
+
+def _unpack_leaf(leaf: _Packed) -> Tensor:
+    return torch.load(leaf.held, weights_only=True) if isinstance(leaf.held, Path) else leaf.held

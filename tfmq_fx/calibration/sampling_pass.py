@@ -58,9 +58,10 @@ def sampling_pass(
     """
     chosen: dict[str, int] = {}
     for name, usual in SETTINGS.items():
-        value = settings[name]
-        chosen[name] = usual if value is None else value
-        check_whole(chosen[name], name, int(name != "seed"))
+        setting = settings[name]
+        value = usual if setting is None else setting
+        check_whole(value, name, int(name != "seed"))
+        chosen[name] = int(value)
     if hasattr(source, "components"):
         return _pipeline_pass(source, args, kwargs, original, settings, chosen, progress)
     others = ", ".join([*(type(value).__name__ for value in args), *kwargs])
