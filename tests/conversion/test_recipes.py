@@ -25,7 +25,7 @@ from tfmq_fx import (
     prepare,
     report,
 )
-from tfmq_fx.calibration.ddim import sample
+from tfmq_fx.calibration.ddim import record_trajectory
 from tfmq_fx.core.config import Config
 from tfmq_fx.core.presets import RECIPES, resolve
 from tfmq_fx.quant.low_rank import LowRank
@@ -89,13 +89,12 @@ def quantized(model, config, **options):
 
 def error_of(model, converted, shape=(3, SIZE, SIZE)):
     """Output SQNR in dB over the steps of a sampling run that calibration did not see."""
-    _, seen = sample(
+    _, seen = record_trajectory(
         model,
         DDIMScheduler(num_train_timesteps=100),
         (5, *shape),
         num_inference_steps=STEPS,
         seed=9,
-        record=True,
     )
     found = []
     with torch.no_grad():

@@ -238,7 +238,7 @@ def test_a_step_never_touches_what_is_away() -> None:
     found(**draw(t=9))
     for tensor in found.prologue.offloaded.tensors.values():
         tensor.data = torch.full_like(tensor, float("nan"))
-    found.prologue._sighting = found.prologue._look()  # as if nobody had noticed
+    found.prologue._snapshot = found.prologue._take_snapshot()  # as if nobody had noticed
     assert torch.isfinite(found(**draw(t=5))).all()
 
 

@@ -1,8 +1,8 @@
-"""Values of which a bounded number of bytes stays in memory; the rest waits in files.
+"""Store values of which a bounded number of bytes stays in memory; the rest waits in files.
 
-A tensor comes back as it was packed: its bits, its strides and its place in its storage, by which
-kernels choose their path. But tensors that shared a storage come back from files with one each, so
-values that a graph writes to in place must not be packed (`Walk` holds those in memory).
+A tensor comes back with the bits, strides and place in its storage that it had, by which kernels
+choose their path. But tensors that shared a storage come back from files with one each, so values
+that a graph writes to in place must not be packed (`LayerwiseExecutor` keeps those in memory).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Packed:
 
 
 class ActivationStore:
-    """Packs values; leave its context and the files are gone.
+    """Packs and unpacks values; its files are deleted when its context ends.
 
     limit: bytes in memory at most; None keeps everything there.  Files lie in a directory of
     their own where `tempfile` puts it (TMPDIR), which should not be memory itself.  What comes
@@ -50,51 +50,46 @@ class ActivationStore:
             self._directory = self._cleanup = None
 
     def pack(self, value: Any, pinned: Collection[int] = ()) -> Any:
-        """What `unpack` makes `value` of again: tensors, and tuples, lists and dicts of them.
+        """The packed form of tensors, and of tuples, lists and dicts of them.
 
         pinned: addresses of storages that stay in memory anyway (weights); tensors in them, and all
-        that is no strided tensor, are kept as they are.
+        that is no strided tensor, stay as they are.
         """
-        limit = self.limit
-        if limit is None:
+        if self.limit is None:
             return value
+        return pytree.tree_map(lambda leaf: self._pack_leaf(leaf, pinned), value)
 
-        def packed(leaf: Any) -> Any:
-            if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.is_meta:
-                return leaf
-            storage = leaf.untyped_storage()
-            size = storage.nbytes()
-            if not size or storage.data_ptr() in pinned:
-                return leaf
-            if self.used + size > limit:
-                return _Packed(size, self._write(leaf, size))
+    def _pack_leaf(self, leaf: Any, pinned: Collection[int]) -> Any:
+        if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.is_meta:
+            return leaf
+        storage = leaf.untyped_storage()
+        size = storage.nbytes()
+        if not size or storage.data_ptr() in pinned:
+            return leaf
+        assert self.limit is not None
+        if self.used + size <= self.limit:
             self.used += size
             return _Packed(size, leaf)
-
-        return pytree.tree_map(packed, value)
+        if self._directory is None:
+            self._directory, self._cleanup = folder_of(self, "spill")
+        self._count += 1
+        path = self._directory / str(self._count)
+        torch.save(leaf, path)
+        self.written += size
+        return _Packed(size, path)
 
     def unpack(self, packed: Any) -> Any:
-        """The value that was packed, what is in files read from there."""
-
-        def unpacked(leaf: _Packed) -> Tensor:
-            found = leaf.held
-            return torch.load(found, weights_only=True) if isinstance(found, Path) else found
-
-        return pytree.tree_map_only(_Packed, unpacked, packed)
+        """The value that was packed; tensors in files are read."""
+        return pytree.tree_map_only(_Packed, _unpack_leaf, packed)
 
     def drop(self, packed: Any) -> None:
-        """Forget a packed value, its room in memory and its files."""
+        """Free the memory and the files of a packed value."""
         for leaf in pytree.tree_leaves(packed):
             if isinstance(leaf, _Packed) and isinstance(leaf.held, Path):
                 leaf.held.unlink(missing_ok=True)
             elif isinstance(leaf, _Packed):
                 self.used -= leaf.bytes
 
-    def _write(self, tensor: Tensor, size: int) -> Path:
-        if self._directory is None:
-            self._directory, self._cleanup = folder_of(self, "spill")
-        self._count += 1
-        path = self._directory / str(self._count)
-        torch.save(tensor, path)
-        self.written += size
-        return path
+
+def _unpack_leaf(leaf: _Packed) -> Tensor:
+    return torch.load(leaf.held, weights_only=True) if isinstance(leaf.held, Path) else leaf.held

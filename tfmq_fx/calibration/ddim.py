@@ -1,20 +1,17 @@
-"""Draw images with a denoiser and a scheduler.
-
-`sample` takes any denoiser and any diffusers scheduler whose `step` returns the previous sample
-first.
-"""
+"""Draw images with a denoiser and a diffusers scheduler."""
 
 from __future__ import annotations
 
-import functools
-import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from tfmq_fx.core.arguments import check_whole
 from tfmq_fx.core.distributed import (
     check_same,
     interleaved,
@@ -41,10 +38,6 @@ class Trajectory:
     outputs: Tensor
 
 
-def _progress_bar(total: int) -> Any:
-    return importlib.import_module("tqdm").tqdm(total=total, desc="sample")
-
-
 def initial_noise(shape: Sequence[int], *, seed: int) -> Tensor:
     """Standard normal noise, float32 on the CPU, of `shape` (n, ...).
 
@@ -57,42 +50,6 @@ def initial_noise(shape: Sequence[int], *, seed: int) -> Tensor:
     return torch.stack(
         [torch.randn(*shape[1:], dtype=torch.float32, generator=generator) for _ in range(shape[0])]
     )
-
-
-@overload
-def sample(
-    denoiser: Callable[..., Any],
-    scheduler: Any,
-    shape: Sequence[int],
-    *,
-    num_inference_steps: int,
-    seed: int = ...,
-    batch_size: int = ...,
-    device: torch.device | str = ...,
-    progress: bool = ...,
-    conditions: Mapping[str, Tensor] | None = ...,
-    parallel: bool = ...,
-    done: Callable[[], None] = ...,
-    record: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def sample(
-    denoiser: Callable[..., Any],
-    scheduler: Any,
-    shape: Sequence[int],
-    *,
-    num_inference_steps: int,
-    seed: int = ...,
-    batch_size: int = ...,
-    device: torch.device | str = ...,
-    progress: bool = ...,
-    conditions: Mapping[str, Tensor] | None = ...,
-    parallel: bool = ...,
-    done: Callable[[], None] = ...,
-    record: Literal[True],
-) -> tuple[Tensor, Trajectory]: ...
 
 
 @torch.no_grad()
@@ -109,9 +66,8 @@ def sample(
     conditions: Mapping[str, Tensor] | None = None,
     parallel: bool = False,
     done: Callable[[], None] = nothing,
-    record: bool = False,
-) -> Tensor | tuple[Tensor, Trajectory]:
-    """Images (n, ...) drawn by deterministic DDIM (eta 0), on the CPU; with record, a Trajectory.
+) -> Tensor:
+    """Images (n, ...) drawn by deterministic DDIM (eta 0), on the CPU.
 
     denoiser(x, t): x is (batch, ...) float32 and t a tensor without dimensions, both on `device`;
     returns a tensor, a tuple that starts with one, or an object with `.sample`.
@@ -125,97 +81,82 @@ def sample(
     Raises ConfigError for an empty shape, batch_size < 1 or num_inference_steps < 1, or conditions
     of another length.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    if num_inference_steps < 1:
-        raise ConfigError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-    given = dict(conditions or {})
-    if wrong := [name for name, value in given.items() if len(value) != shape[0]]:
+    check_whole(batch_size, "batch_size", 1)
+    check_whole(num_inference_steps, "num_inference_steps", 1)
+    rows = dict(conditions or {})
+    if wrong := [name for name, value in rows.items() if len(value) != shape[0]]:
         raise ConfigError(
-            f"{wrong[0]} has {len(given[wrong[0]])} rows for {shape[0]} samples; give one for each"
+            f"{wrong[0]} has {len(rows[wrong[0]])} rows for {shape[0]} samples; give one for each"
         )
     noise = initial_noise(shape, seed=seed)
     scheduler.set_timesteps(num_inference_steps, device=device)
     batches = list(zip(range(0, len(noise), batch_size), noise.split(batch_size), strict=True))
-    steps = (len(shard_indices(len(batches))) if parallel else len(batches)) * len(
-        scheduler.timesteps
-    )
-    bar = _progress_bar(steps) if progress and not rank() else None
+    own = len(shard_indices(len(batches))) if parallel else len(batches)
+    total = own * len(scheduler.timesteps)
+    bar = tqdm(total=total, desc="sample", file=sys.stderr, disable=not progress or rank() > 0)
 
-    def draw(start: int, batch: Tensor) -> list[Tensor]:
-        own = {name: v[start : start + batch_size].to(device) for name, v in given.items()}
-        return _draw(denoiser, scheduler, batch.to(device), own, record, bar)
+    def draw(start: int, batch: Tensor) -> Tensor:
+        part = {name: v[start : start + batch_size].to(device) for name, v in rows.items()}
 
-    if parallel:
+        def answer(x: Tensor, t: Tensor) -> Any:
+            bar.update()
+            return denoiser(x, t, **part)
+
+        return denoised(answer, scheduler, batch.to(device), eta=0.0).cpu()
+
+    with bar:
+        if not parallel:
+            return torch.cat([draw(*batch) for batch in batches])
         facts = {"shape": tuple(shape), "steps": num_inference_steps, "seed": seed}
         with together("sample()"):
-            check_same("sample()", facts | {"batch_size": batch_size, "record": record})
-            found = [draw(*batch) for batch in shard(batches, done)]
-            found = interleaved(found, len(batches), "images")
-    else:
-        found = [draw(*batch) for batch in batches]
-    if bar is not None:
-        bar.close()
-    drawn, *recorded = zip(*found, strict=True)
-    if not record:
-        return torch.cat(drawn)
-    inputs, outputs = (torch.cat(parts, 1) for parts in recorded)
-    return torch.cat(drawn), Trajectory(
-        timesteps=scheduler.timesteps.cpu(), inputs=inputs, outputs=outputs
+            check_same("sample()", facts | {"batch_size": batch_size})
+            images = [draw(*batch) for batch in shard(batches, done)]
+            return torch.cat(interleaved(images, len(batches), "images"))
+
+
+def record_trajectory(
+    denoiser: Callable[..., Any], scheduler: Any, shape: Sequence[int], **options: Any
+) -> tuple[Tensor, Trajectory]:
+    """Images that `sample` draws in one batch, and what the denoiser saw and answered meanwhile.
+
+    options: those of `sample`, but for batch_size.
+    """
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def recorded(x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        output = prediction(denoiser(x, t, **conditions))
+        # Copies: a denoiser may answer from a buffer that its next call overwrites.
+        inputs.append(x.to("cpu", copy=True))
+        outputs.append(output.to("cpu", copy=True))
+        return output
+
+    images = sample(recorded, scheduler, shape, batch_size=shape[0], **options)
+    return images, Trajectory(
+        timesteps=scheduler.timesteps.cpu(),
+        inputs=torch.stack(inputs),
+        outputs=torch.stack(outputs),
     )
-
-
-def _draw(
-    denoiser: Callable[..., Any],
-    scheduler: Any,
-    noise: Tensor,
-    conditions: Mapping[str, Tensor],
-    record: bool,
-    bar: Any,
-) -> list[Tensor]:
-    """One batch of images (n, ...), on the CPU; with record, also what the denoiser saw and
-    answered, (steps, n, ...) each."""
-    seen: list[Tensor] = []
-    answered: list[Tensor] = []
-
-    def watch(x: Tensor, answer: Tensor) -> None:
-        if record:
-            # Copies: a denoiser may answer from a buffer that its next call overwrites.
-            seen.append(x.to("cpu", copy=True))
-            answered.append(answer.to("cpu", copy=True))
-        if bar is not None:
-            bar.update()
-
-    call = functools.partial(denoiser, **conditions)
-    x = denoised(call, scheduler, noise, watch, eta=0.0).cpu()
-    return [x, torch.stack(seen), torch.stack(answered)] if record else [x]
 
 
 def prediction(answer: Any) -> Tensor:
-    """The tensor that a denoiser answers with: its answer, or the first of a tuple, or what
-    diffusers calls `.sample`."""
+    """The tensor in a denoiser's answer: the answer itself, the first of a tuple, or `.sample`."""
     first = answer[0] if isinstance(answer, tuple) else answer
     return cast(Tensor, first if isinstance(first, Tensor) else first.sample)
 
 
 def denoised(
-    denoiser: Callable[[Tensor, Tensor], Any],
-    scheduler: Any,
-    noise: Tensor,
-    watch: Callable[[Tensor, Tensor], object] = lambda x, answer: None,
-    **options: Any,
+    denoiser: Callable[[Tensor, Tensor], Any], scheduler: Any, noise: Tensor, **options: Any
 ) -> Tensor:
-    """What a diffusers scheduler, its timesteps set, makes of noise (n, ...) with `denoiser`.
+    """Images (n, ...) that a diffusers scheduler, its timesteps set, draws from `noise`.
 
-    denoiser(x, t): t is without dimensions; it answers with what `prediction` reads.  watch: told
-    each step's input and prediction.  options: of the scheduler's `step`.
+    denoiser(x, t): t is without dimensions; its answer is read by `prediction`.  options: of the
+    scheduler's `step`.
     """
     # Schedulers of flow matching have neither of the two.
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
-        scaled = scale(x, t)
-        answer = prediction(denoiser(scaled, t))
-        watch(scaled, answer)
+        answer = prediction(denoiser(scale(x, t), t))
         x = scheduler.step(answer, t, x, return_dict=False, **options)[0]
     return x

@@ -1,8 +1,8 @@
-"""Run a graph node by node over many samples, stopping where a pass wants to look or change.
+"""Run a graph node by node over many samples, stopping where a pass reads or replaces something.
 
-A walk keeps only live values: the graph's widest cut times the samples, not the sum of all
-activations. It goes from stop to stop with one chunk of samples after another, so that no more of
-them need be in memory than one chunk has; the others may wait in files.
+Only live values are kept: the graph's widest cut times the samples, not the sum of all
+activations. From stop to stop one chunk of samples runs after another, so that only the values of
+one chunk need be in memory; the others may wait in files.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ class ChunkValues(Sequence[Any]):
 
 
 class LayerwiseExecutor:
-    """Lazy execution of `gm` over chunks of inputs.
+    """Runs `gm` over chunks of inputs, as far as its values are needed.
 
     chunks: for each chunk the placeholder values in order.  spill: where values wait; in memory by
     default, and always in memory where the graph writes to its values in place, as they may share
-    it.  Modules are looked up when their node runs, so a layer replaced before the walk
-    reaches it is the one that runs.
+    it.  Modules are looked up when their node runs, so a layer may be replaced until then.
     """
 
     def __init__(
@@ -59,15 +58,17 @@ class LayerwiseExecutor:
         self._inputs = [node for node in self._nodes if node.op == "placeholder"]
         self._position = 0
         self._order = {node: i for i, node in enumerate(self._nodes)}
-        self._last_use = _last_uses(self._nodes)
-        self._kept: set[fx.Node] = set()
+        self._last_use = dict(self._order)
+        for i, node in enumerate(self._nodes):
+            self._last_use |= dict.fromkeys(node.all_input_nodes, i)
+        self._held: set[fx.Node] = set()
 
     def node(self, name: str) -> fx.Node:
-        """The node of that name."""
+        """The graph's node called `name`."""
         return self._by_name[name]
 
     def has(self, name: str) -> bool:
-        """Whether the graph has a node of that name."""
+        """Whether the graph has a node called `name`."""
         return name in self._by_name
 
     def stop_before(self, node: fx.Node) -> None:
@@ -81,38 +82,30 @@ class LayerwiseExecutor:
         self._advance(max(self._order[node] for node in nodes) + 1)
 
     def keep(self, nodes: Iterable[fx.Node]) -> None:
-        """Hold the values of `nodes` past their last use, until `release`."""
-        self._kept.update(nodes)
+        """Keep the values of `nodes` past their last use, until `release`."""
+        self._held.update(nodes)
 
     def release(self, nodes: Iterable[fx.Node] | None = None) -> None:
-        """Drop values (all by default) that `keep` held and that are no longer needed."""
-        for node in self._kept.intersection(self._kept if nodes is None else nodes):
-            self._kept.discard(node)
+        """Drop the values of `nodes` (default: all) that only `keep` held in memory."""
+        for node in self._held.intersection(self._held if nodes is None else nodes):
+            self._held.discard(node)
             if self._last_use.get(node, -1) < self._position:
                 self._drop(node)
 
-    def step(self) -> fx.Node:
-        """Run the next node on every chunk and drop what is no longer needed."""
-        node = self._nodes[self._position]
-        self._advance(self._position + 1)
-        return node
-
     def arguments(self, node: fx.Node, chunk: int) -> tuple[Any, dict[str, Any]]:
         """The call arguments of `node` for one chunk."""
-
-        def value(used: fx.Node) -> Any:
-            return self.values[used][chunk]
-
-        return fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        used = {argument: self.values[argument][chunk] for argument in node.all_input_nodes}
+        return fx.map_arg(node.args, used.__getitem__), fx.map_arg(node.kwargs, used.__getitem__)
 
     @torch.no_grad()
     def run_to_end(self, chunk: int) -> Any:
-        """What the graph gives for one chunk when it runs on to its end from here, as it is now;
-        the walk stays where it is. Not for graphs that write in place: they would write to values
-        that the walk holds."""
-        held = ChunkValues(self._spill)
-        self._run_chunk(self._nodes[self._position :], chunk, {self._nodes[-1]: held})
-        return held[0]
+        """The graph's output for one chunk, run on from here without moving the position.
+
+        Not for graphs that write in place: they would write to the values held here.
+        """
+        output = ChunkValues(self._spill)
+        self._run_chunk(self._nodes[self._position :], chunk, {self._nodes[-1]: output})
+        return output[0]
 
     @torch.no_grad()
     def _advance(self, stop: int) -> None:
@@ -120,19 +113,20 @@ class LayerwiseExecutor:
         if stop <= self._position:
             return
         nodes = self._nodes[self._position : stop]
-        needed = [n for n in nodes if n in self._kept or self._last_use[n] >= stop]
-        made = {node: ChunkValues(self._spill) for node in needed}
+        needed = [n for n in nodes if n in self._held or self._last_use[n] >= stop]
+        results = {node: ChunkValues(self._spill) for node in needed}
         for chunk in range(len(self.chunks)):
-            self._run_chunk(nodes, chunk, made)
+            self._run_chunk(nodes, chunk, results)
         self._position = stop
-        self.values |= made
+        self.values |= results
         for node in list(self.values):
-            if self._last_use[node] < stop and node not in self._kept:
+            if self._last_use[node] < stop and node not in self._held:
                 self._drop(node)
 
     def _run_chunk(
-        self, nodes: Sequence[fx.Node], chunk: int, made: Mapping[fx.Node, ChunkValues]
+        self, nodes: Sequence[fx.Node], chunk: int, results: Mapping[fx.Node, ChunkValues]
     ) -> None:
+        """Run `nodes` on one chunk and append the values of those in `results` there."""
         values = dict[fx.Node, Any]()
 
         def value(used: fx.Node) -> Any:
@@ -143,24 +137,24 @@ class LayerwiseExecutor:
         for position, node in enumerate(nodes, self._position):
             values[node] = self._run(node, chunk, value)
             for used in {*node.all_input_nodes, node}:
-                if self._last_use[used] <= position and used not in made:
+                if self._last_use[used] <= position and used not in results:
                     values.pop(used, None)
-        for node, held in made.items():
-            held.packed.append(self._spill.pack(values[node], self._pinned))
+        for node, column in results.items():
+            column.packed.append(self._spill.pack(values[node], self._pinned))
 
     def _drop(self, node: fx.Node) -> None:
-        if held := self.values.pop(node, None):
-            for packed in held.packed:
+        if column := self.values.pop(node, None):
+            for packed in column.packed:
                 self._spill.drop(packed)
 
     def _run(self, node: fx.Node, chunk: int, value: Callable[[fx.Node], Any]) -> Any:
         if node.op == "placeholder":
             return self.chunks[chunk][self._inputs.index(node)]
         if node.op == "get_attr":
-            found = attrgetter(str(node.target))(self.gm)
-            if isinstance(found, Tensor):
-                self._pinned.add(found.untyped_storage().data_ptr())
-            return found
+            attribute = attrgetter(str(node.target))(self.gm)
+            if isinstance(attribute, Tensor):
+                self._pinned.add(attribute.untyped_storage().data_ptr())
+            return attribute
         args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
         if node.op == "call_module":
             return self.gm.get_submodule(str(node.target))(*args, **kwargs)
@@ -170,11 +164,3 @@ class LayerwiseExecutor:
             assert callable(node.target)
             return node.target(*args, **kwargs)
         return args[0]  # output
-
-
-def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    last = {node: i for i, node in enumerate(nodes)}
-    for i, node in enumerate(nodes):
-        for used in node.all_input_nodes:
-            last[used] = i
-    return last

@@ -1,5 +1,5 @@
-"""What a layer's input looks like, channel by channel and timestep by timestep, and the range that
-suits it: smallest and largest value, or the clipped range that loses least."""
+"""Profile a layer's input per channel and timestep, and find its range: min-max, or clipped where
+the quantization error is least."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tfmq_fx.quant.affine import levels
 
 from .observers import Ranges
 
-_VALUES = 4096  # of a layer's input kept for each timestep
-_SHARES = torch.linspace(1.0, 0.25, 31, dtype=torch.float32)  # of a range's end tried by the search
+_VALUES = 4096  # sampled for each layer and timestep
+_SHARES = torch.linspace(1.0, 0.25, 31, dtype=torch.float32)  # of an end that the search tries
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,7 @@ class Profile:
 class ProfileObserver(nn.Module):
     """Returns its input unchanged and records its profile.
 
-    channel_dim: 1 or -1.  keeps_values: whether single values are sampled, as the search of clipped
-    ranges needs them.
+    channel_dim: 1 or -1.  keeps_values: whether to sample values for the search of clipped ranges.
     """
 
     stage = Stage.OBSERVED
@@ -54,13 +53,13 @@ class ProfileObserver(nn.Module):
         self.site, self.channel_dim = site, channel_dim
         self._capacity = _VALUES if keeps_values else 0
         self._generator = torch.Generator().manual_seed(seed)
-        # low, high, peaks; and of the values kept: the value, its channel, its rank in the draw
+        # low, high, peaks; then the sampled values, their channels and their random ranks
         self._steps: dict[float, list[Tensor]] = {}
         self._squares: Tensor | None = None
         self._count = 0
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (n B, ...) for t (B,), else all of x counts for each of them.
+        """`x`, recorded: (n B, ...) for t (B,), else all of x counts for each of them.
 
         Raises CalibrationError on NaN or Inf.
         """
@@ -93,8 +92,10 @@ class ProfileObserver(nn.Module):
         self._steps[step] = [low, high, peaks, *drawn]
 
     def _draw(self, rows: Tensor) -> list[Tensor]:
-        """Values of rows (n, C), their channels, and ranks: of all values ever offered, those of
-        the lowest ranks are a fair sample."""
+        """Values drawn from rows (n, C), their channels, and random ranks.
+
+        The values of lowest rank over all calls are a fair sample.
+        """
         total, count = rows.numel(), min(rows.numel(), self._capacity)
         picks = torch.randint(total, (count,), generator=self._generator)
         ranks = torch.rand(count, dtype=torch.float32, generator=self._generator) * (count / total)
@@ -102,7 +103,7 @@ class ProfileObserver(nn.Module):
         return [rows.flatten()[picks], picks % rows.shape[1], ranks]
 
     def profile(self) -> Profile:
-        """What was recorded. Raises CalibrationError where nothing was."""
+        """The profile recorded. Raises CalibrationError where the input was never computed."""
         if self._squares is None:
             raise CalibrationError(f"the input of {self.site} was never computed in calibration")
         steps = sorted(self._steps)
@@ -122,26 +123,23 @@ class ProfileObserver(nn.Module):
 def input_ranges(
     profile: Profile, spec: ActivationSpec, timesteps: Tensor, importance: Tensor
 ) -> Ranges:
-    """The range of a layer's input at each of `timesteps` (K,), as `spec` asks.
+    """The range of a layer's input at each of `timesteps` (K,), by the estimator in `spec`.
 
     importance: (C,) weight of each channel's squared error in the search, >= 0: the energy of the
     weights that read it.  Timesteps that calibration did not visit are interpolated in t.
     """
-    wanted = timesteps.double().cpu().numpy()
-    seen = profile.steps.numpy()
-    missing = int((~np.isin(wanted, seen)).sum())
-    groups = timestep_groups(len(wanted), 1 if not spec.per_timestep else spec.timestep_groups)
+    steps, visited = timesteps.double().cpu().numpy(), profile.steps.numpy()
+    missing = int((~np.isin(steps, visited)).sum())
+    groups = timestep_groups(len(steps), 1 if not spec.per_timestep else spec.timestep_groups)
     if groups is None:
-        members = [[i] for i in range(len(seen))]
-        centers = seen
+        centers, positions = visited, steps
+        members = [[i] for i in range(len(visited))]
     else:
-        nearest = np.abs(seen[:, None] - wanted[None]).argmin(1)
-        held = [np.flatnonzero(groups[nearest] == g) for g in range(groups.max() + 1)]
-        members = [m.tolist() for m in held if len(m)]
-        centers = np.array([g for g, m in enumerate(held) if len(m)], dtype=float)
-        wanted = groups.astype(float)
+        nearest = groups[np.abs(visited[:, None] - steps[None]).argmin(1)]
+        centers, positions = np.unique(nearest), groups
+        members = [np.flatnonzero(nearest == group).tolist() for group in centers]
     ends = torch.stack([_range(profile, part, spec, importance) for part in members]).numpy()
-    low, high = (np.interp(wanted, centers, ends[:, i]) for i in range(2))
+    low, high = (np.interp(positions, centers, ends[:, i]) for i in range(2))
     return Ranges(torch.tensor(low).float(), torch.tensor(high).float(), missing)
 
 
@@ -170,10 +168,10 @@ def _range(
 def clipped_range(
     values: Tensor, low: Tensor, high: Tensor, *, bits: int, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The range within [low, high] whose grid of `bits` bits loses least on `values` (n,).
+    """The range within [low, high] whose grid of `bits` bits has the least error on `values` (n,).
 
     low, high: 0-d, widened to contain 0.  weights: (n,), of each squared error.  The upper end is
-    searched first, then the lower, then the upper again, over shares of the given ones.
+    searched first, then the lower, then the upper again, over shares of `high` and `low`.
     """
     lowest, highest = low.clamp(max=0), high.clamp(min=0)
     low, high, shares = lowest, highest, _SHARES.to(values)

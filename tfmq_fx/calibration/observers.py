@@ -1,4 +1,4 @@
-"""What calibration records: the range of each layer's input per timestep, and sample inputs."""
+"""Record the range of each layer's input per timestep, and samples of the model's inputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RangeObserver(nn.Module):
         self.seen: dict[float, tuple[float, float]] = {}
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (B, ...) or (n B, ...), else all of x counts for each of t (B,).
+        """`x`, recorded: (B, ...) or (n B, ...), else all of x counts for each of t (B,).
 
         Raises CalibrationError on NaN or Inf.
         """
@@ -57,7 +57,7 @@ class RangeObserver(nn.Module):
         return x
 
     def merge(self, seen: Mapping[float, tuple[float, float]]) -> None:
-        """Count in what another observer of the same layer saw after this one."""
+        """Add the ranges that another observer of the same layer saw later."""
         for step, (a, b) in seen.items():
             old = self.seen.get(step)
             self.seen[step] = (min(a, old[0]), max(b, old[1])) if old else (a, b)
@@ -65,23 +65,20 @@ class RangeObserver(nn.Module):
     def ranges(self, timesteps: Tensor) -> Ranges:
         """The range at each of `timesteps` (K,); those not visited are interpolated in t."""
         steps = np.array(sorted(self.seen))
-        wanted = timesteps.double().cpu().numpy()
-        low = np.interp(wanted, steps, [self.seen[s][0] for s in steps])
-        high = np.interp(wanted, steps, [self.seen[s][1] for s in steps])
-        missing = int((~np.isin(wanted, steps)).sum())
-        return Ranges(
-            torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32), missing
-        )
+        positions = timesteps.double().cpu().numpy()
+        ends = zip(*(self.seen[s] for s in steps), strict=True)
+        low, high = (torch.from_numpy(np.interp(positions, steps, end)).float() for end in ends)
+        return Ranges(low, high, int((~np.isin(positions, steps)).sum()))
 
 
 def sample_row(inputs: Sequence[Tensor], batched: Sequence[bool], i: int) -> tuple[Tensor, ...]:
-    """Sample i of a call, on its own; inputs without a batch are copied whole."""
+    """A copy of sample i of a call; inputs without a batch are copied whole."""
     pairs = zip(inputs, batched, strict=True)
     return tuple((x[i : i + 1] if b else x).detach().clone() for x, b in pairs)
 
 
 def row_bytes(inputs: Sequence[Tensor], batched: Sequence[bool]) -> int:
-    """Bytes of one such sample."""
+    """Bytes of one sample of a call."""
     return sum((x[:1] if b else x).nbytes for x, b in zip(inputs, batched, strict=True))
 
 
@@ -95,7 +92,7 @@ class SampleCache:
     def __init__(self, *, capacity: int, seed: int) -> None:
         self.capacity = capacity
         self.visits: dict[float, int] = {}
-        self._rows: dict[float, list[tuple[Tensor, ...]]] = {}
+        self.rows: dict[float, list[tuple[Tensor, ...]]] = {}  # the samples of each timestep
         # Of all samples ever offered of a timestep those with the smallest random keys are kept,
         # sorted by them: whatever is cut off later, what stays is a fair sample.
         self._keys: dict[float, list[float]] = {}
@@ -108,20 +105,23 @@ class SampleCache:
     def holding(
         cls, rows: Mapping[float, Sequence[tuple[Tensor, ...]]], visits: Mapping[float, int]
     ) -> Self:
-        """A full cache with these samples of each timestep, visited that often."""
-        made = cls(capacity=0, seed=0)
-        made._rows = {step: list(samples) for step, samples in rows.items()}
-        made._keys = {step: [0.0] * len(samples) for step, samples in rows.items()}
-        made._rank = dict.fromkeys(rows, 0.0)
-        made.visits = dict(visits)
-        return made
+        """A full cache of `rows`, samples by timestep, and how often each timestep was visited."""
+        cache = cls(capacity=0, seed=0)
+        cache.rows = {step: list(samples) for step, samples in rows.items()}
+        cache._keys = {step: [0.0] * len(samples) for step, samples in rows.items()}
+        cache._rank = dict.fromkeys(rows, 0.0)
+        cache.visits = dict(visits)
+        return cache
 
     def __len__(self) -> int:
-        return sum(map(len, self._rows.values()))
+        return sum(map(len, self.rows.values()))
 
     def add(self, inputs: Sequence[Tensor], batched: Sequence[bool], timestep: int) -> None:
-        """Offer one call: placeholder values, which of them carry the batch in dim 0, and the
-        position of the timestep (B,) among them."""
+        """Offer the samples of one call.
+
+        inputs: placeholder values.  batched: which of them carry the batch in dim 0.
+        timestep: the position of the timestep (B,) among them.
+        """
         self.offer(
             inputs[timestep].tolist(),
             row_bytes(inputs, batched),
@@ -129,18 +129,21 @@ class SampleCache:
         )
 
     def offer(self, steps: Sequence[float], size: int, row: Callable[[int], Any]) -> None:
-        """Offer samples of these timesteps, of `size` bytes each; `row` makes those that are kept
-        of their positions, or what stands for them until they are put in their place."""
+        """Offer one sample for each of `steps`, of `size` bytes each.
+
+        row(i): the sample at position i, or a placeholder to be replaced in `rows` later; called
+        for the samples that are kept.
+        """
         if size > self._row_bytes:
             self._row_bytes = size
             self._trim()
         for i, step in enumerate(steps):
             self.visits[step] = self.visits.get(step, 0) + 1
-            if step not in self._rows:
-                self._rows[step], self._keys[step] = [], []
+            if step not in self.rows:
+                self.rows[step], self._keys[step] = [], []
                 self._rank[step] = self._random.random()
                 self._trim()
-            rows, keys, key = self._rows[step], self._keys[step], self._random.random()
+            rows, keys, key = self.rows[step], self._keys[step], self._random.random()
             limit = self._limit(step)
             place = bisect(keys, key)
             if place < limit:
@@ -149,22 +152,17 @@ class SampleCache:
                 del keys[limit:], rows[limit:]
 
     def _trim(self) -> None:
-        """Share the room anew: more timesteps, or larger samples, leave less for each."""
+        """Drop samples: more timesteps, or larger samples, leave less room for each timestep."""
         room = max(1, self.capacity // max(self._row_bytes, 1))
-        self._share = max(1, room // max(len(self._rows), 1))
+        self._share = max(1, room // max(len(self.rows), 1))
         self._left_out = set(sorted(self._rank, key=self._rank.__getitem__)[room:])
-        for step, rows in self._rows.items():
+        for step, rows in self.rows.items():
             limit = self._limit(step)
             del self._keys[step][limit:], rows[limit:]
 
     def _limit(self, step: float) -> int:
         """How many samples of this timestep may be kept."""
         return 0 if step in self._left_out else self._share
-
-    @property
-    def rows(self) -> dict[float, list[tuple[Tensor, ...]]]:
-        """The samples of each timestep."""
-        return self._rows
 
     def chunks(
         self,
@@ -176,16 +174,16 @@ class SampleCache:
         center: float | None = None,
         whole: bool = False,
     ) -> list[tuple[Tensor, ...]]:
-        """About `count` samples, mixed, in batches of `batch_size`; the last one may be smaller,
-        or, if it is to be `whole`, is filled up with the first samples again.
+        """About `count` samples, shuffled, in batches of `batch_size`.
 
-        Evenly over timesteps; or, with `center`, over timesteps drawn from a normal distribution
-        about that share of the sorted set, with a deviation of half the set (PTQ4DM), and fewer
-        than `count` where a timestep has fewer samples than it was drawn.
+        The last batch may be smaller, unless `whole` fills it up with the first samples.
+        Samples are spread evenly over timesteps; with `center`, timesteps are drawn from a normal
+        distribution about that share of the sorted set, with a deviation of half the set (PTQ4DM);
+        then there are fewer than `count` where a timestep has too few samples.
         """
         random = np.random.default_rng(seed)
         shares = self._shares(count, center, random)
-        picked = [row for step in sorted(shares) for row in self._rows[step][: shares[step]]]
+        picked = [row for step in sorted(shares) for row in self.rows[step][: shares[step]]]
         picked = [picked[i] for i in random.permutation(len(picked))][:count]
         if whole:
             lacking = -len(picked) % batch_size
@@ -201,41 +199,36 @@ class SampleCache:
     def needed(
         self, count: int, *, seed: int, center: float | None = None
     ) -> dict[float, list[tuple[Tensor, ...]]]:
-        """The samples that `chunks` may draw, and one at least of each timestep that has any: a
-        cache with these alone gives the same chunks."""
+        """The samples that `chunks` may draw, at least one for each timestep that has any.
+
+        A cache with these alone gives the same chunks.
+        """
         shares = self._shares(count, center, np.random.default_rng(seed))
-        return {step: self._rows[step][: max(1, n)] for step, n in shares.items()}
+        return {step: self.rows[step][: max(1, n)] for step, n in shares.items()}
 
     def weights(self, timesteps: Sequence[Tensor]) -> list[Tensor] | None:
-        """Weights of samples whose timesteps these are, (n,) float32 each, by which every timestep
-        counts as often as it was visited; None where they were all visited alike.
+        """Weights (n,) float32 of samples at `timesteps` (n,), chunk by chunk, by which each
+        timestep counts as often as it was visited; None where all were visited equally often.
 
-        visits / samples of a timestep, over the mean.
+        A weight is visits / samples of the timestep, over the mean.
         """
         steps = [step for part in timesteps for step in part.tolist()]
         if len({self.visits[step] for step in steps}) < 2:
             return None
         counts = Counter(steps)
         mean = sum(self.visits[step] for step in counts) / len(steps)
-        return [
-            torch.tensor(
-                [self.visits[s] / counts[s] / mean for s in part.tolist()], dtype=torch.float32
-            )
-            for part in timesteps
-        ]
+        weights = torch.tensor(
+            [self.visits[s] / counts[s] / mean for s in steps], dtype=torch.float32
+        )
+        return list(weights.split([len(part) for part in timesteps]))
 
     def _shares(
         self, count: int, center: float | None, random: np.random.Generator
     ) -> dict[float, int]:
-        """How many of the samples of each timestep that has any are to be taken."""
-        if center is not None:
-            return self._drawn(count, center, random)
-        steps = [step for step, rows in self._rows.items() if rows]
-        return dict.fromkeys(steps, max(1, round(count / max(len(steps), 1))))
-
-    def _drawn(self, count: int, center: float, random: np.random.Generator) -> dict[float, int]:
-        """How often each timestep is drawn, of `count` times."""
-        steps = sorted(step for step, rows in self._rows.items() if rows)
+        """How many samples to take of each timestep that has any."""
+        steps = sorted(step for step, rows in self.rows.items() if rows)
+        if center is None:
+            return dict.fromkeys(steps, max(1, round(count / max(len(steps), 1))))
         places = (np.arange(len(steps)) + 0.5) / len(steps)
         density = np.exp(-0.5 * ((places - center) / 0.5) ** 2)
         drawn = random.multinomial(count, density / density.sum())

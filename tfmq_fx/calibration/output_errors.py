@@ -1,7 +1,7 @@
-"""The error of a quantized denoiser's output at each timestep, and the correction that fits it.
+"""Measure the error of a quantized denoiser's output at each timestep and fit its correction.
 
 PTQD models the quantized estimate as ehat = (1 + k) e + D + noise, where e is the full-precision
-one: k and D are fitted for each timestep, and taken out.
+one: k and D are fitted for each timestep, and removed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.quant.timestep_lookup import find_unknown, timestep_index
 
 _ONE, _E, _D, _EE, _DD, _ED = range(6)  # what is summed: 1, e, d, e^2, d^2, e d, with d = ehat - e
-_TRIED: dict[str, tuple[Correction, ...]] = {"bias": ("bias",), "noise": ("bias", "noise")}
 
 
 @dataclass(frozen=True, slots=True)
 class OutputCorrection:
-    """What corrects the output at each of K timesteps: e is estimated by (ehat - shift) / (1 + k).
+    """A correction of the output at K timesteps: e is estimated by (ehat - shift) / (1 + k).
 
-    k: (K,), shift: (K, C); both float64.
-    corrected: (K,) bool, where samples showed that it helps; where they showed that it does not, k
-    and shift are 0.  interpolated: timesteps that had no two samples to compare: their k and shift
-    lie between those of their neighbours in t.
+    k: (K,), shift: (K, C); both float64.  corrected: (K,) bool, where it reduces the error of
+    samples that it was not fitted on; elsewhere k and shift are 0.
+    interpolated: how many timesteps had no two samples to compare; their k and shift lie between
+    those of their neighbours in t.
     before, after: mean relative squared error of samples that k and shift were not fitted on, over
     the timesteps whose output is not 0 throughout; 0 where it is at all of them.
     """
@@ -62,32 +61,37 @@ class OutputErrors:
         return (self.samples > 0).all(0)
 
     def correction(self, kind: Correction) -> OutputCorrection:
-        """The correction of this kind: "bias" is the mean error of each channel, with k = 0,
-        "noise" PTQD's model.
+        """The correction of a kind: "bias", the mean error of each channel with k = 0, or "noise",
+        PTQD's model.
 
-        It is fitted on each half and tried on the other.  At timesteps where that makes the error
-        no smaller, "noise" falls back to "bias" (dividing by 1 + k < 1 amplifies the noise), and
-        that to k = shift = 0.  Raises ConfigError where k <= -1, CalibrationError where nothing was
-        measured.
+        It is fitted on each half and tested on the other.  At timesteps where the error is no
+        smaller for it, "noise" falls back to "bias" (dividing by 1 + k < 1 amplifies the noise),
+        and "bias" to k = shift = 0.  Raises ConfigError where k <= -1, CalibrationError where
+        nothing was measured.
         """
         if kind not in ("bias", "noise"):
             raise ConfigError(f"a correction is 'bias' or 'noise', got {kind!r}")
         if not bool(self.measured.any()):
             raise CalibrationError("no timestep was seen in two calibration samples or more")
         whole = self.sums.sum(0)
-        if kind == "noise":
-            self._check_slopes(_fit(whole, kind)[0])
-        count, none = _count(whole), torch.zeros((), dtype=torch.float32)
+        slopes, _ = _fit(whole, kind)
+        for first in (self.measured & (slopes <= -1)).nonzero()[:1, 0].tolist():
+            raise ConfigError(
+                f"the quantized output runs against full precision at timestep "
+                f"{self.timesteps[first].item()} (k = {float(slopes[first]):.3g}): nothing that is "
+                "left of it can be corrected; quantize to more bits"
+            )
+        count = whole[..., _ONE].sum(1).clamp(min=1)
         k, shift = torch.zeros(len(whole), dtype=torch.float64), torch.zeros_like(whole[..., _D])
-        before = _leftover(whole, none, none) / count
-        after = before
-        for each in _TRIED[kind]:
+        after = before = _leftover(whole, k, shift) / count
+        kinds: tuple[Correction, ...] = ("bias",) if kind == "bias" else ("bias", "noise")
+        for each in kinds:
             error = self._held_out(each) / count
             better = self.measured & (error < after)
-            fitted = _fit(whole, each)
+            fitted_k, fitted_shift = _fit(whole, each)
             after = torch.where(better, error, after)
-            k = torch.where(better, fitted[0], k)
-            shift = torch.where(better[:, None], fitted[1], shift)
+            k = torch.where(better, fitted_k, k)
+            shift = torch.where(better[:, None], fitted_shift, shift)
         power = whole[..., _EE].sum(1) / count
         comparable = self.measured & (power > 0)
         return OutputCorrection(
@@ -95,8 +99,8 @@ class OutputErrors:
             shift=self._filled(shift),
             corrected=after < before,
             interpolated=int((~self.measured).sum()),
-            before=_mean((before / power)[comparable]),
-            after=_mean((after / power)[comparable]),
+            before=float((before / power)[comparable].mean()) if comparable.any() else 0.0,
+            after=float((after / power)[comparable].mean()) if comparable.any() else 0.0,
         )
 
     def _held_out(self, kind: Correction) -> Tensor:
@@ -108,37 +112,17 @@ class OutputErrors:
             total += torch.where(k > -1, error, float("inf"))
         return total
 
-    def _check_slopes(self, k: Tensor) -> None:
-        for first in (self.measured & (k <= -1)).nonzero()[:1, 0].tolist():
-            raise ConfigError(
-                f"the quantized output runs against full precision at timestep "
-                f"{self.timesteps[first].item()} (k = {float(k[first]):.3g}): nothing that is left "
-                "of it can be corrected; quantize to more bits"
-            )
-
     def _filled(self, values: Tensor) -> Tensor:
-        """Values (K, ...) with those not measured interpolated in t; 0 where none was."""
+        """Values (K, ...) with those at timesteps not measured interpolated in t."""
         rows = values.reshape(len(values), -1).numpy()
-        known = self.measured.numpy()
+        measured = self.measured.numpy()
         t = self.timesteps.double().cpu().numpy()
-        if not known.any():
-            return torch.zeros_like(values)
-        columns = [np.interp(t, t[known], column[known]) for column in rows.T]
+        columns = [np.interp(t, t[measured], column[measured]) for column in rows.T]
         return torch.from_numpy(np.stack(columns, 1)).reshape(values.shape)
 
 
-def _mean(values: Tensor) -> float:
-    """The mean of values (n,), 0 of none."""
-    return float(values.mean()) if len(values) else 0.0
-
-
-def _count(sums: Tensor) -> Tensor:
-    """Values summed at each timestep, (K,), at least 1."""
-    return sums[..., _ONE].sum(1).clamp(min=1)
-
-
 def _fit(sums: Tensor, kind: Correction) -> tuple[Tensor, Tensor]:
-    """k (K,) and shift (K, C) of least squares on sums (K, C, 6); with "bias", k is 0."""
+    """k (K,) and shift (K, C) fitted to sums (K, C, 6) by least squares; with "bias", k is 0."""
     n, e, d, ee, _, ed = sums.unbind(-1)
     n = n.clamp(min=1)
     k = torch.zeros(len(sums), dtype=torch.float64)
@@ -158,9 +142,6 @@ def _leftover(sums: Tensor, k: Tensor, shift: Tensor) -> Tensor:
     return (square - 2 * shift * d - 2 * k * ed + 2 * k * shift * e).sum(1).clamp(min=0)
 
 
-# ---------------------------------------------------------------------------- measuring
-
-
 def measure_errors(
     reference: fx.GraphModule,
     gm: fx.GraphModule,
@@ -175,17 +156,15 @@ def measure_errors(
     turn.  A graph whose output cannot be corrected (`obstacle`) is not run: nothing is measured.
     Raises CalibrationError for a timestep that is not in the set, NaN and Inf.
     """
+    channels = 0 if obstacle(gm) else int(channel_count(first_output(gm)))
     samples = torch.zeros(2, len(timesteps), dtype=torch.int64)
-    if obstacle(gm):
-        return OutputErrors(
-            timesteps, samples, torch.zeros(2, len(timesteps), 0, 6, dtype=torch.float64)
-        )
-    channels = int(channel_count(first_output(gm)))
     sums = torch.zeros(2, len(timesteps), channels, 6, dtype=torch.float64)
+    if not channels:
+        return OutputErrors(timesteps, samples, sums)
     position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
 
     def compared(chunk: Sequence[Tensor]) -> tuple[list[float], list[int], Tensor]:
-        """The timestep of each sample, its row, and what it adds to the sums: (B, C, 6)."""
+        """The timestep of each sample, its index, and its terms of the sums: (B, C, 6)."""
         t = chunk[position]
         if unknown := find_unknown(timesteps.to(t.device), t):
             raise CalibrationError(
@@ -193,8 +172,8 @@ def measure_errors(
                 f"{len(timesteps)} that the output is corrected for"
             )
         with torch.no_grad():
-            e = _by_channel(_first(reference(*chunk)))
-            d = _by_channel(_first(gm(*chunk))) - e
+            e = _by_channel(reference(*chunk))
+            d = _by_channel(gm(*chunk)) - e
         values = (torch.ones_like(e), e, d, e * e, d * d, e * d)
         of_sample = torch.stack([value.sum(1) for value in values], -1).cpu()
         return t.tolist(), timestep_index(timesteps.to(t.device), t).tolist(), of_sample
@@ -212,7 +191,7 @@ def measure_errors(
 
 
 def first_output(gm: fx.GraphModule) -> Any:
-    """What the graph returns first, or alone: a node, unless it is a constant."""
+    """The first or only value that the graph returns: a node, or a constant."""
     (output,) = gm.graph.find_nodes(op="output")
     value = output.args[0]
     return value[0] if isinstance(value, (tuple, list)) and value else value
@@ -243,13 +222,9 @@ def obstacle(gm: fx.GraphModule) -> str:
     return ""
 
 
-def _first(value: Any) -> Tensor:
-    first = value[0] if isinstance(value, (tuple, list)) else value
-    assert isinstance(first, Tensor)
-    return first
-
-
-def _by_channel(x: Tensor) -> Tensor:
-    """(B, values, C) float64."""
+def _by_channel(outputs: Any) -> Tensor:
+    """The first of a graph's outputs as (B, values, C) float64."""
+    x = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    assert isinstance(x, Tensor)
     moved = x.detach().double().movedim(channel_dim(x.shape), -1)
     return moved.reshape(len(x), -1, moved.shape[-1])

@@ -1,4 +1,4 @@
-"""Ranges of the operands of products, as in attention, measured over samples."""
+"""Measure the ranges of the operands of products, such as attention's, over samples."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .observers import Ranges
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """What calibration found of one operand, over a set of K timesteps.
+    """The calibrated range of one operand over K timesteps.
 
-    ranges: to be covered, groups and clipping included.  probabilities: whether it is a softmax's
-    result.  static: why one range must do for all timesteps, or None.
+    ranges: groups and clipping are applied.  probabilities: whether it is the result of a softmax.
+    static: why one range serves all timesteps, or None.
     """
 
     ranges: Ranges
@@ -38,9 +38,6 @@ Measured = Mapping[str, Mapping[Side, Operand]]
 Reasons = dict[tuple[str, Side], str]  # product and side -> why its rows are not the samples'
 
 
-# ---------------------------------------------------------------------------- measuring
-
-
 def measure_products(
     gm: fx.GraphModule,
     chunks: Iterable[Sequence[Any]],
@@ -49,7 +46,7 @@ def measure_products(
     timesteps: Tensor,
     seed: int = 0,
 ) -> dict[str, dict[Side, Operand]]:
-    """What each operand of each product of `gm` needs, by the name of the product's node.
+    """The range of each operand of each product of `gm`, by the name of the product's node.
 
     chunks: for each batch the placeholder values in order; run one by one, up to the last product.
     timesteps: (K,) sorted; ranges at those not visited are interpolated.  seed: of the values kept
@@ -71,39 +68,38 @@ def measure_products(
     }
     position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
     static: Reasons | None = None
-    seen = False
+    chunk: Sequence[Any] = ()
     for chunk in chunks:
-        seen, t = True, chunk[position]
+        t = chunk[position]
         if static is None and len(t) > 1:
-            static = _without_order(gm, products, chunk)
+            static = _reordered_rows(gm, products, chunk)
         walk = LayerwiseExecutor(gm, [chunk])
         for product in products:
             walk.stop_before(product.node)
             for side in SIDES:
                 (x,) = walk.values[product.operand(side)]
                 own = static is None or (product.name, side) not in static
-                # all values alike, as if of one channel: a text may have another length next time
+                # as one channel: a text may have another length at the next call
                 flat = x.reshape(x.shape[0] if own and x.dim() else 1, -1, 1)
                 observers[product.name, side](flat, t if own else t.unique())
-    if not seen:
+    if not chunk:
         raise CalibrationError("the products of attention are to be quantized, but saw no data")
     if static is None:
-        static = _without_batch(gm, products)
-    found: dict[str, dict[Side, Operand]] = {}
-    for product in products:
-        found[product.name] = {}
-        for side in SIDES:
-            probabilities = product.probabilities == side
-            reason = static.get((product.name, side))
-            ranged = _as_ranged(spec, probabilities, reason)
-            profile = observers[product.name, side].profile()
-            ranges = input_ranges(profile, ranged, timesteps, torch.ones(1))
-            found[product.name][side] = Operand(ranges, probabilities, reason)
-    return found
+        static = _unbatched_rows(gm, products)
+
+    def operand(product: Product, side: Side) -> Operand:
+        probabilities, reason = product.probabilities == side, static.get((product.name, side))
+        acts = _activation_spec(spec, probabilities, reason)
+        profile = observers[product.name, side].profile()
+        return Operand(input_ranges(profile, acts, timesteps, torch.ones(1)), probabilities, reason)
+
+    return {p.name: {side: operand(p, side) for side in SIDES} for p in products}
 
 
-def _as_ranged(spec: AttentionSpec, probabilities: bool, static: str | None) -> ActivationSpec:
-    """How the range of an operand is found."""
+def _activation_spec(
+    spec: AttentionSpec, probabilities: bool, static: str | None
+) -> ActivationSpec:
+    """The settings by which the range of an operand is estimated."""
     acts = spec.activations
     if probabilities:
         acts = dataclasses.replace(acts, bits=spec.probabilities_bits)
@@ -114,16 +110,13 @@ def _as_ranged(spec: AttentionSpec, probabilities: bool, static: str | None) -> 
     return acts
 
 
-# ---------------------------------------------------------------------------- whose rows
-
-
-def _without_order(
+def _reordered_rows(
     gm: fx.GraphModule, products: Sequence[Product], chunk: Sequence[Any]
 ) -> Reasons:
-    """Why the rows of operands are not the samples' own, one sample after the other.
+    """Reasons why the rows of operands are not those of sample after sample, found by experiment.
 
-    Judged by an experiment, as sizes cannot tell (B heads, ...) from (heads B, ...): with another
-    first sample, no row may change but the first n of n B.
+    Sizes cannot tell (B heads, ...) from (heads B, ...). So the first sample is changed: then only
+    the first n of n B rows may change.
     """
     t = timestep_node(gm)
     batch = str(t.meta["val"].shape[0])
@@ -135,31 +128,33 @@ def _without_order(
             value = torch.cat([value[:1] / 2 + value[1:2], value[1:]])
         other.append(value)
     count = len(chunk[inputs.index(t)])
-    walk, found = LayerwiseExecutor(gm, [chunk, other]), Reasons()
+    walk, reasons = LayerwiseExecutor(gm, [chunk, other]), Reasons()
     for product in products:
         walk.stop_before(product.node)
         for side in SIDES:
             x, y = walk.values[product.operand(side)]
             own = x.shape[0] // count
             if x.dim() < 2 or x.shape[0] % count:
-                shape = tuple(x.shape)
-                found[product.name, side] = f"dim 0 of its {side} operand {shape} is not the batch"
+                reasons[product.name, side] = _not_the_batch(side, x.shape)
             elif not torch.allclose(x[own:], y[own:], rtol=1e-3, atol=1e-6):
                 reason = f"the rows of its {side} operand do not follow the order of the batch"
-                found[product.name, side] = reason
-    return found
+                reasons[product.name, side] = reason
+    return reasons
 
 
-def _without_batch(gm: fx.GraphModule, products: Sequence[Product]) -> Reasons:
-    """The same by sizes alone, where calibration never saw two samples at once."""
-    batch, found = timestep_node(gm).meta["val"].shape[0], Reasons()
+def _unbatched_rows(gm: fx.GraphModule, products: Sequence[Product]) -> Reasons:
+    """Reasons found from sizes alone, where calibration never saw two samples at once."""
+    batch, reasons = timestep_node(gm).meta["val"].shape[0], Reasons()
     for product in products:
         for side in SIDES:
             shape = product.operand(side).meta["val"].shape
             if len(shape) < 2 or not _is_multiple(shape[0], batch):
-                shape = tuple(shape)
-                found[product.name, side] = f"dim 0 of its {side} operand {shape} is not the batch"
-    return found
+                reasons[product.name, side] = _not_the_batch(side, shape)
+    return reasons
+
+
+def _not_the_batch(side: Side, shape: Sequence[Any]) -> str:
+    return f"dim 0 of its {side} operand {tuple(shape)} is not the batch"
 
 
 def _is_multiple(size: int | torch.SymInt, batch: int | torch.SymInt) -> bool:

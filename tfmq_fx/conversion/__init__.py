@@ -1,4 +1,4 @@
-"""Decides on the ordered list of steps that quantize a model, and runs it.
+"""Convert a calibrated model by an ordered list of steps.
 
 Public face: convert, the steps, refresh, Prepared, Converted, Compiled.
 

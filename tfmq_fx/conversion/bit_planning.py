@@ -1,4 +1,4 @@
-"""The bits of each layer under a budget: measured on the model, chosen by integer programme."""
+"""Choose the weight bits of each layer under a budget, from output errors measured on the model."""
 
 from __future__ import annotations
 
@@ -23,98 +23,99 @@ from tfmq_fx.quant.budget import asks_for_time
 from tfmq_fx.quant.modules import with_weight
 from tfmq_fx.quant.packing import packed_size
 from tfmq_fx.quant.quant_layer import QuantLayer
-from tfmq_fx.serialization.checkpoint import Checkpoint, with_rounded_state
+from tfmq_fx.serialization.checkpoint import with_rounded_state
 
-from .calibration_data import sample_weights
-from .models import Prepared
+from .job import Job
 from .sensitivity import Sensitivity, measure
 
 BITS = (2, 3, 4, 5, 6, 8)
-JUDGED = 64  # samples that each option is tried on, or one for each timestep where there are more
+JUDGED = 64  # samples that measure each option; one for each timestep where there are more
 _BROKEN = 1e30  # noise of an option that gives NaN or inf
 
 
-def plan_bits(
-    quantized: fx.GraphModule,
-    *,
-    prepared: Prepared,
-    reference: fx.GraphModule,
-    layers: Mapping[str, LayerConfig],
-    fixed: Collection[str],
-    chunks: Sequence[Sequence[Tensor]],
-    timesteps: Tensor,
-    budget: object,
-    checkpoint: Checkpoint | None = None,
-    progress: bool = False,
-) -> BitPlan:
-    """Weight bits of every layer that is integers, but for those that are `fixed`.
+def plan_bits(quantized: fx.GraphModule, job: Job) -> BitPlan:
+    """The weight bits of every layer with integer weights, within the budget of `job`.
 
-    Each width in `BITS` is tried in each layer alone, rounded as the recipe rounds it (but for what
-    refines and learns), its input quantized as it will be; under a budget of time each layer is
-    timed as well, and may stay in floating point.
-    quantized: the graph as the recipe makes it.  reference: the full-precision graph.  layers: what
-    the recipe makes of each site.  chunks: calibration samples that weights are rounded on.
-    timesteps: (K,).
+    Layers with an override and quantized layers of the temporal block keep their bits.  Each width
+    in `BITS` is measured in each layer alone, rounded as the recipe rounds it (without refinement
+    and learning), its input quantized; under a budget of time each layer is timed as well, and may
+    stay in floating point.
+    quantized: the graph at the widths of the recipe.
     Raises ConfigError where there is nothing to plan or the budget cannot be met.
     """
-    timed = asks_for_time(budget)
-    sites = [s for s in find_sites(quantized)[0] if _plannable(s, layers, fixed)]
+    fixed = {*job.temporal.layers, *overridden(job.plan, job.prepared.overrides)}
+    sites = [s for s in find_sites(quantized)[0] if s.name not in fixed and _is_integer(s, job)]
     if not sites:
         raise ConfigError(
-            f"budget {budget!r}: recipe {prepared.recipe.name!r} has no layer with integer weights "
+            f"budget {job.budget!r}: recipe {job.recipe.name!r} has no layer with integer weights "
             "whose bits could be chosen; use one that quantizes weights, as 'w4a8' does"
         )
-    times = _times(sites, device_of(quantized)) if timed else {}
+    times: dict[str, LayerTime] = {}
+    if asks_for_time(job.budget):
+        choose = chooser(device_of(quantized))
+        layers = [(s.name, s.layer, s.nodes) for s in sites if isinstance(s.layer, QuantLayer)]
+        times = {name: layer_time(layer, nodes, choose) for name, layer, nodes in layers}
 
-    def plan(found: Sensitivity) -> BitPlan:
+    def plan(errors: Sensitivity) -> BitPlan:
         planned = {}
         for site in sites:
-            options = _options(site, found, times.get(site.name), reference)
-            bits = layers[site.name].weights.bits  # type: ignore[union-attr]
+            options = _options(site, errors, times.get(site.name), job.reference)
+            bits = job.plan[site.name].weights.bits  # type: ignore[union-attr]
             planned[site.name] = SiteBits(site.weights, options, bits)
         return BitPlan(
-            timesteps=tuple(timesteps.tolist()),
+            timesteps=tuple(job.timesteps.tolist()),
             sites=planned,
-            rest=tuple(found.rest.tolist()),
+            rest=tuple(errors.rest.tolist()),
             fixed_bytes=_bytes_beside(quantized, sites),
-            float_bytes=prepared.nbytes(),
+            float_bytes=job.prepared.nbytes(),
             budget="the recipe",
         )
 
-    silent = torch.zeros(len(BITS), len(timesteps), dtype=torch.float32)
-    nothing = Sensitivity({site.name: silent for site in sites}, silent[0])
-    plan(nothing).within(budget)  # what cannot be met is said before the long work
-    spec = prepared.recipe.reconstruction
-    visited = sum(1 for rows in prepared.cache.rows.values() if rows)
-    found = measure(
+    silent = torch.zeros(len(BITS), len(job.timesteps), dtype=torch.float32)
+    # fail early: reject an infeasible budget before the long measurement
+    plan(Sensitivity({site.name: silent for site in sites}, silent[0])).within(job.budget)
+    spec, cache, chunks = job.recipe.reconstruction, job.prepared.cache, job.samples.chunks
+    visited = sum(1 for rows in cache.rows.values() if rows)
+    second_order = spec.rounding == "second-order"
+    errors = measure(
         quantized,
-        reference=reference,
+        reference=job.reference,
         names=[site.name for site in sites],
-        options=_Rounded(prepared, reference, layers, chunks),
-        chunks=prepared.cache.chunks(
+        options=_RoundedOptions(job),
+        chunks=cache.chunks(
             max(JUDGED, visited),
-            batched=prepared.batched(),
+            batched=job.prepared.batched(),
             batch_size=spec.batch_size,
             seed=spec.seed,
         ),
-        timesteps=timesteps,
-        seen=[chunks[i] for i in shard_indices(len(chunks))]
-        if spec.rounding == "second-order"
-        else (),
+        timesteps=job.timesteps,
+        seen=[chunks[i] for i in shard_indices(len(chunks))] if second_order else (),
         memory=spec.memory,
-        checkpoint=checkpoint,
-        progress=progress,
+        checkpoint=job.parts("plan_bits"),
+        progress=job.progress,
     )
-    return plan(found).within(budget)
+    return plan(errors).within(job.budget)
+
+
+def overridden(layers: Mapping[str, LayerConfig], patterns: Collection[str]) -> set[str]:
+    """The sites whose layer matches an override, those that rewrites made from one included."""
+    parts = {name: name.split(".") for name in layers}
+    paths = {n: [".".join(p[:i]) for i in range(1, len(p) + 1)] for n, p in parts.items()}
+    return {name for name in layers for p in patterns if fnmatch.filter(paths[name], p)}
+
+
+def _is_integer(site: Site, job: Job) -> bool:
+    weights = job.plan[site.name].weights
+    return isinstance(site.layer, QuantLayer) and weights is not None and weights.format == "int"
 
 
 def _options(
-    site: Site, found: Sensitivity, time: LayerTime | None, reference: fx.GraphModule
+    site: Site, errors: Sensitivity, time: LayerTime | None, reference: fx.GraphModule
 ) -> tuple[Option, ...]:
-    """What a site may be: each width, and where it was timed floating point."""
-    noise = found.noise[site.name]
+    """The candidate formats of a site: each width, and floating point where it was timed."""
+    noise = errors.noise[site.name]
     noise = noise.masked_fill(~noise.isfinite(), _BROKEN)
-    noise = torch.where(found.rest.isnan(), torch.nan, noise)  # steps without a sample
+    noise = torch.where(errors.rest.isnan(), torch.nan, noise)  # steps without a sample
     micros = 0.0 if time is None else time.integer
     options = [
         Option(bits, packed_size(site.weights, bits), micros, tuple(values))
@@ -123,7 +124,7 @@ def _options(
     if time is not None:
         weight = reference.get_submodule(site.name).weight
         assert isinstance(weight, Tensor)
-        exact = torch.zeros_like(found.rest).masked_fill(found.rest.isnan(), torch.nan)
+        exact = torch.zeros_like(errors.rest).masked_fill(errors.rest.isnan(), torch.nan)
         options.append(Option(None, weight.nbytes, time.floating, tuple(exact.tolist())))
     return tuple(options)
 
@@ -135,44 +136,15 @@ def _bytes_beside(quantized: fx.GraphModule, sites: Sequence[Site]) -> int:
     return total - sum(s.layer.codes.nbytes for s in sites if isinstance(s.layer, QuantLayer))
 
 
-def given_bits(layers: Mapping[str, LayerConfig], patterns: Collection[str]) -> set[str]:
-    """The sites whose layer was given by an override, those that rewrites made of one included."""
-    paths = {name: _and_parents(name) for name in layers}
-    return {name for name in layers for p in patterns if fnmatch.filter(paths[name], p)}
+class _RoundedOptions:
+    """Makes a layer at each width in `BITS`, rounded on its full-precision inputs."""
 
-
-def _and_parents(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-
-
-def _plannable(site: Site, layers: Mapping[str, LayerConfig], fixed: Collection[str]) -> bool:
-    """Whether the bits of a site are to be chosen."""
-    weights = layers[site.name].weights
-    return (
-        isinstance(site.layer, QuantLayer)
-        and weights is not None
-        and weights.format == "int"
-        and site.name not in fixed
-    )
-
-
-class _Rounded:
-    """Makes a layer at each number of bits, rounded on what it would read in floating point."""
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        reference: fx.GraphModule,
-        layers: Mapping[str, LayerConfig],
-        chunks: Sequence[Sequence[Tensor]],
-    ) -> None:
-        self.reference, self.layers, self.count = reference, layers, len(chunks)
-        self.spec = dataclasses.replace(prepared.recipe.reconstruction, refine=0)
-        self.weights = sample_weights(prepared, chunks)
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.spec = dataclasses.replace(job.recipe.reconstruction, refine=0)
 
     def __call__(self, site: Site, walk: LayerwiseExecutor) -> list[QuantLayer]:
-        original, config = self.reference.get_submodule(site.name), self.layers[site.name]
+        original, config = self.job.reference.get_submodule(site.name), self.job.plan[site.name]
         weight, bias = original.weight, original.bias
         assert isinstance(site.layer, QuantLayer) and config.weights is not None
         assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
@@ -180,33 +152,23 @@ class _Rounded:
         specs = [dataclasses.replace(config.weights, bits=bits) for bits in BITS]
         if self.spec.rounding != "second-order":
             return [with_weight(site.layer, weight, bias, each) for each in specs]
-        first = [dataclasses.replace(each, search=1) for each in specs]  # a start, and no more
-        made = [with_weight(site.layer, weight, bias, each) for each in first]
+        samples = self.job.samples
         statistics = input_statistics(
-            site, site.layer, weight, walk, walk, self.weights, self.spec.seed, self.count
+            site,
+            site.layer,
+            weight,
+            walk,
+            walk,
+            samples.weights,
+            self.spec.seed,
+            len(samples.chunks),
         )
         if rank():
             return []  # the statistics are whole in the first process alone
-        parts = [
-            round_layer(
-                site.name,
-                layer,
-                copy.deepcopy(statistics),
-                dataclasses.replace(config, weights=each),
-                self.spec,
-            )
-            for layer, each in zip(made, specs, strict=True)
-        ]
-        return [
-            with_rounded_state(layer, part.states.get(site.name, {}))
-            for layer, part in zip(made, parts, strict=True)
-        ]
-
-
-def _times(sites: Sequence[Site], device: torch.device) -> dict[str, LayerTime]:
-    choose = chooser(device)
-    return {
-        site.name: layer_time(site.layer, site.nodes, choose)
-        for site in sites
-        if isinstance(site.layer, QuantLayer)
-    }
+        layers = []
+        for each in specs:
+            start = with_weight(site.layer, weight, bias, dataclasses.replace(each, search=1))
+            config = dataclasses.replace(config, weights=each)
+            part = round_layer(site.name, start, copy.deepcopy(statistics), config, self.spec)
+            layers.append(with_rounded_state(start, part.states.get(site.name, {})))
+        return layers

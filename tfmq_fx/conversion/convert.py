@@ -1,14 +1,11 @@
-"""`convert`: run an ordered list of steps on a prepared model, and put together what comes out."""
+"""Convert a prepared model by an ordered list of steps, and record what each of them did."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-from torch import fx
 
 from tfmq_fx.core.arguments import path_of
 from tfmq_fx.core.distributed import check_same, together, world
@@ -16,7 +13,7 @@ from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.ir.binding_times import Binding, binding_times
 from tfmq_fx.ir.graph import fork, own_modules
-from tfmq_fx.ir.sites import Site, find_sites, left_by_module, plan_sites, still_there
+from tfmq_fx.ir.sites import find_sites, left_by_module, plan_sites, still_there
 from tfmq_fx.quant.bit_plan import BitPlan
 from tfmq_fx.serialization.checkpoint import Checkpoint
 from tfmq_fx.serialization.removed_layers import removed_layers
@@ -43,19 +40,19 @@ def convert(
     steps: Steps = STEPS,
     progress: bool = True,
 ) -> Converted:
-    """The folded and quantized model that `prepared` and its calibration describe.
+    """The folded and quantized model, by the recipe and the calibration of `prepared`.
 
-    Runs `steps` in order, each of which takes the graph that the one before gave; `print(STEPS)`
-    lists them. Deterministic for a seed on one machine.
+    Runs `steps` in order, each on the graph that the previous one returned; `print(STEPS)` lists
+    them. Deterministic for a seed on one machine.
     budget: weight bits are chosen layer by layer, 2 to 8, for the best output SQNR within it: bytes
     (a number, "900KiB"), a share of the bytes of `prepared` ("0.3x"), time of the planned layers in
     one call of the example ("8ms"), a share of what they take in floating point ("0.5x time"; both
     may leave layers in floating point), or several of these. Layers with an override keep its bits.
-    `Converted.bit_plan` has what was measured and chosen.
-    bits: such a plan, as it was or edited, in place of a budget.
-    checkpoint: a directory for finished layers and blocks, from which a later convert of the same
-    recipe, model, calibration and steps takes them; it ends with the same bits.
-    steps: other steps than the standard ones, as `STEPS.before("round_weights", mine)` gives them.
+    `Converted.bit_plan` has the measured errors and the chosen bits.
+    bits: a bit plan to replay, which may be edited, in place of a budget.
+    checkpoint: a directory for finished layers and blocks. A later convert of the same recipe,
+    model, calibration and steps continues from it, and ends with the same bits.
+    steps: the steps to run, such as `STEPS.before("round_weights", mine)`.
     With processes of torch.distributed's group all call this, with the same arguments; they share
     the work and end with the same model.
     Warns (CoverageWarning), naming modules, where a substantial part of the weights stays in
@@ -63,9 +60,8 @@ def convert(
     Raises CalibrationError where a step needs data that calibration did not see; ConfigError where
     nothing at all can be quantized, steps do not fit one another, the directory holds the
     checkpoint of another conversion, a plan is of another model, or a budget cannot be met, naming
-    the least that can.
+    the smallest feasible one.
     """
-    check_arguments(prepared, budget, bits, steps)
     job = start(prepared, budget, bits, checkpoint, steps, progress)
     steps.check(job)  # before the long work
     for step in steps:
@@ -73,8 +69,19 @@ def convert(
     return finish(job, steps)
 
 
-def check_arguments(prepared: object, budget: object, bits: object, steps: object) -> None:
-    """Raise ConfigError for an argument of `convert` that is of another kind than it takes."""
+def start(
+    prepared: Prepared,
+    budget: object,
+    bits: BitPlan | None,
+    checkpoint: str | Path | None,
+    steps: Steps,
+    progress: bool,
+) -> Job:
+    """The job before the first step: a copy of the captured graph, and the layer configurations.
+
+    Raises CalibrationError where no timestep is known, ConfigError for an argument of a wrong type
+    and where processes or the checkpoint's directory are of another conversion.
+    """
     if not isinstance(prepared, Prepared):
         raise ConfigError(
             f"convert() takes what prepare() returned, not a {type(prepared).__name__}"
@@ -90,21 +97,6 @@ def check_arguments(prepared: object, budget: object, bits: object, steps: objec
             f"steps must be a tfmq_fx.Steps, such as STEPS.before('round_weights', mine), "
             f"not a {type(steps).__name__}"
         )
-
-
-def start(
-    prepared: Prepared,
-    budget: object,
-    bits: BitPlan | None,
-    checkpoint: str | Path | None,
-    steps: Steps,
-    progress: bool,
-) -> Job:
-    """The job before the first step: a copy of the captured graph, and a plan for its layers.
-
-    Raises CalibrationError where no timestep is known, ConfigError where processes or the
-    checkpoint's directory are of another conversion.
-    """
     if checkpoint is not None:
         checkpoint = path_of(checkpoint, "checkpoint")
     timesteps, visits = finite_set(prepared)
@@ -112,12 +104,13 @@ def start(
     if world() > 1 or checkpoint is not None:
         subject = fingerprint(prepared, timesteps, visits) | {"steps": list(steps.names)}
     if world() > 1:
-        chosen = None if bits is None else repr(bits)
-        settings = {"budget": repr(budget), "bits": chosen, "checkpoint": checkpoint is not None}
+        plan_text = None if bits is None else repr(bits)
+        settings = {"budget": repr(budget), "bits": plan_text, "checkpoint": checkpoint is not None}
         check_same("convert()", subject | settings)
     gm = fork(prepared.gm)
     sites, _ = find_sites(gm)
-    early = _before_the_sample(gm, sites)
+    times = binding_times(gm, gm.meta.get("conditions", ()))
+    early = {s.name for s in sites if all(times[node] is not Binding.X for node in s.nodes)}
     plan = plan_sites(sites, prepared.recipe, early=early, overrides=prepared.overrides)
     if any(layer.weights for layer in plan.values()):
         # Only roundings are learnt; and torch 2.13 crashes in the backward of a channels-last
@@ -140,30 +133,22 @@ def start(
     )
 
 
-def _before_the_sample(gm: fx.GraphModule, sites: Sequence[Site]) -> set[str]:
-    """The sites whose results depend on the timestep and the conditions alone."""
-    times = binding_times(gm, gm.meta.get("conditions", ()))
-    return {s.name for s in sites if all(times[node] is not Binding.X for node in s.nodes)}
-
-
 def run(step: Step, job: Job) -> Job:
-    """The job after `step`, or as it was where the step is left out; the log says which."""
-    guarantee = step.guarantee.value
-    if (reason := step.skip(job)) is not None:
-        entry = StepRecord(step.name, guarantee, skipped=reason)
-        return replace(job, log=(*job.log, entry))
-    begun = time.perf_counter()
-    result = step(job)
-    if job.checkpoint is not None and step not in STEPS:
-        result = result.marked()
-    entry = StepRecord(step.name, guarantee, round(time.perf_counter() - begun, 3))
+    """The job after `step`, unchanged where the step is left out, with an entry in the log."""
+    entry, result = StepRecord(step.name, step.guarantee.value, skipped=step.skip(job)), job
+    if entry.skipped is None:
+        begun = time.perf_counter()
+        result = step(job)
+        if job.checkpoint is not None and step not in STEPS:
+            result = result.marked()
+        entry = replace(entry, seconds=round(time.perf_counter() - begun, 3))
     return replace(result, log=(*job.log, entry))
 
 
 def finish(job: Job, steps: Steps) -> Converted:
-    """The converted model of a job after its last step, with a record of what was done."""
-    prepared, recipe, gm = job.prepared, job.recipe, job.gm
-    block, samples = job.temporal_block(), job.samples
+    """The converted model from a job after its last step, with its record."""
+    prepared, recipe, gm, samples = job.prepared, job.recipe, job.gm, job.samples
+    block = job.temporal_block()
     temporal = final_details(job.temporal, block, gm, timesteps=job.timesteps, visits=job.visits)
     own_modules(gm)  # so that it moves alone
     origin, watch = record_provenance(
@@ -175,11 +160,9 @@ def finish(job: Job, steps: Steps) -> Converted:
     )
     sites, declined = find_sites(job.captured)
     left = still_there(gm, left_by_module(job.captured, sites))
-    described = site_records(gm, job.plan, job.ranges)
-    plan = job.plan
-    asked = job.quantizes if plan else recipe.layers.weights is not None
-    if asked:
-        integers = sum(s["weights"] for s in described.values() if s["weight_bits"])
+    layers = site_records(gm, job.ranges)
+    if job.quantizes or (not job.plan and recipe.layers.weights is not None):
+        integers = sum(s["weights"] for s in layers.values() if s["weight_bits"])
         check_coverage(integers, left, declined)
     folded = prepared.gm.meta["capture"]["folded"]
     record = ConversionRecord(
@@ -187,7 +170,7 @@ def finish(job: Job, steps: Steps) -> Converted:
         block=block.summary(),
         temporal=temporal,
         samples={"used": samples.used, "asked": recipe.reconstruction.samples},
-        sites=described,
+        sites=layers,
         products=product_records(gm),
         declined=[[d.site, d.reason] for d in declined],
         left_weights=sum(left.values()) + branch_weights(gm),
@@ -202,7 +185,7 @@ def finish(job: Job, steps: Steps) -> Converted:
         gm,
         prepared.call,
         recipe=recipe,
-        record=record.to_dict(),
+        record=vars(record),
         model_config=prepared.model_config,
         origin=origin,
         watch=watch,

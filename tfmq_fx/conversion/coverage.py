@@ -1,4 +1,4 @@
-"""Where the parameters of a model ended up, and what is said of weights left as floats."""
+"""Count where the parameters of a model ended up, and warn about weights left in floating point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.source_tensors import shown
 
 _OURS = (os.path.dirname(os.path.dirname(__file__)) + os.sep, contextlib.__file__)
-_SUBSTANTIAL = 0.1  # share of the weights that may stay in floating point without a word
+_SUBSTANTIAL = 0.1  # share of the weights in floating point from which there is a warning
 
 
 def parameter_record(
@@ -28,27 +28,26 @@ def parameter_record(
     source: nn.Module,
     folded: Mapping[str, Mapping[str, list[str]]],
 ) -> dict[str, int]:
-    """How many parameters of `source` each place has: JSON-ready facts for a report.
+    """The number of parameters of `source` by place, as JSON-ready facts for a report.
 
-    quantized: weights of quantized layers.  float: what is read as it was.  tables: what nothing
-    reads since tables hold its results.  unused: what no call of the model reads.  constants:
-    numbers of the graph that are none of the model's parameters, as its code made them or read
-    them from elsewhere.
-    gm: the converted graph.  folded: path of a layer -> what its weight and bias are computed from,
-    by name.
+    quantized: weights of quantized layers.  float: parameters read as they were.  tables: those
+    whose results tables hold.  unused: those that no call of the model reads.  constants: numbers
+    in the graph that are no parameters of the model, but made by its code or read from elsewhere.
+    gm: the converted graph.  folded: path of a layer -> "weight" and "bias" -> the names of the
+    parameters from which they are computed.
     """
     used = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
     integers = {n for n in used if isinstance(gm.get_submodule(n), QuantLayer)}
-    kept = {name.rpartition(".")[0] for name in integers} | integers  # a layer may come in parts
+    quantized = {name.rpartition(".")[0] for name in integers} | integers  # parts of a layer, too
     weights: dict[str, list[str]] = {}  # name of a parameter -> layers whose weight it makes
     biases = {name for path in used & set(folded) for name in folded[path]["bias"]}
-    for path in used | set(folded) | kept:
+    for path in used | set(folded) | quantized:
         for name in folded[path]["weight"] if path in folded else [f"{path}.weight"]:
             weights.setdefault(name, []).append(path)
     for gone, serving in origin.merged.items():
         weights.setdefault(f"{gone}.weight", []).append(serving)
-    present, baked = {*tensors_of(gm)}, {*gm.meta.get(BAKED, ())}
-    found = dict.fromkeys(("model", "quantized", "float", "tables", "unused", "constants"), 0)
+    read = {*tensors_of(gm), *gm.meta.get(BAKED, ()), *biases}
+    counts = dict.fromkeys(("model", "quantized", "float", "tables", "unused", "constants"), 0)
     names: dict[int, list[str]] = {}
     sizes: dict[int, int] = {}
     for name, parameter in source.named_parameters(remove_duplicate=False):
@@ -57,36 +56,27 @@ def parameter_record(
 
     def place(name: str) -> str:
         layers = weights.get(name, [])
-        if any(path in integers or f"{path}." in _prefixes(integers) for path in layers):
+        if quantized.intersection(layers):
             return "quantized"
-        owner = origin.merged.get(name.rpartition(".")[0], name.rpartition(".")[0])
-        if (
-            name in present
-            or name in baked
-            or name in biases
-            or owner in used
-            or any(path in used for path in layers)
-        ):
+        layer = name.rpartition(".")[0]
+        owner = origin.merged.get(layer, layer)
+        if name in read or used.intersection((owner, *layers)):
             return "float"
         return "tables" if name in origin.fingerprints else "unused"
 
     order = ("quantized", "float", "tables", "unused")
     for key, size in sizes.items():
-        found[min(map(place, names[key]), key=order.index)] += size
-        found["model"] += size
-    found["constants"] = sum(value.numel() for value in origin.constants.values())
-    return found
-
-
-def _prefixes(paths: set[str]) -> set[str]:
-    return {f"{path.rpartition('.')[0]}." for path in paths}
+        counts[min(map(place, names[key]), key=order.index)] += size
+        counts["model"] += size
+    counts["constants"] = sum(value.numel() for value in origin.constants.values())
+    return counts
 
 
 def check_coverage(quantized: int, left: Mapping[str, int], declined: list[Declined]) -> None:
     """Warn where a substantial part of a model's weights stays in floating point, naming modules.
 
-    quantized: how many weights are integers.  left: how many are not though a recipe asks for
-    it, by module.  Raises ConfigError where none are.
+    quantized: the number of integer weights.  left: the number of weights that a recipe failed to
+    quantize, by module.  Raises ConfigError where there are no integer weights.
     """
     total = sum(left.values())
     if not total or total < _SUBSTANTIAL * (total + quantized):
@@ -109,7 +99,7 @@ def check_coverage(quantized: int, left: Mapping[str, int], declined: list[Decli
 
 
 def _callers_level() -> int:
-    """How far up the stack, seen from the caller of this, code outside this package is."""
+    """The stack level of the first caller outside this package, for `warnings.warn`."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""What several processes saw of a model, put together as one of them would have seen it alone."""
+"""Merge calibration statistics from all processes, with the result of a single-process run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tfmq_fx.calibration.observers import RangeObserver, SampleCache, row_bytes, sample_row
+from tfmq_fx.calibration.observers import SampleCache, row_bytes, sample_row
 from tfmq_fx.calibration.sampling_pass import SamplingPass
 from tfmq_fx.core.config_json import to_dict
 from tfmq_fx.core.distributed import exchange, rank, world
@@ -19,8 +19,11 @@ from .models import Prepared
 
 
 def run_calibration(prepared: Prepared, sampling: SamplingPass) -> None:
-    """Have `prepared` see what `sampling` shows it; where there are many processes, each runs its
-    own batches, and all of them end with the ranges and samples of one process, bit for bit."""
+    """Calibrate `prepared` by `sampling`.
+
+    With many processes each runs its own batches, and all of them end with the ranges and samples
+    of a single-process run, bit for bit.
+    """
     if world() == 1:
         sampling.run(prepared)
         return
@@ -43,69 +46,72 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Awaited:
-    """Stands for sample i of a call that a process made, until that process hands it over."""
+    """A placeholder for sample i of a call in another process, until that process sends it."""
 
     process: int
     call: int
     i: int
 
 
-class _Calls(SampleCache):
-    """In the place of a sample cache: every call, in order."""
+class _CallRecorder(SampleCache):
+    """A sample cache that records every call of a round, in order."""
 
     def __init__(self) -> None:
         super().__init__(capacity=0, seed=0)
-        self.made: list[_Call] = []
+        self.calls: list[_Call] = []
 
     def add(self, inputs: Sequence[Tensor], batched: Sequence[bool], timestep: int) -> None:
-        # copies: the caller may overwrite what it gave
-        kept = tuple(x.detach().clone() for x in inputs)
+        # copies: the caller may overwrite its tensors
+        copies = tuple(x.detach().clone() for x in inputs)
         steps = inputs[timestep].tolist()
-        self.made.append(_Call(steps, row_bytes(inputs, batched), kept, batched))
+        self.calls.append(_Call(steps, row_bytes(inputs, batched), copies, batched))
 
 
 class _Merge:
-    """Called after each round of batches. Every process then counts in what each of them saw, in
-    the order of the batches; only samples that the cache keeps are handed round."""
+    """Merges the ranges and samples of all processes; called after each round of batches.
+
+    Every process adds what each of them saw, in the order of the batches; only samples that the
+    cache keeps are sent.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
-        self._prepared, self._cache, self._calls = prepared, prepared.cache, _Calls()
-        found = prepared.observed.modules()
-        self._observers = [m for m in found if isinstance(m, RangeObserver)]
+        self._prepared, self._cache, self._recorder = prepared, prepared.cache, _CallRecorder()
+        self._observers = prepared.observers()
         self._seen = [observer.seen for observer in self._observers]
-        prepared.cache = self._calls
-        self._look_anew()
+        prepared.cache = self._recorder
+        self._start_round()
 
-    def _look_anew(self) -> None:
+    def _start_round(self) -> None:
         for observer in self._observers:
             observer.seen = {}
-        self._calls.made = []
+        self._recorder.calls = []
 
     def __call__(self) -> None:
         ranges = [observer.seen for observer in self._observers]
-        calls = [(call.steps, call.size) for call in self._calls.made]
-        found = exchange((ranges, calls), "a round of calibration")
+        calls = [(call.steps, call.size) for call in self._recorder.calls]
+        rounds = exchange((ranges, calls), "a round of calibration")
         self._restore_ranges()
-        for process, (seen, made) in enumerate(found):
+        for process, (seen, others) in enumerate(rounds):
             for observer, own in zip(self._observers, seen, strict=True):
                 observer.merge(own)
-            for n, (steps, size) in enumerate(made):
+            for n, (steps, size) in enumerate(others):
                 self._cache.offer(steps, size, partial(_Awaited, process, n))
-        self._hand_over()
-        self._look_anew()
+        self._send_samples()
+        self._start_round()
 
-    def _hand_over(self) -> None:
-        kept: Collection[list[Any]] = self._cache.rows.values()
-        made = {}
-        for row in (row for rows in kept for row in rows):
+    def _send_samples(self) -> None:
+        """Replace the placeholders in the cache by the samples of all processes."""
+        columns: Collection[list[Any]] = self._cache.rows.values()
+        own = {}
+        for row in (row for rows in columns for row in rows):
             if isinstance(row, _Awaited) and row.process == rank():
-                call = self._calls.made[row.call]
-                made[row] = sample_row(call.inputs, call.batched, row.i)
-        found: dict[Any, tuple[Tensor, ...]] = {}
-        for part in exchange(made, "samples of calibration"):
-            found |= part
-        for rows in kept:
-            rows[:] = [found[row] if isinstance(row, _Awaited) else row for row in rows]
+                call = self._recorder.calls[row.call]
+                own[row] = sample_row(call.inputs, call.batched, row.i)
+        samples: dict[Any, tuple[Tensor, ...]] = {}
+        for part in exchange(own, "samples of calibration"):
+            samples |= part
+        for rows in columns:
+            rows[:] = [samples[row] if isinstance(row, _Awaited) else row for row in rows]
 
     def _restore_ranges(self) -> None:
         for observer, seen in zip(self._observers, self._seen, strict=True):
@@ -118,19 +124,18 @@ class _Merge:
 
 
 def run_settings(prepared: Prepared, **arguments: Any) -> dict[str, Any]:
-    """What decides about calibration, as plain values that processes can compare by name."""
+    """The facts that decide calibration, as plain values that processes can compare by name."""
     tensors = [list(prepared.gm.named_parameters()), list(prepared.gm.named_buffers())]
-    overrides = {name: to_dict(layer) for name, layer in prepared.overrides.items()}
     return {
         "recipe": to_dict(prepared.recipe),
-        "overrides": overrides,
+        "overrides": {name: to_dict(layer) for name, layer in prepared.overrides.items()},
         "model": digest(tensors),
         **{name: _plain(value) for name, value in arguments.items()},
     }
 
 
 def _plain(value: Any) -> Any:
-    """A value where it is plain, the digest of a tensor, else what kind of thing it is."""
+    """A plain value as it is, the digest of a tensor, the name of any other class."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):

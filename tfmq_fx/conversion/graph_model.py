@@ -1,13 +1,14 @@
-"""A thin nn.Module round a graph, called like the original model: base of what users hold."""
+"""Call a graph like the model that it was captured from: the base of the classes users hold."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.core.errors import ConfigError, InputError
@@ -20,9 +21,9 @@ from tfmq_fx.quant.timestep_lookup import find_unknown
 from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.staleness import StalenessCheck
 
-from .gradient_checks import refusing
+T = TypeVar("T")
 
-# buffers of the graph that keep their dtype in any model
+# names of the buffers that keep their dtype when the model is cast
 _EXACT = (KEYS, SCALES, PRODUCT_SCALES, CORRECTION)
 
 
@@ -69,19 +70,20 @@ class GraphModel(nn.Module):
         """The model's output, in its own type. Raises InputError for a call not captured, and
         StaleError where the model that this one was made from has other weights since."""
         inputs, return_dict = self.call.bind(args, kwargs)
-        if not torch.compiler.is_compiling():
-            if self.watch is not None:
-                self.watch.check()
-            self.check_timesteps(inputs)
+        if torch.compiler.is_compiling():
+            return self.call.rebuild(self.run(inputs), return_dict)
+        if self.watch is not None:
+            self.watch.check()
+        self.check_timesteps(inputs)
         outputs = self.run(inputs)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            lost = self.without_gradient()
-            given = [v for n, v in zip(self.call.names, inputs, strict=True) if n in lost]
-            outputs = refusing(outputs, given, f"{', '.join(lost)}: {self.why_no_gradient}")
+        if torch.is_grad_enabled():
+            names = self.without_gradient()
+            lost = [v for n, v in zip(self.call.names, inputs, strict=True) if n in names]
+            outputs = without_backward(outputs, lost, f"{', '.join(names)}: {self.why_no_gradient}")
         return self.call.rebuild(outputs, return_dict)
 
     def without_gradient(self) -> Sequence[str]:
-        """The placeholders with respect to which outputs have no gradient: a table is constant."""
+        """The placeholders without a gradient: the timestep, where its values select table rows."""
         return () if self.lookup_keys is None else (self.call.timestep,)
 
     def run(self, inputs: list[Tensor]) -> Any:
@@ -89,9 +91,9 @@ class GraphModel(nn.Module):
         return self.gm(*inputs)
 
     def forget_source(self) -> None:
-        """Go on with the weights as they are, whatever becomes of those that they were made from.
+        """Stop checking whether the source's weights have changed, and copy memory shared with it.
 
-        Memory shared with the source is copied.  Raises StaleError where it has changed already.
+        Raises StaleError where they have changed already.
         """
         if self.watch is not None:
             self.watch.release(self.gm)
@@ -102,8 +104,7 @@ class GraphModel(nn.Module):
         keys = self.lookup_keys
         if keys is None:
             return
-        t = inputs[self.call.names.index(self.call.timestep)]
-        if unknown := find_unknown(keys, t):
+        if unknown := find_unknown(keys, self.timestep_of(inputs)):
             raise InputError(
                 f"{self.call.timestep}: {unknown[0]} is not among the {len(keys)} timesteps this "
                 f"model was made for ({keys[0].item()} to {keys[-1].item()}). Prepare it again "
@@ -111,15 +112,19 @@ class GraphModel(nn.Module):
                 "visits), or set the scheduler as in calibration."
             )
 
+    def timestep_of(self, values: Sequence[T]) -> T:
+        """The value of the timestep among the values of all placeholders."""
+        return values[self.call.names.index(self.call.timestep)]
+
     @property
     def timesteps(self) -> Tensor | None:
-        """The finite set (K,) the graph has rows for, sorted; None before there is one."""
+        """The timesteps (K,) the graph has rows for, sorted; None where they are not known yet."""
         keys = self.gm.meta.get("timesteps")
         return keys if isinstance(keys, Tensor) else None
 
     @property
     def lookup_keys(self) -> Tensor | None:
-        """The timesteps (K,) that a call may bring; None where any will do."""
+        """The timesteps (K,) that a call may have; None where all are allowed."""
         return self.timesteps
 
     @property
@@ -138,9 +143,7 @@ class GraphModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device the model lies on."""
-        for tensor in self.tensors():
-            return tensor.device
-        return torch.device("cpu")
+        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
 
     def tensors(self) -> Iterator[Tensor]:
         """Every parameter and buffer."""
@@ -152,7 +155,7 @@ class GraphModel(nn.Module):
         return sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
 
     def cache_context(self, name: str, **options: Any) -> contextlib.AbstractContextManager[None]:
-        """What diffusers' pipelines enter round a call; nothing is cached between calls here."""
+        """A context that does nothing; diffusers' pipelines enter it around each call."""
         return contextlib.nullcontext()
 
     def print_readable(self) -> None:
@@ -161,9 +164,9 @@ class GraphModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = (self.device, self.dtype)
-        probe = fn(torch.empty(0, dtype=before[1], device=before[0]))
-        if probe.dtype != before[1]:
-            self._check_cast(before[1], probe.dtype)
+        probe = fn(torch.empty(0, device=self.device, dtype=self.dtype))
+        if probe.dtype != self.dtype:
+            self._check_cast(self.dtype, probe.dtype)
         exact = {n: b for n, b in self.gm.named_buffers(recurse=False) if n.startswith(_EXACT)}
         super()._apply(fn, recurse)
         for name, value in exact.items():  # .half() must touch neither keys nor scales
@@ -176,7 +179,7 @@ class GraphModel(nn.Module):
         return self
 
     def _check_cast(self, old: torch.dtype, new: torch.dtype) -> None:
-        """Raise ConfigError where the graph cannot be what the model would be in another dtype."""
+        """Raise ConfigError where a cast graph could differ from the graph of a cast model."""
         origin = getattr(self, "origin", None)
         beside: set[str] = set()
         if isinstance(origin, Provenance):
@@ -195,22 +198,41 @@ def retarget(
     before: tuple[torch.device, torch.dtype],
     after: tuple[torch.device, torch.dtype],
 ) -> None:
-    """Replace device and dtype constants of `before` in the graph by those of `after`."""
+    """Replace the device and dtype `before` by `after` wherever the graph has them as constants."""
 
     def changed(value: Any) -> Any:
         if isinstance(value, torch.device) and value.type == before[0].type:
             return after[0]
         return after[1] if value is before[1] else value
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(walk, value))
-        if isinstance(value, dict):
-            return {key: walk(item) for key, item in value.items()}
-        return changed(value)
-
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method"):
-            node.args = walk(tuple(node.args))
-            node.kwargs = walk(dict(node.kwargs))
+            node.args = map_aggregate(node.args, changed)
+            node.kwargs = map_aggregate(node.kwargs, changed)
     gm.recompile()
+
+
+def without_backward(outputs: Sequence[Any], inputs: Sequence[Tensor], why: str) -> list[Any]:
+    """`outputs`, whose backward raises InputError(why) where one of `inputs` needs a gradient."""
+    leaves = [value for value in inputs if value.requires_grad]
+    if not leaves:
+        return list(outputs)
+    return [
+        _NoBackward.apply(why, value, *leaves)  # type: ignore[no-untyped-call]
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        else value
+        for value in outputs
+    ]
+
+
+class _NoBackward(torch.autograd.Function):
+    """Returns a tensor as it is, as a function of other tensors that has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, why: str, value: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.why = why
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise InputError(ctx.why)

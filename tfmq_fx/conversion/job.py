@@ -1,9 +1,9 @@
-"""The state of a conversion between two of its steps: the graph, and all that a step may read."""
+"""The state of a conversion between two steps: the graph so far, and all that a step may read."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,15 +19,15 @@ from tfmq_fx.ir.temporal_block import TemporalBlock, temporal_block
 from tfmq_fx.quant.bit_plan import BitPlan
 from tfmq_fx.serialization.checkpoint import Checkpoint, digest
 
-from .calibration_data import sample_chunks, sample_count, sample_weights
+from .calibration_data import check_samples
 from .models import Prepared
 from .temporal_forms import TemporalChoice
 
 
 class Samples:
-    """The calibration samples of a prepared model, read when a step first asks for them.
+    """The calibration samples of a prepared model, drawn when a step first reads them.
 
-    used: how many there are, 0 as long as no step has asked.
+    used: how many there are, 0 as long as no step has read them.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -39,19 +39,34 @@ class Samples:
 
         Raises CalibrationError where calibration has not run.
         """
-        chunks = sample_chunks(self._prepared)
-        self.used = sample_count(self._prepared, chunks)
+        prepared, spec = self._prepared, self._prepared.recipe.reconstruction
+        check_samples(prepared.cache)
+        chunks = prepared.cache.chunks(
+            spec.samples,
+            batched=prepared.batched(),
+            batch_size=prepared.fixed_batch or spec.batch_size,
+            whole=prepared.fixed_batch is not None,
+            seed=spec.seed,
+            center=spec.center if spec.sampling == "normal" else None,
+        )
+        self.used = sum(len(prepared.timestep_of(chunk)) for chunk in chunks)
         return chunks
 
     @functools.cached_property
     def weights(self) -> list[Tensor] | None:
-        """The weight of each sample, by how often its timestep was visited; None: all the same."""
-        return sample_weights(self._prepared, self.chunks)
+        """The weights of the samples of each chunk, by how often their timestep was visited.
+
+        None: all are the same, or the timesteps were drawn.
+        """
+        prepared = self._prepared
+        if prepared.recipe.reconstruction.sampling == "normal":
+            return None
+        return prepared.cache.weights([prepared.timestep_of(chunk) for chunk in self.chunks])
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What became of a step: how long it took, or why it was left out."""
+    """The entry of one step in the log: how long it took, or why it was left out."""
 
     name: str
     guarantee: str
@@ -61,18 +76,17 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A conversion as it stands before a step. Steps return a new one; this one never changes.
+    """The state of a conversion before a step. It never changes: steps return a new one.
 
-    prepared: what `convert` was given.  timesteps: (K,) sorted, the finite set.  visits: (K,) how
-    often calibration visited each.  progress: whether long steps show a bar.
+    prepared: the model that `convert` takes.  timesteps: (K,) sorted, the finite set.  visits: (K,)
+    how often calibration visited each.  progress: whether long steps show a bar.
     captured: the graph to begin with.  gm: the graph so far.  reference: the last graph of stage
     CAPTURED, which later steps compare with as full precision.
-    plan: what each layer becomes, by module path.
-    samples: the calibration samples, read when first asked for.
+    plan: the configuration of each layer, by module path.  samples: the calibration samples.
     ranges: the calibrated input range of each layer.  products: those of attention's operands.
-    temporal: the form chosen for each temporal feature.  bits: the bit widths chosen or given.
-    passes: what the graph passes reported, in order.  log: what became of each step so far.
-    marks: what steps of the user's own made of the graph; see `parts`.
+    temporal: the form chosen for each temporal feature.  bits: the bit widths, chosen or replayed.
+    passes: the reports of the graph passes, in order.  log: one entry for each step so far.
+    marks: digests of the graphs that the user's own steps returned; see `parts`.
     """
 
     prepared: Prepared
@@ -97,7 +111,7 @@ class Job:
 
     @property
     def recipe(self) -> Config:
-        """The configuration that `prepare` was given."""
+        """The configuration that `prepare` took."""
         return self.prepared.recipe
 
     @property
@@ -111,14 +125,14 @@ class Job:
         return find_sites(self.gm)[0]
 
     def temporal_block(self) -> TemporalBlock:
-        """What depends on the timestep alone in the full-precision graph."""
+        """The part of the full-precision graph that depends on the timestep alone."""
         return self.block or temporal_block(self.reference)
 
     def applied(self, *rewrites: Rewrite, **changes: Any) -> Job:
-        """The job with the graph of the last of `rewrites`, and all of them on record.
+        """The job with the graph of the last of `rewrites`, and all of them recorded in `passes`.
 
-        changes: other fields to set.  Layers that are new in a CAPTURED graph are planned as the
-        recipe plans layers, unless `changes` has a plan; the graph becomes the reference.
+        changes: other fields to set.  A CAPTURED graph becomes the reference, and its new layers
+        get the recipe's layer configuration unless `changes` has a plan.
         """
         if not rewrites:
             return replace(self, **changes)
@@ -131,10 +145,9 @@ class Job:
         return replace(self, gm=gm, passes=(*self.passes, *rewrites), **changes)
 
     def parts(self, step: str) -> Checkpoint | None:
-        """Where a step finds and puts its finished parts; None without a checkpoint.
+        """The part of the checkpoint that holds a step's finished work; None without a checkpoint.
 
-        Parts of other bit widths, or of a graph that steps of the user's own made another, are kept
-        apart.
+        Other bit widths, or other graphs from the user's own steps, have parts of their own.
         """
         if self.checkpoint is None:
             return None
@@ -144,11 +157,7 @@ class Job:
         return self.checkpoint.within(" ".join([step, *marks]))
 
     def marked(self) -> Job:
-        """The job with what its graph computes as a mark, by which `parts` tells graphs apart."""
+        """The job with a digest of its graph as a mark, by which `parts` tells graphs apart."""
         tensors = [*self.gm.named_parameters(), *self.gm.named_buffers()]
         mark = digest([self.gm.code, [list(pair) for pair in tensors], repr(dict(self.plan))])
         return replace(self, marks=(*self.marks, mark[:12]))
-
-    def untouched(self) -> Collection[str]:
-        """Layers that the rounding steps leave alone, since TIAR has rounded them."""
-        return self.temporal.layers if self.recipe.temporal.tiar_iters else {}

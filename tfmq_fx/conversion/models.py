@@ -1,4 +1,4 @@
-"""What users hold: prepared, converted and compiled models, called like the original model."""
+"""Prepared, converted and compiled models, which users call like the original model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from tfmq_fx.backends.nonfinite import is_finite, with_nan
 from tfmq_fx.backends.self_check import Check
-from tfmq_fx.calibration.observers import SampleCache
+from tfmq_fx.calibration.observers import RangeObserver, SampleCache
 from tfmq_fx.calibration.sampling_pass import SamplingPass
 from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.core.config import Config
@@ -34,14 +34,16 @@ from .graph_model import GraphModel
 
 
 class Prepared(GraphModel):
-    """A captured model that records ranges and sample inputs at each call, and answers as before.
-    Its answers have no gradient.
+    """A captured model that records ranges and sample inputs at each call.
 
-    observed: the graph with observers, which runs.  gm: the captured graph, which `convert` takes.
-    unmerged: the graph as it was captured, each repetition in its place; left out, `gm`.
-    behaviour: how the source's modules behaved when it was captured.
+    Its outputs are those of the original, without a gradient.
+    observed: the graph with observers, which runs.  gm: the graph that `convert` takes.
+    source: the user's own model.  unmerged: the graph as it was captured, repetitions included.
+    behaviour: the settings of the source's modules when it was captured.
     """
 
+    source: nn.Module
+    unmerged: fx.GraphModule
     why_no_gradient = (
         "a prepared model only observes and has no gradient. Call the model itself, or the "
         "converted one"
@@ -55,30 +57,19 @@ class Prepared(GraphModel):
         *,
         recipe: Config,
         overrides: Mapping[str, LayerConfig],
-        cache: SampleCache,
         source: nn.Module,
-        model_config: Any = None,
         unmerged: fx.GraphModule | None = None,
         behaviour: Behaviour | None = None,
     ) -> None:
-        super().__init__(captured, call, model_config)
-        self.observed = observed
-        self.recipe, self.overrides, self.cache = recipe, dict(overrides), cache
+        super().__init__(captured, call, getattr(source, "config", None))
+        self.observed, self.recipe, self.overrides = observed, recipe, dict(overrides)
+        spec = recipe.reconstruction
+        self.cache = SampleCache(capacity=spec.cache, seed=spec.seed)
         self.sampling: SamplingPass | None = None  # the last calibration, to be run again
-        # A tuple keeps modules out of this one's submodules and state_dict.
-        self._source = (source,)
-        self._unmerged = (captured if unmerged is None else unmerged,)
+        # In __dict__ these modules are no submodules, and so not in the state_dict.
+        self.__dict__["source"] = source
+        self.__dict__["unmerged"] = captured if unmerged is None else unmerged
         self.behaviour = behaviour or {}
-
-    @property
-    def source(self) -> nn.Module:
-        """The user's own model, untouched."""
-        return self._source[0]
-
-    @property
-    def unmerged(self) -> fx.GraphModule:
-        """The graph as it was captured."""
-        return self._unmerged[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
@@ -96,31 +87,34 @@ class Prepared(GraphModel):
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
-        position = self.call.names.index(self.call.timestep)
-        if not len(inputs[position]):
+        if not len(self.timestep_of(inputs)):
             raise InputError("a call of a prepared model needs one sample at least, got none")
         outputs = self.observed(*inputs)
-        self.cache.add(inputs, self.batched(), position)
+        self.cache.add(inputs, self.batched(), self.call.names.index(self.call.timestep))
         return outputs
+
+    def observers(self) -> list[RangeObserver]:
+        """The observers of the layers' input ranges."""
+        return [m for m in self.observed.modules() if isinstance(m, RangeObserver)]
 
     @property
     def fixed_batch(self) -> int | None:
-        """The batch size of every call, where the graph was captured for one alone."""
+        """The batch size that the graph was captured for; None where it is free."""
         size = timestep_node(self.gm).meta["val"].shape[0]
         return size if isinstance(size, int) else None
 
     def batched(self) -> list[bool]:
-        """Which placeholders carry the batch in dim 0."""
+        """Whether each placeholder carries the batch in dim 0."""
         return batched_inputs(self.gm)
 
 
 class Converted(GraphModel):
-    """A folded and quantized model in its canonical form: eager reference semantics, integer
-    buffers, the graph open to inspection as `.gm`.
+    """A folded and quantized model in its canonical form: eager reference semantics and integer
+    buffers.
 
-    recipe: the configuration it was made by.  record: JSON-ready facts for `report`.
-    origin: all else that it was made from, for `refresh`, or None.  watch: whether the source still
-    has its weights; copies watch it too, what is pickled or saved does not.
+    gm: the graph, open to inspection.  recipe: its configuration.  record: JSON-ready facts for
+    `report`.  origin: all else that `refresh` needs, or None.  watch: checks whether the source
+    still has its weights; copies share it, pickled and saved models have none.
     """
 
     def __init__(
@@ -140,37 +134,35 @@ class Converted(GraphModel):
 
     @property
     def bit_plan(self) -> BitPlan | None:
-        """The bits chosen under a budget and what they were chosen from; None without one."""
+        """The bits chosen under a budget and all candidates; None without a budget."""
         bits = self.record.get("bits")
         return None if bits is None else BitPlan.from_dict(bits)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the constructor besides the graph and its call."""
+        names = ("recipe", "record", "model_config", "origin", "watch")
+        return {name: getattr(self, name) for name in names}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
         gm = copy.deepcopy(self.gm, memo)
         gm.meta = dict(self.gm.meta)
-        return Converted(
-            gm,
-            self.call,
-            recipe=self.recipe,
-            record=copy.deepcopy(self.record, memo),
-            model_config=copy.deepcopy(self.model_config, memo),
-            origin=self.origin,
-            watch=self.watch,
-        )
+        copied = copy.deepcopy({"record": self.record, "model_config": self.model_config}, memo)
+        return Converted(gm, self.call, **self.settings() | copied)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As it is saved: torch's own pickle of a graph traces it again and loses its metadata.
         origin = None if self.origin is None else self.origin.portable()
-        settings = (self.call, self.recipe, self.record, self.model_config, origin)
-        return _unpickled, (to_json(self.gm), tensors_of(self.gm), *settings)
+        settings = self.settings() | {"origin": origin, "watch": None}
+        return _unpickled, (to_json(self.gm), tensors_of(self.gm), self.call, settings)
 
     def unbound(self) -> Converted:
-        """The model without what binds it to a request: itself, where nothing does."""
+        """The model without a prologue: itself, where it has none."""
         return self
 
     def bound_alike(self, model: Converted, timesteps: Any = None) -> Converted:
-        """`model`, bound to requests as this one is: as it is, where nothing binds this one.
+        """`model`, bound to requests with the prologue settings of this one, if it has any.
 
-        timesteps: of the requests to come; left out, they are those of this one.
+        timesteps: the schedule of the requests; left out, the schedule stays.
         """
         return model
 
@@ -181,7 +173,7 @@ class Converted(GraphModel):
 
     @property
     def feed(self) -> Callable[[list[Tensor]], list[Tensor]] | None:
-        """Makes what `runnable` takes from the placeholder values of a call; None: they are it."""
+        """Maps the placeholder values of a call to those of `runnable`; None: they are the same."""
         return None
 
     def extra_repr(self) -> str:
@@ -189,36 +181,28 @@ class Converted(GraphModel):
 
 
 def _unpickled(
-    graph: dict[str, Any],
-    tensors: dict[str, Tensor],
-    call: CallSpec,
-    recipe: Config,
-    record: dict[str, Any],
-    model_config: Any,
-    origin: Provenance | None,
+    graph: dict[str, Any], tensors: dict[str, Tensor], call: CallSpec, settings: dict[str, Any]
 ) -> Converted:
     gm = from_json(graph)
-    for name, value in tensors.items():  # those too that a state_dict leaves out
+    for name, value in tensors.items():  # including those that a state_dict leaves out
         owner, leaf = owner_of(gm, name)
         place: Any = owner._parameters if leaf in owner._parameters else owner._buffers
         place[leaf] = value
-    return Converted(
-        gm, call, recipe=recipe, record=record, model_config=model_config, origin=origin
-    )
+    return Converted(gm, call, **settings)
 
 
 class Compiled(GraphModel):
-    """A converted model that runs on a backend. Called like the original; not saved itself (save
-    the converted model and compile after loading).
+    """A converted model that runs on a backend. It cannot be saved: save the converted model, and
+    compile after loading.
 
-    Its answers have no gradient, and say so when one is asked for: the converted model has one.
+    Its outputs have no gradient, and raise where one is needed: the converted model has one.
 
-    On the CPU, NaN and Inf in an input are answered by the converted model, while that is in
-    memory; after that, and on other devices, samples with NaN in an input are NaN as a whole.
+    On the CPU, inputs with NaN and Inf are passed to the converted model while that is in memory;
+    after that, and on other devices, samples with NaN in an input are NaN as a whole.
 
-    backend: its name.  lowered: how many layers run as integers.  declined: [layer, reason] of
-    those that do not.  millis: of a call, by backend, where several were tried.  check: how near
-    its answers were to the reference's, or None where they were not compared.
+    backend: its name.  lowered: how many layers run as integers.  declined: [layer, reason] of the
+    other layers.  millis: the time of a call by backend, where several were measured.  check: the
+    comparison with the reference, or None.
     """
 
     why_no_gradient = (
@@ -259,7 +243,7 @@ class Compiled(GraphModel):
     def run(self, inputs: list[Tensor]) -> Any:
         if self.backend == "eager":
             return self._run(inputs)
-        if inputs[0].device.type != "cpu":  # to ask whether all is finite would wait for it
+        if inputs[0].device.type != "cpu":  # checking for NaN first would wait for the device
             return with_nan(self._run(inputs), inputs, self._batched)
         if is_finite(inputs):
             return self._run(inputs)

@@ -1,4 +1,4 @@
-"""From a captured graph to a model that `convert` takes, the first time and, recalled, later on."""
+"""Build a `Prepared` model from a captured graph, either freshly or from saved provenance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tfmq_fx.calibration.observers import RangeObserver, SampleCache
+from tfmq_fx.calibration.observers import SampleCache
 from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.capture.outside_tensors import OUTSIDE
 from tfmq_fx.core.config import Config
@@ -31,22 +31,22 @@ from .records import ConversionRecord, site_records
 def captured_only(prepared: Prepared) -> Converted:
     """The captured model as a converted one in which nothing is changed."""
     gm = prepared.gm
-    origin, watch = record_provenance(prepared, None, calibrated=False, sampled=False)
+    origin, watch = record_provenance(prepared, None)
     sites, declined = find_sites(gm)
-    folded = gm.meta.get("capture", {}).get("folded", {})
+    capture = gm.meta.pop("capture", {})
     record = ConversionRecord(
-        capture=gm.meta.pop("capture", {}),
-        sites=site_records(gm, {}, {}),
+        capture=capture,
+        sites=site_records(gm, {}),
         declined=[[d.site, d.reason] for d in declined],
         left_weights=weights_left(gm, sites),
-        parameters=parameter_record(gm, origin, prepared.source, folded),
+        parameters=parameter_record(gm, origin, prepared.source, capture.get("folded", {})),
         float_bytes=prepared.nbytes(),
     )
     return Converted(
         gm,
         prepared.call,
         recipe=prepared.recipe,
-        record=record.to_dict(),
+        record=vars(record),
         model_config=prepared.model_config,
         origin=origin,
         watch=watch,
@@ -64,10 +64,10 @@ def observe_graph(
     facts: Mapping[str, Any],
     behaves: Behaviour,
 ) -> Prepared:
-    """A captured graph without its repetitions, with observers, that has seen nothing yet.
+    """The model for calibration: a captured graph with observers and without its repetitions.
 
-    timesteps: the finite set (K,) if it is known, sorted keys.  facts: what to report of capturing.
-    behaves: how the source did when it was captured.
+    timesteps: the finite set (K,) if it is known, sorted.  facts: for the report, from capturing.
+    behaves: the settings of the source's modules when it was captured.
     Raises ConfigError for weights that hold NaN and overrides that match nothing.
     """
     merged = merge_duplicates(captured)
@@ -84,16 +84,13 @@ def observe_graph(
         "merged": merged.details["merged"],
         "folded": folded.details["folded"],
     }
-    spec = recipe.reconstruction
     return Prepared(
         gm,
         observe_layers(gm).gm,
         call,
         recipe=recipe,
         overrides=overrides,
-        cache=SampleCache(capacity=spec.cache, seed=spec.seed),
         source=source,
-        model_config=getattr(source, "config", None),
         unmerged=captured,
         behaviour=behaves,
     )
@@ -103,24 +100,23 @@ def record_provenance(
     prepared: Prepared,
     timesteps: Tensor | None,
     *,
-    calibrated: bool,
-    sampled: bool,
+    calibrated: bool = False,
+    sampled: bool = False,
     steps: tuple[str, ...] = (),
 ) -> tuple[Provenance, StalenessCheck]:
-    """What a conversion of `prepared` over `timesteps` (K,) was made from, and a watch over that.
-    timesteps: None where there is no table.
+    """The provenance of a conversion of `prepared`, and the check that its source is unchanged.
 
-    calibrated: whether it read calibration at all.  sampled: whether it read the samples, too.
-    steps: the names of its steps, in order.
+    timesteps: the finite set (K,); None where there is no table.  calibrated: whether the
+    conversion read calibration at all.  sampled: whether it read the samples.  steps: the names of
+    its steps, in order.
     """
     spec, cache = prepared.recipe.reconstruction, prepared.cache
     calibration = None
     if calibrated:
-        observers = prepared.observed.modules()
         center = spec.center if spec.sampling == "normal" else None
         rows = cache.needed(spec.samples, seed=spec.seed, center=center) if sampled else {}
         calibration = Calibration(
-            seen={o.site: dict(o.seen) for o in observers if isinstance(o, RangeObserver)},
+            seen={observer.site: dict(observer.seen) for observer in prepared.observers()},
             rows=_moved(rows, "cpu"),
             sampling=prepared.sampling if spec.rounds else None,
         )
@@ -145,9 +141,9 @@ def record_provenance(
 def rebuild(
     origin: Provenance, recipe: Config, source: nn.Module, facts: Mapping[str, Any]
 ) -> Prepared:
-    """The calibrated model that `record_provenance` was given, on the weights of `source`.
+    """The calibrated model that `origin` describes, with the weights of `source`.
 
-    facts: what was reported of capturing.  Raises ConfigError where `source` is another model,
+    facts: for the report, from capturing.  Raises ConfigError where `source` is another model,
     CalibrationError where the recipe calibrates again and cannot.
     """
     captured = origin.captured(source)
@@ -171,12 +167,11 @@ def rebuild(
     rows: Rows = {}
     if calibration is not None:
         rows, prepared.sampling = _moved(calibration.rows, prepared.device), calibration.sampling
-        for observer in prepared.observed.modules():
-            if isinstance(observer, RangeObserver):
-                # a layer that was one with another when ranges were observed read the same value
-                names = (observer.site, origin.merged.get(observer.site, ""))
-                seen = [calibration.seen[name] for name in names if name in calibration.seen]
-                observer.seen = dict(seen[0]) if seen else {}
+        for observer in prepared.observers():
+            # layers merged when ranges were observed read the same value
+            names = (observer.site, origin.merged.get(observer.site, ""))
+            seen = [calibration.seen[name] for name in names if name in calibration.seen]
+            observer.seen = dict(seen[0]) if seen else {}
     prepared.cache = SampleCache.holding(rows, origin.visits)
     return prepared
 

@@ -1,8 +1,7 @@
-"""What a conversion did, as JSON-ready facts that are saved with the model and read by `report`."""
+"""Record what a conversion did, as JSON-ready facts that are saved and read by `report`."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,6 @@ from torch import fx
 
 from tfmq_fx.backends.support import keeps_integer_weights, obstacle
 from tfmq_fx.calibration.observers import Ranges
-from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.ir.graph_pass import Rewrite
 from tfmq_fx.ir.sites import find_sites
 from tfmq_fx.quant.activation import QuantActivation
@@ -21,17 +19,17 @@ from tfmq_fx.quant.quant_layer import QuantLayer
 _NO_BLOCK: dict[str, list[Any]] = {"features": [], "modules": [], "shared": [], "declined": []}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ConversionRecord:
-    """The facts that `convert` leaves in `Converted.record`, as `to_dict` gives them.
+    """The facts in `Converted.record`, as attributes.
 
     capture: how the model was captured.  block: the temporal block's features and modules.
-    temporal: what each feature could have been, and was chosen to be.
+    temporal: the candidate forms of each temporal feature, and the chosen one.
     samples: how many calibration samples were used, and how many the recipe takes.
     sites: each layer, by module path.  products: each rounded operand of attention.
-    declined: [layer, reason] of those left in floating point.  left_weights: how many weights are.
-    parameters: where the model's parameters ended up.  bits: the bit plan, or None.
-    steps: each step of the conversion.  passes: what each graph pass reported.
+    declined: [layer, reason] of those left in floating point.  left_weights: the number of weights
+    in floating point.  parameters: where the model's parameters ended up.  bits: the bit plan.
+    steps: each step of the conversion.  passes: the report of each graph pass.
     float_bytes: the size before.  removed: layers that tables replaced.
     """
 
@@ -50,13 +48,9 @@ class ConversionRecord:
     passes: list[dict[str, Any]] = field(default_factory=list)
     removed: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The facts by name; their values are shared, not copied."""
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-
 
 def pass_record(rewrite: Rewrite) -> dict[str, Any]:
-    """One pass: its name, what it changed and left alone, how long it took."""
+    """The record of one pass: its name, changes, declined sites and duration."""
     return {
         "name": rewrite.name,
         "changed": rewrite.changed,
@@ -66,17 +60,27 @@ def pass_record(rewrite: Rewrite) -> dict[str, Any]:
     }
 
 
-def site_records(
-    gm: fx.GraphModule, plan: Mapping[str, LayerConfig], ranges: Mapping[str, Ranges]
-) -> dict[str, dict[str, Any]]:
-    """Every convolution and linear layer that is left in the graph, and what it became."""
+def site_records(gm: fx.GraphModule, ranges: Mapping[str, Ranges]) -> dict[str, dict[str, Any]]:
+    """The record of every convolution and linear layer that is left in the graph."""
     records = {}
     for site in find_sites(gm)[0]:
         layer = site.layer
+        record: dict[str, Any] = {
+            "kind": type(layer).__name__,
+            "weights": site.weights,
+            "weight_bits": None,
+            "weight_format": "float",
+            "weight_groups": 1,
+            "act_bits": None,
+            "act_format": "float",
+            "reference_only": None,
+            "ranges": "none",
+            "interpolated": 0,
+            "bytes": sum(p.nbytes for p in layer.parameters()),
+        }
         if isinstance(layer, QuantLayer):
             seen = ranges.get(site.name)
-            records[site.name] = {
-                "kind": type(layer).__name__,
+            record |= {
                 "weights": layer.weight_shape_numel(),
                 "weight_bits": layer.weight_bits,
                 "weight_format": layer.weight_format,
@@ -88,20 +92,7 @@ def site_records(
                 "interpolated": seen.interpolated if seen and layer.per_timestep else 0,
                 "bytes": sum(b.nbytes for b in layer.buffers()),
             }
-        else:
-            records[site.name] = {
-                "kind": type(layer).__name__,
-                "weights": site.weights,
-                "weight_bits": None,
-                "weight_format": "float",
-                "weight_groups": 1,
-                "act_bits": None,
-                "act_format": "float",
-                "reference_only": None,
-                "ranges": "none",
-                "interpolated": 0,
-                "bytes": sum(p.nbytes for p in layer.parameters()),
-            }
+        records[site.name] = record
     return records
 
 
@@ -112,7 +103,7 @@ def branch_weights(gm: fx.GraphModule) -> int:
 
 
 def product_records(gm: fx.GraphModule) -> dict[str, dict[str, Any]]:
-    """Every operand of attention's products that is rounded to integers: its bits and its grid."""
+    """The bits and grid of every operand of attention's products that is rounded to integers."""
     return {
         name: {"bits": module.bits, "grid": module.grid}
         for name, module in gm.named_modules()

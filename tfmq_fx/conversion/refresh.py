@@ -1,4 +1,4 @@
-"""A converted model made anew: of other weights, or for other timesteps, without calibration."""
+"""Convert a model again with other weights or timesteps, without capturing or calibrating it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.conversion.convert import convert
-from tfmq_fx.conversion.models import Compiled, Converted
-from tfmq_fx.conversion.prepare_model import captured_only, rebuild
-from tfmq_fx.conversion.records import pass_record
-from tfmq_fx.conversion.step import Steps
-from tfmq_fx.conversion.steps import STEPS
 from tfmq_fx.core.arguments import check_module
 from tfmq_fx.core.errors import CalibrationError, ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
@@ -35,6 +29,13 @@ from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.source_tensors import shown
 from tfmq_fx.serialization.staleness import StalenessCheck
 
+from .convert import convert
+from .models import Compiled, Converted
+from .prepare_model import captured_only, rebuild
+from .records import pass_record
+from .step import Steps
+from .steps import STEPS
+
 
 @outside_inference_mode
 def refresh(
@@ -45,17 +46,17 @@ def refresh(
     steps: Steps | None = None,
     progress: bool = True,
 ) -> Converted:
-    """`model` made anew of the weights of `source`, or for other timesteps; `model` stays as it is.
+    """A new model with the weights of `source`, or for other timesteps; `model` stays as it is.
 
-    The conversion runs again on what calibration saw the first time: nothing is captured or
-    calibrated.  With the weights that it had, the same bits come out.
+    The conversion runs again on the first calibration: nothing is captured or calibrated.  With
+    unchanged weights the result has the same bits.
     source: the model that this one was made from, with other weights: trained on, loaded, or with a
     LoRA fused into it.  Parameters are found by name.  Left out, weights stay.
     timesteps: the new set, as for `prepare`: an int, a 1-d tensor or sequence, or a scheduler; left
     out, the set stays.  Tables are computed from `source`.  Scales and corrections were measured by
-    calibration: they are interpolated between its timesteps, always from those, and `report` tells
-    how many.  Without a source, all timesteps must have rows already, or nothing be tabled.
-    steps: the steps that `convert` was given; needed where some were your own.
+    calibration: they are interpolated between its timesteps, always from those, and `report` has
+    their number.  Without a source, all timesteps must have rows already, or nothing be tabled.
+    steps: those of `convert`; needed where some were your own.
 
     Raises ConfigError where `source` is another model or a step of the conversion is not among
     `steps`, CalibrationError where a loaded model was saved without the calibration that its
@@ -71,26 +72,29 @@ def refresh(
         raise ConfigError("this model has no tables: it takes any timesteps as it is")
     if values is not None and hasattr(timesteps, "timesteps"):
         values = values.unique()  # some schedulers visit a timestep twice
-    made = model.unbound()
-    if values is None and not _is_calibrated(made, origin):
-        values = made.timesteps
+    new = model.unbound()
+    if values is None and not _has_calibrated_timesteps(new, origin):
+        values = new.timesteps
     if source is None:
         if model.watch is not None:
             model.watch.check_contents()
-    elif timesteps is None or not _is_made_from(made, origin, source):
-        made = _reconverted(made, origin, source, steps, progress)
+    else:
+        # the weights of `source` may be in place already, in memory shared with no other model
+        same = (new.watch is None or new.watch.watches(source)) and not origin.changed(source)
+        if timesteps is None or not same:
+            new = _reconverted(new, origin, source, steps, progress)
     if values is not None and origin.timesteps is not None:
-        made = _retimed(made, values, source)
-    return model.bound_alike(made, timesteps)
+        new = _retimed(new, values, source)
+    return model.bound_alike(new, timesteps)
 
 
 @outside_inference_mode
 def check_source(model: Converted | Compiled, source: nn.Module) -> list[str]:
-    """Names of the tensors of `source` that are not what `model` was made from, or that it lacks,
-    and of attributes of its modules ("to_q.scaling") that are set otherwise.
+    """Names of the tensors of `source` that differ from those that `model` was made from or are
+    missing, and of attributes of its modules ("to_q.scaling") with another value.
 
-    All elements count; in another dtype than before, some.  Layers that an adapter wraps and is not
-    fused into count as changed.  Raises ConfigError where the model does not remember its origin.
+    All elements are compared; in another dtype than before, some.  Layers that an adapter wraps and
+    is not fused into count as changed.  Raises ConfigError for a model without provenance.
     """
     check_module(source, "source")
     return _origin(model, "check_source()").changed(source)
@@ -114,18 +118,9 @@ def _origin(model: Any, caller: str) -> Provenance:
     return model.origin
 
 
-def _is_calibrated(made: Converted, origin: Provenance) -> bool:
-    """Whether the model is over the timesteps of its conversion."""
-    keys = made.timesteps
-    if keys is None or origin.timesteps is None:
-        return True
-    return torch.equal(keys.cpu(), origin.timesteps)
-
-
-def _is_made_from(made: Converted, origin: Provenance, source: nn.Module) -> bool:
-    """Whether the model holds the weights of `source`, and shares memory with no other."""
-    watched = made.watch is None or made.watch.watches(source)
-    return watched and not origin.changed(source)
+def _has_calibrated_timesteps(model: Converted, origin: Provenance) -> bool:
+    keys = model.timesteps
+    return keys is None or origin.timesteps is None or torch.equal(keys.cpu(), origin.timesteps)
 
 
 def _same_steps(origin: Provenance, steps: Steps | None) -> Steps:
@@ -148,73 +143,63 @@ def _same_steps(origin: Provenance, steps: Steps | None) -> Steps:
 
 
 def _reconverted(
-    made: Converted, origin: Provenance, source: nn.Module, steps: Steps | None, progress: bool
+    model: Converted, origin: Provenance, source: nn.Module, steps: Steps | None, progress: bool
 ) -> Converted:
-    """The conversion of `source` that gave `made`, over the timesteps that it was made for."""
+    """The conversion of `source` by the recipe of `model`, for its original timesteps."""
     if origin.calibrated and origin.calibration is None:
-        layers = [n for n, m in made.gm.named_modules() if isinstance(m, QuantLayer)]
+        layers = [n for n, m in model.gm.named_modules() if isinstance(m, QuantLayer)]
         raise CalibrationError(
-            f"recipe {made.recipe.name!r} reads calibration, which this model was saved without: "
+            f"recipe {model.recipe.name!r} reads calibration, which this model was saved without: "
             f"quantized weights cannot be made anew ({shown(layers)}). Save with save(model, path, "
             "calibration=True) before loading, or prepare, calibrate and convert the source."
         )
-    if made.watch is not None and (names := made.watch.outside.changed()):
+    if model.watch is not None and (names := model.watch.outside.changed()):
         raise ConfigError(
             f"{shown(names)}: a tensor that the model's code reads from outside its modules has "
             "changed since. Prepare and convert the source anew"
         )
-    prepared = rebuild(origin, made.recipe, source, made.record["capture"])
+    prepared = rebuild(origin, model.recipe, source, model.record["capture"])
     if origin.timesteps is None:
         new = captured_only(prepared)
     else:
         new = convert(
-            prepared, bits=made.bit_plan, steps=_same_steps(origin, steps), progress=progress
+            prepared, bits=model.bit_plan, steps=_same_steps(origin, steps), progress=progress
         )
-    if (new.device, new.dtype) != (made.device, made.dtype):
-        new.to(device=made.device, dtype=made.dtype)
+    if (new.device, new.dtype) != (model.device, model.dtype):
+        new.to(device=model.device, dtype=model.dtype)
     return new
 
 
-def _retimed(made: Converted, values: Tensor, source: nn.Module | None) -> Converted:
-    """`made` for other timesteps, on the same memory."""
-    origin, watch, rows = made.origin, made.watch, None
+def _retimed(model: Converted, values: Tensor, source: nn.Module | None) -> Converted:
+    """`model` for other timesteps; other tensors than tables and scales are shared."""
+    origin, watch, rows = model.origin, model.watch, None
     assert origin is not None and origin.timesteps is not None
     if source is not None:
         captured = origin.captured(source)
-        rows = _rows(captured, values, {n.meta.get(FEATURE) for n in made.gm.graph.nodes})
+        rows = _rows(captured, values, {n.meta.get(FEATURE) for n in model.gm.graph.nodes})
         held = tensors_of(captured)
         watch = watch or StalenessCheck(source, origin.fingerprints, held, origin.behaviour)
-    scales = origin.scales or _scales(made.gm)
+    lookups = [str(n.args[0].target) for n in model.gm.graph.nodes if is_timestep_row(n)]
+    measured = [name for name in lookups if not name.startswith(TABLE)]  # tables are computed
+    scales = origin.scales or {name: getattr(model.gm, name).cpu() for name in measured}
     calibrated = (origin.timesteps, scales)
-    done = change_timesteps(made.gm, timesteps=values, rows=rows, calibrated=calibrated)
-    own_modules(done.gm)
-    record = copy.deepcopy(made.record)
-    record["passes"].append(pass_record(done))
-    record["interpolated"] = done.details["interpolated"]
-    new = Converted(
-        done.gm,
-        made.call,
-        recipe=made.recipe,
-        record=record,
-        model_config=made.model_config,
-        origin=origin,
-        watch=watch,
-    )
-    new.origin = dataclasses.replace(origin, scales={} if _is_calibrated(new, origin) else scales)
+    rewrite = change_timesteps(model.gm, timesteps=values, rows=rows, calibrated=calibrated)
+    own_modules(rewrite.gm)
+    record = copy.deepcopy(model.record)
+    record["passes"].append(pass_record(rewrite))
+    record["interpolated"] = rewrite.details["interpolated"]
+    new = Converted(rewrite.gm, model.call, **model.settings() | {"record": record, "watch": watch})
+    if _has_calibrated_timesteps(new, origin):
+        scales = {}
+    new.origin = dataclasses.replace(origin, scales=scales)
     return new
 
 
 def _rows(captured: fx.GraphModule, values: Tensor, features: Container[str]) -> dict[str, Tensor]:
-    """Each of `features` at each timestep, sorted, as folding computes them."""
+    """The rows of `features` at `values`, sorted, computed as folding computes them."""
     gm = fold_weights(merge_duplicates(captured).gm).gm
     block = temporal_block(gm)
     keys = check_timesteps(values, timestep_node(gm).meta["val"].dtype)
     rows = compute_rows(block.graph, keys)
     named = zip(block.features, rows, strict=True)
     return {feature.name: row for feature, row in named if feature.name in features}
-
-
-def _scales(gm: fx.GraphModule) -> dict[str, Tensor]:
-    """The rows that were measured and not computed, by buffer, on the CPU."""
-    read = [str(node.args[0].target) for node in gm.graph.nodes if is_timestep_row(node)]
-    return {name: getattr(gm, name).cpu() for name in read if not name.startswith(TABLE)}

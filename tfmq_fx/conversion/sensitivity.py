@@ -1,14 +1,15 @@
-"""What each layer alone costs the model's output, at each timestep and for each thing it may be."""
+"""Measure the output error of quantizing one layer at a time, per timestep and candidate format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from tfmq_fx.calibration.activation_store import ActivationStore
 from tfmq_fx.calibration.executor import LayerwiseExecutor
@@ -22,7 +23,7 @@ from tfmq_fx.serialization.checkpoint import Checkpoint, Part, finished
 
 
 class _AsFloat(nn.Module):
-    """A float layer where a quantized one is called: (x, scale) -> layer(x)."""
+    """A float layer that is called like a quantized one: (x, scale) -> layer(x)."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -35,10 +36,10 @@ class _AsFloat(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Noise at the model's output, as a share of its signal there: error energy over energy.
+    """Noise at the model's output relative to its signal: error energy over energy.
 
-    noise: site -> (options, K), what the site adds as each of its options.
-    rest: (K,), what is there with every one of these sites in floating point (cached tables,
+    noise: site -> (options, K), the noise of each option of the site.
+    rest: (K,), the noise with all of these sites in floating point (from cached tables and
     attention's own products).  Timesteps without a sample have NaN.
     """
 
@@ -49,7 +50,7 @@ class Sensitivity:
 Outputs = Sequence[Sequence[Tensor]]  # the tensors that a graph gives for each chunk
 
 Options = Callable[[Site, LayerwiseExecutor], Sequence[nn.Module]]
-"""What a site may be. The walk has not run past it; its nodes are those of the site."""
+"""Makes the candidate layers of a site, whose nodes belong to the executor and have not run yet."""
 
 
 def measure(
@@ -65,91 +66,73 @@ def measure(
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
 ) -> Sensitivity:
-    """Each option of each of the sites `names`, tried with all the others in floating point.
+    """The noise of each option of the sites `names`, with all other sites in floating point.
 
-    quantized: the graph with these sites quantized, of which only the way they are called counts.
+    quantized: the graph with these sites quantized; only their calls are read.
     reference: the full-precision graph, with a layer of the same path for each site.
-    options: of a site, made when it is its turn; modules called as it is in `quantized`.
-    chunks: placeholder values that options are tried on.  timesteps: (K,), the model's set.
-    seen: those that the walk given to `options` runs over, in floating point.  memory: bytes of
-    values between layers that are held in memory, the rest wait on disk; 0 holds all.
-    checkpoint: where finished sites are found and put.
-    Of many processes the first one tries what it has options for, and tells the others.
+    options: makes the candidate layers of a site, called as the site is in `quantized`.
+    chunks: placeholder values to measure on.  timesteps: (K,), the model's set.
+    seen: placeholder values for the executor that `options` gets, in floating point.  memory: bytes
+    of values between layers that stay in memory, the rest wait on disk; 0: all stay.
+    checkpoint: holds finished sites.
+    With many processes the first one measures, and sends the results to the others.
     """
     floats = fork(quantized)
     for name in names:
         floats.set_submodule(name, _AsFloat(reference.get_submodule(name)))
-    energies = _Energies(floats, chunks, timesteps)
+    position = list(floats.graph.find_nodes(op="placeholder")).index(timestep_node(floats))
+    steps = [timestep_index(timesteps, chunk[position]).cpu() for chunk in chunks]
+
+    def energies(outputs: Outputs, minus: Outputs | None = None) -> Tensor:
+        """The sum of squares of outputs, or of their differences, at each timestep: (K,)."""
+        total = torch.zeros(len(timesteps), dtype=torch.float64)
+        for i, (step, tensors) in enumerate(zip(steps, outputs, strict=True)):
+            if minus is not None:
+                tensors = [a - b for a, b in zip(tensors, minus[i], strict=True)]
+            total.index_add_(0, step, torch.stack([squares(x, len(step)) for x in tensors]).sum(0))
+        return total
+
     with torch.no_grad():
-        full = [list(_tensors(reference(*chunk))) for chunk in chunks]
-        base = [list(_tensors(floats(*chunk))) for chunk in chunks]
+        full = [_tensors(reference(*chunk)) for chunk in chunks]
+        base = [_tensors(floats(*chunk)) for chunk in chunks]
     signal, writes = energies(full), bool(writers(floats))
-    found = dict[str, Tensor]()
+    noise = dict[str, Tensor]()
     with ActivationStore(memory) if memory else nullcontext(None) as spill:
-        trial, walk = (LayerwiseExecutor(floats, given, spill=spill) for given in (chunks, seen))
+        trial, walk = (LayerwiseExecutor(floats, values, spill=spill) for values in (chunks, seen))
 
         @torch.no_grad()
-        def tried(site: Site) -> Part:
-            answers = _answers(trial, site.name, options(site, walk), whole=writes)
-            noise = [energies(_differences(base, answer)) / signal for answer in answers]
-            return Part({site.name: {"noise": torch.stack(noise)}} if noise else {}, {})
+        def measured(site: Site) -> Part:
+            outputs = _trial_outputs(trial, site.name, options(site, walk), whole=writes)
+            rows = [energies(base, output) / signal for output in outputs]
+            return Part({site.name: {"noise": torch.stack(rows)}} if rows else {}, {})
 
         sites = [site for site in find_sites(quantized)[0] if site.name in names]
         for site in progress_bar(sites, "sensitivity", enabled=progress):
             own = replace(site, nodes=tuple(walk.node(node.name) for node in site.nodes))
             trial.stop_before(trial.node(own.nodes[0].name))
-            part = finished(checkpoint, site.name, partial(tried, own), shared=True)
-            found[site.name] = part.states[site.name]["noise"]
-    return Sensitivity(found, energies(_differences(full, base)) / signal)
+            part = finished(checkpoint, site.name, partial(measured, own), shared=True)
+            noise[site.name] = part.states[site.name]["noise"]
+    return Sensitivity(noise, energies(full, base) / signal)
 
 
-class _Energies:
-    """Called with a graph's outputs: the sum of their squares at each of K timesteps, (K,)."""
-
-    def __init__(
-        self, gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]], timesteps: Tensor
-    ) -> None:
-        position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
-        self.steps = [timestep_index(timesteps, chunk[position]).cpu() for chunk in chunks]
-        self.count = len(timesteps)
-
-    def __call__(self, outputs: Outputs) -> Tensor:
-        total = torch.zeros(self.count, dtype=torch.float64)
-        for step, tensors in zip(self.steps, outputs, strict=True):
-            total.index_add_(0, step, torch.stack([squares(x, len(step)) for x in tensors]).sum(0))
-        return total
-
-
-def _differences(expected: Outputs, found: Outputs) -> Outputs:
-    """expected - found, tensor by tensor."""
-    pairs = zip(expected, found, strict=True)
-    return [[e - f for e, f in zip(*pair, strict=True)] for pair in pairs]
-
-
-def _answers(
+def _trial_outputs(
     trial: LayerwiseExecutor, name: str, options: Sequence[nn.Module], *, whole: bool
 ) -> Iterator[Outputs]:
     """The outputs of the graph with each option in the place of the module `name`.
 
-    whole: whether it runs from its beginning, as it must where it writes in place.
+    whole: whether the graph runs from its beginning, which in-place writes require.
     """
     gm, before = trial.gm, trial.gm.get_submodule(name)
     for option in options:
         gm.set_submodule(name, option)
         yield [
-            list(_tensors(gm(*chunk) if whole else trial.run_to_end(i)))
+            _tensors(gm(*chunk) if whole else trial.run_to_end(i))
             for i, chunk in enumerate(trial.chunks)
         ]
     gm.set_submodule(name, before)
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Every floating tensor in a graph's output."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+def _tensors(value: object) -> list[Tensor]:
+    """Every floating-point tensor in a graph's output."""
+    leaves = pytree.tree_leaves(value)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]

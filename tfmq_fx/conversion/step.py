@@ -1,4 +1,4 @@
-"""One step of a conversion as a value, and a list of steps that can be checked and printed."""
+"""Describe a step of a conversion, and check and print a list of steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -19,7 +20,7 @@ from .job import Job
 
 
 class Need(enum.Enum):
-    """What a step reads of calibration; `convert` makes sure that it is there before it begins."""
+    """The calibration data that a step reads; `convert` checks that it is there beforehand."""
 
     RANGES = "ranges"  # the lowest and highest input of each layer at each timestep
     SAMPLES = "samples"  # sample inputs of the model
@@ -27,7 +28,7 @@ class Need(enum.Enum):
 
 
 class Guarantee(enum.Enum):
-    """How what a step makes compares with what it was given."""
+    """How the outputs of the graph after a step compare with those before it."""
 
     BIT_EXACT = "bit-exact"  # the same outputs, bit for bit, at batch size 1
     REASSOCIATION = "equal up to reassociation"  # the same sums of products, in another order
@@ -36,7 +37,7 @@ class Guarantee(enum.Enum):
 
 
 def never(job: Job) -> str | None:
-    """No reason to leave a step out."""
+    """Return no reason to leave a step out."""
     return None
 
 
@@ -45,13 +46,13 @@ class Step:
     """One named step of `convert`.
 
     name: an identifier, by which reports, checkpoints and `refresh` know the step.
-    run: takes a Job and returns a new one; it never changes the one that it gets, nor its graph.
+    run: takes a Job and returns a new one; it never changes its argument, nor the graph in it.
         For a graph pass: `lambda job: job.applied(my_pass(job.gm))`.
-    skip: why the step is left out, or None. It is asked before the conversion begins and again
-        when the step's turn comes, and must answer on what is known by then.
-    needs: what the step reads of calibration.
+    skip: returns why the step is left out, or None. It is called before the conversion begins and
+        again when the step's turn comes, and must work with what the Job has by then.
+    needs: the calibration data that the step reads.
     takes, gives: the stage of the graph before and after.
-    guarantee, cost: what is promised of the outputs, and how long it takes, in words; printed.
+    guarantee, cost: how exact the outputs are, and how long the step takes, in words; printed.
     """
 
     name: str
@@ -66,19 +67,18 @@ class Step:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ConfigError(f"Step.name must be an identifier such as 'clip', not {self.name!r}")
-        for name in ("run", "skip"):
-            if not callable(getattr(self, name)):
-                raise ConfigError(
-                    f"step {self.name!r}: {name} must be a function of a Job, "
-                    f"not {getattr(self, name)!r}"
-                )
-        kinds = {"takes": Stage, "gives": Stage, "guarantee": Guarantee, "cost": str}
-        for name, kind in kinds.items():
-            if not isinstance(getattr(self, name), kind):
-                raise ConfigError(
-                    f"step {self.name!r}: {name} must be a {kind.__name__}, "
-                    f"not {getattr(self, name)!r}"
-                )
+        kinds: dict[str, tuple[Any, str]] = {
+            "run": (Callable, "function of a Job"),
+            "skip": (Callable, "function of a Job"),
+            "takes": (Stage, "Stage"),
+            "gives": (Stage, "Stage"),
+            "guarantee": (Guarantee, "Guarantee"),
+            "cost": (str, "str"),
+        }
+        for name, (kind, noun) in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ConfigError(f"step {self.name!r}: {name} must be a {noun}, not {value!r}")
         object.__setattr__(self, "needs", frozenset(self.needs))
         if wrong := [need for need in self.needs if not isinstance(need, Need)]:
             raise ConfigError(f"step {self.name!r}: needs holds {wrong[0]!r}, which is no Need")
@@ -90,10 +90,10 @@ class Step:
         return " ".join(text.split("\n\n")[0].split()).rstrip(".")
 
     def __call__(self, job: Job) -> Job:
-        """The job after this step, whose graph is checked on the way in and out.
+        """The job after this step, with checks of the graph before and after it.
 
-        Raises GraphError where the graph is not of the stage that the step takes or gives, or where
-        the step changed the graph that it was given.
+        Raises GraphError where a graph is not of the stage that the step takes or gives, or where
+        the step changed the graph of its argument.
         """
         check(job.gm, self.takes)
         before = _state(job.gm)
@@ -117,7 +117,7 @@ class Step:
 
 
 def _state(gm: fx.GraphModule) -> object:
-    """What an edit of a graph in place changes: its nodes, its modules, versions of its tensors."""
+    """The nodes, modules and tensor versions of a graph, which an edit in place changes."""
     tensors = itertools.chain(gm.named_parameters(), gm.named_buffers())
     versions = {n: (id(t), 0 if t.is_inference() else t._version) for n, t in tensors}
     modules = {name: id(module) for name, module in gm.named_modules()}
@@ -134,32 +134,31 @@ class Steps(tuple[Step, ...]):
         return super().__new__(cls, steps)
 
     def before(self, name: str, *steps: Step) -> Steps:
-        """A list with `steps` in front of the step called `name`."""
+        """The steps with `steps` in front of the step called `name`."""
         at = self.position(name)
         return Steps(*self[:at], *steps, *self[at:])
 
     def after(self, name: str, *steps: Step) -> Steps:
-        """A list with `steps` behind the step called `name`."""
+        """The steps with `steps` behind the step called `name`."""
         at = self.position(name) + 1
         return Steps(*self[:at], *steps, *self[at:])
 
     def without(self, *names: str) -> Steps:
-        """A list that lacks the steps called `names`."""
+        """The steps but for those called `names`."""
         for name in names:
             self.position(name)
         return Steps(*(step for step in self if step.name not in names))
 
     def replaced(self, name: str, step: Step) -> Steps:
-        """A list with `step` in the place of the step called `name`."""
+        """The steps with `step` in the place of the step called `name`."""
         at = self.position(name)
         return Steps(*self[:at], step, *self[at + 1 :])
 
     def position(self, name: str) -> int:
-        """Where the step called `name` stands. Raises ConfigError where there is none."""
-        for i, step in enumerate(self):
-            if step.name == name:
-                return i
-        raise ConfigError(f"no step is called {name!r}; there are {', '.join(self.names)}")
+        """The index of the step called `name`. Raises ConfigError where there is none."""
+        if name not in self.names:
+            raise ConfigError(f"no step is called {name!r}; there are {', '.join(self.names)}")
+        return self.names.index(name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -167,7 +166,7 @@ class Steps(tuple[Step, ...]):
         return tuple(step.name for step in self)
 
     def check(self, job: Job) -> None:
-        """Make sure, before the long work, that the steps fit one another and the calibration.
+        """Check, before the long work, that the steps fit one another and the calibration.
 
         Raises ConfigError where a step takes another stage than the one before it gives, or the
         last does not give a quantized graph; CalibrationError where what a step needs is missing.
@@ -193,7 +192,7 @@ class Steps(tuple[Step, ...]):
         if Need.RANGES in needs:
             check_ranges(job.prepared, job.sites, job.plan)
         if Need.SAMPLES in needs:
-            check_samples(job.prepared)
+            check_samples(job.prepared.cache)
 
     def __repr__(self) -> str:
         return f"Steps({', '.join(self.names)})"

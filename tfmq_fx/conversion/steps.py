@@ -1,13 +1,15 @@
-"""The steps of `convert`, in the order in which they run.
+"""Define the steps of `convert`: `STEPS`, at the end, lists them in the order in which they run.
 
-Each function is one step: it takes a Job and returns a new one. `STEPS`, at the end, says what each
-needs and promises; `print(tfmq_fx.STEPS)` shows that as a table.
+Each function is one step: it takes a Job and returns a new one. `print(tfmq_fx.STEPS)` shows what
+each step does, guarantees and costs.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tfmq_fx.calibration.output_errors import measure_errors
 from tfmq_fx.calibration.product_ranges import measure_products as measure_product_ranges
@@ -24,9 +26,8 @@ from tfmq_fx.passes.quantize_tables import quantize_tables as quantize_tables_pa
 from tfmq_fx.passes.reconstruct_blocks import reconstruct_blocks as reconstruct_blocks_pass
 from tfmq_fx.passes.round_weights import round_weights as round_weights_pass
 
-from .bit_planning import given_bits
 from .bit_planning import plan_bits as plan_bits_within
-from .calibration_data import observed_ranges, resampled
+from .calibration_data import check_ranges, resampled
 from .job import Job, Samples
 from .layer_rewrites import profiled_ranges, unchanged_sites
 from .layer_rewrites import rewrite_layers as rewrite_planned_layers
@@ -37,18 +38,7 @@ from .temporal_forms import choose_temporal
 def rewrite_layers(job: Job) -> Job:
     """Rewrite layers so that they quantize better: split at concatenations (Q-Diffusion), scaled
     (TCAQ-DM's TCR, SmoothQuant), rotated (QuaRot, ConvRot), with a low-rank branch (SVDQuant)."""
-    block = job.temporal_block()
-    rewritten = rewrite_planned_layers(
-        job.gm,
-        job.recipe.rewrites,
-        plan=job.plan,
-        fixed=block.modules,
-        chunks=job.samples.chunks,
-        seed=job.recipe.reconstruction.seed,
-        progress=job.progress,
-    )
-    rewritten.gm.requires_grad_(False)  # what a rewrite computes is not learnt
-    return job.applied(*rewritten.passes, plan=rewritten.plan)
+    return rewrite_planned_layers(job)
 
 
 def _no_rewrites(job: Job) -> str | None:
@@ -61,16 +51,15 @@ def decompose_attention(job: Job) -> Job:
 
 
 def _no_attention(job: Job) -> str | None:
-    wanted = job.recipe.attention is not None
-    return None if wanted else "the recipe leaves attention's products in floating point"
+    attention = job.recipe.attention
+    return "the recipe leaves attention's products in floating point" if attention is None else None
 
 
 def measure_ranges(job: Job) -> Job:
     """Read the input range of each layer at each timestep from what calibration observed."""
-    sites, _ = find_sites(job.captured)
-    plan = {site.name: job.plan[site.name] for site in sites if site.name in job.plan}
-    kept = [site for site in sites if site.name in plan]
-    return replace(job, ranges=observed_ranges(job.prepared, kept, plan, job.timesteps))
+    sites = [site for site in find_sites(job.captured)[0] if site.name in job.plan]
+    observers = check_ranges(job.prepared, sites, job.plan)
+    return replace(job, ranges={n: o.ranges(job.timesteps) for n, o in observers.items()})
 
 
 def _nothing_ranged(job: Job) -> str | None:
@@ -80,27 +69,19 @@ def _nothing_ranged(job: Job) -> str | None:
 
 def profile_ranges(job: Job) -> Job:
     """Measure anew the input ranges of rewritten layers, and those that are grouped or clipped."""
-    specs = {name: acts for name, layer in job.plan.items() if (acts := layer.calibrated)}
-    profiled = profiled_ranges(
-        job.gm,
-        {name: specs[name] for name in _profiled(job)},
-        timesteps=job.timesteps,
-        chunks=job.samples.chunks,
-        seed=job.recipe.reconstruction.seed,
-        progress=job.progress,
-    )
+    profiled = profiled_ranges(job, _profiled(job))
     return replace(job, ranges={**job.ranges, **profiled})
 
 
 def _profiled(job: Job) -> list[str]:
-    """The layers whose ranges need more than the lowest and highest input seen by calibration."""
+    """The layers whose ranges need more than the lowest and highest input that calibration saw."""
     unchanged = unchanged_sites(job.captured, job.gm)
-    chosen = job.recipe.reconstruction.sampling != "uniform"
+    drawn = job.recipe.reconstruction.sampling != "uniform"
     return [
         name
         for name, layer in job.plan.items()
         if (acts := layer.calibrated) is not None
-        and (name not in unchanged or acts.ranges != "minmax" or acts.timestep_groups or chosen)
+        and (name not in unchanged or acts.ranges != "minmax" or acts.timestep_groups or drawn)
     ]
 
 
@@ -149,27 +130,16 @@ def quantize_tables(job: Job) -> Job:
 
 
 def _nothing_cached(job: Job) -> str | None:
-    if job.temporal.choice and not job.temporal.cached:
-        return "no feature was chosen to be cached as integers"
-    return None if job.temporal.choice else "the model has no temporal features"
+    if not job.temporal.choice:
+        return "the model has no temporal features"
+    return None if job.temporal.cached else "no feature was chosen to be cached as integers"
 
 
 def plan_bits(job: Job) -> Job:
     """Choose the weight bits of each layer within the budget, by measured output error."""
     trial = quantize_layers(job)  # at the widths of the recipe
     trial = trial if job.products is None else quantize_products(trial)
-    planned = plan_bits_within(
-        trial.gm,
-        prepared=job.prepared,
-        reference=job.reference,
-        layers=job.plan,
-        fixed={*job.temporal.layers, *given_bits(job.plan, job.prepared.overrides)},
-        chunks=job.samples.chunks,
-        timesteps=job.timesteps,
-        budget=job.budget,
-        checkpoint=job.parts("plan_bits"),
-        progress=job.progress,
-    )
+    planned = plan_bits_within(trial.gm, job)
     return replace(job, bits=from_first(planned, "bits"))  # processes measure different times
 
 
@@ -206,19 +176,22 @@ def quantize_products(job: Job) -> Job:
 def round_weights(job: Job) -> Job:
     """Round weights to second order (GPTQ) on the inputs that each layer really gets, in execution
     order."""
-    return job.applied(
-        round_weights_pass(
-            job.gm,
-            reference=job.reference,
-            chunks=job.samples.chunks,
-            plan=dict(job.plan),
-            spec=job.recipe.reconstruction,
-            weights=job.samples.weights,
-            skip=job.untouched(),
-            checkpoint=job.parts("round_weights"),
-            progress=job.progress,
-        )
-    )
+    options = _rounding_options(job, "round_weights")
+    return job.applied(round_weights_pass(job.gm, plan=dict(job.plan), **options))
+
+
+def _rounding_options(job: Job, group: str) -> dict[str, Any]:
+    """The arguments that both passes take which round weights on samples."""
+    return {
+        "reference": job.reference,
+        "chunks": job.samples.chunks,
+        "spec": job.recipe.reconstruction,
+        "weights": job.samples.weights,
+        # layers that TIAR has rounded are left alone
+        "skip": job.temporal.layers if job.recipe.temporal.tiar_iters else {},
+        "checkpoint": job.parts(group),
+        "progress": job.progress,
+    }
 
 
 def _no_second_order(job: Job) -> str | None:
@@ -231,23 +204,9 @@ def _no_second_order(job: Job) -> str | None:
 def reconstruct_blocks(job: Job) -> Job:
     """Learn the rounding of each block (BRECQ, AdaRound) so that its output is the full-precision
     one."""
-    return _reconstructed(job, job.recipe.reconstruction.iters, "reconstruct_blocks")
-
-
-def _reconstructed(job: Job, iters: int, group: str) -> Job:
-    return job.applied(
-        reconstruct_blocks_pass(
-            job.gm,
-            reference=job.reference,
-            chunks=job.samples.chunks,
-            spec=job.recipe.reconstruction,
-            iters=iters,
-            weights=job.samples.weights,
-            skip=job.untouched(),
-            checkpoint=job.parts(group),
-            progress=job.progress,
-        )
-    )
+    options = _rounding_options(job, "reconstruct_blocks")
+    iters = job.recipe.reconstruction.iters
+    return job.applied(reconstruct_blocks_pass(job.gm, iters=iters, **options))
 
 
 def _not_learnt(job: Job) -> str | None:
@@ -261,9 +220,9 @@ def resample_and_reconstruct(job: Job) -> Job:
     on that."""
     spec, samples = job.recipe.reconstruction, job.samples
     for i in range(spec.rounds):
-        visited = Samples(resampled(job.prepared, job.gm))
-        job = replace(job, samples=visited)
-        job = _reconstructed(job, spec.round_iters, f"resample_and_reconstruct {i}")
+        job = replace(job, samples=Samples(resampled(job.prepared, job.gm)))
+        options = _rounding_options(job, f"resample_and_reconstruct {i}")
+        job = job.applied(reconstruct_blocks_pass(job.gm, iters=spec.round_iters, **options))
     return replace(job, samples=samples)
 
 
@@ -290,125 +249,77 @@ def _not_corrected(job: Job) -> str | None:
     return None if changed else "nothing is quantized"
 
 
-_captured = functools.partial(Step, takes=Stage.CAPTURED, gives=Stage.CAPTURED)
-_folded = functools.partial(Step, takes=Stage.FOLDED, gives=Stage.FOLDED)
-_quantized = functools.partial(Step, takes=Stage.QUANTIZED, gives=Stage.QUANTIZED)
+def _step(run: Callable[[Job], Job], *, cost: str = "seconds", **options: Any) -> Step:
+    """A step with the name of its function."""
+    return Step(name=run.__name__, run=run, cost=cost, **options)
+
+
+_captured = functools.partial(
+    _step, takes=Stage.CAPTURED, gives=Stage.CAPTURED, guarantee=Guarantee.UNCHANGED
+)
+_folded = functools.partial(_step, takes=Stage.FOLDED, gives=Stage.FOLDED)
+_quantized = functools.partial(
+    _step, takes=Stage.QUANTIZED, gives=Stage.QUANTIZED, guarantee=Guarantee.MEASURED
+)
 _SAMPLES = frozenset({Need.SAMPLES})
+_PASS = "a pass over the samples"
 
 STEPS = Steps(
     _captured(
-        name="rewrite_layers",
-        run=rewrite_layers,
+        rewrite_layers,
         skip=_no_rewrites,
         needs=_SAMPLES,
         guarantee=Guarantee.REASSOCIATION,
         cost="a pass over the samples for each rewrite",
     ),
-    _captured(
-        name="decompose_attention",
-        run=decompose_attention,
-        skip=_no_attention,
-        guarantee=Guarantee.REASSOCIATION,
-        cost="seconds",
-    ),
-    _captured(
-        name="measure_ranges",
-        run=measure_ranges,
-        skip=_nothing_ranged,
-        needs=frozenset({Need.RANGES}),
-        guarantee=Guarantee.UNCHANGED,
-        cost="seconds",
-    ),
-    _captured(
-        name="profile_ranges",
-        run=profile_ranges,
-        skip=_nothing_profiled,
-        needs=_SAMPLES,
-        guarantee=Guarantee.UNCHANGED,
-        cost="a pass over the samples",
-    ),
-    _captured(
-        name="measure_products",
-        run=measure_products,
-        skip=_no_attention,
-        needs=_SAMPLES,
-        guarantee=Guarantee.UNCHANGED,
-        cost="a pass over the samples",
-    ),
-    _captured(
-        name="choose_temporal_forms",
-        run=choose_temporal_forms,
-        guarantee=Guarantee.UNCHANGED,
-        cost="seconds, or tiar_iters steps of learning",
-    ),
-    Step(
-        name="fold_timesteps",
-        run=fold_timesteps,
+    _captured(decompose_attention, skip=_no_attention, guarantee=Guarantee.REASSOCIATION),
+    _captured(measure_ranges, skip=_nothing_ranged, needs=frozenset({Need.RANGES})),
+    _captured(profile_ranges, skip=_nothing_profiled, needs=_SAMPLES, cost=_PASS),
+    _captured(measure_products, skip=_no_attention, needs=_SAMPLES, cost=_PASS),
+    _captured(choose_temporal_forms, cost="seconds, or tiar_iters steps of learning"),
+    _step(
+        fold_timesteps,
         takes=Stage.CAPTURED,
         gives=Stage.FOLDED,
         guarantee=Guarantee.BIT_EXACT,
-        cost="seconds",
     ),
+    _folded(quantize_tables, skip=_nothing_cached, guarantee=Guarantee.MEASURED),
     _folded(
-        name="quantize_tables",
-        run=quantize_tables,
-        skip=_nothing_cached,
-        guarantee=Guarantee.MEASURED,
-        cost="seconds",
-    ),
-    _folded(
-        name="plan_bits",
-        run=plan_bits,
+        plan_bits,
         skip=_no_budget,
         needs=_SAMPLES,
         guarantee=Guarantee.UNCHANGED,
         cost="layers x bit widths, each a pass over the samples",
     ),
-    Step(
-        name="quantize_layers",
-        run=quantize_layers,
+    _step(
+        quantize_layers,
         takes=Stage.FOLDED,
         gives=Stage.QUANTIZED,
         guarantee=Guarantee.MEASURED,
-        cost="seconds",
     ),
+    _quantized(quantize_products, skip=_no_attention),
     _quantized(
-        name="quantize_products",
-        run=quantize_products,
-        skip=_no_attention,
-        guarantee=Guarantee.MEASURED,
-        cost="seconds",
-    ),
-    _quantized(
-        name="round_weights",
-        run=round_weights,
+        round_weights,
         skip=_no_second_order,
         needs=_SAMPLES,
-        guarantee=Guarantee.MEASURED,
         cost="two passes over the samples, and a factorization for each layer",
     ),
     _quantized(
-        name="reconstruct_blocks",
-        run=reconstruct_blocks,
+        reconstruct_blocks,
         skip=_not_learnt,
         needs=_SAMPLES,
-        guarantee=Guarantee.MEASURED,
         cost="blocks x iters steps of learning",
     ),
     _quantized(
-        name="resample_and_reconstruct",
-        run=resample_and_reconstruct,
+        resample_and_reconstruct,
         skip=_not_resampled,
         needs=frozenset({Need.SAMPLES, Need.RESAMPLING}),
-        guarantee=Guarantee.MEASURED,
         cost="rounds x (a calibration, and blocks x round_iters steps of learning)",
     ),
     _quantized(
-        name="correct_outputs",
-        run=correct_outputs,
+        correct_outputs,
         skip=_not_corrected,
         needs=_SAMPLES,
-        guarantee=Guarantee.MEASURED,
         cost="two passes over the samples",
     ),
 )

@@ -1,4 +1,4 @@
-"""What becomes of the temporal information block: measured, then chosen feature by feature."""
+"""Choose the form of each feature of the temporal information block, by error and bytes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _UNLIMITED = 1 << 62  # bytes
 
 @dataclass(slots=True)
 class TemporalChoice:
-    """The form of each feature, and what came out of weighing them.
+    """The form chosen for each feature, and the measurements behind it.
 
     choice: feature -> "table", "cache8", "cache4" or "tib".  layers: quantized layers of the block,
-    by module path, for the features that stay in it.  passes: what was run on the block alone.
-    quantized: the block as it was weighed.
+    by module path, for the features that stay in it.  passes: those that ran on the block alone.
+    quantized: the block that was measured.
     """
 
     choice: dict[str, str]
@@ -44,12 +44,12 @@ class TemporalChoice:
 
     @property
     def tabled(self) -> list[str]:
-        """Features that leave the block for rows, exact or cached."""
+        """Features that tables replace, with exact or cached rows."""
         return [f for f, form in self.choice.items() if form != TIB]
 
     @property
     def cached(self) -> dict[str, int]:
-        """Features kept as integer rows, and their bits."""
+        """Features with integer rows, and their bits."""
         return {
             f: int(form.removeprefix("cache"))
             for f, form in self.choice.items()
@@ -71,25 +71,26 @@ def choose_temporal(
 
     Every candidate that the mode allows is built and measured over the whole set: the quantized
     block after TIAR, rows cached at each bit width, exact rows.  Where exact rows of every feature
-    fit the budget the block is measured as rounded to nearest, since no learning could win.
-    timesteps: (K,); visits: (K,) weights of the mean error.  checkpoint: where the reconstructed
-    block is found and put.
+    fit the budget the block is only rounded to nearest, since no learning could win.
+    timesteps: (K,); visits: (K,) weights of the mean error.  checkpoint: holds the reconstructed
+    block.
     """
     spec = config.temporal
     names = [f.name for f in block.features]
     if not names:
         return TemporalChoice({})
-    rows = compute_rows(block.graph, timesteps)
+    rows, share = compute_rows(block.graph, timesteps), _share(visits, timesteps)
     result = TemporalChoice({})
-    options = {
-        name: _stored(row, spec, _share(visits, timesteps))
-        for name, row in zip(names, rows, strict=True)
-    }
-    module_bytes = {path: _float_bytes(block.graph, path) for path in block.modules}
+    options = {n: _row_candidates(row, spec, share) for n, row in zip(names, rows, strict=True)}
+    layers = {path: block.graph.get_submodule(path) for path in block.modules}
+    module_bytes = {path: sum(p.nbytes for p in m.parameters()) for path, m in layers.items()}
     quantized = None
     if spec.mode in ("select", "tib"):
         quantized = quantize_layers(block.graph, plan=plan, ranges=ranges, timesteps=timesteps).gm
-        module_bytes |= _quantized_bytes(quantized, timesteps)
+        for path, module in quantized.named_modules():
+            if isinstance(module, QuantLayer):
+                scales = 4 * len(timesteps) if module.per_timestep else 0
+                module_bytes[path] = sum(b.nbytes for b in module.buffers()) + scales
     budget = spec.budget
     if budget is None:
         budget = sum(module_bytes.values()) if spec.mode == "select" else _UNLIMITED
@@ -107,7 +108,7 @@ def choose_temporal(
             )
             result.passes.append(learnt)
             quantized = learnt.gm
-        for name, error in zip(names, _errors(quantized, rows, timesteps, visits), strict=True):
+        for name, error in zip(names, _errors(quantized, rows, timesteps, share), strict=True):
             options[name][TIB] = Candidate(error, 0)
         result.quantized = quantized
         modules = quantized.named_modules()
@@ -120,45 +121,36 @@ def choose_temporal(
         "budget": None if budget >= _UNLIMITED else budget,
         "parameters": sum(p.numel() for p in block.graph.parameters()),
         "block_bytes": sum(module_bytes.values()),
-        "features": {name: _weighed(options[name], result.choice[name]) for name in names},
+        "features": {
+            name: {
+                "chosen": result.choice[name],
+                "error": options[name][result.choice[name]].error,
+                "candidates": {
+                    form: {"error": c.error, "bytes": c.bytes} for form, c in options[name].items()
+                },
+            }
+            for name in names
+        },
     }
     return result
 
 
-def _stored(row: Tensor, spec: TemporalSpec, share: Tensor) -> dict[str, Candidate]:
-    """The forms of a feature (K, ...) as rows, exact and cached, that the mode allows.
+def _row_candidates(row: Tensor, spec: TemporalSpec, share: Tensor) -> dict[str, Candidate]:
+    """The exact and cached rows of a feature (K, ...), where the mode allows them.
 
-    share: (K,), what each timestep counts for.
+    share: (K,), the weight of each timestep in the mean error.
     """
-    found = {}
+    candidates = {}
     if spec.mode in ("select", "table"):
-        found[TABLE] = Candidate(0.0, row.nbytes)
+        candidates[TABLE] = Candidate(0.0, row.nbytes)
     if spec.mode in ("select", "cache"):
         flat = row.reshape(len(row), -1)
         for bits in spec.cache_bits:
             error = float((cache_error(flat, bits) * share).sum())
             scales = 2 * 4 * len(flat)  # a float32 scale and zero point for each row
-            found[cache_name(bits)] = Candidate(error, packed_size(flat.numel(), bits) + scales)
-    return found
-
-
-def _quantized_bytes(gm: fx.GraphModule, timesteps: Tensor) -> dict[str, int]:
-    """Bytes of each quantized layer, by path, its scales of the timesteps included."""
-    found = {}
-    for path, module in gm.named_modules():
-        if isinstance(module, QuantLayer):
-            scales = 4 * len(timesteps) if module.per_timestep else 0
-            found[path] = sum(b.nbytes for b in module.buffers()) + scales
-    return found
-
-
-def _weighed(options: Mapping[str, Candidate], chosen: str) -> dict[str, Any]:
-    """JSON-ready facts about the forms of one feature."""
-    return {
-        "chosen": chosen,
-        "error": options[chosen].error,
-        "candidates": {form: {"error": c.error, "bytes": c.bytes} for form, c in options.items()},
-    }
+            size = packed_size(flat.numel(), bits) + scales
+            candidates[cache_name(bits)] = Candidate(error, size)
+    return candidates
 
 
 def final_details(
@@ -169,8 +161,10 @@ def final_details(
     timesteps: Tensor,
     visits: Tensor,
 ) -> dict[str, Any]:
-    """`choice.details` with the errors of the features that stay in the block as `gm`, after all
-    passes, holds it; what they were weighed at stays among the candidates."""
+    """`choice.details` with the final errors of the features that stay in the block.
+
+    gm: the graph after all passes.  The errors before them stay among the candidates.
+    """
     details = copy.deepcopy(choice.details)
     if choice.quantized is None or TIB not in choice.choice.values():
         return details
@@ -180,7 +174,8 @@ def final_details(
     for path in choice.layers:
         if isinstance(module := modules.get(path), QuantLayer):
             shipped.set_submodule(path, module)
-    errors = _errors(shipped, compute_rows(block.graph, timesteps), timesteps, visits)
+    rows = compute_rows(block.graph, timesteps)
+    errors = _errors(shipped, rows, timesteps, _share(visits, timesteps))
     for feature, error in zip(block.features, errors, strict=True):
         if choice.choice[feature.name] == TIB:
             details["features"][feature.name]["error"] = error
@@ -188,19 +183,15 @@ def final_details(
 
 
 def _errors(
-    quantized: fx.GraphModule, rows: tuple[Tensor, ...], timesteps: Tensor, visits: Tensor
+    quantized: fx.GraphModule, rows: tuple[Tensor, ...], timesteps: Tensor, share: Tensor
 ) -> list[float]:
-    """The mean relative error of each feature; a timestep counts as often as it was visited."""
+    """The mean relative error of each feature; share: (K,), the weight of each timestep."""
     with torch.no_grad():
         features = at_timesteps(quantized, as_input(quantized, timesteps))
-    errors: list[float] = (relative_errors(features, rows) @ _share(visits, timesteps)).tolist()
+    errors: list[float] = (relative_errors(features, rows) @ share).tolist()
     return errors
 
 
 def _share(visits: Tensor, timesteps: Tensor) -> Tensor:
-    """What each timestep counts for in a mean: (K,), 1 in all."""
+    """The weight of each timestep in a mean, by how often it was visited: (K,), with sum 1."""
     return (visits.float() / visits.sum()).to(timesteps.device)
-
-
-def _float_bytes(graph: fx.GraphModule, path: str) -> int:
-    return sum(p.nbytes for p in graph.get_submodule(path).parameters())

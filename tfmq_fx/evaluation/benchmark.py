@@ -117,17 +117,14 @@ class Benchmark:
 
     def trajectory(self, seed: int) -> ddim.Trajectory:
         """What the model in eager mode sees and answers while it draws one batch of images."""
-        _, seen = ddim.sample(
+        _, seen = ddim.record_trajectory(
             called(self.model),
             self.subject.scheduler(),
             (self.batch, *self.subject.shape),
             num_inference_steps=self.steps,
             seed=seed,
-            batch_size=self.batch,
             device=self.device,
             conditions=self.subject.conditions(self.batch),
-            parallel=True,
-            record=True,
         )
         return seen
 

@@ -1,4 +1,4 @@
-"""What a request fixes, computed once, kept, never stale.
+"""Compute what a request fixes once, when it begins, and cache it for its steps.
 
 Public face: Bound, load.
 

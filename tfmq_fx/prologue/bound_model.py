@@ -1,5 +1,5 @@
-"""A converted model bound to the request: what the timestep and the conditions fix is computed when
-a request begins, and read at its steps."""
+"""Bind a converted model to requests: what timesteps and conditions fix is computed once a request,
+and read at its steps."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from tfmq_fx.passes.split_prologue import split_prologue
 from .prologue import Prologue
 from .timestep_schedule import Schedule
 
-_STEPS = 50  # of a request, where nothing tells
+_STEPS = 50  # of a request, where neither the settings nor tables have the number
 
 
 class Bound(Converted):
-    """A converted model in two: a prologue, run when conditions or timesteps are new, and a step.
+    """A converted model split into a prologue, run for new conditions or timesteps, and a step.
 
     `gm` is the whole graph, as it is saved and verified; `step` and the parts of `prologue` are cut
     from it and share its modules.  Values are computed without gradients.
     """
 
+    step: fx.GraphModule  # from inputs of the model and then values of the prologue to its outputs
     why_no_gradient = (
         "no gradient with respect to what a request fixes, whose values are kept. Detach it, or "
         "call model.unbound()"
@@ -36,27 +37,14 @@ class Bound(Converted):
     def __init__(
         self, model: Converted, spec: PrologueSpec, schedule: Schedule | None = None
     ) -> None:
-        super().__init__(
-            model.gm,
-            model.call,
-            recipe=model.recipe,
-            record=model.record,
-            model_config=model.model_config,
-            origin=model.origin,
-            watch=model.watch,
-        )
+        super().__init__(model.gm, model.call, **model.settings())
         self.spec = spec
         self.conditions = model.call.named_conditions(spec.conditions)
         self._split(schedule)
 
     @property
-    def step(self) -> fx.GraphModule:
-        """The graph of one step: what is left of the inputs, and then the prologue's values."""
-        return self._steps[0]
-
-    @property
     def runnable(self) -> fx.GraphModule:
-        return self._steps[0]
+        return self.step
 
     @property
     def feed(self) -> Callable[[list[Tensor]], list[Tensor]] | None:
@@ -67,7 +55,7 @@ class Bound(Converted):
         return self.timesteps if has_lookups(self.step) else None
 
     def without_gradient(self) -> Sequence[str]:
-        parts = [kept.part for kept in self.prologue.parts]
+        parts = [cache.part for cache in self.prologue.parts]
         stepped = (self.call.timestep,) if any(part.stepped for part in parts) else ()
         return (*stepped, *dict.fromkeys(name for part in parts for name in part.conditions))
 
@@ -77,24 +65,24 @@ class Bound(Converted):
         return self.step(*self.prologue.step_inputs(inputs))
 
     def set_timesteps(self, timesteps: Any) -> None:
-        """The timesteps of the requests to come: an int N (0 to N - 1), values as the model
-        receives them, a scheduler, which is followed from then on, or None for whatever comes.
+        """Set the timesteps of the requests to come, and compute the values of current conditions.
 
-        What is kept for current conditions is computed anew, at once.
+        timesteps: an int N (0 to N - 1), values as the model receives them, a scheduler, which is
+        followed from then on, or None for no schedule.
         """
         self.prologue.set_timesteps(timesteps)
 
     def resident_bytes(self) -> int:
-        """Bytes on the model's device between steps: weights that steps read, prologue weights
-        that are not away, and the values kept."""
-        freed = self.prologue.offloaded
-        away = freed.nbytes() if freed.is_away else 0
+        """Bytes on the model's device between steps: weights that are not offloaded, and cached
+        values."""
+        offloaded = self.prologue.offloaded
+        away = offloaded.nbytes() if offloaded.is_away else 0
         return self.nbytes() - away + self.prologue.nbytes()
 
     def print_readable(self) -> None:
         """Print the prologue's graphs and the step's as code."""
-        for kept in self.prologue.parts:
-            part = kept.part
+        for cache in self.prologue.parts:
+            part = cache.part
             when = "for each step" if part.stepped else "once"
             print(f"# computed {when} for {', '.join(part.conditions) or 'a schedule'}")
             part.graph.print_readable()
@@ -104,15 +92,7 @@ class Bound(Converted):
     def unbound(self) -> Converted:
         """The same model without a prologue; it shares all tensors with this one."""
         self.prologue.restore()
-        return Converted(
-            self.gm,
-            self.call,
-            recipe=self.recipe,
-            record=self.record,
-            model_config=self.model_config,
-            origin=self.origin,
-            watch=self.watch,
-        )
+        return Converted(self.gm, self.call, **self.settings())
 
     def bound_alike(self, model: Converted, timesteps: Any = None) -> Bound:
         bound = Bound(model, self.spec, self.prologue.schedule)
@@ -130,16 +110,8 @@ class Bound(Converted):
         known = self.timesteps
         steps = self.spec.steps or (_STEPS if known is None else len(known))
         split = split_prologue(self.gm, self.conditions, steps=steps)
-        # in a tuple it is no submodule: its tensors are the graph's
-        self._steps = (split.step,)
-        self.prologue = Prologue(
-            self.gm,
-            split,
-            self.spec,
-            names=self.call.names,
-            timestep=self.call.timestep,
-            schedule=schedule,
-        )
+        self.__dict__["step"] = split.step  # no submodule: its tensors are the graph's
+        self.prologue = Prologue(self.gm, split, self.spec, self.call, schedule)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.prologue.restore()
@@ -155,5 +127,5 @@ class Bound(Converted):
         return Bound, (self.unbound(), self.spec, self.prologue.schedule)
 
     def extra_repr(self) -> str:
-        values = sum(len(kept.part.names) for kept in self.prologue.parts)
+        values = sum(len(cache.part.names) for cache in self.prologue.parts)
         return f"{super().extra_repr()}, prologue of {values} values"

@@ -1,4 +1,4 @@
-"""Whether the conditions of a request are still those that its values were computed for."""
+"""Detect whether the conditions of a request are still those that its values were computed for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tfmq_fx.serialization.fingerprints import bits
 
 
 class Snapshot:
-    """The contents of some tensors, and the objects that were last seen to hold them.
+    """Copies of some tensors, and references to the objects that last had these contents.
 
-    A tensor is known again when it is the same object at the same version, or equal bit for bit.
-    Versions miss writes through `.data`, numpy and the like, so that tensors on the CPU are always
+    A tensor matches when it is the same object at the same version, or equal bit for bit.
+    Versions miss writes through `.data`, numpy and the like, so tensors on the CPU are always
     compared, at 0.1 ms for a MiB, and so are inference tensors, which have no version.
     """
 
@@ -25,7 +25,7 @@ class Snapshot:
         self._remember(tensors)
 
     def is_seen(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the objects last seen, unchanged since."""
+        """Whether `tensors` are the objects last seen, unchanged since."""
         return all(
             seen() is tensor
             and state is not None
@@ -35,14 +35,14 @@ class Snapshot:
         )
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these hold the same bits; they are then the objects last seen."""
+        """Whether `tensors` have the same bits; if so they become the objects last seen."""
         if not all(same_bits(a, b) for a, b in zip(tensors, self.contents, strict=True)):
             return False
         self._remember(tensors)
         return True
 
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes of the copies."""
         return sum(tensor.nbytes for tensor in self.contents)
 
     def _remember(self, tensors: Sequence[Tensor]) -> None:
@@ -50,12 +50,12 @@ class Snapshot:
 
 
 def _state(tensor: Tensor) -> tuple[int, int] | None:
-    """Version and place; None where there is no version."""
+    """The version and address of a tensor; None where it has no version."""
     return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are of one kind and hold the same bits (NaN equals itself)."""
+    """Whether two tensors have the same shape, dtype, device and bits (NaN equals itself)."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     words = [bits(tensor).contiguous().flatten() for tensor in (a, b)]

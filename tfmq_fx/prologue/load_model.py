@@ -1,9 +1,8 @@
-"""A saved model as an object to call: what its files say, checked against each other."""
+"""Load a saved model from its files and check them against each other."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -37,24 +36,22 @@ _RECORD = {
 
 @outside_inference_mode
 def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
-    """The model that `save` wrote, rebuilt from its own files; outputs are bit-identical.
+    """The model that `save` wrote; its outputs are bit-identical.
 
     outputs: your own dataclasses and named tuples that the model returns or takes; those of
-    diffusers and transformers are found by themselves. No other class is looked up or imported, so
+    diffusers and transformers are found automatically. No other class is looked up or imported, so
     that a file from somewhere else runs no code.
-    Files in the directory that `save` did not write are neither read nor minded.
+    Files in the directory that `save` did not write are ignored.
     Raises ArtifactError for a directory that is missing, foreign, truncated, altered or of a newer
     format. The SHA-256 in it shows damage; who wrote it, it does not show.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ArtifactError(f"load() takes the path of a directory, not a {type(path).__name__}")
     path = path_of(path, "path", ArtifactError)
     check_many(outputs, "outputs", "classes")
     for each in outputs:
         if not isinstance(each, type):
             raise ConfigError(f"load(outputs=) takes classes, not {each!r:.80}")
     loaded = artifact.load(path)
-    with artifact.naming(Path(path) / artifact.GRAPH_FILE):
+    with artifact.naming(path / artifact.GRAPH_FILE):
         extra = keys(loaded.extra, "extra", "record model_config", "prologue")
         typed(extra, "extra", record=dict, model_config=dict | None)
         call = call_from_json(loaded.call, "call", outputs)
@@ -71,7 +68,7 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
         if prologue is not None:
             model = Bound(model, _configuration(prologue, "extra.prologue", PrologueSpec))
     if loaded.origin is not None:
-        with artifact.naming(Path(path) / artifact.ORIGIN_FILE):
+        with artifact.naming(path / artifact.ORIGIN_FILE):
             model.origin = Provenance.from_parts(*loaded.origin, outputs)
     return model
 
@@ -84,12 +81,12 @@ def _configuration(data: Any, where: str, kind: type) -> Any:
 
 
 def _checked_record(record: dict[str, Any], gm: fx.GraphModule, where: str) -> dict[str, Any]:
-    """`record`, of whose entries those that have to be right are. Raises ArtifactError."""
+    """`record`, after a check of the entries that are read later. Raises ArtifactError."""
     known = {key: kind for key, kind in _RECORD.items() if key in record}
     typed(record, where, **known)
-    held = dict(gm.named_modules())
+    modules = dict(gm.named_modules())
     for path in record.get("removed", {}):
-        if path in held:
+        if path in modules:
             raise ArtifactError(f"{where}.removed.{path}: the graph still has this layer")
     if record.get("bits") is not None:
         try:

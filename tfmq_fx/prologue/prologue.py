@@ -1,7 +1,7 @@
-"""What is computed when a request begins, kept for its steps, and never stale.
+"""Compute the values that depend on a request alone when it begins, and cache them for its steps.
 
-A request brings conditions (class label, text) and a schedule of timesteps. The values that depend
-on them alone are computed when either first appears, and read from then on.
+A request has conditions (class label, text) and a schedule of timesteps. Values that depend on
+nothing else are computed when either first appears, and read from then on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.core.config import PrologueSpec
 from tfmq_fx.core.errors import ConfigError, InputError
 from tfmq_fx.ir.graph import timestep_node
@@ -29,18 +30,17 @@ from .timestep_schedule import Schedule
 from .value_cache import CacheEntry, ValueCache
 from .weight_offload import Offloaded
 
-# Rows kept for one condition where timesteps never repeat: so many that they take no more bytes
-# than the weights that they stand for, within these bounds.
+# Bounds on the rows cached for one set of conditions where timesteps never repeat. Between them
+# the rows take as many bytes as the weights that they replace.
 _FEW_ROWS, _MOST_ROWS = 64, 1024
-_RESTLESS = 3  # conditions in a row that served one step each: then rows are made one by one
+_RESTLESS = 3  # after as many conditions in a row that served one step, rows are computed singly
 
 
 class Prologue:
-    """The values that a request fixes, for the step of a split graph.
+    """Computes and caches the inputs of the step graph that a request fixes.
 
-    Safe to call from several threads. Values carry no gradient.
-    Neither the whole graph nor the step is kept alive: a backend that has written the step in its
-    own form does without.
+    Safe to call from several threads. Values carry no gradient. Neither the whole graph nor the
+    step is kept alive: a backend that has compiled the step does not need them.
     """
 
     def __init__(
@@ -48,13 +48,11 @@ class Prologue:
         gm: fx.GraphModule,
         split: Split,
         spec: PrologueSpec,
-        *,
-        names: Sequence[str],
-        timestep: str,
-        schedule: Schedule | None = None,
+        call: CallSpec,
+        schedule: Schedule | None,
     ) -> None:
         self.spec, self.kept, self.declined = spec, split.kept, split.declined
-        self._names, self._timestep = tuple(names), timestep
+        self._names, self._timestep = call.names, call.timestep
         self.parts = [ValueCache(part, spec) for part in split.parts]
         self._dtype = timestep_node(split.step).meta["val"].dtype
         self.schedule = Schedule(None, self._dtype) if schedule is None else schedule
@@ -62,85 +60,85 @@ class Prologue:
         self._gm, self._step = weakref.ref(gm), weakref.ref(split.step)
         self._weights = _weights(gm, split)
         self._lock = threading.RLock()
-        self._sighting = self._look()
+        self._snapshot = self._take_snapshot()
 
     def step_inputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What the step takes, from what the whole graph takes.
+        """The inputs of the step graph, from the inputs of the whole graph.
 
         Raises InputError for a timestep outside the schedule where that is an error, and for NaN.
         """
-        given = dict(zip(self._names, inputs, strict=True))
-        t = given[self._timestep]
-        found = [given[name] for name in self.kept]
+        named = dict(zip(self._names, inputs, strict=True))
+        t = named[self._timestep]
+        result = [named[name] for name in self.kept]
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._check_weights()
             steps, before = self._steps(t), self._computed()
-            for kept in self.parts:
-                values = self._values(kept, steps, t, [given[n] for n in kept.part.conditions])
-                # what the caller gets to hold must not be what is kept
-                pairs = zip(values, kept.part.returned, strict=True)
-                found += [value.clone() if returned else value for value, returned in pairs]
-            # Without a schedule, steps that are new ask for the weights one after the other.
+            for cache in self.parts:
+                values = self._values(cache, steps, t, [named[n] for n in cache.part.conditions])
+                # the caller may write to outputs, which must not share memory with the cache
+                pairs = zip(values, cache.part.returned, strict=True)
+                result += [value.clone() if returned else value for value, returned in pairs]
+            # Without a schedule, new steps need the weights one after the other.
             if self.schedule or self._computed() == before:
-                self._settle()
-        return found
+                self._move_weights_away()
+        return result
 
     def set_timesteps(self, timesteps: Any) -> None:
-        """The schedule of the requests to come.
+        """Set the schedule of the requests to come.
 
         timesteps: an int N (0 to N - 1), a tensor (K,) or sequence of values as the model receives
-        them, a scheduler, which is followed when it is set anew, or None for whatever comes.
-        Rows of other timesteps are dropped; those of the conditions kept are computed at once.
-        Raises InputError, and stays with the schedule of before, where rows cannot be computed.
+        them, a scheduler, which is followed when it is set again, or None for no schedule.
+        Rows of other timesteps are dropped; those of the conditions cached are computed at once.
+        Raises InputError, and keeps the earlier schedule, where rows cannot be computed.
         """
         schedule = Schedule(timesteps, self._dtype)
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._check_weights()
             self.schedule, before = schedule, self.schedule
             try:
-                for kept in self.parts:
-                    for entry in kept.entries if kept.part.stepped else ():
+                for cache in self.parts:
+                    for entry in cache.entries if cache.part.stepped else ():
                         entry.clear()
                         if entry.is_reproducible:  # else at the next call
-                            given = entry.conditions.contents
+                            contents = entry.conditions.contents
                             with entry.autocast():
-                                self._fill(kept, entry, schedule.values(), given)
+                                self._fill(cache, entry, schedule.values(), contents)
             except InputError:
                 self.schedule = before
                 raise
-            self._settle()
+            self._move_weights_away()
 
     def forget(self) -> None:
         """Drop all values; they are computed again when they are needed."""
         with self._lock:
-            for kept in self.parts:
-                kept.entries.clear()
-            self._sighting = self._look()
+            for cache in self.parts:
+                cache.entries.clear()
+            self._snapshot = self._take_snapshot()
 
     def restore(self) -> None:
-        """Have all weights on the model's device and in memory, and drop all values."""
+        """Move all weights back to the model's device and memory, and drop all values."""
         with self._lock:
             self.offloaded.restore()
             self.forget()
 
     def nbytes(self) -> int:
-        """Bytes of the values kept, of all conditions, and of the conditions."""
-        return sum(entry.nbytes() for kept in self.parts for entry in kept.entries)
+        """Bytes of the cached values and conditions."""
+        return sum(entry.nbytes() for cache in self.parts for entry in cache.entries)
 
     def summary(self) -> dict[str, Any]:
         """JSON-ready facts for a report."""
         return {
             "parts": [
                 {
-                    "conditions": list(kept.part.conditions),
-                    "stepped": kept.part.stepped,
-                    "values": list(kept.part.names),
-                    "bytes": kept.part.step_bytes,
-                    "kept": len(kept.entries),
-                    "kept_bytes": sum(entry.nbytes() for entry in kept.entries),
-                    "interpolated": kept.interpolated,
+                    "conditions": list(cache.part.conditions),
+                    "stepped": cache.part.stepped,
+                    "values": list(cache.part.names),
+                    "bytes": cache.part.step_bytes,
+                    "kept": len(cache.entries),
+                    "kept_bytes": sum(entry.nbytes() for entry in cache.entries),
+                    "interpolated": cache.interpolated,
                 }
-                for kept in self.parts
+                for cache in self.parts
             ],
             "freed": list(self.offloaded.tensors),
             "freed_bytes": self.offloaded.nbytes(),
@@ -149,48 +147,49 @@ class Prologue:
         }
 
     def _values(
-        self, kept: ValueCache, steps: list[float] | None, t: Tensor, given: list[Tensor]
+        self, cache: ValueCache, steps: list[float] | None, t: Tensor, conditions: list[Tensor]
     ) -> list[Tensor]:
-        entry = kept.find(given, t)
-        if not kept.part.stepped:
+        entry = cache.find(conditions, t)
+        if not cache.part.stepped:
             if not len(entry.rows[0]):
                 self.offloaded.back()
-                entry.store([[value] for value in kept.graph(t, *given)])
-                kept.computed += 1
+                entry.store([[value] for value in cache.graph(t, *conditions)])
+                cache.computed += 1
             return [rows.row(0) for rows in entry.rows]
         if steps is None:
-            self._fill(kept, entry, self.schedule.values(), given)
-            if not self._mixes(kept, list(entry.index), t, given):
+            self._fill(cache, entry, self.schedule.values(), conditions)
+            if not self._mixes(cache, list(entry.index), t, conditions):
                 return entry.picked(entry.places(t))
             steps = t.tolist()
         missing = list(dict.fromkeys(s for s in steps if s not in entry.index))
         if missing:
-            self._fill(kept, entry, [*steps, *self._wanted(kept, entry, missing)], given)
+            steps_to_compute = self._steps_to_compute(cache, entry, missing)
+            self._fill(cache, entry, [*steps, *steps_to_compute], conditions)
         entry.used.update(steps)
         if len(set(steps)) == 1:
-            return [
-                value.expand(len(t), *value.shape[1:]).contiguous()
-                if batched and len(value) != len(t)
-                else value
-                for rows, batched in zip(entry.rows, kept.part.batched, strict=True)
-                for value in [rows.row(entry.index[steps[0]])]
-            ]
-        if not self._mixes(kept, steps, t, given):
+            values = [rows.row(entry.index[steps[0]]) for rows in entry.rows]
+            for k, batched in enumerate(cache.part.batched):
+                if batched and len(values[k]) != len(t):  # one sample serves all
+                    values[k] = values[k].expand(len(t), *values[k].shape[1:]).contiguous()
+            return values
+        if not self._mixes(cache, steps, t, conditions):
             return entry.picked(torch.tensor([entry.index[s] for s in steps], device=t.device))
         self.offloaded.back()
-        return list(kept.graph(t, *given))
+        return list(cache.graph(t, *conditions))
 
     def _mixes(
-        self, kept: ValueCache, steps: Sequence[float], t: Tensor, given: Sequence[Tensor]
+        self, cache: ValueCache, steps: Sequence[float], t: Tensor, conditions: Sequence[Tensor]
     ) -> bool:
-        """Whether a batch at several timesteps must be computed; yes as long as it is not known."""
-        if kept.mixes is None and len(t) > 1 and len(set(steps)) > 1:
+        """Whether a batch at several timesteps must be computed; True until it is measured."""
+        if cache.mixes is None and len(t) > 1 and len(set(steps)) > 1:
             self.offloaded.back()
-            kept.mixing(min(steps), max(steps), given, t)
-        return kept.mixes is not False
+            cache.mixes = cache.measure_mixing(min(steps), max(steps), conditions, t)
+        return cache.mixes is not False
 
-    def _wanted(self, kept: ValueCache, entry: CacheEntry, missing: list[float]) -> list[float]:
-        """The steps to compute now that `missing` ones are asked for."""
+    def _steps_to_compute(
+        self, cache: ValueCache, entry: CacheEntry, missing: list[float]
+    ) -> list[float]:
+        """The steps to compute now, with the `missing` ones: those of the schedule, too."""
         schedule = self.schedule.values(meeting=missing)
         outside = [step for step in missing if schedule and step not in schedule]
         if outside and self.spec.on_miss == "error":
@@ -198,53 +197,55 @@ class Prologue:
                 f"{self._timestep}: {outside[0]} is not among the {len(schedule)} timesteps of the "
                 "schedule. Set it with set_timesteps(), or use on_miss='compute'."
             )
-        if outside or kept.restless >= _RESTLESS:
+        if outside or cache.restless >= _RESTLESS:
             return missing
-        if not schedule and not entry.index and len(kept.entries) > 1:
-            schedule = sorted(kept.entries[1].used, reverse=True)  # of the request before this one
+        if not schedule and not entry.index and len(cache.entries) > 1:
+            schedule = sorted(cache.entries[1].used, reverse=True)  # of the request before this one
         return list(dict.fromkeys((*missing, *schedule)))
 
     def _fill(
-        self, kept: ValueCache, entry: CacheEntry, steps: Iterable[float], given: Sequence[Tensor]
+        self,
+        cache: ValueCache,
+        entry: CacheEntry,
+        steps: Iterable[float],
+        conditions: Sequence[Tensor],
     ) -> None:
-        """Compute what is lacking of `steps`."""
+        """Compute the values at those of `steps` that the entry lacks."""
         every = list(dict.fromkeys(steps))
-        wanted = [step for step in every if step not in entry.index]
-        if not wanted:
+        missing = [step for step in every if step not in entry.index]
+        if not missing:
             return
-        if len(entry.index) + len(wanted) > self._room(kept, entry):
+        if len(entry.index) + len(missing) > self._room(cache, entry):
             entry.clear()
-            wanted = every
-        self._know(kept, wanted)
+            missing = every
+        self._extend_tables(cache, missing)
         self.offloaded.back()
-        values = kept.compute(wanted, given, entry.like)
-        if kept.shared:
-            one = [
-                tuple(row[:1] for row in rows) if batched else rows
-                for rows, batched in zip(values, kept.part.batched, strict=True)
-            ]
-            pairs = zip(itertools.chain(*one), itertools.chain(*values), strict=True)
-            if all(torch.equal(a.expand_as(b), b) for a, b in pairs):
-                values = one
+        values = cache.compute(missing, conditions, entry.like)
+        if cache.shared:
+            pairs = zip(values, cache.part.batched, strict=True)
+            first = [tuple(v[:1] for v in rows) if batched else rows for rows, batched in pairs]
+            rows = zip(itertools.chain(*first), itertools.chain(*values), strict=True)
+            if all(torch.equal(one.expand_as(row), row) for one, row in rows):
+                values = first
             else:  # rows of one batch differ after all, as kernels round
-                kept.shared = False
-                wanted = [*entry.index, *wanted]
+                cache.shared = False
+                missing = [*entry.index, *missing]
                 entry.clear()
-                values = kept.compute(wanted, given, entry.like)
+                values = cache.compute(missing, conditions, entry.like)
         entry.store(values)
-        for step in wanted:
+        for step in missing:
             entry.index[step] = len(entry.index)
 
-    def _room(self, kept: ValueCache, entry: CacheEntry) -> int:
-        """How many rows an entry may grow to; those of a schedule, and as many others, always."""
-        row = max(1, kept.part.step_bytes * len(entry.like))
+    def _room(self, cache: ValueCache, entry: CacheEntry) -> int:
+        """The number of rows that an entry may have, at least twice those of the schedule."""
+        row = max(1, cache.part.step_bytes * len(entry.like))
         scheduled = 2 * len(self.schedule.values())
         return min(_MOST_ROWS, max(_FEW_ROWS, scheduled, self.offloaded.nbytes() // row))
 
-    def _know(self, kept: ValueCache, steps: Sequence[float]) -> None:
-        """Have the part's own look-ups know these timesteps, their scales interpolated."""
-        known = kept.graph.meta.get("timesteps")
-        if known is None or not has_lookups(kept.graph):
+    def _extend_tables(self, cache: ValueCache, steps: Sequence[float]) -> None:
+        """Add rows for `steps` to the tables in the part's own graph, with interpolated scales."""
+        known = cache.graph.meta.get("timesteps")
+        if known is None or not has_lookups(cache.graph):
             return
         held = set(known.tolist())
         new = [step for step in steps if step not in held]
@@ -257,14 +258,14 @@ class Prologue:
             )
         every = torch.cat([known, known.new_tensor(new)])
         try:
-            changed = change_timesteps(kept.part.graph, timesteps=every)
-        except ConfigError as error:  # rows whose weights are gone
+            changed = change_timesteps(cache.part.graph, timesteps=every)
+        except ConfigError as error:  # the weights of tabled rows are gone
             raise InputError(f"{self._timestep}: {new[0]}: {error}") from error
-        kept.graph = changed.gm
-        kept.interpolated = int(changed.details["interpolated"])
+        cache.graph = changed.gm
+        cache.interpolated = int(changed.details["interpolated"])
 
     def _steps(self, t: Tensor) -> list[float] | None:
-        """The timesteps of a call, on the host; None where the device need not be waited for."""
+        """The timesteps of a call; None where reading them would wait for a device needlessly."""
         if self.spec.on_miss == "error" and self.schedule and _is_remote(t):
             return None
         steps: list[float] = t.tolist()
@@ -272,38 +273,35 @@ class Prologue:
             raise InputError(f"{self._timestep}: NaN is no timestep")
         return steps
 
-    def _look(self) -> TensorSnapshot | None:
-        """The state of the weights, as the whole graph has them; None where it is gone."""
+    def _take_snapshot(self) -> TensorSnapshot | None:
+        """A snapshot of the weights of the whole graph; None where the graph is gone."""
         gm = self._gm()
-        if gm is None:
-            return None
-        return TensorSnapshot(gm, self._weights)
+        return None if gm is None else TensorSnapshot(gm, self._weights)
 
     def _check_weights(self) -> None:
-        """Where weights were changed or replaced, have all parts see it and forget values."""
+        """Drop all values where weights were changed or replaced, and have all parts use them."""
         gm, step = self._gm(), self._step()
-        if gm is None or (self._sighting is not None and self._sighting.compared(gm) == (True, [])):
+        if gm is None or (self._snapshot is not None and self._snapshot.compared(gm) == (True, [])):
             return
         self.offloaded.back()
-        for graph in (step, *(kept.part.graph for kept in self.parts)):
+        for graph in (step, *(cache.part.graph for cache in self.parts)):
             if graph is not None:
                 _relink(graph, gm)
-        self.offloaded.retarget({n: attrgetter(n)(gm) for n in self.offloaded.tensors})
-        for kept in self.parts:
-            kept.graph = kept.part.graph
+        self.offloaded.tensors = {n: attrgetter(n)(gm) for n in self.offloaded.tensors}
+        for cache in self.parts:
+            cache.graph = cache.part.graph
         self.forget()
 
     def _computed(self) -> int:
-        return sum(kept.computed for kept in self.parts)
+        return sum(cache.computed for cache in self.parts)
 
-    def _settle(self) -> None:
-        """Move weights away again, and take their state as the one that values belong to."""
+    def _move_weights_away(self) -> None:
         if self.offloaded.away():
-            self._sighting = self._look()
+            self._snapshot = self._take_snapshot()
 
 
 def _weights(gm: fx.GraphModule, split: Split) -> list[str]:
-    """The names of tensors that the parts compute with, or that each graph holds on its own."""
+    """The names of tensors that the parts use, or that each graph holds on its own."""
     held = tensors_of(split.step, split.step.graph.find_nodes(op="get_attr"))
     for part in split.parts:
         held |= tensors_of(part.graph, part.graph.graph.nodes)
@@ -314,7 +312,7 @@ def _weights(gm: fx.GraphModule, split: Split) -> list[str]:
 
 
 def _relink(graph: fx.GraphModule, gm: fx.GraphModule) -> None:
-    """Have `graph` use the modules and tensors that `gm` has by now."""
+    """Replace the modules and tensors of `graph` by those that `gm` has now."""
     for node in graph.graph.nodes:
         if node.op in ("get_attr", "call_module"):
             path, _, leaf = str(node.target).rpartition(".")

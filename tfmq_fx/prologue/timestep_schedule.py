@@ -1,4 +1,4 @@
-"""The timesteps of the requests to come, as the model receives them."""
+"""Follow the timesteps of a schedule or scheduler, in the form that the model receives."""
 
 from __future__ import annotations
 
@@ -14,33 +14,30 @@ from tfmq_fx.quant.timestep_lookup import check_timesteps
 
 
 class Schedule:
-    """A set of timesteps: given values, or a scheduler's, read again when it is set anew.
+    """A fixed set of timesteps, or a scheduler's, which is read again when it is set again.
 
-    source: an int N (0 to N - 1), a 1-d tensor or sequence, a scheduler, or None for no set.
-    dtype: in which the model receives its timestep.  Given values are those that the model
-    receives.  Pipelines pass a scheduler's on as they are, or as shares of 1000, from either end,
-    cast before or after the division, or pass its sigmas: the form that holds a timestep once met
-    is the one used.  A scheduler that has no timesteps yet is no set until it has.
+    source: an int N (0 to N - 1), a 1-d tensor or sequence of values as the model receives them, a
+    scheduler, or None for no set.  dtype: that of the model's timestep.
+    Pipelines pass on a scheduler's timesteps as they are, or as shares of 1000, from either end,
+    cast before or after the division, or pass its sigmas: the form that contains the timesteps
+    received is used.  The set of a scheduler without timesteps is empty until it has some.
     Raises ConfigError for values that cannot be used.
     """
 
     def __init__(self, source: Any, dtype: torch.dtype) -> None:
-        self._scheduler = source if hasattr(source, "timesteps") else None
+        self._scheduler: Any = source if hasattr(source, "timesteps") else None
         self._dtype = dtype
         self._form = 0
         self._read: Tensor | None = None
         self._values: list[float] = []
-        if source is not None and self._scheduler is None:
-            given = timestep_values(source)
-            assert given is not None
-            self._values = self._keys(given)
-        elif self._scheduler is not None:
-            if source.timesteps is not None and not any(True for _ in self._forms()):
-                raise ConfigError(
-                    f"the scheduler's timesteps cannot be received as {dtype}: "
-                    f"{self._scheduler.timesteps}"
-                )
+        if self._scheduler is not None:
             self._refresh()
+            if source.timesteps is not None and not self._values:
+                raise ConfigError(
+                    f"the scheduler's timesteps cannot be received as {dtype}: {source.timesteps}"
+                )
+        elif (values := timestep_values(source)) is not None:
+            self._values = self._keys(values)
 
     def __bool__(self) -> bool:
         return bool(self._values)
@@ -48,7 +45,7 @@ class Schedule:
     def values(self, meeting: Sequence[float] = ()) -> list[float]:
         """The set, in the order of sampling (falling); empty where there is none.
 
-        meeting: timesteps just received; a scheduler is read again for them.
+        meeting: timesteps just received; a scheduler's form is chosen to contain them.
         """
         if self._scheduler is not None:
             self._refresh()
@@ -60,27 +57,25 @@ class Schedule:
         return self._values
 
     def _refresh(self) -> None:
-        assert self._scheduler is not None
         if self._scheduler.timesteps is not self._read:
             self._read = self._scheduler.timesteps
-            found = dict(self._forms())
-            self._values = found.get(self._form) or next(iter(found.values()), [])
+            forms = dict(self._forms())
+            self._values = forms.get(self._form) or next(iter(forms.values()), [])
 
     def _forms(self) -> Iterator[tuple[int, list[float]]]:
         """The forms in which the model may receive the scheduler's timesteps, by number."""
-        assert self._scheduler is not None
         if self._scheduler.timesteps is None:
             return
         raw = timestep_values(self._scheduler)
         assert raw is not None
-        made: tuple[Callable[[], Tensor], ...] = (
+        makers: tuple[Callable[[], Tensor], ...] = (
             lambda: raw,
             lambda: raw.to(self._dtype) / 1000,
             lambda: raw / 1000,
             lambda: (1000 - raw) / 1000,
-            lambda: torch.as_tensor(self._scheduler.sigmas)[: len(raw)],  # type: ignore[union-attr]
+            lambda: torch.as_tensor(self._scheduler.sigmas)[: len(raw)],
         )
-        for form, make in enumerate(made):
+        for form, make in enumerate(makers):
             try:
                 yield form, self._keys(make())
             except (ConfigError, AttributeError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Weights that are needed once a request: held off the accelerator, or on disk, between."""
+"""Move weights that are needed once a request off the accelerator, or to disk, between requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .condition_snapshot import same_bits
 
 
 def check_offload(kind: Offload, device: torch.device) -> None:
-    """Raise ConfigError where weights on `device` cannot be offloaded so."""
+    """Raise ConfigError where weights on `device` cannot be offloaded by `kind`."""
     if _fits(kind, device):
         return
     if kind == "cpu":
@@ -32,9 +32,9 @@ def check_offload(kind: Offload, device: torch.device) -> None:
 
 
 class Offloaded:
-    """Moves tensors away and back, in place: every module that holds them sees it.
+    """Tensors that move away and back in place, so that every module that has them sees it.
 
-    tensors: by name, on one device.  kind: "cpu": away is the CPU. "disk": away is a temporary file
+    tensors: by name, on one device.  kind: "cpu" moves them to the CPU; "disk" to a temporary file
     that is mapped into memory, so that values can be read at any time and pages need not stay.
     "cpu" is for tensors elsewhere and "disk" for those on the CPU: else the kind becomes "none".
     """
@@ -49,7 +49,7 @@ class Offloaded:
         self._written = set[str]()
 
     def nbytes(self) -> int:
-        """Bytes that leave."""
+        """Bytes of the tensors that move."""
         return sum({t.data_ptr(): t.nbytes for t in self.tensors.values()}.values())
 
     def away(self) -> bool:
@@ -72,12 +72,8 @@ class Offloaded:
             for tensor in self.tensors.values():
                 tensor.data = tensor.data.to(self._device)
 
-    def retarget(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on with other tensors of the same names, none of which is away."""
-        self.tensors = dict(tensors)
-
     def restore(self) -> None:
-        """Have the tensors as they were before anything moved: on their device, in memory."""
+        """Move all tensors back to their device and into memory of their own."""
         self.back()
         if self.kind == "disk" and self._written:
             for tensor in self.tensors.values():
@@ -85,7 +81,7 @@ class Offloaded:
             self._written.clear()
 
     def _mapped(self, i: int, name: str, tensor: Tensor) -> Tensor:
-        """The tensor's contents as pages of a file, which is written where they are not in it."""
+        """The tensor as pages of a file, which is written unless it has these contents already."""
         if self._folder is None:
             self._folder, _ = folder_of(self, "offload")
         path = self._folder / f"{i}.bin"
@@ -106,14 +102,14 @@ def _fits(kind: Offload, device: torch.device) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The contents in the order of memory where there are no gaps, else in that of indices."""
+    """The bytes of a tensor, in memory order where it has no gaps, else in index order."""
     if _is_dense(tensor):
         tensor = tensor.as_strided((tensor.numel(),), (1,))
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _pages(path: Path, like: Tensor) -> Tensor:
-    """The file's contents as a tensor like `like`, in pages that are read when they are used."""
+    """The contents of a file as a tensor like `like`, in pages that are read when they are used."""
     size = like.numel() * like.element_size()
     flat = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).view(like.dtype)
     if _is_dense(like):
@@ -122,12 +118,12 @@ def _pages(path: Path, like: Tensor) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether elements fill a stretch of memory, in whatever order: then likeness keeps strides."""
+    """Whether the elements fill their memory without gaps, in any order."""
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def give_back() -> None:
-    """Have the C library return freed memory to the system, where it can be asked to."""
+    """Return freed memory to the system, where the C library is able to."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
