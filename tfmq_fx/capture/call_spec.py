@@ -89,6 +89,11 @@ class CallSpec:
         """Placeholder names, in order."""
         return tuple(spec.name for spec in self.inputs)
 
+    @property
+    def timestep_position(self) -> int:
+        """The index of the timestep among the placeholders."""
+        return self.names.index(self.timestep)
+
     def named_conditions(self, names: Sequence[str] | None) -> list[str]:
         """Placeholders of the inputs that are fixed for a request: those named (by input, dotted
         path or placeholder), or all that may be. Raises ConfigError for a name that is no input."""
@@ -124,9 +129,8 @@ class CallSpec:
             if spec.name != self.timestep:
                 check_tensor(spec, value, sizes, self.fixed)
                 device = value.device if device is None else device
-        for i, spec in enumerate(self.inputs):
-            if spec.name == self.timestep:
-                values[i] = check_timestep(spec, values[i], sizes, device)
+        t = self.timestep_position
+        values[t] = check_timestep(self.inputs[t], values[t], sizes, device)
         for argument in self.arguments:
             if _is_per_sample(argument) and argument.name in given:
                 count = len(given[argument.name])

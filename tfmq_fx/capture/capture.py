@@ -246,7 +246,7 @@ def _trace(
             fakes[spec.name] = torch.empty(shape, dtype=spec.dtype, device=example.device)
 
     output: Structure = Const(None)
-    samples = examples[call.names.index(call.timestep)].shape[0]
+    samples = examples[call.timestep_position].shape[0]
 
     def run(proxies: list[Any]) -> tuple[Any, ...]:
         nonlocal output
@@ -299,7 +299,7 @@ def _flat(
 def _export(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> _Trace:
     """The graph by way of torch.export, for a model that the tracer refused."""
     clone = structural_clone(model)
-    samples = examples[call.names.index(call.timestep)].shape[0]
+    samples = examples[call.timestep_position].shape[0]
     exported = export(
         clone,
         lambda *values: _flat(clone, call, list(values), samples),

@@ -154,7 +154,7 @@ def _inputs(
         _random(example, [sizes[s] if isinstance(s, str) else s for s in spec.shape], generator)
         for spec, example in zip(call.inputs, examples, strict=True)
     ]
-    at = call.names.index(call.timestep)
+    at = call.timestep_position
     values[at] = _timesteps(examples[at], values[at].shape[0], seed)
     kwargs = arguments(call, values, values[at].shape[0])
     if call.return_dict is not None:

@@ -31,7 +31,7 @@ def finite_set(prepared: Prepared) -> tuple[Tensor, Tensor]:
                 "convert() before any calibration: no timestep is known. Run "
                 "tfmq_fx.calibrate(prepared, ...) or give prepare() the timesteps."
             )
-        position = prepared.call.names.index(prepared.call.timestep)
+        position = prepared.call.timestep_position
         given = check_timesteps(list(seen), prepared.call.inputs[position].dtype)
         given = given.to(prepared.device)
     visits = torch.tensor(
@@ -121,7 +121,7 @@ def sample_chunks(prepared: Prepared) -> list[tuple[Tensor, ...]]:
 
 def sample_count(prepared: Prepared, chunks: Sequence[Sequence[Tensor]]) -> int:
     """How many samples there are in `chunks`."""
-    position = prepared.call.names.index(prepared.call.timestep)
+    position = prepared.call.timestep_position
     return sum(len(chunk[position]) for chunk in chunks)
 
 
@@ -130,7 +130,7 @@ def sample_weights(prepared: Prepared, chunks: Sequence[Sequence[Tensor]]) -> li
     None where all are the same or the timesteps were chosen."""
     if prepared.recipe.reconstruction.sampling == "normal":
         return None
-    position = prepared.call.names.index(prepared.call.timestep)
+    position = prepared.call.timestep_position
     return prepared.cache.weights([chunk[position] for chunk in chunks])
 
 

@@ -102,7 +102,7 @@ class GraphModel(nn.Module):
         keys = self.lookup_keys
         if keys is None:
             return
-        t = inputs[self.call.names.index(self.call.timestep)]
+        t = inputs[self.call.timestep_position]
         if unknown := find_unknown(keys, t):
             raise InputError(
                 f"{self.call.timestep}: {unknown[0]} is not among the {len(keys)} timesteps this "

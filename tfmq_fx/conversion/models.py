@@ -96,7 +96,7 @@ class Prepared(GraphModel):
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
-        position = self.call.names.index(self.call.timestep)
+        position = self.call.timestep_position
         if not len(inputs[position]):
             raise InputError("a call of a prepared model needs one sample at least, got none")
         outputs = self.observed(*inputs)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from tfmq_fx.calibration.activation_store import ActivationStore
 from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.core.progress import progress_bar
-from tfmq_fx.ir.graph import fork, timestep_node
+from tfmq_fx.ir.graph import fork, timestep_position
 from tfmq_fx.ir.node_info import writers
 from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.quant.sqnr import squares
@@ -109,7 +109,7 @@ class _Energies:
     def __init__(
         self, gm: fx.GraphModule, chunks: Sequence[Sequence[Tensor]], timesteps: Tensor
     ) -> None:
-        position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
+        position = timestep_position(gm)
         self.steps = [timestep_index(timesteps, chunk[position]).cpu() for chunk in chunks]
         self.count = len(timesteps)
 

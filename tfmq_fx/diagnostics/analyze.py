@@ -122,7 +122,7 @@ def analyze(
         "route": captured.route,
         "guards": [f"{g.text} is {g.holds} ({g.source})" for g in call.guards],
         "steps": steps,
-        "batch": shapes[call.names.index(call.timestep)][0],
+        "batch": shapes[call.timestep_position][0],
         "inputs": [
             {
                 "name": spec.name,

@@ -84,6 +84,11 @@ def timestep_node(gm: fx.GraphModule) -> fx.Node:
     raise GraphError(f"the graph has no input {name!r}, the timestep its metadata names")
 
 
+def timestep_position(gm: fx.GraphModule) -> int:
+    """The index of the timestep among the placeholders of a graph."""
+    return list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
+
+
 def insert_timestep_row(
     gm: fx.GraphModule, name: str, table: torch.Tensor, timesteps: torch.Tensor
 ) -> fx.Node:
