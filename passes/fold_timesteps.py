@@ -7,7 +7,6 @@ h = linear(silu(embed(t)))
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from tfmq_fx.ir.binding_times import Binding, binding_times
 from tfmq_fx.ir.graph import feature_slice, insert_timestep_row, timestep_node
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass, prune
 from tfmq_fx.ir.node_info import is_view, op_name
+from tfmq_fx.ir.request_cut import tensors_of
 from tfmq_fx.ir.subgraphs import as_input, compute_rows
 from tfmq_fx.ir.temporal_block import Feature, temporal_block
 from tfmq_fx.quant.timestep_lookup import check_timesteps
@@ -46,7 +46,7 @@ def fold_timesteps(
     _check_same_set(gm, keys)
     block = temporal_block(gm)
     wanted, declined = _choose(block.features, only), list(block.declined)
-    before, attributes = _parameters(gm), _attributes(gm)
+    before, attributes = tensors_of(gm, gm.graph.nodes), _attributes(gm)
     rows = compute_rows(block.graph, keys)
     picked = []
     mixing = _mixing(block.graph, keys, rows)
@@ -74,12 +74,13 @@ def fold_timesteps(
             if "." not in target:  # torch cleans up modules; those below may be the model's own
                 delattr(gm, target)
     gm.meta["timesteps"] = keys
-    after = _parameters(gm)
+    after = tensors_of(gm, gm.graph.nodes)
+    freed = [value for key, value in before.items() if key not in after]
     details = {
         "features": [feature.name for feature, _ in picked],
         "rows": len(keys),
         "table_bytes": table_bytes,
-        "weight_bytes": sum(p.nbytes for key, p in before.items() if key not in after),
+        "weight_bytes": sum(p.nbytes for p in freed if isinstance(p, nn.Parameter)),
     }
     return Rewrite(gm, len(picked), declined, details)
 
@@ -177,16 +178,3 @@ def _check_same_set(gm: fx.GraphModule, keys: Tensor) -> None:
 
 def _attributes(gm: fx.GraphModule) -> set[str]:
     return {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
-
-
-def _parameters(gm: fx.GraphModule) -> dict[int, Tensor]:
-    """The parameters that the graph uses, by identity."""
-    found: dict[int, Tensor] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            found |= {id(p): p for p in gm.get_submodule(str(node.target)).parameters()}
-        elif node.op == "get_attr":
-            value = operator.attrgetter(str(node.target))(gm)
-            if isinstance(value, nn.Parameter):
-                found[id(value)] = value
-    return found

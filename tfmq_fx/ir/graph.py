@@ -1,4 +1,4 @@
-"""Nodes, modules and buffers of a graph: find them, copy them, add them."""
+"""Find, copy and add the nodes, modules and buffers of a graph."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def same_memory(module: nn.Module) -> dict[int, Any]:
-    """A memo for copy.deepcopy by which copies lie on the memory of `module`: they share buffers,
-    and have Parameters of their own that want a gradient where the module's do. What was made in
-    inference mode is copied."""
+    """A memo for copy.deepcopy that makes copies of `module` share its memory.
+
+    Copies share buffers, and get Parameters of their own with the module's requires_grad. Tensors
+    made in inference mode are copied.
+    """
     memo: dict[int, Any] = {id(b): ordinary(b) if b.is_inference() else b for b in module.buffers()}
     for part in module.modules():  # a weight that a hook computes cannot be copied with its history
         computed = (v for v in vars(part).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
@@ -40,7 +42,7 @@ def same_memory(module: nn.Module) -> dict[int, Any]:
 
 
 def own_modules(gm: fx.GraphModule) -> None:
-    """Give a graph modules and Parameters of its own, on the memory of those it shares."""
+    """Give a graph modules and Parameters of its own that share the memory of the old ones."""
     memo = same_memory(gm)
     for name, child in list(gm.named_children()):
         gm.add_module(name, copy.deepcopy(child, memo))
@@ -56,26 +58,22 @@ def module_path(node: fx.Node) -> str:
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:
-    """Where a graph runs: the device of its tensors, or of its inputs where it has none."""
-    for tensor in itertools.chain(gm.buffers(), gm.parameters()):
-        return tensor.device
-    value = timestep_node(gm).meta["val"]
-    assert isinstance(value, torch.Tensor)
-    return value.device
+    """The device of a graph's tensors, or of its timestep where it has none."""
+    tensors = itertools.chain(gm.buffers(), gm.parameters())
+    device: torch.device = next(tensors, timestep_node(gm).meta["val"]).device
+    return device
 
 
 def set_buffer(gm: fx.GraphModule, name: str, value: torch.Tensor) -> str:
     """Register `value` as a buffer `name`, or `name_1`, ... if taken; returns the name used."""
-    free, n = name, 0
-    while hasattr(gm, free):
-        n += 1
-        free = f"{name}_{n}"
+    names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(1)))
+    free = next(each for each in names if not hasattr(gm, each))
     gm.register_buffer(free, value)
     return free
 
 
 def timestep_node(gm: fx.GraphModule) -> fx.Node:
-    """The placeholder of the timestep, (B,)."""
+    """The placeholder of the timestep, whose value is (B,)."""
     name = gm.meta.get("timestep")
     placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
     for node in placeholders:
@@ -92,7 +90,7 @@ def timestep_position(gm: fx.GraphModule) -> int:
 def insert_timestep_row(
     gm: fx.GraphModule, name: str, table: torch.Tensor, timesteps: torch.Tensor
 ) -> fx.Node:
-    """A look-up of `table` (K, F) by t behind the placeholders; its value is (B, F).
+    """Insert a look-up of `table` (K, F) by timestep behind the placeholders; its value is (B, F).
 
     timesteps: (K,) sorted keys, stored once for all look-ups over the same set.
     """

@@ -1,4 +1,4 @@
-"""Products of two values that both vary with the inputs, as in attention: find and replace them."""
+"""Find matrix products of two activations, as in attention, and replace their operands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A product of two activations.  probabilities: the operand that is a softmax's result."""
+    """A matrix product of two activations.
+
+    probabilities: the side whose operand is a softmax's result, if there is exactly one.
+    """
 
     node: fx.Node
     left: fx.Node
@@ -32,21 +35,18 @@ class Product:
 
     @property
     def name(self) -> str:
-        """The node's name."""
+        """The name of the product's node."""
         return self.node.name
 
     def operand(self, side: Side) -> fx.Node:
-        """One of the operands."""
+        """The operand on one side."""
         return self.left if side == "left" else self.right
-
-
-# ---------------------------------------------------------------------------- finding
 
 
 def find_products(gm: fx.GraphModule) -> list[Product]:
     """Every matmul, @, bmm, baddbmm and two-operand einsum of values that both depend on inputs,
     one of them on more than the timestep; in graph order."""
-    times, found = binding_times(gm), []
+    times, products = binding_times(gm), []
     for node in gm.graph.nodes:
         values = [_at(node, place) for place in _places(node)]
         if len(values) != 2 or not all(isinstance(value, fx.Node) for value in values):
@@ -54,12 +54,12 @@ def find_products(gm: fx.GraphModule) -> list[Product]:
         if times[node] is not Binding.X or not all(times.deps[value] for value in values):
             continue
         sides = [s for s, v in zip(SIDES, values, strict=True) if _is_probabilities(gm, v)]
-        found.append(Product(node, values[0], values[1], sides[0] if len(sides) == 1 else None))
-    return found
+        products.append(Product(node, values[0], values[1], sides[0] if len(sides) == 1 else None))
+    return products
 
 
 def replace_operand(product: Product, side: Side, value: fx.Node) -> None:
-    """Let the product read `value` on one side, in place; `product` still names the old one."""
+    """Let the product's node read `value` on one side; `product` itself keeps the old operand."""
     where, *path = _places(product.node)[SIDES.index(side)]
     if where == "kwargs":
         product.node.update_kwarg(str(path[0]), value)
@@ -72,7 +72,7 @@ def replace_operand(product: Product, side: Side, value: fx.Node) -> None:
 
 
 def _places(node: fx.Node) -> list[tuple[str | int, ...]]:
-    """Where a product holds its operands; empty for other nodes."""
+    """The places of a product's operands in its arguments; empty for other nodes."""
     name = op_name(node)
     if name == "einsum":
         listed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
@@ -80,13 +80,13 @@ def _places(node: fx.Node) -> list[tuple[str | int, ...]]:
         if len(inner) != 2:
             return []
         return [("args", 1, 0), ("args", 1, 1)] if listed else [("args", 1), ("args", 2)]
-    found: list[tuple[str | int, ...]] = []
+    places: list[tuple[str | int, ...]] = []
     for position, words in _OPERANDS.get(name, ()):
         if position < len(node.args):
-            found.append(("args", position))
+            places.append(("args", position))
         else:
-            found += [("kwargs", word) for word in words if word in node.kwargs]
-    return found
+            places += [("kwargs", word) for word in words if word in node.kwargs]
+    return places
 
 
 def _at(node: fx.Node, place: tuple[str | int, ...]) -> Any:

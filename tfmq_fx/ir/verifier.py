@@ -1,4 +1,4 @@
-"""The check that every pass goes through: what a graph of a stage may contain."""
+"""Check that a graph contains only what its stage allows; run before and after every pass."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def check(gm: fx.GraphModule, stage: Stage) -> None:
     exists; every module and function is one the stage allows; every value carries meta["val"];
     a look-up table has one row for each key.
     """
-    found = stage_of(gm)
-    if found is not stage:
-        raise GraphError(f"expected a {stage.value} graph, found a {found.value} one")
+    actual = stage_of(gm)
+    if actual is not stage:
+        raise GraphError(f"expected a {stage.value} graph, found a {actual.value} one")
     try:
         gm.graph.lint()
     except (RuntimeError, AssertionError) as error:
