@@ -1,4 +1,4 @@
-"""Values of nodes while a model is traced: fake tensors and symbolic sizes."""
+"""Compute the values of nodes while a model is traced: fake tensors and symbolic sizes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 class FakeValues(SizeTests):
     """The part of a tracer that computes each node's value from the values of its arguments."""
 
-    computing: bool
-    _mode: FakeTensorMode
-    _known: dict[Any, dict[str, Any]]  # likeness of a node -> layout of its value
-    _numbers: dict[Any, int]  # expression of a size -> what stands for it there
-    _fakes: dict[int, tuple[Tensor, Tensor]]
-    _writes: dict[fx.Node, tuple[fx.Node, ...]]
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.computing = False
+        self._mode = mode
+        self._known: dict[Any, dict[str, Any]] = {}  # key of a node -> layout of its value
+        self._numbers: dict[Any, int] = {}  # expression of a size -> its number in keys
+        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
     def whereabouts(self) -> str:
-        """Module path and source line of what is being traced."""
+        """The module path and source line of the code that is traced."""
         paths = [path for path, _ in self.module_stack.values()]
         return f"{paths[-1] if paths else 'the model'} ({self._line()})"
 
@@ -46,13 +48,11 @@ class FakeValues(SizeTests):
         return self._fakes[id(tensor)][0]
 
     def _compute(self, node: fx.Node) -> Any:
-        """The node's value, from the values of its arguments."""
+        """The node's value, computed from the values of its arguments."""
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-        def value(argument: fx.Node) -> Any:
-            return argument.meta["val"]
-
-        args: Any = fx.node.map_arg(node.args, value)
-        kwargs: Any = fx.node.map_arg(node.kwargs, value)
+        args: Any
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
         target: Any = node.target
         if target is torch.ops.aten.sym_size.int:
             return args[0].shape[args[1]]
@@ -67,13 +67,17 @@ class FakeValues(SizeTests):
         try:
             # Without the Python dispatcher some kernels fix free sizes to the example's.
             with self._mode, enable_python_dispatcher():
-                alike = self._likeness(node)
-                if alike in self._known:
-                    return torch.empty_strided(**self._known[alike])
+                key = self._key(node)
+                if key in self._known:
+                    return torch.empty_strided(**self._known[key])
                 result = _evenly_spaced(target, args, kwargs)
                 if result is None:
                     result = target(*args, **kwargs)
-        except _data_dependent() as error:
+        except (
+            DataDependentOutputException,
+            DynamicOutputShapeException,
+            GuardOnDataDependentSymNode,
+        ) as error:
             name = getattr(node.target, "__name__", str(node.target))
             what = "size" if isinstance(error, DynamicOutputShapeException) else "value"
             raise CaptureError(
@@ -93,7 +97,7 @@ class FakeValues(SizeTests):
         if written:
             self._writes[node] = tuple(written)
         elif isinstance(result, Tensor) and not _shares_memory(result, tensors):
-            self._known[alike] = {
+            self._known[key] = {
                 "size": result.shape,
                 "stride": result.stride(),
                 "dtype": result.dtype,
@@ -101,8 +105,8 @@ class FakeValues(SizeTests):
             }
         return result
 
-    def _likeness(self, node: fx.Node) -> Any:
-        """Equal for nodes whose values have the same shape, strides, dtype and device."""
+    def _key(self, node: fx.Node) -> Any:
+        """A key that is equal for nodes whose values have the same layout, dtype and device."""
         target: Any = node.target
         if node.op == "call_module":
             module = self.root.get_submodule(target)
@@ -128,21 +132,16 @@ class FakeValues(SizeTests):
         return node.op, target, repr(arguments)
 
 
-def _data_dependent() -> tuple[type[Exception], ...]:
-    """What torch raises where a result's shape or a branch depends on a tensor's data."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
-
-
 def _shares_memory(value: Tensor, others: list[fx.Node]) -> bool:
     memory = value.untyped_storage()._cdata
     return any(other.meta["val"].untyped_storage()._cdata == memory for other in others)
 
 
 def _evenly_spaced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What linspace and logspace return for a symbolic number of steps, which their own kernels
-    would fix; None for other calls."""
+    """The value of linspace or logspace for a symbolic number of steps; None for other calls.
+
+    Their own kernels would fix the number.
+    """
     if target not in (torch.linspace, torch.logspace):
         return None
     steps = kwargs.get("steps", args[2] if len(args) > 2 else None)

@@ -1,4 +1,4 @@
-"""What a model's code sees in place of tensors and sizes while it is traced."""
+"""Proxies that stand for tensors and sizes while a model is traced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +25,7 @@ _OURS = tuple(
 
 
 def source_line() -> str:
-    """file.py:line of the innermost frame outside torch and the tracer."""
+    """The file.py:line of the innermost frame outside torch and the tracer."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_code.co_filename
@@ -36,36 +36,28 @@ def source_line() -> str:
 
 
 class Sizes(tuple[Any, ...]):
-    """A shape whose free sizes are proxies."""
+    """The shape of a TensorProxy, whose free sizes are proxies."""
 
     def numel(self) -> Any:
         return math.prod(self)
 
 
-class Recorder(fx.Tracer):
-    """What proxies ask of the tracer that made them."""
+class Recorder(Protocol):
+    """The interface of the tracer that proxies call."""
 
-    def size_of(self, proxy: TensorProxy, dim: int) -> Any:
-        """A size of what a proxy stands for: a number or a proxy."""
-        raise NotImplementedError
-
-    def decide(self, value: Any) -> bool:
-        """The outcome of a condition on sizes."""
-        raise NotImplementedError
-
-    def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any:
-        """The number that a size is at the example."""
-        raise NotImplementedError
-
-    def whereabouts(self) -> str:
-        """Module path and source line of what is being traced."""
-        raise NotImplementedError
+    def size_of(self, proxy: TensorProxy, dim: int) -> Any: ...
+    def decide(self, value: Any) -> bool: ...
+    def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any: ...
+    def whereabouts(self) -> str: ...
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
 
 
 class ValueProxy(Proxy):
     """A proxy that knows the value of its node."""
 
-    tracer: Recorder
+    tracer: Recorder  # type: ignore[assignment]
     _is_param = False  # nn.Module.__setattr__ asks
 
     @property
@@ -77,20 +69,19 @@ class ValueProxy(Proxy):
 
 
 class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
-    """Stands for a tensor; what needs its data is refused with the module and line that asked.
+    """A stand-in for a tensor; reading its data raises CaptureError with the module and line.
 
-    It is a tensor, on the meta device, so that isinstance holds and compiled code that is handed
-    one finds no data instead of foreign memory; but all that Python code asks of it is answered
-    here, from the value of its node.
+    It is a tensor on the meta device, so that isinstance holds and compiled code finds no data
+    instead of foreign memory.  Attributes and methods are answered from the value of its node.
     """
 
-    def __new__(cls, node: fx.Node, tracer: Recorder) -> TensorProxy:
+    def __new__(cls, node: fx.Node, tracer: Any) -> TensorProxy:
         value = node.meta["val"]
         with torch._C.DisableTorchFunction():
             bare = _EMPTY([0] * value.dim(), dtype=value.dtype, device="meta")
             return Tensor._make_subclass(cls, bare)
 
-    def __init__(self, node: fx.Node, tracer: Recorder) -> None:
+    def __init__(self, node: fx.Node, tracer: Any) -> None:
         ValueProxy.__init__(self, node, tracer)
 
     def __getattribute__(self, name: str) -> Any:
@@ -180,7 +171,7 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
         if args and isinstance(args[0], Tensor):
             kwargs = {"device": args[0].device, "dtype": args[0].dtype, **kwargs}
             args = args[1:]
-        return self.tracer.create_proxy("call_method", "to", (self, *args), kwargs)
+        return self._method("to", *args, **kwargs)
 
     def expand_as(self, other: Any) -> Any:
         return self.expand(other.shape)
@@ -216,12 +207,12 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
         """An attribute or method of torch.Tensor."""
         if name == "data":  # the same memory, and gradients are off here
             return self
-        found = getattr(self.value, name)
-        if callable(found):
+        attribute = getattr(self.value, name)
+        if callable(attribute):
             return lambda *args, **kwargs: self._method(name, *args, **kwargs)
-        if isinstance(found, Tensor):
+        if isinstance(attribute, Tensor):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return found
+        return attribute
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"'Tensor' object has no attribute {name!r}")
@@ -238,7 +229,7 @@ for _target in PURE_FORMS:
     if callable(_target):
         setattr(TensorProxy, f"__{_target.__name__}__", _inplace_operator(_target))
 
-# What TensorProxy leaves to its value: all of torch.Tensor's public attributes but its own.
+# The public attributes of torch.Tensor that TensorProxy does not define itself.
 _OF_TENSORS = frozenset(
     name
     for name in dir(Tensor)
@@ -247,7 +238,7 @@ _OF_TENSORS = frozenset(
 
 
 class SizeProxy(ValueProxy):
-    """Stands for a size, or a number or condition computed from sizes."""
+    """A stand-in for a size, or for a number or condition computed from sizes."""
 
     @property  # as a torch.SymInt, torch's argument parser takes it for a size without reading it
     def __class__(self) -> type:
@@ -269,17 +260,14 @@ class SizeProxy(ValueProxy):
     def __float__(self) -> float:
         return float(self.tracer.fix(self.value, float))
 
-    def _recorded(self, target: Callable[..., Any]) -> Any:
-        return self.tracer.create_proxy("call_function", target, (self,), {})
-
     def __ceil__(self) -> Any:
-        return self._recorded(math.ceil)
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
 
     def __floor__(self) -> Any:
-        return self._recorded(math.floor)
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
 
     def __trunc__(self) -> Any:
-        return self._recorded(math.trunc)
+        return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
 
     def is_integer(self) -> bool:
         return bool(self.value.is_integer())

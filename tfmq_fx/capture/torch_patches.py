@@ -1,4 +1,4 @@
-"""What is changed in torch and einops while a model is traced, and put back."""
+"""Patch torch and einops while a model is traced, and restore them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .proxies import TensorProxy
 
 Make = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
-# Makers of tensors without tensor arguments: recorded, so that no device or dtype is baked into a
-# constant and random ones are drawn at each call.
+# Factories of tensors without tensor arguments. They are recorded, so that no device or dtype
+# becomes part of a constant and random numbers are drawn at each call.
 FACTORIES = {
     name: getattr(torch, name)
     for name in [
@@ -46,14 +46,14 @@ RECORDED = frozenset(FACTORIES.values())
 
 @contextlib.contextmanager
 def patched(make: Make) -> Iterator[None]:
-    """While active, tensor factories go through make(func, args, kwargs), in this thread also those
-    imported by name, and einops takes proxies for tensors."""
+    """While active, route tensor factories through make(func, args, kwargs), and let einops take
+    proxies; in this thread also factories that were imported by name."""
     with _Record(make), _factories(make), _einops():
         yield
 
 
 class _Record(TorchFunctionMode):
-    """Hands tensor factories to `make`; active in the tracing thread alone."""
+    """A mode of the tracing thread that hands torch functions to `make`."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -67,8 +67,10 @@ class _Record(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _factories(make: Make) -> Iterator[None]:
-    """Replace torch.zeros and its like: torch 2.13's argument parser takes no proxy in
-    torch.zeros(batch, 3). Other threads get the originals."""
+    """Replace torch.zeros and other factories by functions that call `make`.
+
+    torch 2.13's argument parser takes no proxy in torch.zeros(batch, 3).
+    """
 
     def replacement(func: Any) -> Any:
         @functools.wraps(func)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .node_info import is_heavy, op_name, size_hint
+from .node_info import is_heavy, op_name, size_hint, value_inputs
 
 Cuts = frozenset[int]  # positions along a dimension at which a new part begins
 
@@ -183,7 +183,7 @@ def _size(node: fx.Node, dim: int) -> int | None:
 
 def _concatenated(node: fx.Node, parts: Mapping[fx.Node, ConcatParts]) -> ConcatParts:
     """The cuts of a concatenation: between its operands, and those of the operands themselves."""
-    tensors = node.all_input_nodes
+    tensors = value_inputs(node)
     value = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     along = value % len(_shape(node)) if isinstance(value, int) else 0
     dims = _merged(pair for tensor in tensors for pair in parts[tensor].cuts.items())

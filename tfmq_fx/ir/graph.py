@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ def same_memory(module: nn.Module) -> dict[int, Any]:
         computed = (v for v in vars(part).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
         memo |= {id(value): value.detach() for value in computed}
     return memo | {id(p): nn.Parameter(ordinary(p), p.requires_grad) for p in module.parameters()}
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of a module, under all of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def own_modules(gm: fx.GraphModule) -> None:

@@ -118,14 +118,16 @@ def missing_inputs(
     for node in gm.graph.nodes:
         if node not in nodes:
             continue
+        value = node.meta.get("val")
         if node in inputs or size_source(node, inputs) is not None:
             missing[node] = frozenset()
-        elif node.op == "placeholder" or not set(node.all_input_nodes) <= set(missing):
-            value = node.meta.get("val")
-            is_size = isinstance(value, torch.SymInt)
-            missing[node] = frozenset([f"the size {value}" if is_size else node.name])
+        elif op_name(node) == "sym_size" and isinstance(value, torch.SymInt):
+            missing[node] = frozenset([f"the size {value}"])
+        elif node.op == "placeholder":
+            missing[node] = frozenset([node.name])
         else:
-            missing[node] = frozenset().union(*(missing[used] for used in node.all_input_nodes))
+            names = (missing.get(u, frozenset([u.name])) for u in node.all_input_nodes)
+            missing[node] = frozenset().union(*names)
     return missing
 
 

@@ -86,11 +86,11 @@ def temporal_cut(
     """
     early = {n for n in gm.graph.nodes if n.op != "output" and times[n].join(upto) is upto}
     heavy = {n for n in early if times[n] is not Binding.CONSTANT and is_heavy(gm, n)}
-    t = timestep_node(gm)
-    batch = _expr(t.meta["val"].shape[0])
+    batch = _expr(timestep_node(gm).meta["val"].shape[0])
+    known = [node for node in early if node.op == "placeholder"]
     reasons = {
         node: _obstacle(node.meta.get("val"), batch, names)
-        for node, names in missing_inputs(gm, early, [t]).items()
+        for node, names in missing_inputs(gm, early, known).items()
     }
     obstacles = {node: reason for node, reason in reasons.items() if reason}
     return minimum_cut(gm.graph, early, heavy=heavy, obstacles=obstacles, cost=_row_bytes)
