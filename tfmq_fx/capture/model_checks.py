@@ -1,22 +1,22 @@
-"""What a model must be to be captured: not wrapped, not quantized, with its weights in it."""
+"""Check that a model can be captured: not wrapped, not quantized, with all weights loaded."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.ir.graph import named_tensors
 
 _INNER = ("_orig_mod", "module", "base_model")  # of torch.compile; DataParallel, EMA, FSDP; peft
 _QUANTIZED = ("torch.ao.", "bitsandbytes", "optimum.quanto", "diffusers.quantizers", "torchao")
 
 
 def check_model(model: object) -> None:
-    """Raise ConfigError, with what to pass instead, for what no graph can be made of."""
+    """Raise ConfigError for a model that cannot be captured, with what to pass instead."""
     if not isinstance(model, nn.Module):
         hint = ""
         if hasattr(model, "copy_to") and hasattr(model, "shadow_params"):
@@ -38,7 +38,7 @@ def unwrapped(model: object) -> object:
 
 
 def wrapped_at(model: nn.Module) -> str:
-    """The path of the model inside wrappers whose forward names no inputs; "" for no wrapper."""
+    """The path of the model inside wrappers whose forward names no inputs; "" without wrappers."""
     path = []
     while not forward_parameters(model):
         name = next((n for n in _INNER if isinstance(model._modules.get(n), nn.Module)), None)
@@ -50,7 +50,7 @@ def wrapped_at(model: nn.Module) -> str:
 
 
 def forward_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters of model.forward that can be given by name."""
+    """The names of the parameters of model.forward that can be passed by name."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(model.forward).parameters.values()
     return [p.name for p in parameters if p.kind in kinds]
@@ -67,7 +67,7 @@ def _check_layer(path: str, module: nn.Module) -> None:
 
 
 def _is_plain(value: Tensor) -> bool:
-    """Whether operators on a tensor are torch's own."""
+    """Whether the operators of a tensor are torch's own."""
     kind = type(value)
     return isinstance(value, FakeTensor) or (
         kind.__torch_function__ in _PLAIN_FUNCTIONS
@@ -79,6 +79,7 @@ _PLAIN_FUNCTIONS = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
 
 
 def _quantized(where: str, kind: type) -> str:
+    """The error message for a layer or tensor of another package."""
     package = kind.__module__.partition(".")[0]
     package = "torch.ao" if kind.__module__.startswith("torch.ao.") else package
     return (
@@ -88,22 +89,12 @@ def _quantized(where: str, kind: type) -> str:
 
 
 def _check_content(model: nn.Module) -> None:
-    """Raise ConfigError where some weights have no content; those that a hook keeps elsewhere are
-    told where hooks are."""
-    tensors = dict(_tensors(model))
-    away = next((name for name, value in tensors.items() if value.is_meta), None)
-    if away is None:
-        return
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return
-    here = next((name for name, value in tensors.items() if not value.is_meta), None)
-    if here is not None:
+    """Raise ConfigError where some weights have no content, but for those that hooks offload, which
+    the check of hooks reports."""
+    away = [name for name, value in named_tensors(model) if value.is_meta]
+    here = [name for name, value in named_tensors(model) if not value.is_meta]
+    if away and here and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ConfigError(
-            f"{away} is on the meta device, without content, and {here} is not: load all weights "
-            f"first"
+            f"{away[0]} is on the meta device, without content, and {here[0]} is not: load all "
+            f"weights first"
         )
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
