@@ -1,4 +1,4 @@
-"""Names of modules and tensors that the code of a graph can be made with."""
+"""Check that modules and tensors have names that the code of a graph can use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.nn's transformer layers without their fused kernels, so that their parts can be seen."""
+"""Switch off the fused kernels of torch.nn's transformer layers, which hide their parts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LAYERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 @contextlib.contextmanager
 def plain_transformers(model: nn.Module) -> Iterator[list[str]]:
-    """Run the transformer layers of torch.nn as their Python code says while active; what to note.
+    """Run torch.nn's transformer layers as their Python code says while active; yields notes.
 
-    Without gradients they take one kernel for a whole layer, which rounds otherwise.
+    Without gradients they use one kernel for a whole layer, which rounds otherwise.
     """
     if not any(isinstance(module, _LAYERS) for module in model.modules()):
         yield []

@@ -96,30 +96,10 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
-    def dim(self) -> int:
-        return int(self.value.dim())
-
-    ndimension = dim
-
     def numel(self) -> Any:
         return math.prod(self.shape)
 
     nelement = numel
-
-    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
-        return bool(self.value.is_contiguous(*args, **kwargs))
-
-    def is_floating_point(self) -> bool:
-        return bool(self.value.is_floating_point())
-
-    def is_complex(self) -> bool:
-        return bool(self.value.is_complex())
-
-    def element_size(self) -> int:
-        return int(self.value.element_size())
-
-    def get_device(self) -> int:
-        return int(self.value.get_device())
 
     def __len__(self) -> int:
         if not self.value.dim():
@@ -128,40 +108,6 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.unbind(0))
-
-    def _refuse(self, what: str) -> Any:
-        raise CaptureError(
-            f"{self.tracer.whereabouts()}: {what} of a tensor's data ({self.node.name}) decides "
-            f"what runs next; a graph cannot follow it. Make the decision from shapes or from "
-            f"constants, or move it out of the model."
-        )
-
-    def __bool__(self) -> bool:
-        return bool(self._refuse("bool()"))
-
-    def __int__(self) -> int:
-        return int(self._refuse("int()"))
-
-    def __index__(self) -> int:
-        return int(self._refuse("an index"))
-
-    def __float__(self) -> float:
-        return float(self._refuse("float()"))
-
-    def __contains__(self, item: Any) -> bool:
-        return bool(self._refuse("'in'"))
-
-    def item(self) -> Any:
-        return self._refuse(".item()")
-
-    def tolist(self) -> Any:
-        return self._refuse(".tolist()")
-
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self._refuse(".numpy()")
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._refuse("numpy()")
 
     # The next five use only another tensor's shape, dtype or device: no data edge to it.
     def type_as(self, other: Any) -> Any:
@@ -208,7 +154,7 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
         if name == "data":  # the same memory, and gradients are off here
             return self
         attribute = getattr(self.value, name)
-        if callable(attribute):
+        if callable(attribute) and name not in _KNOWN:
             return lambda *args, **kwargs: self._method(name, *args, **kwargs)
         if isinstance(attribute, Tensor):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
@@ -216,6 +162,33 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+
+
+def _refusal(what: str) -> Callable[..., Any]:
+    """A method that raises CaptureError, as its result depends on a tensor's data."""
+
+    def refuse(self: TensorProxy, *args: Any, **kwargs: Any) -> Any:
+        raise CaptureError(
+            f"{self.tracer.whereabouts()}: {what} of a tensor's data ({self.node.name}) decides "
+            f"what runs next; a graph cannot follow it. Make the decision from shapes or from "
+            f"constants, or move it out of the model."
+        )
+
+    return refuse
+
+
+for _name, _what in {
+    "__bool__": "bool()",
+    "__int__": "int()",
+    "__index__": "an index",
+    "__float__": "float()",
+    "__contains__": "'in'",
+    "__array__": "numpy()",
+    "item": ".item()",
+    "tolist": ".tolist()",
+    "numpy": ".numpy()",
+}.items():
+    setattr(TensorProxy, _name, _refusal(_what))
 
 
 def _inplace_operator(target: Callable[..., Any]) -> Callable[[TensorProxy, Any], Any]:
@@ -228,6 +201,10 @@ def _inplace_operator(target: Callable[..., Any]) -> Callable[[TensorProxy, Any]
 for _target in PURE_FORMS:
     if callable(_target):
         setattr(TensorProxy, f"__{_target.__name__}__", _inplace_operator(_target))
+
+# Methods whose results are facts that the value of a node tells.
+_KNOWN = {"dim", "ndimension", "is_contiguous", "is_floating_point", "is_complex"}
+_KNOWN |= {"element_size", "get_device"}
 
 # The public attributes of torch.Tensor that TensorProxy does not define itself.
 _OF_TENSORS = frozenset(
@@ -254,8 +231,7 @@ class SizeProxy(ValueProxy):
     def __int__(self) -> int:
         return int(self.tracer.fix(self.value, int))
 
-    def __index__(self) -> int:
-        return int(self.tracer.fix(self.value, int))
+    __index__ = __int__
 
     def __float__(self) -> float:
         return float(self.tracer.fix(self.value, float))
