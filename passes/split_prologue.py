@@ -68,7 +68,7 @@ def split_prologue(
     At the batch size of a request the parts compute what `gm` computes, operation by operation.
     Raises ConfigError for a condition that is no input.
     """
-    found = find_request(gm, conditions, steps=steps)
+    groups, declined = find_request(gm, conditions, steps=steps)
     t = timestep_node(gm)
     inputs = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
     batch = t.meta["val"].shape[0]
@@ -81,7 +81,7 @@ def split_prologue(
 
     shown = _shared_with_outputs(gm)
     parts, cut = [], list[fx.Node]()
-    for group in found.groups:
+    for group in groups:
         values = list(group.values)
         part = extract(gm, values, [t, *(inputs[name] for name in group.conditions)])
         part.meta |= {key: gm.meta[key] for key in ("timesteps",) if key in gm.meta}
@@ -118,7 +118,7 @@ def split_prologue(
         for key, tensor in tensors_of(part.graph, part.graph.graph.nodes).items()
     }
     freed = {names[key]: value for key, value in used.items() if key not in needed}
-    return Split(step, tuple(kept), tuple(parts), freed, found.declined)
+    return Split(step, tuple(kept), tuple(parts), freed, tuple(declined))
 
 
 def _shared_with_outputs(gm: fx.GraphModule) -> set[fx.Node]:

@@ -170,12 +170,9 @@ class CallSpec:
         """The spec for another device type or floating dtype; the timestep keeps its dtype."""
         inputs = []
         for spec in self.inputs:
-            cast = dtype and spec.dtype.is_floating_point and spec.name != self.timestep
-            inputs.append(
-                dataclasses.replace(
-                    spec, device=device or spec.device, dtype=dtype if cast else spec.dtype
-                )
-            )
+            fixed = spec.name == self.timestep or not spec.dtype.is_floating_point
+            kind = spec.dtype if fixed else dtype or spec.dtype
+            inputs.append(dataclasses.replace(spec, device=device or spec.device, dtype=kind))
         return dataclasses.replace(self, inputs=tuple(inputs))
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -22,19 +22,18 @@ from tfmq_fx.core.stages import Stage
 from tfmq_fx.ir.graph_pass import prune
 from tfmq_fx.ir.verifier import check
 
-from .attribute_names import check_names
 from .call_inference import Dynamic, describe_call
 from .call_spec import CallSpec
 from .export_route import Exported, export
+from .fake_values import SizeTest
 from .free_sizes import held_sizes, less_batch, mixes_batch, sizes_without
 from .guards import guard, same_operations
 from .input_checks import BATCH
-from .model_checks import check_model
+from .model_checks import check_model, check_names
 from .nested_values import Branch, Const, Structure, outline
 from .outside_tensors import BAKED, OUTSIDE
-from .plain_transformers import plain_transformers
 from .replay import arguments, replay, runs, structural_clone
-from .size_tests import SizeTest
+from .torch_patches import plain_transformers
 from .tracer import ValueTracer
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from torch import Tensor, fx, nn
 from tfmq_fx.core.errors import CaptureError
 from tfmq_fx.ir.graph import named_tensors
 
+from .fake_values import SizeTest
 from .nested_values import Const, Structure
-from .size_tests import SizeTest
 from .tracer import TRACING, ValueTracer
 
 _aten = torch.ops.aten

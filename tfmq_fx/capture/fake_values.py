@@ -1,7 +1,10 @@
-"""Compute the values of nodes while a model is traced: fake tensors and symbolic sizes."""
+"""Compute values of nodes (fake tensors, symbolic sizes) while tracing, and record size tests."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +20,40 @@ from torch._subclasses.fake_tensor import (
 
 from tfmq_fx.core.errors import CaptureError
 
-from .size_tests import SizeTests
+from .proxies import source_line
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-class FakeValues(SizeTests):
-    """The part of a tracer that computes each node's value from the values of its arguments."""
+@dataclass(frozen=True, slots=True)
+class SizeTest:
+    """A condition on sizes (a sympy expression) that the model tested, its outcome and its line.
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    branch: False where a size was read as a number, not tested.
+    """
+
+    expression: Any
+    held: bool
+    source: str
+    branch: bool = True
+
+
+class FakeValues(fx.Tracer):
+    """The part of a tracer that computes the value of each node, and answers tests on sizes.
+
+    names, forced, tests: as for ValueTracer.
+    """
+
+    def __init__(
+        self, mode: FakeTensorMode, names: Mapping[Any, Any], forced: Mapping[SizeTest, bool]
+    ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.tests: list[SizeTest] = []
+        self.source: str | None = None  # line of the traced code, where it runs in no frame
         self.computing = False
-        self._mode = mode
+        self._mode, self._names, self._forced = mode, names, forced
+        self._shapes: Any = mode.shape_env
+        self._tied: set[Any] = set()
         self._known: dict[Any, dict[str, Any]] = {}  # key of a node -> layout of its value
         self._numbers: dict[Any, int] = {}  # expression of a size -> its number in keys
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
@@ -38,6 +63,40 @@ class FakeValues(SizeTests):
         """The module path and source line of the code that is traced."""
         paths = [path for path, _ in self.module_stack.values()]
         return f"{paths[-1] if paths else 'the model'} ({self._line()})"
+
+    def decide(self, value: Any) -> bool:
+        """The outcome of a condition on sizes, which is recorded."""
+        test = SizeTest(value.node._expr.xreplace(self._names), True, self._line())
+        held = self._forced[test] if test in self._forced else bool(value)
+        self._note(dataclasses.replace(test, held=held))
+        return held
+
+    def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any:
+        """The number that a size has at the example, which is recorded as an equation."""
+        expression = value.node._expr.xreplace(self._names)  # converting replaces the symbol
+        number = convert(value)
+        self._note_equal(expression, number)
+        return number
+
+    def _note(self, test: SizeTest) -> None:
+        if getattr(test.expression, "free_symbols", None) and test not in self.tests:
+            self.tests.append(test)
+
+    def _note_equal(self, expression: Any, value: Any) -> None:
+        import sympy  # type: ignore[import-untyped]
+
+        equation = sympy.Eq(expression, value, evaluate=False).xreplace(self._names)
+        self._note(SizeTest(equation, True, self._line(), branch=False))
+
+    def _line(self) -> str:
+        return self.source or source_line()
+
+    def _note_fixed(self) -> None:
+        """Record the sizes that an operation fixed to the example's, or tied to one another."""
+        replaced = self._shapes.replacements
+        for symbol in [*(self._names.keys() & replaced.keys() - self._tied)]:
+            self._tied.add(symbol)
+            self._note_equal(symbol, replaced[symbol])
 
     def _fake(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):

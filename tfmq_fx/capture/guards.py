@@ -10,8 +10,8 @@ from torch import fx
 from tfmq_fx.core.errors import CaptureError
 
 from .call_spec import Guard
+from .fake_values import SizeTest
 from .nested_values import Expression
-from .size_tests import SizeTest
 
 # Classes of sympy and torch -> operators of `nested_values.evaluate`.
 _BINARY = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from keyword import iskeyword
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 
-from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.errors import CaptureError, ConfigError
 from tfmq_fx.ir.graph import named_tensors
 
 _INNER = ("_orig_mod", "module", "base_model")  # of torch.compile; DataParallel, EMA, FSDP; peft
@@ -98,3 +99,23 @@ def _check_content(model: nn.Module) -> None:
             f"{away[0]} is on the meta device, without content, and {here[0]} is not: load all "
             f"weights first"
         )
+
+
+def check_names(graph: fx.Graph) -> None:
+    """Raise CaptureError for a module or tensor whose name a GraphModule cannot have."""
+    own = {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))}
+    for node in graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        parts = str(node.target).split(".")
+        if word := next(filter(iskeyword, parts), None):
+            raise CaptureError(
+                f"{node.target}: {word!r} is a word of Python, and the code of a graph cannot use "
+                f"it for a name. Name it otherwise in the model"
+            )
+        if parts[0] in own:
+            raise CaptureError(
+                f"{node.target}: a graph has an attribute {parts[0]!r} of its own. Name it "
+                f"otherwise in the model, or make the model a part of another module whose forward "
+                f"calls it: there it is 'model.{node.target}', say"
+            )

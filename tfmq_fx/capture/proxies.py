@@ -17,19 +17,14 @@ from tfmq_fx.core.errors import CaptureError
 from tfmq_fx.ir.functionalize import PURE_FORMS, setitem_
 
 _EMPTY = torch.empty  # the original: while tracing, torch.empty records
-_LIBRARY = os.path.dirname(torch.__file__) + os.sep
-_OURS = tuple(
-    os.path.join(os.path.dirname(__file__), f"{name}.py")
-    for name in ("proxies", "tracer", "torch_patches", "size_tests", "fake_values")
-)
+_SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
 
 
 def source_line() -> str:
-    """The file.py:line of the innermost frame outside torch and the tracer."""
+    """The file.py:line of the innermost frame outside torch and this folder."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_LIBRARY, "<")) and name not in _OURS:
+        if not frame.f_code.co_filename.startswith(_SKIPPED):
             break
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

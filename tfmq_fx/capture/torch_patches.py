@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.utils._device
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .proxies import TensorProxy
@@ -105,3 +105,25 @@ def _einops() -> Iterator[None]:
         yield
     finally:
         del backends[TensorProxy]
+
+
+@contextlib.contextmanager
+def plain_transformers(model: nn.Module) -> Iterator[list[str]]:
+    """Run torch.nn's transformer layers as their Python code says while active; yields notes.
+
+    Without gradients they use one kernel for a whole layer, which rounds otherwise.
+    """
+    layers = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+    if not any(isinstance(module, layers) for module in model.modules()):
+        yield []
+        return
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield [
+            "torch.nn's transformer layers have a fused kernel that rounds otherwise than their "
+            "code: outputs equal the model's bit for bit under "
+            "torch.backends.mha.set_fastpath_enabled(False)"
+        ]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -26,9 +26,8 @@ from tfmq_fx.ir.functionalize import functionalize
 from tfmq_fx.ir.graph import named_tensors
 from tfmq_fx.ir.node_info import value_inputs
 
-from .fake_values import SYMBOLIC, FakeValues
+from .fake_values import SYMBOLIC, FakeValues, SizeTest
 from .proxies import SizeProxy, Sizes, TensorProxy
-from .size_tests import SizeTest
 from .torch_patches import RECORDED, patched
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -61,16 +60,11 @@ class ValueTracer(FakeValues):
         names: Mapping[Any, Any],
         forced: Mapping[SizeTest, bool],
     ) -> None:
-        super().__init__(mode)
-        self.tests: list[SizeTest] = []
+        super().__init__(mode, names, forced)
         self.last = "before its first operation"  # module and line of the latest operation
-        self.source: str | None = None  # line of the traced code, where it runs in no frame
         self._model, self._inputs, self._call = model, inputs, call
-        self._shapes: Any = mode.shape_env
-        self._names, self._forced = names, forced
         self._thread = threading.get_ident()
         self._sizes: dict[Any, Any] = {}
-        self._tied: set[Any] = set()
         # Reversed: of several names for one module or tensor, the first counts.
         copies = dict(model.named_modules(remove_duplicate=False))
         self._paths = {module: name for name, module in reversed(copies.items())}

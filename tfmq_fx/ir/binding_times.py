@@ -48,11 +48,10 @@ class BindingTimes:
     notes: tuple[Declined, ...]
 
     def __getitem__(self, node: fx.Node) -> Binding:
-        names, known = self.deps[node], {self.timestep, *self.conditions}
-        if not names <= known:
+        names = self.deps[node]
+        if not names <= {self.timestep, *self.conditions}:
             return Binding.X
-        at_t = Binding.T if self.timestep in names else Binding.CONSTANT
-        return at_t.join(Binding.C if names & self.conditions else Binding.CONSTANT)
+        return Binding((self.timestep in names) + Binding.C * bool(names & self.conditions))
 
 
 def binding_times(gm: fx.GraphModule, conditions: Collection[str] = ()) -> BindingTimes:

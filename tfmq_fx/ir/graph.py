@@ -107,11 +107,9 @@ def insert_timestep_row(
     keys_name = next(
         (n for n, b in gm.named_buffers() if n.startswith(KEYS) and torch.equal(b, timesteps)), None
     ) or set_buffer(gm, KEYS, timesteps.clone())
-    with gm.graph.inserting_after(last):
+    with gm.graph.inserting_before(last.next):
         keys = gm.graph.get_attr(keys_name)
-    with gm.graph.inserting_after(keys):
         rows = gm.graph.get_attr(table_name)
-    with gm.graph.inserting_after(rows):
         row = gm.graph.call_function(timestep_row, (rows, keys, t))
     batch = t.meta["val"]
     with batch.fake_mode:

@@ -69,7 +69,7 @@ def value_inputs(node: fx.Node) -> list[fx.Node]:
     ignored = 0 if name in _SHAPE_OF_FIRST else 1 if name in _SHAPE_OF_SECOND else None
     args = tuple(argument for i, argument in enumerate(node.args) if i != ignored)
     inputs: list[fx.Node] = []
-    fx.map_arg((args, node.kwargs), lambda used: inputs.append(used) or used)
+    fx.map_arg((args, node.kwargs), inputs.append)
     return inputs
 
 

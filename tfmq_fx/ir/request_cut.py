@@ -41,25 +41,17 @@ class Group:
     values: tuple[fx.Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The values of a request to compute before its steps.
-
-    groups: the values to store.  declined: values that are computed at every step, and why.
-    """
-
-    groups: tuple[Group, ...]
-    declined: tuple[Declined, ...]
-
-
-def find_request(gm: fx.GraphModule, conditions: Collection[str], *, steps: int) -> Request:
+def find_request(
+    gm: fx.GraphModule, conditions: Collection[str], *, steps: int
+) -> tuple[list[Group], list[Declined]]:
     """The values to compute before the steps of a request in which `conditions` are fixed.
 
     conditions: names of placeholders.  steps: the approximate number of timesteps of a request,
     which decides whether rows outweigh weights.
     Look-ups by timestep are among the values where they can be, so that nothing that is left
     depends on which timesteps there are.
-    Raises ConfigError for a condition that is no input.
+    Declined are values that are computed at every step.  Raises ConfigError for a condition that
+    is no input.
     """
     times = binding_times(gm, conditions)
     early = {n for n in gm.graph.nodes if n.op != "output" and times[n] <= Binding.TC}
@@ -92,18 +84,16 @@ def find_request(gm: fx.GraphModule, conditions: Collection[str], *, steps: int)
             declined.append(Declined(node.name, reason))
             heavy -= inside[node] - others
             early -= {node}
-    groups: dict[tuple[frozenset[str], bool], list[fx.Node]] = {}
+    values: dict[tuple[frozenset[str], bool], list[fx.Node]] = {}
     for node in cut:
         stepped = times.timestep in times.deps[node]
-        groups.setdefault((times.deps[node] & times.conditions, stepped), []).append(node)
+        values.setdefault((times.deps[node] & times.conditions, stepped), []).append(node)
     order = [str(node.target) for node in placeholders]
-    return Request(
-        tuple(
-            Group(tuple(name for name in order if name in needed), stepped, tuple(values))
-            for (needed, stepped), values in groups.items()
-        ),
-        (*declined, *blocked, *times.notes),
-    )
+    groups = [
+        Group(tuple(name for name in order if name in needed), stepped, tuple(nodes))
+        for (needed, stepped), nodes in values.items()
+    ]
+    return groups, [*declined, *blocked, *times.notes]
 
 
 def stored_bytes(node: fx.Node) -> int:

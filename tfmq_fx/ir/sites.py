@@ -113,11 +113,6 @@ def _constants(gm: fx.GraphModule) -> set[fx.Node]:
     return constants
 
 
-def weights_left(gm: fx.GraphModule, sites: Collection[Site]) -> int:
-    """The number of weights that matrix products and convolutions outside `sites` multiply with."""
-    return sum(left_by_module(gm, sites).values())
-
-
 def left_by_module(gm: fx.GraphModule, sites: Collection[Site]) -> dict[str, int]:
     """The number of weights that operations outside `sites` multiply with, by module path.
 

@@ -11,6 +11,8 @@ from torch import fx, nn
 from tfmq_fx.core.errors import GraphError
 from tfmq_fx.core.stages import Stage, introduced_by, stage_of
 
+from .node_info import op_name
+
 
 def check(gm: fx.GraphModule, stage: Stage) -> None:
     """Raise GraphError unless `gm` is a sound graph of `stage`.
@@ -46,9 +48,7 @@ def check(gm: fx.GraphModule, stage: Stage) -> None:
 
 def is_timestep_row(node: fx.Node) -> bool:
     """Whether a node is a table look-up by timestep."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "").startswith(
-        "timestep_row"
-    )
+    return op_name(node).startswith("timestep_row")
 
 
 def _check_module(gm: fx.GraphModule, node: fx.Node, stage: Stage) -> None:
