@@ -92,7 +92,7 @@ def wide(b: GraphBuilder, path: str, value: fx.Node, width: int = 64) -> fx.Node
     return b.layer(f"{path}.down", nn.Linear(width, WIDTH), b.call(F.silu, h))
 
 
-def names(groups: Sequence[Group]) -> list[tuple[tuple[str, ...], bool, list[str]]]:
+def names(groups: list[Group]) -> list[tuple[tuple[str, ...], bool, list[str]]]:
     return [(g.conditions, g.stepped, [n.name for n in g.values]) for g in groups]
 
 
