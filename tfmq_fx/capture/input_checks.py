@@ -88,12 +88,10 @@ def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) 
     size = spec.shape[0]
     integral = not spec.dtype.is_floating_point
     value = plain_number(value)
+    expected = f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got"
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex() or value.ndim > 1:
-            raise InputError(
-                f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got a "
-                f"{value.dtype} tensor of shape {tuple(value.shape)}"
-            )
+            raise InputError(f"{expected} a {value.dtype} tensor of shape {tuple(value.shape)}")
         if value.dtype.is_floating_point and value.dtype != spec.dtype:
             raise InputError(
                 f"{spec.path}: captured for {spec.dtype}, got {value.dtype}. Cast the timestep or "
@@ -108,9 +106,7 @@ def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) 
             )
         rows = 1
     else:
-        raise InputError(
-            f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got {shown(value)}"
-        )
+        raise InputError(f"{expected} {shown(value)}")
     batch = sizes.setdefault(size, rows) if isinstance(size, str) else size
     if rows != 1 and rows != batch:
         raise InputError(f"{spec.path}: {rows} timesteps for a batch of {batch}")

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 OUTSIDE, BAKED = "outside", "baked"
 
 
-def adopted(tensors: Mapping[str, weakref.ref[Tensor]]) -> list[str]:
+def outside_parameters(tensors: Mapping[str, weakref.ref[Tensor]]) -> list[str]:
     """The names of the tensors that are parameters of modules outside the model."""
     return [name for name, reference in tensors.items() if isinstance(reference(), nn.Parameter)]
 
 
-def where(value: Tensor) -> tuple[int, int, int]:
+def memory_state(value: Tensor) -> tuple[int, int, int]:
     """A tensor's storage, address and version, by which most changes show without reading it."""
     version = 0 if value.is_inference() else value._version
     return value.untyped_storage()._cdata, value.data_ptr(), version

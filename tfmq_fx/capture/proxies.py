@@ -186,16 +186,17 @@ for _name, _what in {
     setattr(TensorProxy, _name, _refusal(_what))
 
 
-def _inplace_operator(target: Callable[..., Any]) -> Callable[[TensorProxy, Any], Any]:
-    def apply(self: TensorProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
+def _recorded(target: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that records a call of `target`."""
 
-    return apply
+    def record(self: ValueProxy, *others: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, *others), {})
+
+    return record
 
 
-for _target in PURE_FORMS:
-    if callable(_target):
-        setattr(TensorProxy, f"__{_target.__name__}__", _inplace_operator(_target))
+for _target in filter(callable, PURE_FORMS):
+    setattr(TensorProxy, f"__{_target.__name__}__", _recorded(_target))
 
 # Methods whose results are facts that the value of a node tells.
 _KNOWN = {"dim", "ndimension", "is_contiguous", "is_floating_point", "is_complex"}
@@ -231,14 +232,9 @@ class SizeProxy(ValueProxy):
     def __float__(self) -> float:
         return float(self.tracer.fix(self.value, float))
 
-    def __ceil__(self) -> Any:
-        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
-
-    def __floor__(self) -> Any:
-        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
-
-    def __trunc__(self) -> Any:
-        return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
+    __ceil__ = _recorded(math.ceil)
+    __floor__ = _recorded(math.floor)
+    __trunc__ = _recorded(math.trunc)
 
     def is_integer(self) -> bool:
         return bool(self.value.is_integer())

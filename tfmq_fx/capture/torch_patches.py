@@ -13,6 +13,8 @@ import torch.utils._device
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tfmq_fx.ir.node_info import words
+
 from .proxies import TensorProxy
 
 Make = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -21,25 +23,10 @@ Make = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 # becomes part of a constant and random numbers are drawn at each call.
 FACTORIES = {
     name: getattr(torch, name)
-    for name in [
-        "arange",
-        "as_tensor",
-        "empty",
-        "eye",
-        "full",
-        "linspace",
-        "logspace",
-        "ones",
-        "rand",
-        "randint",
-        "randn",
-        "randperm",
-        "scalar_tensor",
-        "tensor",
-        "tril_indices",
-        "triu_indices",
-        "zeros",
-    ]
+    for name in words(
+        """arange as_tensor empty eye full linspace logspace ones rand randint randn randperm
+        scalar_tensor tensor tril_indices triu_indices zeros"""
+    )
 }
 RECORDED = frozenset(FACTORIES.values())
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .node_info import is_heavy, op_name, size_hint, value_inputs
+from .node_info import is_heavy, op_name, size_hint, value_inputs, words
 
 Cuts = frozenset[int]  # positions along a dimension at which a new part begins
 
@@ -48,10 +48,6 @@ def part_sizes(cuts: Cuts, size: int) -> list[int]:
     return [b - a for a, b in itertools.pairwise(edges)]
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 _NORMS = (
     nn.GroupNorm,
     nn.LayerNorm,
@@ -71,17 +67,17 @@ _SPATIAL = (
     nn.modules.padding._ReplicationPadNd,
     nn.modules.padding._CircularPadNd,
 )
-_ELEMENTWISE_TOO = _words(
+_ELEMENTWISE_TOO = words(
     """group_norm layer_norm rms_norm batch_norm instance_norm softmax log_softmax normalize
     truediv iadd isub imul itruediv ipow inplace_ softplus hardtanh prelu
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
     to type type_as float half double bfloat16 contiguous clone detach alias expand expand_as"""
 )
-_SPATIAL_NAMES = _words(
+_SPATIAL_NAMES = words(
     """pad interpolate upsample avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"""
 )
-_RESHAPES = _words("reshape view view_as reshape_as flatten unflatten squeeze unsqueeze ravel")
+_RESHAPES = words("reshape view view_as reshape_as flatten unflatten squeeze unsqueeze ravel")
 
 
 def _node_parts(

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from tfmq_fx.core.errors import StateError
 
 from .graph import module_path
+from .node_info import words
 
 # In-place operators and methods -> what computes the same into new memory.
 PURE_FORMS: dict[Any, Any] = {
@@ -18,32 +19,10 @@ PURE_FORMS: dict[Any, Any] = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 } | {
     f"{name}_": name
-    for name in [
-        "abs",
-        "add",
-        "addcdiv",
-        "addcmul",
-        "clamp",
-        "clamp_max",
-        "clamp_min",
-        "cos",
-        "div",
-        "exp",
-        "log",
-        "masked_fill",
-        "mul",
-        "neg",
-        "pow",
-        "reciprocal",
-        "relu",
-        "rsqrt",
-        "sigmoid",
-        "sin",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-    ]
+    for name in words(
+        """abs add addcdiv addcmul clamp clamp_max clamp_min cos div exp log masked_fill mul neg pow
+        reciprocal relu rsqrt sigmoid sin sqrt square sub tanh"""
+    )
 }
 
 

@@ -44,12 +44,12 @@ class Rewrite:
     seconds: float = 0.0
 
 
+Pass = Callable[Concatenate[fx.GraphModule, P], Rewrite]
+
+
 def graph_pass(
     *, takes: Stage | tuple[Stage, ...], gives: Stage | None
-) -> Callable[
-    [Callable[Concatenate[fx.GraphModule, P], Rewrite]],
-    Callable[Concatenate[fx.GraphModule, P], Rewrite],
-]:
+) -> Callable[[Pass[P]], Pass[P]]:
     """A decorator that makes a function GraphModule -> Rewrite a pass.
 
     The input is checked, forked and never changed, the body runs without grad, dead code goes, and
@@ -57,9 +57,7 @@ def graph_pass(
     """
     accepted = takes if isinstance(takes, tuple) else (takes,)
 
-    def decorate(
-        body: Callable[Concatenate[fx.GraphModule, P], Rewrite],
-    ) -> Callable[Concatenate[fx.GraphModule, P], Rewrite]:
+    def decorate(body: Pass[P]) -> Pass[P]:
         @functools.wraps(body)
         def run(gm: fx.GraphModule, /, *args: P.args, **kwargs: P.kwargs) -> Rewrite:
             stage = stage_of(gm)

@@ -30,31 +30,32 @@ def size_hint(size: Any) -> int:
     return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The names in a text, without order."""
     return frozenset(text.split())
 
 
-_SHAPE_READS = _words(
+_SHAPE_READS = words(
     """sym_size sym_numel sym_stride size numel nelement stride dim ndim shape dtype device layout
     is_floating_point is_complex is_contiguous _assert_tensor_metadata"""
 )
-_SHAPE_OF_FIRST = _words(
+_SHAPE_OF_FIRST = words(
     """zeros_like ones_like empty_like full_like rand_like randn_like randint_like
     new_zeros new_ones new_empty new_full new_tensor"""
 )
-_SHAPE_OF_SECOND = _words("to type_as view_as expand_as reshape_as")
-_RANDOM = _words(
+_SHAPE_OF_SECOND = words("to type_as view_as expand_as reshape_as")
+_RANDOM = words(
     """rand randn randint randperm normal bernoulli multinomial poisson
     rand_like randn_like randint_like"""
 )
-_WRITES = _words("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul")
-_VIEWS = _words(
+_WRITES = words("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul")
+_VIEWS = words(
     """view reshape view_as reshape_as expand expand_as transpose permute movedim swapaxes t mT
     unsqueeze squeeze flatten unflatten ravel narrow select chunk split unbind tensor_split getitem
     getattr contiguous to type type_as float half bfloat16 double detach alias dropout real imag
     view_as_real view_as_complex diagonal as_strided unfold"""
 )
-_HEAVY = _words(
+_HEAVY = words(
     """linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
     convolution embedding embedding_bag matmul mm bmm mv addmm addmv baddbmm addbmm einsum tensordot
     scaled_dot_product_attention multi_head_attention_forward"""

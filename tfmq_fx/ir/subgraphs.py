@@ -48,10 +48,7 @@ def at_timesteps(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]
     call, or in several where it was captured at one batch size."""
     (t,) = graph.graph.find_nodes(op="placeholder")
     size = t.meta["val"].shape[0]
-    if not isinstance(size, int):
-        outputs: tuple[Tensor, ...] = graph(timesteps)
-        return outputs
-    parts = [graph(part) for part in timesteps.split(size)]
+    parts = [graph(part) for part in timesteps.split(size if type(size) is int else len(timesteps))]
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
