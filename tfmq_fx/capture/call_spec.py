@@ -230,30 +230,31 @@ def _collect(structure: Structure, value: Any, path: str, values: list[Any]) -> 
                 f"{path}: captured as the constant {structure.value!r}, got {actual}. "
                 f"Capture again with it among the example inputs."
             )
-    elif structure.kind == "samples":
-        if not isinstance(value, list):
-            raise InputError(f"{path}: expected a list, one for each sample, got {shown(value)}")
-        for i, item in enumerate(value):
-            _collect(structure.children[0], item, f"{path}.{i}", values)
-    elif structure.kind in ("list", "tuple"):
-        if not isinstance(value, (list, tuple)) or len(value) != len(structure.children):
-            raise InputError(
-                f"{path}: expected a {structure.kind} of {len(structure.children)}, "
-                f"got {shown(value)}"
-            )
-        for i, child in enumerate(structure.children):
-            _collect(child, value[i], f"{path}.{i}", values)
-    elif structure.kind == "dict":
-        if not isinstance(value, dict) or set(value) != set(structure.keys):
-            actual = f"keys {list(value)}" if isinstance(value, dict) else shown(value)
-            raise InputError(f"{path}: expected a dict with {list(structure.keys)}, got {actual}")
-        for key, child in zip(structure.keys, structure.children, strict=True):
-            _collect(child, value[key], f"{path}.{key}", values)
     else:
-        if not isinstance(value, structure.cls):
-            raise InputError(f"{path}: expected a {structure.cls.__name__}, got {shown(value)}")
-        for key, child in zip(structure.keys, structure.children, strict=True):
-            _collect(child, getattr(value, key), f"{path}.{key}", values)
+        keys, children = structure.keys, structure.children
+        if structure.kind == "samples":
+            if not isinstance(value, list):
+                raise InputError(
+                    f"{path}: expected a list, one for each sample, got {shown(value)}"
+                )
+            keys, children, items = tuple(range(len(value))), children * len(value), value
+        elif structure.kind in ("list", "tuple"):
+            if not isinstance(value, (list, tuple)) or len(value) != len(children):
+                raise InputError(
+                    f"{path}: expected a {structure.kind} of {len(children)}, got {shown(value)}"
+                )
+            items = value
+        elif structure.kind == "dict":
+            if not isinstance(value, dict) or set(value) != set(keys):
+                actual = f"keys {list(value)}" if isinstance(value, dict) else shown(value)
+                raise InputError(f"{path}: expected a dict with {list(keys)}, got {actual}")
+            items = [value[key] for key in keys]
+        else:
+            if not isinstance(value, structure.cls):
+                raise InputError(f"{path}: expected a {structure.cls.__name__}, got {shown(value)}")
+            items = [getattr(value, key) for key in keys]
+        for key, child, item in zip(keys, children, items, strict=True):
+            _collect(child, item, f"{path}.{key}", values)
 
 
 def _no_options(structure: Structure, value: Any, path: str) -> bool:

@@ -32,7 +32,7 @@ from .input_checks import BATCH
 from .model_checks import check_model, check_names
 from .nested_values import Branch, Const, Structure, outline
 from .outside_tensors import BAKED, OUTSIDE
-from .replay import arguments, replay, runs, structural_clone
+from .replay import arguments, model_error, replay, structural_clone
 from .torch_patches import plain_transformers
 from .tracer import ValueTracer
 
@@ -127,7 +127,7 @@ def _with_free_sizes(
     except StateError:
         raise
     except CaptureError as error:
-        if runs(model, call, examples):
+        if model_error(model, call, examples) is None:
             raise
         refusal = error
     if captured is None or not has_free_batch(captured):

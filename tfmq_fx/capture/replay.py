@@ -42,12 +42,7 @@ def arguments(call: CallSpec, values: list[Any], samples: int) -> dict[str, Any]
     }
 
 
-def runs(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> bool:
-    """Whether the model itself runs at the example's sizes."""
-    return _fault(model, call, examples) is None
-
-
-def _fault(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exception | None:
+def model_error(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exception | None:
     """The error that the model raises at the example's sizes in a first or second call, if any."""
     reference, sizes = structural_clone(model), call.sizes_of(examples)
     with torch.no_grad(), _forked_rng(examples):
@@ -67,10 +62,10 @@ def replay(
         return ["not replayed: tensors on the meta device have no data"]
     sizes = call.sizes_of(examples)
     if not _equal(model, gm, call, examples, sizes, seed=0):
-        fault = _fault(model, call, examples)
+        error = model_error(model, call, examples)
         raise CaptureError(
             f"at the example's sizes {sizes}: {type(model).__name__} cannot be called twice "
-            f"itself: {type(fault).__name__}: {fault}"
+            f"itself: {type(error).__name__}: {error}"
         )
     for n, others in enumerate(_other_sizes(call, sizes), start=1):
         if _equal(model, gm, call, examples, others, seed=n):

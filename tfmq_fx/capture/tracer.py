@@ -292,7 +292,9 @@ class ValueTracer(FakeValues):
             if getattr(expression, "free_symbols", None):
                 return SizeProxy(node, self)
             self.graph.erase_node(node)
-            return _number(expression)
+            if expression.is_Boolean:
+                return bool(expression)
+            return int(expression) if expression.is_integer else float(expression)
         if isinstance(value, (tuple, list)):
             return self._unpack(node, value)
         if value is not None and not node.users:  # None: called for its effect
@@ -321,9 +323,3 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for leaf, value in held.items():
                 if isinstance(value, Tensor):
                     yield f"{path}.{leaf}".removeprefix("."), value
-
-
-def _number(expression: Any) -> bool | int | float:
-    if expression.is_Boolean:
-        return bool(expression)
-    return int(expression) if expression.is_integer else float(expression)

@@ -30,9 +30,9 @@ def size_hint(size: Any) -> int:
     return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
 
 
-def words(text: str) -> frozenset[str]:
-    """The names in a text, without order."""
-    return frozenset(text.split())
+def words(text: str) -> dict[str, None]:
+    """The names in a text as an ordered set."""
+    return dict.fromkeys(text.split())
 
 
 _SHAPE_READS = words(
