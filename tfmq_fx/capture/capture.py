@@ -242,15 +242,14 @@ def _trace(
     sizes: dict[str, Any] = {}
     names: dict[sympy.Symbol, sympy.Symbol] = {}
     fakes: dict[str, Tensor] = {}
+    for name, hint in call.sizes_of(examples).items():
+        source = ConstantSource(name)
+        symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[name] = shapes.create_symintnode(symbol, hint=hint, source=source)
+        names[symbol] = sympy.Symbol(name, integer=True, positive=True)
     for spec, example in zip(call.inputs, examples, strict=True):
-        for size, hint in zip(spec.shape, example.shape, strict=True):
-            if isinstance(size, str) and size not in sizes:
-                source = ConstantSource(size)
-                symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-                sizes[size] = shapes.create_symintnode(symbol, hint=hint, source=source)
-                names[symbol] = sympy.Symbol(size, integer=True, positive=True)
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
         with mode:
-            shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
             fakes[spec.name] = torch.empty(shape, dtype=spec.dtype, device=example.device)
 
     output: Structure = Const(None)

@@ -68,11 +68,6 @@ class Maker:
         read = getattr(self.config, "get", None) or (lambda key: getattr(self.config, key, None))
         return next((value for value in map(read, keys) if value is not None), None)
 
-    def first(self, *keys: str) -> Any:
-        """The result of `get`, or its first element where a config has one per block or axis."""
-        value = self.get(*keys)
-        return value[0] if isinstance(value, (list, tuple)) else value
-
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.device, generator=self.generator)
 
@@ -156,8 +151,8 @@ def image_list(make: Maker) -> list[Tensor] | None:
 
 def text(make: Maker) -> Tensor | None:
     """Text features (batch, tokens, width)."""
-    projected = make.get("encoder_hid_dim") if make.get("encoder_hid_dim_type") else None
-    width = projected or make.first(
+    width = make.get("encoder_hid_dim") if make.get("encoder_hid_dim_type") else None
+    width = width or make.get(
         "joint_attention_dim",
         "caption_channels",
         "text_embed_dim",
@@ -165,6 +160,8 @@ def text(make: Maker) -> Tensor | None:
         "cap_feat_dim",
         "cross_attention_dim",
     )
+    if isinstance(width, (list, tuple)):  # one for each block
+        width = width[0]
     return make.normal(make.batch, make.tokens(), width) if width else None
 
 
