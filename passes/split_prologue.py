@@ -14,8 +14,9 @@ from torch import Tensor, fx
 from tfmq_fx.core.stages import stage_of
 from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.graph_pass import Declined
+from tfmq_fx.ir.min_cut import stored_bytes
 from tfmq_fx.ir.node_info import is_heavy, is_view
-from tfmq_fx.ir.request_cut import find_request, left_nodes, stored_bytes, tensors_of
+from tfmq_fx.ir.request_cut import find_request, left_nodes, tensors_of
 from tfmq_fx.ir.subgraphs import extract
 from tfmq_fx.ir.verifier import check
 

@@ -16,9 +16,9 @@ from torch import fx, nn
 from tests.strategies import WIDTH, GraphBuilder, captured_graphs
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.ir.binding_times import Binding, binding_times
-from tfmq_fx.ir.min_cut import minimum_cut
+from tfmq_fx.ir.min_cut import minimum_cut, stored_bytes
 from tfmq_fx.ir.node_info import is_heavy
-from tfmq_fx.ir.request_cut import Group, find_request, left_nodes, stored_bytes, tensors_of
+from tfmq_fx.ir.request_cut import Group, find_request, left_nodes, tensors_of
 from tfmq_fx.ir.subgraphs import extract_nodes
 
 few = settings(deadline=None, max_examples=12)

@@ -29,7 +29,11 @@ def check_model(model: object) -> None:
     if path := wrapped_at(model):
         raise ConfigError(f"{kind} is a wrapper: pass the model inside, model.{path}")
     for path, module in model.named_modules():
-        _check_layer(path, module)
+        if type(module).__module__.startswith(_QUANTIZED):
+            raise ConfigError(_quantized(path or "the model", type(module)))
+        for name, value in {**module._parameters, **module._buffers}.items():
+            if value is not None and not _is_plain(value):
+                raise ConfigError(_quantized(f"{path}.{name}" if path else name, type(value)))
     _check_content(model)
 
 
@@ -57,26 +61,14 @@ def forward_parameters(model: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds]
 
 
-def _check_layer(path: str, module: nn.Module) -> None:
-    where, kind = path or "the model", type(module)
-    if kind.__module__.startswith(_QUANTIZED):
-        raise ConfigError(_quantized(where, kind))
-    tensors = {**module._parameters, **module._buffers}
-    for name, value in tensors.items():
-        if value is not None and not _is_plain(value):
-            raise ConfigError(_quantized(f"{path}.{name}" if path else name, type(value)))
-
-
 def _is_plain(value: Tensor) -> bool:
     """Whether the operators of a tensor are torch's own."""
     kind = type(value)
+    functions = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
     return isinstance(value, FakeTensor) or (
-        kind.__torch_function__ in _PLAIN_FUNCTIONS
+        kind.__torch_function__ in functions
         and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
     )
-
-
-_PLAIN_FUNCTIONS = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
 
 
 def _quantized(where: str, kind: type) -> str:

@@ -48,25 +48,9 @@ def part_sizes(cuts: Cuts, size: int) -> list[int]:
     return [b - a for a, b in itertools.pairwise(edges)]
 
 
-_NORMS = (
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.modules.batchnorm._NormBase,
-    nn.modules.dropout._DropoutNd,
-    nn.Identity,
-)
-_SPATIAL = (
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.Upsample,
-    nn.modules.padding._ConstantPadNd,
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
-    nn.modules.padding._CircularPadNd,
-)
+# Files of torch.nn.modules whose layers keep every element, or every channel, in its place.
+_ELEMENTWISE_FILES = words("activation batchnorm dropout instancenorm normalization")
+_SPATIAL_FILES = words("padding pooling upsampling")
 _ELEMENTWISE_TOO = words(
     """group_norm layer_norm rms_norm batch_norm instance_norm softmax log_softmax normalize
     truediv iadd isub imul itruediv ipow inplace_ softplus hardtanh prelu
@@ -137,12 +121,11 @@ def _kind(gm: fx.GraphModule, node: fx.Node) -> str:
     """How a node treats its dimensions: "elementwise", "spatial", "heavy" or "unknown"."""
     module, name = _module(gm, node), op_name(node)
     if module is not None:
-        activation = type(module).__module__ == nn.modules.activation.__name__
-        if isinstance(module, _SPATIAL):
+        file = type(module).__module__.rpartition(".")[2]
+        if file in _SPATIAL_FILES:
             return "spatial"
-        if isinstance(module, _NORMS) or (
-            activation and not isinstance(module, (nn.MultiheadAttention, nn.GLU))
-        ):
+        mixes = isinstance(module, (nn.MultiheadAttention, nn.GLU))
+        if isinstance(module, nn.Identity) or (file in _ELEMENTWISE_FILES and not mixes):
             return "elementwise"
     elif name in _ELEMENTWISE_TOO or _is_pointwise(name):
         return "elementwise"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, fx
 
 from .graph_pass import Declined
+from .node_info import size_hint
 from .subgraphs import reads_tensor
 
 
@@ -56,3 +58,12 @@ def minimum_cut(
     _, (_, behind) = nx.minimum_cut(network, "rest", "heavy")
     cut = tuple(node for node in stuck if (node, "in") in behind and (node, "out") not in behind)
     return cut, declined
+
+
+def stored_bytes(node: fx.Node) -> int:
+    """The bytes of a value for one sample, with free sizes as captured."""
+    value: Tensor = node.meta["val"]
+    sizes = [size_hint(n) for n in value.shape]
+    if value.dim() and not isinstance(value.shape[0], int):
+        sizes[0] = 1
+    return max(1, math.prod(sizes) * value.element_size())

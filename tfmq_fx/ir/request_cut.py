@@ -20,8 +20,8 @@ from tfmq_fx.quant.timestep_table import QuantTimestepTable
 from .binding_times import Binding, BindingTimes, binding_times
 from .graph import timestep_node
 from .graph_pass import Declined
-from .min_cut import minimum_cut
-from .node_info import is_heavy, size_hint
+from .min_cut import minimum_cut, stored_bytes
+from .node_info import is_heavy
 from .subgraphs import extract_nodes, missing_inputs
 from .verifier import is_timestep_row
 
@@ -96,15 +96,6 @@ def find_request(
     return groups, [*declined, *blocked, *times.notes]
 
 
-def stored_bytes(node: fx.Node) -> int:
-    """The bytes of a value for one sample, with free sizes as captured."""
-    value: Tensor = node.meta["val"]
-    sizes = [size_hint(n) for n in value.shape]
-    if value.dim() and not isinstance(value.shape[0], int):
-        sizes[0] = 1
-    return max(1, torch.Size(sizes).numel() * value.element_size())
-
-
 def tensors_of(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> dict[int, Tensor]:
     """The parameters and buffers that `nodes` use, by identity."""
     tensors: dict[int, Tensor] = {}
@@ -175,7 +166,6 @@ def _obstacles(
     placeholders = gm.graph.find_nodes(op="placeholder")
     known = [t, *(n for n in placeholders if n.target in times.conditions)]
     batch = t.meta["val"].shape[0]
-    free = isinstance(batch, torch.SymInt)
     reasons: dict[fx.Node, str] = {}
     for node, names in missing_inputs(gm, early, known).items():
         value = node.meta.get("val")
@@ -183,13 +173,8 @@ def _obstacles(
             reasons[node] = f"it takes {', '.join(sorted(names))} of the sample"
         elif not isinstance(value, Tensor):
             reasons[node] = "it is not a tensor"
-        elif times[node] is Binding.T and free and not _batch_first_only(value, batch):
-            reasons[node] = f"its shape {tuple(value.shape)} does not begin with the batch"
+        elif times[node] is Binding.T and isinstance(batch, torch.SymInt):
+            inner = (size for size in value.shape[1:] if isinstance(size, torch.SymInt))
+            if any(size.node.expr == batch.node.expr for size in inner):
+                reasons[node] = f"its shape {tuple(value.shape)} does not begin with the batch"
     return reasons
-
-
-def _batch_first_only(value: Tensor, batch: torch.SymInt) -> bool:
-    """Whether the batch is the first dimension and no other, or none at all."""
-    return not any(
-        isinstance(n, torch.SymInt) and n.node.expr == batch.node.expr for n in value.shape[1:]
-    )

@@ -30,11 +30,7 @@ _NO_PRODUCT = (
     nn.EmbeddingBag,
     nn.LayerNorm,
     nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.PReLU,
-)  # modules that scale or look up, but multiply no matrix
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+)  # modules with matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
 
 def _why_not(layer: nn.Module, read: str | None) -> str | None:
     """Why a layer cannot be quantized, or None; read: its tensor that other nodes read."""
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return "transposed convolution"
     if reason := replaced_forward(layer):
         return reason

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from .binding_times import Binding, BindingTimes, binding_times
 from .graph import module_path, timestep_node
 from .graph_pass import Declined
-from .min_cut import minimum_cut
+from .min_cut import minimum_cut, stored_bytes
 from .node_info import has_weights, is_heavy
 from .subgraphs import extract, extract_nodes, missing_inputs
 
@@ -93,7 +93,7 @@ def temporal_cut(
         for node, names in missing_inputs(gm, early, known).items()
     }
     obstacles = {node: reason for node, reason in reasons.items() if reason}
-    return minimum_cut(gm.graph, early, heavy=heavy, obstacles=obstacles, cost=_row_bytes)
+    return minimum_cut(gm.graph, early, heavy=heavy, obstacles=obstacles, cost=stored_bytes)
 
 
 def _obstacle(value: Any, batch: Any, missing: Collection[str]) -> str:
@@ -116,11 +116,6 @@ def _obstacle(value: Any, batch: Any, missing: Collection[str]) -> str:
 def _expr(size: int | torch.SymInt) -> Any:
     """A size that can be compared without leaving a guard in the shape environment."""
     return size if isinstance(size, int) else size.node.expr
-
-
-def _row_bytes(node: fx.Node) -> int:
-    value: Tensor = node.meta["val"]
-    return max(1, value.shape[1:].numel() * value.element_size())
 
 
 def temporal_block(gm: fx.GraphModule) -> TemporalBlock:
