@@ -141,7 +141,7 @@ def _with_free_sizes(
         raise refusal
     held = held_sizes(captured.call, examples)
     if BATCH not in held and _refusal(captured.call, example_inputs) is not None:
-        held[BATCH] = "the batch is that of the example, of which the model asks"
+        held[BATCH] = "the model's code requires the example's batch"
     if not held:
         return captured
     notes = [f"{name} is fixed: captured where {reason}" for name, reason in held.items()]
@@ -195,7 +195,7 @@ def _proved(
     notes = [f"captured where {t.expression} is {t.held} ({t.source})" for t in binding]
     if idle := [f"{t.expression} ({t.source})" for t in trace.tests if t not in binding]:
         notes.append(
-            f"{', '.join(idle)}: chooses a memory layout only; where it comes out otherwise than "
+            f"{', '.join(idle)}: chooses a memory layout only; where its outcome is another than "
             f"here, the graph equals the model up to the order of float additions"
         )
     guards = tuple(guard(test) for test in binding)

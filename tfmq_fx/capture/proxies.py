@@ -53,7 +53,7 @@ class ValueProxy(Proxy):
     """A proxy that knows the value of its node."""
 
     tracer: Recorder  # type: ignore[assignment]
-    _is_param = False  # nn.Module.__setattr__ asks
+    _is_param = False  # nn.Module.__setattr__ reads it
 
     @property
     def value(self) -> Any:
@@ -198,7 +198,7 @@ def _recorded(target: Callable[..., Any]) -> Callable[..., Any]:
 for _target in filter(callable, PURE_FORMS):
     setattr(TensorProxy, f"__{_target.__name__}__", _recorded(_target))
 
-# Methods whose results are facts that the value of a node tells.
+# Methods that only need the metadata of a node's value.
 _KNOWN = {"dim", "ndimension", "is_contiguous", "is_floating_point", "is_complex"}
 _KNOWN |= {"element_size", "get_device"}
 

@@ -84,7 +84,7 @@ def _other_sizes(call: CallSpec, sizes: dict[str, int]) -> Iterator[dict[str, in
     if "height" in sizes and "width" in sizes:
         h, w = sizes["height"], sizes["width"]
         images = [
-            {"height": h + 8, "width": w + 16},  # not square, so that the two are told apart
+            {"height": h + 8, "width": w + 16},  # not square, so that neither replaces the other
             {"height": 2 * h, "width": 3 * w},
             {"height": h + 8, "width": w + 8},
             {"height": h // 2, "width": w // 2},

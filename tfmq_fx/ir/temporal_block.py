@@ -47,7 +47,7 @@ class Feature:
 class TemporalBlock:
     """The part of a graph that depends on the timestep alone, up to the cut.
 
-    features: what it computes, in graph order.  modules: paths of its modules with weights.
+    features: its outputs, in graph order.  modules: paths of its modules with weights.
     uses: feature name -> the modules it needs.  graph: t (B,) -> tuple of features; it shares the
     modules.  declined: values that stay outside, and why.
     """
