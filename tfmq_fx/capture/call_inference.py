@@ -215,19 +215,13 @@ def _usual_sizes(
         elif len(shape) == 3:
             same = [i for i in range(min(tensor.ndim - 1, 2)) if tensor.shape[i] == shape[1]]
             sizes |= {i: "tokens" for i in same if i not in sizes}
-    if _TEXT in dynamic:
-        _free_text(paths, tensors, free)
-    return free
-
-
-def _free_text(paths: list[str], tensors: list[Tensor], free: list[dict[int, str]]) -> None:
-    """Add the number of text tokens to `free`, where all inputs with such tokens have as many."""
     dims = {i: _TEXT_DIMS[path] for i, path in enumerate(paths) if path in _TEXT_DIMS}
     dims = {i: dim % tensors[i].ndim for i, dim in dims.items() if tensors[i].ndim >= 2}
     counts = {tensors[i].shape[dim] for i, dim in dims.items()}
-    if len(counts) == 1 and counts != {1}:
+    if _TEXT in dynamic and len(counts) == 1 and counts != {1}:  # as many tokens in all inputs
         for i, dim in dims.items():
             free[i][dim] = _TEXT
+    return free
 
 
 def _named_sizes(

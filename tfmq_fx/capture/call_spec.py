@@ -232,6 +232,7 @@ def _collect(structure: Structure, value: Any, path: str, values: list[Any]) -> 
             )
     else:
         keys, children = structure.keys, structure.children
+        items: Sequence[Any]
         if structure.kind == "samples":
             if not isinstance(value, list):
                 raise InputError(

@@ -174,7 +174,7 @@ def _obstacles(
         elif not isinstance(value, Tensor):
             reasons[node] = "it is not a tensor"
         elif times[node] is Binding.T and isinstance(batch, torch.SymInt):
-            inner = (size for size in value.shape[1:] if isinstance(size, torch.SymInt))
-            if any(size.node.expr == batch.node.expr for size in inner):
+            inner = [size.node.expr for size in value.shape[1:] if isinstance(size, torch.SymInt)]
+            if batch.node.expr in inner:
                 reasons[node] = f"its shape {tuple(value.shape)} does not begin with the batch"
     return reasons
