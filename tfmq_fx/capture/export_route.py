@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tfmq_fx.core.errors import CaptureError
-from tfmq_fx.ir.graph import named_tensors
+from tfmq_fx.ir.graph import module_paths, named_tensors
 
 from .fake_values import SizeTest
 from .nested_values import Const, Structure
@@ -238,8 +238,7 @@ class _Retrace(fx.Interpreter):
         self.node = n
         if n.op != "call_function":
             return super().run_node(n)
-        stack = n.meta.get("nn_module_stack") or {}
-        paths = [path.removeprefix("model").removeprefix(".") for path, _ in stack.values()]
+        paths = [path.removeprefix("model").removeprefix(".") for path in module_paths(n)]
         known = dict.fromkeys(path for path in paths if path in self.known)
         layer = self._layer(n, next(reversed(known), ""))
         if layer is not None:

@@ -58,10 +58,13 @@ def own_modules(gm: fx.GraphModule) -> None:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the module whose forward recorded `node`; "" for the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return paths[-1] if paths else ""
+    """The path of the module whose forward recorded `node`; "" for the model itself."""
+    return next(reversed(module_paths(node)), "")
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """The paths of the modules inside whose forward `node` was recorded, outermost first."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .graph import module_paths
 from .sites import Site
 from .subgraphs import region
 
@@ -62,7 +63,6 @@ def _callers(site: Site) -> list[str]:
     split layer are not among them.
     """
     parts = site.name.split(".")[:-1]
-    stack = site.nodes[0].meta.get("nn_module_stack") or {}
-    called = {path for path, _ in stack.values()}
+    called = module_paths(site.nodes[0])
     enclosing = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
     return [path for path in enclosing if path in called]

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.core.errors import GraphError
 
-from .graph import timestep_node
+from .graph import module_paths, timestep_node
 from .node_info import op_name, writers
 
 
@@ -130,12 +130,8 @@ def missing_inputs(
 
 def region(gm: fx.GraphModule, path: str) -> list[fx.Node]:
     """The nodes recorded inside the module at `path` ("" is the whole model), in graph order."""
-
-    def inside(node: fx.Node) -> bool:
-        stack = node.meta.get("nn_module_stack") or {}
-        return not path or path in (outer for outer, _ in stack.values())
-
-    return [n for n in gm.graph.nodes if n.op not in ("placeholder", "output") and inside(n)]
+    inner = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    return [node for node in inner if not path or path in module_paths(node)]
 
 
 def region_inputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
