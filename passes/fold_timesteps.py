@@ -7,7 +7,6 @@ h = linear(silu(embed(t)))
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from tfmq_fx.ir.binding_times import Binding, binding_times
 from tfmq_fx.ir.graph import feature_slice, fork, insert_timestep_row, timestep_node
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass, prune
 from tfmq_fx.ir.node_info import is_view, op_name
+from tfmq_fx.ir.request_cut import tensors_of
 from tfmq_fx.ir.subgraphs import as_input, compute_rows
 from tfmq_fx.ir.temporal_block import Feature, temporal_block
 from tfmq_fx.quant.timestep_lookup import check_timesteps
@@ -46,7 +46,7 @@ def fold_timesteps(
     _check_same_set(gm, keys)
     block = temporal_block(gm)
     chosen, declined = _choose(block.features, only), list(block.declined)
-    before = _parameters(gm)
+    before = tensors_of(gm, gm.graph.nodes)
     rows = compute_rows(block.graph, keys)
     picked = []
     mixing = _mixing(block.graph, keys, rows)
@@ -72,12 +72,13 @@ def fold_timesteps(
         prune(gm.graph)
         gm = fork(gm)  # without the tensors that nothing reads now
     gm.meta["timesteps"] = keys
-    after = _parameters(gm)
+    after = tensors_of(gm, gm.graph.nodes)
+    freed = [value for key, value in before.items() if key not in after]
     details = {
         "features": [feature.name for feature, _ in picked],
         "rows": len(keys),
         "table_bytes": table_bytes,
-        "weight_bytes": sum(p.nbytes for key, p in before.items() if key not in after),
+        "weight_bytes": sum(p.nbytes for p in freed if isinstance(p, nn.Parameter)),
     }
     return Rewrite(gm, len(picked), declined, details)
 
@@ -171,16 +172,3 @@ def _check_same_set(gm: fx.GraphModule, keys: Tensor) -> None:
             f"the graph was folded for {len(known)} other timesteps; "
             "fold the captured graph instead"
         )
-
-
-def _parameters(gm: fx.GraphModule) -> dict[int, Tensor]:
-    """The parameters that the graph uses, by identity."""
-    parameters: dict[int, Tensor] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            parameters |= {id(p): p for p in gm.get_submodule(str(node.target)).parameters()}
-        elif node.op == "get_attr":
-            value = operator.attrgetter(str(node.target))(gm)
-            if isinstance(value, nn.Parameter):
-                parameters[id(value)] = value
-    return parameters

@@ -20,7 +20,7 @@ from tfmq_fx.core.config import ReconstructionSpec
 from tfmq_fx.core.distributed import exchange, rank, world
 from tfmq_fx.core.progress import progress_bar
 from tfmq_fx.core.stages import Stage
-from tfmq_fx.ir.graph import batched_inputs, fork, timestep_node
+from tfmq_fx.ir.graph import batched_inputs, fork, timestep_node, timestep_position
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 from tfmq_fx.ir.node_info import writers
 from tfmq_fx.ir.reconstruction_units import Unit, unit_nodes, units
@@ -142,7 +142,7 @@ def _own_rows(
     size = t.meta["val"].shape[0]
     if world() == 1 or not isinstance(size, torch.SymInt):
         return chunks, weights, None
-    place, batched = list(gm.graph.find_nodes(op="placeholder")).index(t), batched_inputs(gm)
+    place, batched = timestep_position(gm), batched_inputs(gm)
     own, shares, rows = [], [], []
     for chunk in chunks:
         count = len(chunk[place])

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from tfmq_fx.core.stages import Stage
-from tfmq_fx.ir.concat_tracking import part_sizes, seams
+from tfmq_fx.ir.concat_tracking import concat_parts, part_sizes
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 from tfmq_fx.ir.layer_edits import (
     bias_of,
@@ -40,7 +40,7 @@ def split_concat(gm: fx.GraphModule, *, only: Collection[str]) -> Rewrite:
     details["parts"]: the paths of the parts, by site.
     """
     sites, declined = sites_named(gm, only)
-    tracked = seams(gm)  # of the graph as it is given: one layer may read what another one gives
+    tracked = concat_parts(gm)  # of the graph as it is: one layer may read what another one gives
     parts: dict[str, list[str]] = {}
     chosen: list[tuple[Site, list[int]]] = []
     for site in sites:

@@ -14,8 +14,9 @@ from torch import Tensor, fx
 from tfmq_fx.core.stages import stage_of
 from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.graph_pass import Declined
+from tfmq_fx.ir.min_cut import stored_bytes
 from tfmq_fx.ir.node_info import is_heavy, is_view
-from tfmq_fx.ir.request_cut import find_request, left_nodes, stored_bytes, tensors_of
+from tfmq_fx.ir.request_cut import find_request, left_nodes, tensors_of
 from tfmq_fx.ir.subgraphs import extract
 from tfmq_fx.ir.verifier import check
 
@@ -68,13 +69,13 @@ def split_prologue(
     At the batch size of a request the parts compute what `gm` computes, operation by operation.
     Raises ConfigError for a condition that is no input.
     """
-    request = find_request(gm, conditions, steps=steps)
+    groups, declined = find_request(gm, conditions, steps=steps)
     t = timestep_node(gm)
     inputs = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
     batch = str(t.meta["val"].shape[:1])
     shown = _shared_with_outputs(gm)
     parts, cut = [], list[fx.Node]()
-    for group in request.groups:
+    for group in groups:
         values = list(group.values)
         part = extract(gm, values, [t, *(inputs[name] for name in group.conditions)])
         part.meta |= {key: gm.meta[key] for key in ("timesteps",) if key in gm.meta}
@@ -111,7 +112,7 @@ def split_prologue(
         for key, tensor in tensors_of(part.graph, part.graph.graph.nodes).items()
     }
     freed = {names[key]: value for key, value in used.items() if key not in needed}
-    return Split(step, tuple(still_read), tuple(parts), freed, request.declined)
+    return Split(step, tuple(still_read), tuple(parts), freed, tuple(declined))
 
 
 def _shared_with_outputs(gm: fx.GraphModule) -> set[fx.Node]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.core.test_module_overrides import Net, check_answers, example, low_rank, quantized
 from tfmq_fx import CoverageWarning, StaleError, refresh, report
-from tfmq_fx.capture.outside_tensors import adopted
+from tfmq_fx.capture.outside_tensors import outside_parameters
 from tfmq_fx.serialization.outside_watch import Outside
 
 
@@ -55,4 +55,4 @@ def test_a_tensor_that_is_gone_cannot_change_and_one_that_was_written_to_does():
     with pytest.raises(StaleError, match="kept: a tensor that the model's code reads from outside"):
         seen.check(contents=False)
     parameter = nn.Parameter(kept)
-    assert adopted({"a": weakref.ref(parameter), "b": weakref.ref(kept)}) == ["a"]
+    assert outside_parameters({"a": weakref.ref(parameter), "b": weakref.ref(kept)}) == ["a"]

@@ -70,7 +70,7 @@ def measured_again(model):
     """Output SQNR in dB at each timestep on the samples that the plan was measured on."""
     given = prepared()
     chunks = given.cache.chunks(64, batched=given.batched(), batch_size=64, seed=0)
-    place = given.call.names.index(given.call.timestep)
+    place = given.call.timestep_position
     exact, found = seeded(ToyUNet).eval(), []
     for step in TIMES:
         rows = [[x[chunk[place] == step] for x in chunk] for chunk in chunks]

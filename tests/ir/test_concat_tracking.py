@@ -1,4 +1,4 @@
-"""channels: seams follow every element that stays in its place, and only those."""
+"""Concatenated parts are tracked through every operation that keeps elements in place."""
 
 import operator
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.exact import captured
 from tests.strategies import GraphBuilder
-from tfmq_fx.ir.concat_tracking import part_sizes, seams
+from tfmq_fx.ir.concat_tracking import concat_parts, part_sizes
 
 
 def image(b, name, channels, size=6):
@@ -23,11 +23,11 @@ def tokens(b, name, channels, count=6):
     return b.placeholder(name, b.x.meta["val"].new_empty((b.batch, count, channels)))
 
 
-def seams_of(b, node):
-    return seams(b.finish(node))[node]
+def parts_of(b, node):
+    return concat_parts(b.finish(node))[node]
 
 
-KEEPS = {  # in (B, 8, 6, 6), with a seam at 3; out: seams by dimension
+KEEPS = {  # in (B, 8, 6, 6), with a cut at 3; out: cuts by dimension
     "silu": (lambda b, x: b.call(F.silu, x), {1: {3}}),
     "gelu module": (lambda b, x: b.layer("act", nn.GELU(), x), {1: {3}}),
     "group norm": (lambda b, x: b.layer("norm", nn.GroupNorm(2, 8), x), {1: {3}}),
@@ -69,12 +69,12 @@ def concatenation(b):
 
 
 @pytest.mark.parametrize("name", KEEPS)
-def test_seams_are_followed(name):
+def test_cuts_are_tracked(name):
     b = GraphBuilder()
     make, expected = KEEPS[name]
-    found = seams_of(b, make(b, concatenation(b)))
-    assert {dim: set(cuts) for dim, cuts in found.cuts.items()} == expected
-    assert found.lost is None
+    parts = parts_of(b, make(b, concatenation(b)))
+    assert {dim: set(cuts) for dim, cuts in parts.cuts.items()} == expected
+    assert parts.lost is None
 
 
 LOSES = {
@@ -95,39 +95,39 @@ LOSES = {
 def test_what_mixes_channels_is_named(name):
     b = GraphBuilder()
     make, operation = LOSES[name]
-    found = seams_of(b, make(b, concatenation(b)))
-    assert not found.cuts and found.lost == f"{operation} mixes its channels"
+    parts = parts_of(b, make(b, concatenation(b)))
+    assert not parts.cuts and parts.lost == f"{operation} mixes its channels"
 
 
 def test_layers_begin_anew():
     b = GraphBuilder()
     y = b.layer("conv", nn.Conv2d(8, 8, 1), b.call(torch.flip, concatenation(b), [1]))
-    found = seams_of(b, y)
-    assert not found.cuts and found.lost is None
+    parts = parts_of(b, y)
+    assert not parts.cuts and parts.lost is None
 
 
-def test_seams_of_both_operands_and_of_other_dimensions():
+def test_cuts_of_both_operands_and_of_other_dimensions():
     b = GraphBuilder()
     x, y = tokens(b, "y", 4), tokens(b, "z", 4)
     rows = b.call(torch.cat, [x, y], 1)
     columns = b.call(torch.cat, [rows, rows], -1)
     other = b.call(torch.cat, [tokens(b, "u", 2, 12), tokens(b, "w", 6, 12)], 2)
-    found = seams_of(b, b.call(torch.add, columns, other))
-    assert {dim: set(cuts) for dim, cuts in found.cuts.items()} == {1: {6}, 2: {2, 4}}
+    parts = parts_of(b, b.call(torch.add, columns, other))
+    assert {dim: set(cuts) for dim, cuts in parts.cuts.items()} == {1: {6}, 2: {2, 4}}
 
 
-def test_empty_parts_and_sizes_that_vary_make_no_seams():
+def test_empty_parts_and_sizes_that_vary_make_no_cuts():
     b = GraphBuilder()
-    assert not seams_of(b, b.call(torch.cat, [image(b, "b", 0), image(b, "a", 3)], 1)).cuts
+    assert not parts_of(b, b.call(torch.cat, [image(b, "b", 0), image(b, "a", 3)], 1)).cuts
     b = GraphBuilder()
-    assert not seams_of(b, b.call(torch.cat, [b.x, b.x], 0)).cuts
+    assert not parts_of(b, b.call(torch.cat, [b.x, b.x], 0)).cuts
 
 
 def test_token_sequences_put_together_are_no_channels():
     b = GraphBuilder()
     joined = b.call(torch.cat, [tokens(b, "y", 4), tokens(b, "z", 4)], 1)
-    found = seams_of(b, b.call(torch.flip, joined, [1]))
-    assert not found.cuts and found.lost is None
+    parts = parts_of(b, b.call(torch.flip, joined, [1]))
+    assert not parts.cuts and parts.lost is None
 
 
 def test_part_sizes():
@@ -137,11 +137,11 @@ def test_part_sizes():
 
 def test_every_skip_of_a_unet_is_found():
     gm = captured("digits")
-    found = seams(gm)
+    parts = concat_parts(gm)
     convs = {}
     for node in gm.graph.nodes:
         if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Conv2d):
-            convs[str(node.target)] = found[node.args[0]].cuts.get(1)
+            convs[str(node.target)] = parts[node.args[0]].cuts.get(1)
     first = {
         n for n in convs if n.startswith("up_blocks") and n.endswith(("conv1", "conv_shortcut"))
     }

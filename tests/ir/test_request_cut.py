@@ -16,9 +16,9 @@ from torch import fx, nn
 from tests.strategies import WIDTH, GraphBuilder, captured_graphs
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.ir.binding_times import Binding, binding_times
-from tfmq_fx.ir.min_cut import minimum_cut
+from tfmq_fx.ir.min_cut import minimum_cut, stored_bytes
 from tfmq_fx.ir.node_info import is_heavy
-from tfmq_fx.ir.request_cut import Request, find_request, left_nodes, stored_bytes, tensors_of
+from tfmq_fx.ir.request_cut import Group, find_request, left_nodes, tensors_of
 from tfmq_fx.ir.subgraphs import extract_nodes
 
 few = settings(deadline=None, max_examples=12)
@@ -92,8 +92,8 @@ def wide(b: GraphBuilder, path: str, value: fx.Node, width: int = 64) -> fx.Node
     return b.layer(f"{path}.down", nn.Linear(width, WIDTH), b.call(F.silu, h))
 
 
-def names(found: Request) -> list[tuple[tuple[str, ...], bool, list[str]]]:
-    return [(g.conditions, g.stepped, [n.name for n in g.values]) for g in found.groups]
+def names(groups: list[Group]) -> list[tuple[tuple[str, ...], bool, list[str]]]:
+    return [(g.conditions, g.stepped, [n.name for n in g.values]) for g in groups]
 
 
 def test_groups_by_what_values_depend_on() -> None:
@@ -106,22 +106,22 @@ def test_groups_by_what_values_depend_on() -> None:
     for value in (of_both, of_tc, of_c, of_t):
         y = b.call(torch.maximum, y, b.call(operator.mul, b.x, value))
     gm = b.finish(y)
-    found = find_request(gm, ["d", "c"], steps=1)
-    assert sorted(names(found)) == [
+    groups, declined = find_request(gm, ["d", "c"], steps=1)
+    assert sorted(names(groups)) == [
         ((), True, ["t_down"]),
         (("c",), False, ["c_down"]),
         (("c", "d"), False, ["both_down"]),
         (("d",), True, ["tc_down"]),
     ]
-    assert not found.declined
-    cut = [node for group in found.groups for node in group.values]
+    assert not declined
+    cut = [node for group in groups for node in group.values]
     assert not any(is_heavy(gm, node) for node in left_nodes(gm, cut))
 
 
 def test_inputs_that_are_not_conditions_stay_in_the_step() -> None:
     b = GraphBuilder()
     gm = b.finish(b.call(operator.add, b.x, wide(b, "c", b.condition("c"))))
-    assert find_request(gm, [], steps=1) == Request((), ())
+    assert find_request(gm, [], steps=1) == ([], [])
     with pytest.raises(ConfigError, match="no condition y; choose from c, x"):
         find_request(gm, ["y"], steps=1)
     with pytest.raises(ConfigError, match="no condition t"):
@@ -137,10 +137,10 @@ def test_rows_are_weighed_with_the_number_of_steps() -> None:
     row = 4 * WIDTH
     assert stored_bytes(value) == row
     most = (weights + 16) // row
-    assert names(find_request(gm, ["c"], steps=most)) == [(("c",), True, ["tc_down"])]
-    found = find_request(gm, ["c"], steps=most + 1)
-    assert not found.groups
-    assert [(d.site, d.reason) for d in found.declined] == [
+    assert names(find_request(gm, ["c"], steps=most)[0]) == [(("c",), True, ["tc_down"])]
+    groups, declined = find_request(gm, ["c"], steps=most + 1)
+    assert not groups
+    assert [(d.site, d.reason) for d in declined] == [
         (
             "tc_down",
             f"its rows would take {row * (most + 1)} bytes and the weights they replace "
@@ -154,7 +154,7 @@ def test_the_cut_goes_behind_what_makes_a_value_smaller() -> None:
     large = b.layer("large", nn.Linear(WIDTH, 200), b.condition("c"))
     mean = b.call("mean", b.call(torch.tanh, large), 1, keepdim=True)
     gm = b.finish(b.call(operator.mul, b.x, mean))
-    assert names(find_request(gm, ["c"], steps=1)) == [(("c",), False, ["mean"])]
+    assert names(find_request(gm, ["c"], steps=1)[0]) == [(("c",), False, ["mean"])]
 
 
 def test_a_refused_value_leaves_the_others() -> None:
@@ -165,11 +165,11 @@ def test_a_refused_value_leaves_the_others() -> None:
     large = b.layer("large", nn.Linear(WIDTH, 300, bias=False), early)
     outer = b.call(operator.mul, large, b.call("mean", b.x, 1, keepdim=True))
     gm = b.finish(b.call(operator.mul, b.x, small), b.call("sum", outer, 1, keepdim=True))
-    found = find_request(gm, ["c"], steps=2)
-    assert names(found) == [(("c",), True, ["small_down", "large"])] and not found.declined
-    found = find_request(gm, ["c"], steps=10)
-    assert names(found) == [(("c",), True, ["early_down", "small_down"])]
-    assert [d.site for d in found.declined] == ["large"]
+    groups, declined = find_request(gm, ["c"], steps=2)
+    assert names(groups) == [(("c",), True, ["small_down", "large"])] and not declined
+    groups, declined = find_request(gm, ["c"], steps=10)
+    assert names(groups) == [(("c",), True, ["early_down", "small_down"])]
+    assert [d.site for d in declined] == ["large"]
 
 
 def test_what_serves_the_sample_as_well_does_not_count_as_replaced() -> None:
@@ -177,8 +177,8 @@ def test_what_serves_the_sample_as_well_does_not_count_as_replaced() -> None:
     layer = nn.Linear(WIDTH, WIDTH)
     of_c = b.layer("both", layer, b.condition("c"))
     gm = b.finish(b.call(operator.mul, b.layer("both", layer, b.x), of_c))
-    found = find_request(gm, ["c"], steps=1)
-    assert not found.groups and found.declined[0].reason.endswith("the weights they replace 0")
+    groups, declined = find_request(gm, ["c"], steps=1)
+    assert not groups and declined[0].reason.endswith("the weights they replace 0")
 
 
 def test_only_writes_that_matter_keep_a_value_in_the_step() -> None:
@@ -186,32 +186,32 @@ def test_only_writes_that_matter_keep_a_value_in_the_step() -> None:
     value = wide(b, "c", b.condition("c"))
     written = b.call("mul_", value, 2.0)
     gm = b.finish(b.call(operator.mul, b.x, written))
-    found = find_request(gm, ["c"], steps=1)
-    cut = [node for group in found.groups for node in group.values]
+    groups, declined = find_request(gm, ["c"], steps=1)
+    cut = [node for group in groups for node in group.values]
     assert value not in cut and written not in cut
-    assert any("writes in place" in d.reason for d in found.declined)
+    assert any("writes in place" in d.reason for d in declined)
 
 
 @few
 @given(gm=captured_graphs(), steps=st.sampled_from((1, 2, 10, 10000)))
 def test_what_is_stored_never_outweighs_what_it_replaces(gm: fx.GraphModule, steps: int) -> None:
-    found = find_request(gm, ["c"], steps=steps)
-    cut = [node for group in found.groups for node in group.values]
+    groups, declined = find_request(gm, ["c"], steps=steps)
+    cut = [node for group in groups for node in group.values]
     kept = tensors_of(gm, left_nodes(gm, cut))
     inside = extract_nodes(gm, cut, list(gm.graph.find_nodes(op="placeholder")))
     freed = sum(t.nbytes for key, t in tensors_of(gm, inside).items() if key not in kept)
     rows = sum(
         stored_bytes(node) * (steps if group.stepped else 1)
-        for group in found.groups
+        for group in groups
         for node in group.values
     )
     assert rows <= freed or not cut
     times = binding_times(gm, ["c"])
-    for group in found.groups:
+    for group in groups:
         for node in group.values:
             assert group.stepped == ("t" in times.deps[node])
             assert group.conditions == (("c",) if "c" in times.deps[node] else ())
-    declined = {d.site for d in found.declined}
+    declined = {d.site for d in declined}
     assert not declined & {node.name for node in cut}
     # what is computed at every step for all that has its reason
     heavy = {n for n in early_nodes(gm) & left(gm, cut) if is_heavy(gm, n)}

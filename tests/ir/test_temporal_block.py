@@ -189,11 +189,10 @@ def test_the_block_ends_after_the_last_layers_and_is_named_after_them():
     ]
     assert block.modules == ("time.linear", "blocks.0.proj", "blocks.1.proj")
     assert block.shared == ("time.linear",)
-    assert block.own == {
-        "blocks.0.proj": ("blocks.0.proj",),
-        "blocks.1.proj": ("blocks.1.proj",),
+    assert block.uses == {
+        "blocks.0.proj": ("time.linear", "blocks.0.proj"),
+        "blocks.1.proj": ("time.linear", "blocks.1.proj"),
     }
-    assert block.uses["blocks.0.proj"] == ("time.linear", "blocks.0.proj")
     assert not block.declined
     assert [n.target for n in block.graph.graph.find_nodes(op="placeholder")] == ["t"]
     assert block.summary()["shared"] == ["time.linear"]
@@ -208,7 +207,7 @@ def test_cheap_additions_per_block_stay_outside():
         table = b.buffer(f"table_{i}", nn.Parameter(torch.ones(1, WIDTH)))
         outs.append(b.call(operator.mul, b.call(operator.add, h, table), b.x))
     gm = b.finish(*outs)
-    assert temporal_cut(gm, binding_times(gm)) == (h,)
+    assert temporal_cut(gm, binding_times(gm))[0] == (h,)
 
 
 def test_the_narrowest_value_is_stored():
@@ -216,7 +215,7 @@ def test_the_narrowest_value_is_stored():
     (h,) = tib(b, (3 * WIDTH,))
     part = b.call(operator.getitem, h, (slice(None), slice(0, WIDTH)))
     gm = b.finish(b.call(operator.mul, part, b.x))
-    assert temporal_cut(gm, binding_times(gm)) == (part,)
+    assert temporal_cut(gm, binding_times(gm))[0] == (part,)
 
 
 def test_nothing_is_stored_without_a_heavy_operation():
@@ -286,7 +285,7 @@ def test_the_cut_upto_conditions_ends_at_the_modulation_layers():
     example = {"x": torch.randn(2, 3, 8, 8), "t": 0.5, "y": torch.tensor([3, 4])}
     gm = capture(model, example, timestep="t").gm
     times = binding_times(gm, ["y"])
-    cut = temporal_cut(gm, times, upto=Binding.TC)
+    cut, _ = temporal_cut(gm, times, upto=Binding.TC)
     assert [node.target for node in cut] == ["blocks.0.modulation", "blocks.1.modulation"]
-    assert [node.target for node in temporal_cut(gm, times, upto=Binding.C)] == ["label"]
-    assert [node.target for node in temporal_cut(gm, times)] == ["time.2"]
+    assert [node.target for node in temporal_cut(gm, times, upto=Binding.C)[0]] == ["label"]
+    assert [node.target for node in temporal_cut(gm, times)[0]] == ["time.2"]

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from tfmq_fx.core.config import Correction
 from tfmq_fx.core.distributed import in_order
 from tfmq_fx.core.errors import CalibrationError, ConfigError
-from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.graph import timestep_node, timestep_position
 from tfmq_fx.quant.timestep_lookup import find_unknown, timestep_index
 
 _ONE, _E, _D, _EE, _DD, _ED = range(6)  # what is summed: 1, e, d, e^2, d^2, e d, with d = ehat - e
@@ -161,7 +161,7 @@ def measure_errors(
     sums = torch.zeros(2, len(timesteps), channels, 6, dtype=torch.float64)
     if not channels:
         return OutputErrors(timesteps, samples, sums)
-    position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
+    position = timestep_position(gm)
 
     def compared(chunk: Sequence[Tensor]) -> tuple[list[float], list[int], Tensor]:
         """The timestep of each sample, its index, and its terms of the sums: (B, C, 6)."""

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from tfmq_fx.core.config import AttentionSpec
 from tfmq_fx.core.errors import CalibrationError
 from tfmq_fx.core.layer_config import ActivationSpec
-from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.graph import timestep_node, timestep_position
 from tfmq_fx.ir.products import SIDES, Product, Side, find_products
 
 from .executor import LayerwiseExecutor
@@ -66,7 +66,7 @@ def measure_products(
         for product in products
         for side in SIDES
     }
-    position = list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
+    position = timestep_position(gm)
     static: Reasons | None = None
     chunk: Sequence[Any] = ()
     for chunk in chunks:

@@ -1,7 +1,7 @@
-"""How calls of the original model map to the flat graph: bind arguments, rebuild the output.
+"""Map calls of the original model to the flat graph: bind arguments, rebuild the output.
 
-Everything here is data and plain Python: a CallSpec survives JSON, and `bind` and `rebuild` can be
-traced by torch.compile(fullgraph=True).
+Everything here is data and plain Python: a CallSpec can be saved as JSON, and torch.compile with
+fullgraph=True can trace `bind` and `rebuild`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .nested_values import (
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A condition on sizes that the model's own code tested: the graph follows one outcome of it.
+    """A condition on sizes that the model's code tested, and the outcome that the graph follows.
 
     text: the condition in words of the inputs.  source: the line that tested it.
     """
@@ -44,15 +44,16 @@ class Guard:
     source: str
 
     def allows(self, sizes: dict[str, int]) -> bool:
-        """Whether the code would take the captured branch at these sizes."""
+        """Whether the model's code would take the captured branch at these sizes."""
         return bool(evaluate(self.expression, sizes)) == self.holds
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """A parameter of forward. first: index of its first tensor among the placeholders.
+    """A parameter of forward.
 
-    omittable: leaving it out means what was captured (its default is the captured value).
+    first: index of its first tensor among the placeholders.  omittable: whether its default is the
+    captured value.
     """
 
     name: str
@@ -64,14 +65,14 @@ class Argument:
 
 @dataclass(frozen=True)
 class CallSpec:
-    """Everything needed to call the flat graph like the original model.
+    """The facts needed to call the flat graph like the original model.
 
     timestep: the placeholder that holds the timestep, always a tensor (batch,).
     return_dict: forward's default of that name; None where forward has no such parameter.
     conditions: placeholders that are fixed for a whole request, judged by name.
-    fixed: what the model's code holds sizes to that are numbers in `inputs` for that reason.
+    fixed: conditions in the model's code that made sizes in `inputs` numbers.
     copied: whether the graph gets copies of a call's tensors; a loaded graph that writes in place
-    does, as it may write to what the caller holds.
+    does, as it may write to tensors of the caller.
     """
 
     arguments: tuple[Argument, ...]
@@ -86,16 +87,24 @@ class CallSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Placeholder names, in order."""
+        """The names of the placeholders, in order."""
         return tuple(spec.name for spec in self.inputs)
 
+    @property
+    def timestep_position(self) -> int:
+        """The index of the timestep among the placeholders."""
+        return self.names.index(self.timestep)
+
     def named_conditions(self, names: Sequence[str] | None) -> list[str]:
-        """Placeholders of the inputs that are fixed for a request: those named (by input, dotted
-        path or placeholder), or all that may be. Raises ConfigError for a name that is no input."""
+        """The placeholders of the conditions `names`, or of all conditions.
+
+        A name may be that of an argument, a dotted path or a placeholder. Raises ConfigError for
+        a name that is no input.
+        """
         if names is None:
             return list(self.conditions)
         others = [spec for spec in self.inputs if spec.name != self.timestep]
-        found: dict[str, None] = {}
+        conditions: dict[str, None] = {}
         for name in [names] if isinstance(names, str) else names:
             named = [
                 spec.name
@@ -105,17 +114,26 @@ class CallSpec:
             if not named:
                 paths = ", ".join(spec.path for spec in others) or "none"
                 raise ConfigError(f"no input {name!r} for a condition; choose from {paths}")
-            found |= dict.fromkeys(named)
-        return list(found)
+            conditions |= dict.fromkeys(named)
+        return list(conditions)
+
+    def sizes_of(self, values: Sequence[Tensor]) -> dict[str, int]:
+        """The free sizes by name, as the placeholder values `values` have them."""
+        return {
+            name: size
+            for spec, value in zip(self.inputs, values, strict=True)
+            for name, size in zip(spec.shape, value.shape, strict=True)
+            if isinstance(name, str)
+        }
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
-        """Placeholder values in order for a call of the original, and whether a dict is wanted."""
-        given = self._by_name(args, kwargs)
-        return_dict = bool(given.pop("return_dict", self.return_dict))
+        """The placeholder values for a call of the original model, and its return_dict."""
+        named = self._by_name(args, kwargs)
+        return_dict = bool(named.pop("return_dict", self.return_dict))
         values: list[Any] = []
         for argument in self.arguments:
-            if argument.name in given:
-                _collect(argument.structure, given[argument.name], argument.name, values)
+            if argument.name in named:
+                _collect(argument.structure, named[argument.name], argument.name, values)
             elif not argument.omittable:
                 raise InputError(_omitted(argument))
         sizes: dict[str, int] = {}
@@ -124,14 +142,13 @@ class CallSpec:
             if spec.name != self.timestep:
                 check_tensor(spec, value, sizes, self.fixed)
                 device = value.device if device is None else device
-        for i, spec in enumerate(self.inputs):
-            if spec.name == self.timestep:
-                values[i] = check_timestep(spec, values[i], sizes, device)
+        t = self.timestep_position
+        values[t] = check_timestep(self.inputs[t], values[t], sizes, device)
         for argument in self.arguments:
-            if _is_per_sample(argument) and argument.name in given:
-                count = len(given[argument.name])
-                if count != sizes[BATCH]:
-                    raise InputError(f"{argument.name}: {count} for a batch of {sizes[BATCH]}")
+            structure, value = argument.structure, named.get(argument.name)
+            per_sample = isinstance(structure, Branch) and structure.kind == "samples"
+            if per_sample and value is not None and len(value) != sizes[BATCH]:
+                raise InputError(f"{argument.name}: {len(value)} for a batch of {sizes[BATCH]}")
         for guard in self.guards:
             if not guard.allows(sizes):
                 raise InputError(
@@ -141,8 +158,8 @@ class CallSpec:
         return [value.clone() for value in values] if self.copied else values, return_dict
 
     def rebuild(self, flat: Sequence[Tensor], return_dict: bool = True) -> Any:
-        """The original's output from the graph's: its own type, or with return_dict=False the
-        tuple of its fields that are not None."""
+        """The original model's output from the graph's: an object of the original's type, or with
+        return_dict=False the tuple of its fields that are not None."""
         output = self.output
         if self.return_dict is None or return_dict or not isinstance(output, Branch):
             return rebuild(output, flat)
@@ -150,21 +167,16 @@ class CallSpec:
         return tuple([value for value in fields if value is not None])
 
     def moved(self, *, device: str | None = None, dtype: torch.dtype | None = None) -> CallSpec:
-        """The spec after the graph went to another device type or floating dtype; the timestep's
-        dtype stays."""
-        inputs = tuple(
-            dataclasses.replace(
-                spec,
-                device=device or spec.device,
-                dtype=dtype
-                if dtype and spec.dtype.is_floating_point and spec.name != self.timestep
-                else spec.dtype,
-            )
-            for spec in self.inputs
-        )
-        return dataclasses.replace(self, inputs=inputs)
+        """The spec for another device type or floating dtype; the timestep keeps its dtype."""
+        inputs = []
+        for spec in self.inputs:
+            fixed = spec.name == self.timestep or not spec.dtype.is_floating_point
+            kind = spec.dtype if fixed else dtype or spec.dtype
+            inputs.append(dataclasses.replace(spec, device=device or spec.device, dtype=kind))
+        return dataclasses.replace(self, inputs=tuple(inputs))
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name; raises InputError where forward does not take them."""
         order = [argument.name for argument in self.arguments if argument.positional]
         if len(args) > len(order):
             names = ", ".join(argument.name for argument in self.arguments[len(order) :])
@@ -172,18 +184,18 @@ class CallSpec:
                 f"{len(args)} positional arguments given, at most {len(order)} taken"
                 + (f"; give the others by name: {names}" if names else "")
             )
-        given = dict(zip(order, args, strict=False))
+        named = dict(zip(order, args, strict=False))
         known = [argument.name for argument in self.arguments]
         for name, value in kwargs.items():
-            if name in given:
+            if name in named:
                 raise InputError(f"argument {name!r} is given twice")
             if name not in known:
                 raise InputError(f"no argument {name!r}; the model takes {', '.join(known)}")
-            given[name] = value
-        return given
+            named[name] = value
+        return named
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """The spec in JSON-ready form."""
         return {
             "arguments": [
                 {**_fields(argument), "structure": dump(argument.structure)}
@@ -206,58 +218,55 @@ class CallSpec:
 
 
 def _collect(structure: Structure, value: Any, path: str, values: list[Any]) -> None:
-    """Append the tensors of `value` to `values`; refuse what the captured structure has not."""
+    """Append the tensors of `value` to `values`; raise InputError where its structure differs."""
     if isinstance(structure, Leaf):
         values.append(value)
     elif _no_options(structure, value, path):
         return
     elif isinstance(structure, Const):
         if isinstance(value, Tensor) or not (value is structure.value or value == structure.value):
-            found = "a tensor" if isinstance(value, Tensor) else repr(value)
+            actual = "a tensor" if isinstance(value, Tensor) else repr(value)
             raise InputError(
-                f"{path}: captured as the constant {structure.value!r}, got {found}. "
+                f"{path}: captured as the constant {structure.value!r}, got {actual}. "
                 f"Capture again with it among the example inputs."
             )
-    elif structure.kind == "samples":
-        if not isinstance(value, list):
-            raise InputError(f"{path}: expected a list, one for each sample, got {shown(value)}")
-        for i, item in enumerate(value):
-            _collect(structure.children[0], item, f"{path}.{i}", values)
-    elif structure.kind in ("list", "tuple"):
-        if not isinstance(value, (list, tuple)) or len(value) != len(structure.children):
-            raise InputError(
-                f"{path}: expected a {structure.kind} of {len(structure.children)}, "
-                f"got {shown(value)}"
-            )
-        for i, child in enumerate(structure.children):
-            _collect(child, value[i], f"{path}.{i}", values)
-    elif structure.kind == "dict":
-        if not isinstance(value, dict) or set(value) != set(structure.keys):
-            found = f"keys {list(value)}" if isinstance(value, dict) else shown(value)
-            raise InputError(f"{path}: expected a dict with {list(structure.keys)}, got {found}")
-        for key, child in zip(structure.keys, structure.children, strict=True):
-            _collect(child, value[key], f"{path}.{key}", values)
     else:
-        if not isinstance(value, structure.cls):
-            raise InputError(f"{path}: expected a {structure.cls.__name__}, got {shown(value)}")
-        for key, child in zip(structure.keys, structure.children, strict=True):
-            _collect(child, getattr(value, key), f"{path}.{key}", values)
-
-
-def _is_per_sample(argument: Argument) -> bool:
-    return isinstance(argument.structure, Branch) and argument.structure.kind == "samples"
+        keys, children = structure.keys, structure.children
+        items: Sequence[Any]
+        if structure.kind == "samples":
+            if not isinstance(value, list):
+                raise InputError(
+                    f"{path}: expected a list, one for each sample, got {shown(value)}"
+                )
+            keys, children, items = tuple(range(len(value))), children * len(value), value
+        elif structure.kind in ("list", "tuple"):
+            if not isinstance(value, (list, tuple)) or len(value) != len(children):
+                raise InputError(
+                    f"{path}: expected a {structure.kind} of {len(children)}, got {shown(value)}"
+                )
+            items = value
+        elif structure.kind == "dict":
+            if not isinstance(value, dict) or set(value) != set(keys):
+                actual = f"keys {list(value)}" if isinstance(value, dict) else shown(value)
+                raise InputError(f"{path}: expected a dict with {list(keys)}, got {actual}")
+            items = [value[key] for key in keys]
+        else:
+            if not isinstance(value, structure.cls):
+                raise InputError(f"{path}: expected a {structure.cls.__name__}, got {shown(value)}")
+            items = [getattr(value, key) for key in keys]
+        for key, child, item in zip(keys, children, items, strict=True):
+            _collect(child, item, f"{path}.{key}", values)
 
 
 def _no_options(structure: Structure, value: Any, path: str) -> bool:
-    """Whether an argument like joint_attention_kwargs is empty in both: None and {} say the same,
-    and diffusers' pipelines pass either."""
-    empty = isinstance(structure, Branch) and structure.kind == "dict" and not structure.keys
-    none = isinstance(structure, Const) and structure.value is None
-    nothing = value is None or (isinstance(value, dict) and not value)
-    return path.endswith("_kwargs") and (empty or none) and nothing
+    """Whether an argument such as joint_attention_kwargs is None or {} both captured and now, which
+    mean the same: diffusers' pipelines pass either."""
+    empty = (Const(None), Branch("dict", (), ()))
+    return path.endswith("_kwargs") and structure in empty and (value is None or value == {})
 
 
 def _omitted(argument: Argument) -> str:
+    """The error message for an argument that may not be left out."""
     if has_leaves(argument.structure):
         return f"missing argument {argument.name!r}"
     value = rebuild(argument.structure, ())

@@ -1,4 +1,4 @@
-"""nn.Module -> flat graph: trace on symbolic sizes, then prove it equal to the model by replay."""
+"""Capture an nn.Module as a flat graph, and prove by replay that the graph equals the model."""
 
 from __future__ import annotations
 
@@ -22,30 +22,32 @@ from tfmq_fx.core.stages import Stage
 from tfmq_fx.ir.graph_pass import prune
 from tfmq_fx.ir.verifier import check
 
-from .attribute_names import check_names
 from .call_inference import Dynamic, describe_call
 from .call_spec import CallSpec
 from .export_route import Exported, export
+from .fake_values import SizeTest
 from .free_sizes import held_sizes, less_batch, mixes_batch, sizes_without
 from .guards import guard, same_operations
 from .input_checks import BATCH
-from .model_checks import check_model
+from .model_checks import check_model, check_names
 from .nested_values import Branch, Const, Structure, outline
 from .outside_tensors import BAKED, OUTSIDE
-from .plain_transformers import plain_transformers
-from .replay import arguments, replay, runs, structural_clone
-from .size_tests import SizeTest
+from .replay import arguments, model_error, replay, structural_clone
+from .torch_patches import plain_transformers
 from .tracer import ValueTracer
 
 log = logging.getLogger(__name__)
 
 _INEQUALITIES = ("StrictGreaterThan", "GreaterThan", "StrictLessThan", "LessThan")  # of sympy
-_TRIES = 8  # tests on sizes tried one by one for whether they matter
+_TRIES = 8  # up to this number, tests on sizes are turned round one by one
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A flat graph and how to call it like the model. notes: what a report should say about it."""
+    """A flat graph and how to call it like the model.
+
+    route: "trace" or "export".  notes: remarks for a report.
+    """
 
     gm: fx.GraphModule
     call: CallSpec
@@ -64,32 +66,34 @@ def capture(
     """The model's graph at Stage.CAPTURED, in eval mode; the model is not changed.
 
     example_inputs: by parameter name of forward; tensors, also inside dicts and lists, become
-    placeholders, everything else is fixed.  timestep: which of them is the timestep; the graph
-    takes it as a tensor (batch,) of the example's dtype (int -> int64, float -> float32).
+    placeholders, everything else is fixed.  timestep: the name of the timestep; the graph takes it
+    as a tensor (batch,) of the example's dtype (int -> int64, float -> float32).
     dynamic: "batch" frees dim 0 of every input that has the sample's batch; "spatial" the last two
     dims of inputs with four or more dims that have the sample's, or the tokens (dim 1 of a sample
-    (batch, tokens, channels)) wherever another input has as many in dim 0 or 1.  Or exactly what is
-    free, by name: {"hidden_states": {0: "batch", 1: "tokens"}, "img_ids": {0: "tokens"}}.
+    (batch, tokens, channels)) wherever another input has as many in dim 0 or 1.  Or the free sizes
+    by name: {"hidden_states": {0: "batch", 1: "tokens"}, "img_ids": {0: "tokens"}}.
     Parameters and buffers are shared with the model; modules are copies.
-    Traced, or exported by torch.export and traced then; raises CaptureError, naming module and
-    line, where neither gives a graph that is equal to the model bit for bit.
+    The model is traced, or exported by torch.export and then traced; raises CaptureError with
+    module and line where neither gives a graph that equals the model bit for bit.
     """
     check_model(model)
     start = time.perf_counter()
     refuse_hooks(model)
     with _evaluated(model), plain_transformers(model) as transformers:
-        found = _free(model, example_inputs, timestep, dynamic)
-    if (refusal := _refusal(found.call, example_inputs)) is not None:
+        captured = _with_free_sizes(model, example_inputs, timestep, dynamic)
+    if (refusal := _refusal(captured.call, example_inputs)) is not None:
         raise CaptureError(f"the graph would refuse the example itself: {refusal}") from refusal
     seconds = time.perf_counter() - start
     log.debug("captured %s in %.2f s", type(model).__name__, seconds)
-    return dataclasses.replace(found, seconds=seconds, notes=(*found.notes, *transformers))
+    return dataclasses.replace(captured, seconds=seconds, notes=(*captured.notes, *transformers))
 
 
 @contextlib.contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and then as it was: a function that a module holds may call parts of
-    the model itself, of which capturing makes copies."""
+    """Put the model itself in eval mode while active.
+
+    Capturing runs a copy, but a function that a module holds may call parts of the model itself.
+    """
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
@@ -100,53 +104,54 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _free(
+def _with_free_sizes(
     model: nn.Module, example_inputs: Mapping[str, Any], timestep: str, dynamic: Dynamic
 ) -> Captured:
-    """The graph with the sizes that `dynamic` frees, less those that the model's code fixes.
+    """The graph with the sizes free that `dynamic` names, unless the model's code fixes them.
 
-    An input that has as many rows as there are samples need not have one for each: where the graph
-    says otherwise, it keeps its own size."""
+    An input with as many rows as there are samples may have them for another reason. Then the graph
+    holds the batch to the example's or mixes it, and fewer inputs are taken for batches.
+    """
     call, examples = describe_call(model, example_inputs, timestep, dynamic)
 
     def attempt(free: Mapping[str, Mapping[int, str]]) -> Captured:
-        return _either(model, *describe_call(model, example_inputs, timestep, free))
+        return _traced_or_exported(model, *describe_call(model, example_inputs, timestep, free))
 
-    def settled(found: Captured) -> bool:
-        return BATCH not in held_sizes(found.call, examples) and not mixes_batch(found.gm)
+    def has_free_batch(captured: Captured) -> bool:
+        return BATCH not in held_sizes(captured.call, examples) and not mixes_batch(captured.gm)
 
     refusal: CaptureError | None = None
-    found: Captured | None = None
+    captured: Captured | None = None
     try:
-        found = _either(model, call, examples)
+        captured = _traced_or_exported(model, call, examples)
     except StateError:
         raise
     except CaptureError as error:
-        if runs(model, call, examples):
+        if model_error(model, call, examples) is None:
             raise
         refusal = error
-    if found is None or not settled(found):
+    if captured is None or not has_free_batch(captured):
         for free in less_batch(call):
             with contextlib.suppress(CaptureError):
-                if settled(other := attempt(free)):
-                    found = other
+                if has_free_batch(other := attempt(free)):
+                    captured = other
                     break
-    if found is None:
+    if captured is None:
         assert refusal is not None
         raise refusal
-    held = held_sizes(found.call, examples)
-    if BATCH not in held and _refusal(found.call, example_inputs) is not None:
-        held[BATCH] = "the batch is that of the example, of which the model asks"
+    held = held_sizes(captured.call, examples)
+    if BATCH not in held and _refusal(captured.call, example_inputs) is not None:
+        held[BATCH] = "the model's code requires the example's batch"
     if not held:
-        return found
+        return captured
     notes = [f"{name} is fixed: captured where {reason}" for name, reason in held.items()]
-    fixed = attempt(sizes_without(found.call, held))
+    fixed = attempt(sizes_without(captured.call, held))
     call = dataclasses.replace(fixed.call, fixed=tuple(held.values()))
     return dataclasses.replace(fixed, call=call, notes=(*notes, *fixed.notes))
 
 
 def _refusal(call: CallSpec, example_inputs: Mapping[str, Any]) -> InputError | None:
-    """Why the graph would not take the example that it was captured with; None where it does."""
+    """The error with which the graph refuses its own example; None where it takes it."""
     try:
         call.bind((), dict(example_inputs))
     except InputError as error:
@@ -154,8 +159,8 @@ def _refusal(call: CallSpec, example_inputs: Mapping[str, Any]) -> InputError | 
     return None
 
 
-def _either(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Captured:
-    """The graph by the tracer, or where that refuses by torch.export."""
+def _traced_or_exported(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Captured:
+    """The graph from the tracer, or from torch.export where the tracer fails."""
     try:
         trace = _trace(model, call, examples)
         binding = _binding(model, call, examples, trace)
@@ -165,8 +170,10 @@ def _either(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Capture
         raise
     except CaptureError as refusal:
         try:
-            trace = _export(model, call, examples)
-            gm, call, notes = _proved(model, call, examples, trace, trace.tests)
+            exported = _export(model, call, examples)
+            trace = _trace(model, call, examples, exported=exported)
+            binding = [*exported.tests, *trace.tests]
+            gm, call, notes = _proved(model, call, examples, trace, binding)
         except CaptureError as error:
             refusal.add_note(f"torch.export does not help: {_first_line(error)}")
             raise refusal from error
@@ -181,13 +188,14 @@ def _proved(
     trace: _Trace,
     binding: list[SizeTest],
 ) -> tuple[fx.GraphModule, CallSpec, list[str]]:
-    """The graph, how it is called, and what to say about it; raises unless it equals the model.
+    """The graph, how it is called, and notes; raises CaptureError unless it equals the model.
 
-    binding: those tests on sizes that every call has to pass."""
+    binding: the tests on sizes that every call has to pass.
+    """
     notes = [f"captured where {t.expression} is {t.held} ({t.source})" for t in binding]
     if idle := [f"{t.expression} ({t.source})" for t in trace.tests if t not in binding]:
         notes.append(
-            f"{', '.join(idle)}: chooses a memory layout only; where it comes out otherwise than "
+            f"{', '.join(idle)}: chooses a memory layout only; where its outcome is another than "
             f"here, the graph equals the model up to the order of float additions"
         )
     guards = tuple(guard(test) for test in binding)
@@ -216,7 +224,7 @@ def _trace(
     forced: Mapping[SizeTest, bool] | None = None,
     exported: Exported | None = None,
 ) -> _Trace:
-    """Trace the model; tests in `forced` come out as given there instead of as they do.
+    """Trace the model; tests in `forced` have the outcome that is stated there.
 
     exported: trace this form of the model in place of its code.
     """
@@ -227,26 +235,25 @@ def _trace(
     clone = structural_clone(model)
     if exported is not None:
         exported.register(clone)
-    # No sizes that come from data: neither guards nor binding times could speak of them.
+    # No sizes that depend on data: neither guards nor binding times could express them.
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
-    mode.cache_enabled = False  # with free sizes, to look a result up takes longer than to make it
+    mode.cache_enabled = False  # with free sizes, a look-up takes longer than computing the result
     sizes: dict[str, Any] = {}
     names: dict[sympy.Symbol, sympy.Symbol] = {}
     fakes: dict[str, Tensor] = {}
+    for name, hint in call.sizes_of(examples).items():
+        source = ConstantSource(name)
+        symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[name] = shapes.create_symintnode(symbol, hint=hint, source=source)
+        names[symbol] = sympy.Symbol(name, integer=True, positive=True)
     for spec, example in zip(call.inputs, examples, strict=True):
-        for size, hint in zip(spec.shape, example.shape, strict=True):
-            if isinstance(size, str) and size not in sizes:
-                source = ConstantSource(size)
-                symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-                sizes[size] = shapes.create_symintnode(symbol, hint=hint, source=source)
-                names[symbol] = sympy.Symbol(size, integer=True, positive=True)
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
         with mode:
-            shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
             fakes[spec.name] = torch.empty(shape, dtype=spec.dtype, device=example.device)
 
     output: Structure = Const(None)
-    samples = examples[call.names.index(call.timestep)].shape[0]
+    samples = len(examples[call.timestep_position])
 
     def run(proxies: list[Any]) -> tuple[Any, ...]:
         nonlocal output
@@ -259,7 +266,7 @@ def _trace(
     tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {})
     try:
         graph = tracer.run()
-        if tracer.leaves_values():  # does the next call read them?
+        if tracer.leaves_values():  # a second run raises where the next call reads them
             tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {})
             graph = tracer.run()
     except TfmqError:
@@ -287,7 +294,7 @@ def _trace(
 def _flat(
     model: nn.Module, call: CallSpec, values: list[Any], samples: int
 ) -> tuple[Structure, tuple[Any, ...]]:
-    """Call the model; the structure of its output, and its tensors."""
+    """The structure of the model's output for tensors `values`, and the output's tensors."""
     kwargs = arguments(call, values, samples)
     if call.return_dict is not None:
         kwargs["return_dict"] = True
@@ -296,24 +303,22 @@ def _flat(
     return output, tuple(value for _, value in leaves)
 
 
-def _export(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> _Trace:
-    """The graph by way of torch.export, for a model that the tracer refused."""
+def _export(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exported:
+    """The model in the form that torch.export gives it."""
     clone = structural_clone(model)
-    samples = examples[call.names.index(call.timestep)].shape[0]
-    exported = export(
+    samples = len(examples[call.timestep_position])
+    return export(
         clone,
         lambda *values: _flat(clone, call, list(values), samples),
         examples,
         [spec.shape for spec in call.inputs],
     )
-    trace = _trace(model, call, examples, exported=exported)
-    return _Trace(trace.gm, trace.output, [*exported.tests, *trace.tests])
 
 
 def _binding(
     model: nn.Module, call: CallSpec, examples: list[Tensor], trace: _Trace
 ) -> list[SizeTest]:
-    """The tests whose outcome matters: with the others turned round, the operations are the same.
+    """The tests whose outcome changes the operations of the graph.
 
     diffusers tests batch >= 64 and numel > 2**31 only to call contiguous(), which changes no value.
     """
@@ -327,7 +332,7 @@ def _binding(
         return other.output == trace.output and same_operations(trace.gm.graph, other.gm.graph)
 
     branches = [test for test in trace.tests if test.branch]
-    # Those that choose a memory layout ask whether something is large; tracing again takes time.
+    # Tests that choose a memory layout compare with a large number; tracing again takes time.
     large = [test for test in branches if type(test.expression).__name__ in _INEQUALITIES]
     free = set(large) if large and idle(large) else set()
     if not free and 1 < len(large) <= _TRIES:
@@ -336,6 +341,7 @@ def _binding(
 
 
 def _check_output(output: Structure) -> None:
+    """Raise CaptureError where the output contains a size that varies."""
     if isinstance(output, Branch):
         for child in output.children:
             _check_output(child)

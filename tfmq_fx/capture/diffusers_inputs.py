@@ -1,8 +1,9 @@
-"""Example inputs of a diffusers denoiser, derived from its config and its forward's signature."""
+"""Derive example inputs of a diffusers denoiser from its config and its forward's signature."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from tfmq_fx.core.errors import ConfigError
 
 TEXT_TOKENS = 16
-CLIP_TOKENS = 77  # what pipelines give the models that are conditioned on CLIP's text
+CLIP_TOKENS = 77  # text tokens of models that are conditioned on CLIP
 GRID = 16  # side in tokens of packed latents, side in pixels of latents whose config has no size
 FRAMES = 3
 
-# What neither names nor config tell. Timesteps: value, dtype (None: the model's); the rest take
-# integers. Flow matching counts time from 0 to 1 or as floats to 1000; SVD takes log(sigma) / 4;
-# HunyuanDiT computes its time embedding in the timestep's own dtype (diffusers 0.42).
+# Facts that neither names nor config contain. Timesteps: value, dtype (None: the model's); models
+# that are not listed take integers. Flow matching counts time from 0 to 1 or as floats to 1000; SVD
+# takes log(sigma) / 4; HunyuanDiT computes its time embedding in the timestep's own dtype
+# (diffusers 0.42).
 TIMESTEPS: dict[str, tuple[float, torch.dtype | None]] = {
     "AuraFlowTransformer2DModel": (0.5, None),
     "BriaTransformer2DModel": (500.0, None),
@@ -49,7 +51,7 @@ IMAGE_TOKENS = {"UNetSpatioTemporalConditionModel": 1}  # conditioned on an imag
 
 
 class Maker:
-    """Draws the inputs of one model: sizes from its config, values from one seeded generator."""
+    """A source of one model's inputs: sizes from its config, values from one seeded generator."""
 
     def __init__(self, model: nn.Module, batch: int, scale: int) -> None:
         self.kind = type(model).__name__
@@ -66,40 +68,45 @@ class Maker:
         read = getattr(self.config, "get", None) or (lambda key: getattr(self.config, key, None))
         return next((value for value in map(read, keys) if value is not None), None)
 
-    def first(self, *keys: str) -> Any:
-        """As `get`, for what some configs give per block or per axis."""
-        found = self.get(*keys)
-        return found[0] if isinstance(found, (list, tuple)) else found
-
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.device, generator=self.generator)
 
+    def features(self, key: str, *tokens: int) -> Tensor | None:
+        """A normal tensor (batch, *tokens, width), where the config sets the width as `key`."""
+        width = self.get(key)
+        return self.normal(self.batch, *tokens, width) if width else None
+
     def integers(self, high: int) -> Tensor:
-        """(batch,) of integers in [0, high)."""
+        """A tensor (batch,) of integers in [0, high)."""
         return torch.randint(high, (self.batch,), device=self.device, generator=self.generator)
 
     def full(self, value: float, dtype: torch.dtype | None) -> Tensor:
         return torch.full((self.batch,), value, dtype=dtype or self.dtype, device=self.device)
 
     def rows(self, *row: float) -> Tensor:
-        """(batch, len(row)): `row` for each sample, in the model's dtype."""
+        """A tensor (batch, len(row)) with `row` for each sample, in the model's dtype."""
         return torch.tensor([row] * self.batch, dtype=self.dtype, device=self.device)
 
     def positions(self, *sides: int) -> Tensor:
-        """(tokens, len(sides)): the coordinates of a grid, the last running fastest."""
+        """The coordinates of a grid, (tokens, len(sides)), the last running fastest."""
         axes = [torch.arange(side, device=self.device) for side in sides]
         grid = torch.meshgrid(*axes, indexing="ij")
         return torch.stack(grid, dim=-1).flatten(0, -2).to(self.dtype)
 
     def size(self) -> tuple[int, int]:
-        """Height and width of the latents, or of the token grid of packed ones."""
+        """The height and width of the latents, or of the token grid of packed latents."""
         size = self.get("sample_size")
         height, width = size if isinstance(size, (list, tuple)) else (size or GRID, size or GRID)
         height, width = self.get("sample_height") or height, self.get("sample_width") or width
         return self.scale * height, self.scale * width
 
+    def pixels(self) -> tuple[float, float]:
+        """The height and width of the image in pixels."""
+        height, width = self.size()
+        return 8.0 * height, 8.0 * width
+
     def frames(self) -> int:
-        """Number of frames of a video's latents."""
+        """The number of frames of a video's latents."""
         if self.get("sample_frames"):
             each = self.get("temporal_compression_ratio") or 1
             return int((self.get("sample_frames") - 1) // each + 1)
@@ -108,14 +115,15 @@ class Maker:
         return int(FRAMES * each)
 
     def tokens(self) -> int:
-        """Number of tokens in encoder_hidden_states."""
+        """The number of tokens in encoder_hidden_states."""
         usual = CLIP_TOKENS if self.kind in CLIP_TEXT else TEXT_TOKENS
         length = self.get("text_len", "max_text_seq_length") or usual
         return IMAGE_TOKENS.get(self.kind, int(length))
 
 
 def latents(make: Maker) -> Tensor | None:
-    """Packed (batch, tokens, channels) beside what tells their grid, else an image or a video."""
+    """Latents as an image or a video, or packed as (batch, tokens, channels) for models that take
+    the grid as another input."""
     channels = make.get("in_channels")
     if channels is None:
         return None
@@ -133,28 +141,18 @@ def latents(make: Maker) -> Tensor | None:
     return make.normal(make.batch, channels, height, width)
 
 
-def sample(make: Maker) -> Tensor | None:
-    """Latents of a UNet; a config without size is a sign of a model that is none."""
-    sized = make.get("sample_size") or make.get("conditioning_channels")
-    return latents(make) if sized else None
-
-
 def image_list(make: Maker) -> list[Tensor] | None:
-    """One (channels, 1 frame, height, width) for each sample."""
+    """A list with a tensor (channels, 1 frame, height, width) for each sample."""
     channels = make.get("in_channels")
     if channels is None or "cap_feats" not in make.names:
         return None
     return [make.normal(channels, 1, *make.size()) for _ in range(make.batch)]
 
 
-def timestep(make: Maker) -> Tensor:
-    value, dtype = TIMESTEPS.get(make.kind, (1, torch.int64))
-    return make.full(value, dtype)
-
-
 def text(make: Maker) -> Tensor | None:
-    projected = make.get("encoder_hid_dim") if make.get("encoder_hid_dim_type") else None
-    width = projected or make.first(
+    """Text features (batch, tokens, width)."""
+    width = make.get("encoder_hid_dim") if make.get("encoder_hid_dim_type") else None
+    width = width or make.get(
         "joint_attention_dim",
         "caption_channels",
         "text_embed_dim",
@@ -162,44 +160,27 @@ def text(make: Maker) -> Tensor | None:
         "cap_feat_dim",
         "cross_attention_dim",
     )
+    if isinstance(width, (list, tuple)):  # one for each block
+        width = width[0]
     return make.normal(make.batch, make.tokens(), width) if width else None
 
 
-def image_features(make: Maker) -> Tensor | None:
-    """What CLIP gives for one image: 257 tokens."""
-    width = make.get("image_dim")
-    return make.normal(make.batch, 257, width) if width else None
-
-
-def text_t5(make: Maker) -> Tensor | None:
-    width = make.get("cross_attention_dim_t5")
-    return make.normal(make.batch, make.get("text_len_t5"), width) if width else None
-
-
-def text_list(make: Maker) -> list[Tensor] | None:
-    width = make.get("cap_feat_dim")
-    return [make.normal(TEXT_TOKENS, width) for _ in range(make.batch)] if width else None
-
-
 def mask(make: Maker, tokens: int) -> Tensor:
-    """(batch, tokens) of int64: ones, then zeros over the last quarter."""
+    """A mask (batch, tokens) of int64: ones, then zeros over the last quarter."""
     row = torch.arange(tokens, device=make.device) < tokens - tokens // 4
     return row.to(torch.int64).expand(make.batch, tokens).clone()
 
 
 def text_mask(make: Maker) -> Tensor | None:
-    """None for the UNets, which pipelines call without."""
+    """A mask of the text tokens; None for the UNets, which pipelines call without one."""
     masked = make.get(
         "caption_channels", "text_embed_dim", "text_len", "joint_attention_dim", "cap_feat_dim"
     )
     return mask(make, make.tokens()) if masked else None
 
 
-def text_mask_t5(make: Maker) -> Tensor | None:
-    return mask(make, make.get("text_len_t5")) if make.get("text_len_t5") else None
-
-
 def class_labels(make: Maker) -> Tensor | None:
+    """Class labels (batch,), or features (batch, width) that the model projects."""
     kind = make.get("class_embed_type")
     if kind in ("projection", "simple_projection"):
         return make.normal(make.batch, make.get("projection_class_embeddings_input_dim"))
@@ -209,43 +190,20 @@ def class_labels(make: Maker) -> Tensor | None:
     return make.integers(classes) if classes and kind is None else None
 
 
-def pooled(make: Maker) -> Tensor | None:
-    width = make.get("pooled_projection_dim")
-    return make.normal(make.batch, width) if width else None
-
-
-def guidance(make: Maker) -> Tensor | None:
-    return make.full(3.5, torch.float32) if make.get("guidance_embeds") else None
-
-
-def guidance_embedding(make: Maker) -> Tensor | None:
-    width = make.get("time_cond_proj_dim")
-    return make.normal(make.batch, width) if width else None
-
-
-def image_ids(make: Maker) -> Tensor:
-    """Positions in time, height and width; models with more axes have one layer there."""
+def token_ids(make: Maker) -> dict[str, Tensor]:
+    """Positions of image tokens in time, height and width (further axes have size 1), and of text
+    tokens, which are zeros."""
     axes = len(make.get("axes_dims_rope", "axes_dim") or (0, 0, 0))
-    return make.positions(1, *make.size(), *[1] * (axes - 3))
-
-
-def text_ids(make: Maker) -> Tensor:
-    axes = len(make.get("axes_dims_rope", "axes_dim") or (0, 0, 0))
-    return torch.zeros(make.tokens(), axes, dtype=make.dtype, device=make.device)
-
-
-def image_shapes(make: Maker) -> list[list[tuple[int, int, int]]]:
-    return [[(1, *make.size())]] * make.batch
-
-
-def text_lengths(make: Maker) -> list[int]:
-    return [make.tokens()] * make.batch
+    return {
+        "img_ids": make.positions(1, *make.size(), *[1] * (axes - 3)),
+        "txt_ids": torch.zeros(make.tokens(), axes, dtype=make.dtype, device=make.device),
+    }
 
 
 def added_conditions(make: Maker) -> dict[str, Tensor] | None:
-    """SDXL's sizes and pooled text, Kandinsky's image, or PixArt-alpha's resolution."""
+    """The added_cond_kwargs of SDXL (sizes, pooled text), Kandinsky (image) or PixArt-alpha."""
     kind = make.get("addition_embed_type")
-    height, width = (8.0 * side for side in make.size())
+    height, width = make.pixels()
     if kind == "text_time":
         joined = make.get("projection_class_embeddings_input_dim")
         each = make.get("addition_time_embed_dim")
@@ -264,42 +222,21 @@ def added_conditions(make: Maker) -> dict[str, Tensor] | None:
 
 
 def time_ids(make: Maker) -> Tensor | None:
-    """Frames per second, motion and noise of a video."""
+    """The frames per second, motion and noise of a video."""
     joined = make.get("projection_class_embeddings_input_dim")
     each = make.get("addition_time_embed_dim")
     return make.rows(*(6.0, 127.0, 0.02)[: joined // each]) if joined and each else None
 
 
-def pixel_size(make: Maker) -> Tensor:
-    height, width = (8.0 * side for side in make.size())
-    return make.rows(height, width)
-
-
-def corner(make: Maker) -> Tensor:
-    return make.rows(0.0, 0.0)
-
-
-def image_meta_size(make: Maker) -> Tensor | None:
-    height, width = (8.0 * side for side in make.size())
-    row = (height, width, height, width, 0.0, 0.0)
-    return make.rows(*row) if make.get("use_style_cond_and_image_meta_size") else None
-
-
-def style(make: Maker) -> Tensor | None:
-    return make.full(0, torch.int64) if make.get("use_style_cond_and_image_meta_size") else None
-
-
 def rotary(make: Maker) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines (tokens, head width) of angles of positions, each angle twice."""
+    """The cosines and sines (tokens, head width) of angles of positions, each angle twice."""
     patch, width = make.get("patch_size"), make.get("attention_head_dim")
     used = make.get("use_rotary_positional_embeddings")
     if used is None:
         used = not make.get("sample_frames")  # videos have other forms of it
     if not used or not patch or not width:
         return None
-    tokens = 1
-    for side in make.size():
-        tokens *= side // patch
+    tokens = math.prod(side // patch for side in make.size())
     if make.get("sample_frames"):
         tokens *= -(-make.frames() // (make.get("patch_size_t") or 1))
     rates = 10000.0 ** -(
@@ -311,7 +248,7 @@ def rotary(make: Maker) -> tuple[Tensor, Tensor] | None:
 
 
 def control_image(make: Maker) -> Tensor | None:
-    """An image in pixels where the model's own convolutions shrink it to the latents' size."""
+    """A ControlNet's image: pixels where the model's own convolutions shrink it, else latents."""
     channels = make.get("conditioning_channels")
     steps = make.get("conditioning_embedding_out_channels")
     if not channels or not steps:
@@ -320,47 +257,58 @@ def control_image(make: Maker) -> Tensor | None:
     return make.normal(make.batch, channels, height, width)
 
 
+STYLE = "use_style_cond_and_image_meta_size"  # config key of HunyuanDiT
 RULES: dict[str, Callable[[Maker], Any]] = {
-    "sample": sample,
+    # only the configs of UNets and ControlNets have a size
+    "sample": lambda make: make.get("sample_size", "conditioning_channels") and latents(make),
     "hidden_states": latents,
     "x": image_list,
-    "timestep": timestep,
-    "t": timestep,
+    **dict.fromkeys(
+        ("timestep", "t"), lambda make: make.full(*TIMESTEPS.get(make.kind, (1, torch.int64)))
+    ),
     "encoder_hidden_states": text,
-    "encoder_hidden_states_t5": text_t5,
-    "encoder_hidden_states_image": image_features,
-    "cap_feats": text_list,
-    "encoder_attention_mask": text_mask,
-    "encoder_hidden_states_mask": text_mask,
-    "text_embedding_mask": text_mask,
-    "text_embedding_mask_t5": text_mask_t5,
+    "encoder_hidden_states_t5": lambda make: make.features(
+        "cross_attention_dim_t5", make.get("text_len_t5")
+    ),
+    "encoder_hidden_states_image": lambda make: make.features("image_dim", 257),  # tokens of CLIP
+    "cap_feats": lambda make: (
+        make.get("cap_feat_dim")
+        and [make.normal(TEXT_TOKENS, make.get("cap_feat_dim")) for _ in range(make.batch)]
+    ),
+    **dict.fromkeys(
+        ("encoder_attention_mask", "encoder_hidden_states_mask", "text_embedding_mask"), text_mask
+    ),
+    "text_embedding_mask_t5": lambda make: (
+        make.get("text_len_t5") and mask(make, make.get("text_len_t5"))
+    ),
     "class_labels": class_labels,
-    "pooled_projections": pooled,
-    "guidance": guidance,
-    "timestep_cond": guidance_embedding,
-    "img_ids": image_ids,
-    "txt_ids": text_ids,
-    "img_shapes": image_shapes,
-    "txt_seq_lens": text_lengths,
+    "pooled_projections": lambda make: make.features("pooled_projection_dim"),
+    "guidance": lambda make: make.full(3.5, torch.float32) if make.get("guidance_embeds") else None,
+    "timestep_cond": lambda make: make.features("time_cond_proj_dim"),
+    "img_ids": lambda make: token_ids(make)["img_ids"],
+    "txt_ids": lambda make: token_ids(make)["txt_ids"],
+    "img_shapes": lambda make: [[(1, *make.size())]] * make.batch,
+    "txt_seq_lens": lambda make: [make.tokens()] * make.batch,
     "added_cond_kwargs": added_conditions,
     "added_time_ids": time_ids,
-    "original_size": pixel_size,
-    "target_size": pixel_size,
-    "crop_coords": corner,
+    **dict.fromkeys(("original_size", "target_size"), lambda make: make.rows(*make.pixels())),
+    "crop_coords": lambda make: make.rows(0.0, 0.0),
     "num_frames": Maker.frames,
     "height": lambda make: make.size()[0],
     "width": lambda make: make.size()[1],
-    "image_meta_size": image_meta_size,
-    "style": style,
+    "image_meta_size": lambda make: (
+        make.rows(*make.pixels(), *make.pixels(), 0.0, 0.0) if make.get(STYLE) else None
+    ),
+    "style": lambda make: make.full(0, torch.int64) if make.get(STYLE) else None,
     "image_rotary_emb": rotary,
     "controlnet_cond": control_image,
 }
 
 
 def example_inputs(model: nn.Module, batch: int = 2, *, scale: int = 1) -> dict[str, Any]:
-    """Inputs that `model`, a denoiser of diffusers, accepts, by parameter name.
+    """Inputs for a denoiser of diffusers, by parameter name.
 
-    `scale` multiplies height and width. Optional inputs that the config does not ask for are left
+    `scale` multiplies height and width. Optional inputs that the config does not require are left
     out. The values depend on the model's class, config, dtype and device alone. Raises ConfigError
     naming the parameter that cannot be derived.
     """

@@ -1,8 +1,8 @@
-"""The second route to a graph, for models whose code cannot be traced: torch.export.
+"""Capture models whose code cannot be traced, by way of torch.export.
 
-An exported graph has no layers and its sizes carry export's own guards, so it is not the end: it is
-run once more on the tracer's proxies, with the model's layers called again where their operation
-stands, and so gets the same form as any other captured graph.
+An exported graph has no layers and its sizes carry export's own guards. So it is run once more on
+the tracer's proxies, with calls of the model's layers in place of their operations, and gets the
+same form as any other captured graph.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from tfmq_fx.core.errors import CaptureError
+from tfmq_fx.ir.graph import module_paths, named_tensors
 
+from .fake_values import SizeTest
 from .nested_values import Const, Structure
-from .size_tests import SizeTest
 from .tracer import TRACING, ValueTracer
 
 _aten = torch.ops.aten
-# Operation -> the layer it may be the whole forward of, and where its weight stands.
+# Operation -> the layer whose whole forward it may be, and the position of its weight.
 _LAYERS: dict[Any, tuple[type[nn.Module], int]] = {
     _aten.linear.default: (nn.Linear, 1),
     _aten.embedding.default: (nn.Embedding, 0),
@@ -51,11 +53,11 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported model. tensors: placeholder -> path of the parameter or buffer it stands for.
+    """A model exported by torch.export.
 
-    constants: placeholder -> tensor made in forward, or read by it from elsewhere.
-    output: structure of what forward returns.
-    tests: what forward asked about sizes.
+    tensors: placeholder -> path of its parameter or buffer.
+    constants: placeholder -> tensor that forward creates, or reads from elsewhere.
+    output: structure of forward's result.  tests: the conditions on sizes that forward tests.
     """
 
     graph: fx.GraphModule
@@ -65,23 +67,19 @@ class Exported:
     tests: tuple[SizeTest, ...]
 
     def register(self, model: nn.Module) -> None:
-        """Give `model`, a copy of the exported one, the constants as buffers."""
+        """Register the constants as buffers of `model`, a copy of the exported model."""
         for name, value in self.constants.items():
             model.register_buffer(name, value.detach().clone(), persistent=False)
 
     def run(self, tracer: ValueTracer, model: nn.Module, values: Sequence[Any]) -> tuple[Any, ...]:
-        """The flat outputs, every operation recorded by the tracer."""
-        given = iter(values)
-        operands: list[Any] = []
+        """The flat outputs for `values`, computed by operations that the tracer records."""
+        inputs = iter(values)
         nodes = self.graph.graph.find_nodes(op="placeholder")
-        for node in nodes:
-            if node.name in self.constants:
-                operands.append(getattr(model, node.name))
-            elif node.name in self.tensors:
-                owner, _, name = self.tensors[node.name].rpartition(".")
-                operands.append(getattr(model.get_submodule(owner), name))
-            else:
-                operands.append(next(given))
+        held = {**{name: name for name in self.constants}, **self.tensors}
+        operands = [
+            attrgetter(held[node.name])(model) if node.name in held else next(inputs)
+            for node in nodes
+        ]
         paths = {node: self.tensors[node.name] for node in nodes if node.name in self.tensors}
         return tuple(_Retrace(self.graph, tracer, model, paths).run(*operands))
 
@@ -92,12 +90,12 @@ def export(
     examples: Sequence[Tensor],
     shapes: Sequence[Sequence[int | str]],
 ) -> Exported:
-    """Export `model`; call(*tensors) runs it: the structure of its output, and its tensors.
+    """Export `model` as call(*tensors) runs it, which returns its output's structure and tensors.
 
     shapes: of the examples; a name where a size is free.  Raises CaptureError where torch.export
-    fails, or gives what the tracer cannot take.
+    fails, or its graph cannot be traced.
     """
-    from torch.export import Dim  # takes 0.2 s to import, and few models come here
+    from torch.export import Dim  # takes 0.2 s to import, and few models need it
 
     output: Structure = Const(None)
 
@@ -122,16 +120,16 @@ def export(
     written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if written:
         raise CaptureError(f"torch.export: forward writes to {', '.join(written.values())}")
-    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    constants = {
-        name: program.constants[target]
-        for name, target in signature.inputs_to_lifted_tensor_constants.items()
-    }
-    tensors = {name: path.removeprefix("model.") for name, path in named.items()}
-    held = {_place(value): name for name, value in reversed([*_held(model)])}
-    own = {name: held.get(_place(value)) for name, value in constants.items()}
-    tensors |= {name: path for name, path in own.items() if path is not None}
-    constants = {name: value for name, value in constants.items() if own[name] is None}
+    paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    tensors = {name: path.removeprefix("model.") for name, path in paths.items()}
+    constants: dict[str, Tensor] = {}
+    held = {_memory_key(value): path for path, value in reversed([*named_tensors(model)])}
+    for name, target in signature.inputs_to_lifted_tensor_constants.items():
+        value = program.constants[target]
+        if (key := _memory_key(value)) in held:
+            tensors[name] = held[key]
+        else:
+            constants[name] = value
     inputs = [
         node
         for node in program.graph_module.graph.find_nodes(op="placeholder")
@@ -143,7 +141,7 @@ def export(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep off the screen what torch.export says on its way to an error, which is told anyway."""
+    """Silence torch.export's logging and warnings; its error is raised again and reported."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -155,20 +153,20 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+def _memory_key(value: Tensor) -> Any:
+    """A key that is equal for tensors on the same memory.
 
-
-def _place(value: Tensor) -> Any:
-    """Equal for tensors on the same memory: a function that a module holds may read a parameter of
-    the model that is exported a copy of, which torch.export takes for a constant."""
+    A function that a module holds may read a parameter of the original of an exported copy, which
+    torch.export takes for a constant.
+    """
     if not value.numel() or value.is_meta:
         return id(value)
     return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 class _Flat(nn.Module):
+    """A module that calls a function on flat inputs, since torch.export takes modules only."""
+
     def __init__(self, model: nn.Module, call: Callable[..., tuple[Any, ...]]) -> None:
         super().__init__()
         self.model, self.call = model, call
@@ -178,7 +176,7 @@ class _Flat(nn.Module):
 
 
 def _is_high_level(gm: fx.GraphModule) -> bool:
-    """Whether a graph says autocast or vmap, and not what they do."""
+    """Whether a graph contains autocast or vmap as operators that torch can decompose."""
     cast = torch.ops.higher_order.wrap_with_autocast
     return any(
         (node.target is cast and node.args[2])
@@ -190,7 +188,7 @@ def _is_high_level(gm: fx.GraphModule) -> bool:
 
 
 def _tests(inputs: list[fx.Node], shapes: Sequence[Sequence[int | str]]) -> tuple[SizeTest, ...]:
-    """The conditions on sizes that export found in the model's own code, over the free sizes."""
+    """The conditions on free sizes that torch.export met in the model's own code."""
     import sympy  # type: ignore[import-untyped]
 
     names: dict[Any, sympy.Symbol] = {}
@@ -200,27 +198,29 @@ def _tests(inputs: list[fx.Node], shapes: Sequence[Sequence[int | str]]) -> tupl
             if not isinstance(free, str):
                 continue
             if not isinstance(size, torch.SymInt):
-                raise CaptureError(f"torch.export: {free} of {node.name} came out fixed at {size}")
+                raise CaptureError(f"torch.export fixes {free} of {node.name} at {size}")
             environment = size.node.shape_env
             names[size.node.expr] = sympy.Symbol(free, integer=True, positive=True)
-    found: dict[SizeTest, None] = {}
+    tests: dict[SizeTest, None] = {}
     for guard in environment.guards if environment else ():
         frame = guard.sloc.framework_loc
         where = str(getattr(frame, "filename", ""))
         if where.startswith(torch.__path__[0]):
             continue
-        # Sizes found equal to others stand in older guards under their own symbols.
+        # Older guards have symbols of sizes that later turned out equal to others.
         expression = environment.replace(guard.expr).xreplace(names)
         source = f"{where.rpartition('/')[2]}:{getattr(frame, 'lineno', 0)}"
         if not expression.free_symbols <= {*names.values()}:
             raise CaptureError(f"torch.export: {source} branches on {expression}, no input's size")
-        found[SizeTest(expression, True, source)] = None
-    return tuple(found)
+        tests[SizeTest(expression, True, source)] = None
+    return tuple(tests)
 
 
 class _Retrace(fx.Interpreter):
-    """Runs an exported graph on proxies; layers are called by name, checks left out, contexts
-    inlined."""
+    """An interpreter that runs an exported graph on proxies.
+
+    It calls layers by name, leaves checks out and inlines contexts.
+    """
 
     def __init__(
         self,
@@ -232,14 +232,13 @@ class _Retrace(fx.Interpreter):
         super().__init__(graph, garbage_collect_values=False)
         self.tracer, self.model, self.paths = tracer, model, paths
         self.known = {path for path, _ in model.named_modules(remove_duplicate=False)}
-        self.node: fx.Node = next(iter(graph.graph.nodes))  # the one that is run
+        self.node: fx.Node = next(iter(graph.graph.nodes))  # the node that is run
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
         if n.op != "call_function":
             return super().run_node(n)
-        stack = n.meta.get("nn_module_stack") or {}
-        paths = [path.removeprefix("model").removeprefix(".") for path, _ in stack.values()]
+        paths = [path.removeprefix("model").removeprefix(".") for path in module_paths(n)]
         known = dict.fromkeys(path for path in paths if path in self.known)
         layer = self._layer(n, next(reversed(known), ""))
         if layer is not None:
@@ -255,8 +254,8 @@ class _Retrace(fx.Interpreter):
         try:
             if layer is None:
                 return super().run_node(n)
-            (value, *_) = self.fetch_args_kwargs_from_env(n)[0][self._input(n) :]
-            return self.model.get_submodule(layer)(value)
+            operand = 0 if _LAYERS[n.target][1] else 1  # before the weight, or behind it
+            return self.model.get_submodule(layer)(self.fetch_args_kwargs_from_env(n)[0][operand])
         finally:
             self.tracer.source = None
 
@@ -268,30 +267,27 @@ class _Retrace(fx.Interpreter):
             at = 1 if target is higher.wrap_with_set_grad_enabled else 4
             return self._inline(args[at], args[at + 1 :])
         if isinstance(target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"torch.export gave {target}, which no pass of ours can follow")
+            raise CaptureError(f"torch.export returns {target}, which no pass of ours can handle")
         if target is _aten.slice.Tensor and tuple(args[2:4]) == (0, _WHOLE) and len(args) == 4:
             return args[0]
         return super().call_function(target, args, kwargs)
 
     def _inline(self, part: fx.GraphModule, operands: Sequence[Any]) -> Any:
+        """The outputs of a subgraph, run as a part of this graph."""
         outer = self.node.args[len(self.node.args) - len(operands) :]
         inner = part.graph.find_nodes(op="placeholder")
         paths = {
-            placeholder: self.paths[given]
-            for placeholder, given in zip(inner, outer, strict=True)
-            if isinstance(given, fx.Node) and given in self.paths
+            placeholder: self.paths[node]
+            for placeholder, node in zip(inner, outer, strict=True)
+            if isinstance(node, fx.Node) and node in self.paths
         }
         return _Retrace(part, self.tracer, self.model, paths).run(*operands)
 
     def _layer(self, node: fx.Node, path: str) -> str | None:
-        """The module whose forward `node` is: its own operation, on its own weight."""
+        """The path of the layer at `path`, if `node` is its operation on its weight; else None."""
         kind, at = _LAYERS.get(node.target, (None, 0))
         if kind is None or not path:
             return None
         weight = node.args[at] if len(node.args) > at else None
         same = isinstance(weight, fx.Node) and self.paths.get(weight) == f"{path}.weight"
         return path if same and type(self.model.get_submodule(path)) is kind else None
-
-    @staticmethod
-    def _input(node: fx.Node) -> int:
-        return 1 if node.target is _aten.embedding.default else 0

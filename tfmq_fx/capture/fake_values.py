@@ -1,7 +1,10 @@
-"""Values of nodes while a model is traced: fake tensors and symbolic sizes."""
+"""Compute values of nodes (fake tensors, symbolic sizes) while tracing, and record size tests."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,25 +20,83 @@ from torch._subclasses.fake_tensor import (
 
 from tfmq_fx.core.errors import CaptureError
 
-from .size_tests import SizeTests
+from .proxies import source_line
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-class FakeValues(SizeTests):
-    """The part of a tracer that computes each node's value from the values of its arguments."""
+@dataclass(frozen=True, slots=True)
+class SizeTest:
+    """A condition on sizes (a sympy expression) that the model tested, its outcome and its line.
 
-    computing: bool
-    _mode: FakeTensorMode
-    _known: dict[Any, dict[str, Any]]  # likeness of a node -> layout of its value
-    _numbers: dict[Any, int]  # expression of a size -> what stands for it there
-    _fakes: dict[int, tuple[Tensor, Tensor]]
-    _writes: dict[fx.Node, tuple[fx.Node, ...]]
+    branch: False where a size was read as a number, not tested.
+    """
+
+    expression: Any
+    held: bool
+    source: str
+    branch: bool = True
+
+
+class FakeValues(fx.Tracer):
+    """The part of a tracer that computes the value of each node, and answers tests on sizes.
+
+    names, forced, tests: as for ValueTracer.
+    """
+
+    def __init__(
+        self, mode: FakeTensorMode, names: Mapping[Any, Any], forced: Mapping[SizeTest, bool]
+    ) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.tests: list[SizeTest] = []
+        self.source: str | None = None  # line of the traced code, where it runs in no frame
+        self.computing = False
+        self._mode, self._names, self._forced = mode, names, forced
+        self._shapes: Any = mode.shape_env
+        self._tied: set[Any] = set()
+        self._known: dict[Any, dict[str, Any]] = {}  # key of a node -> layout of its value
+        self._numbers: dict[Any, int] = {}  # expression of a size -> its number in keys
+        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
     def whereabouts(self) -> str:
-        """Module path and source line of what is being traced."""
+        """The module path and source line of the code that is traced."""
         paths = [path for path, _ in self.module_stack.values()]
         return f"{paths[-1] if paths else 'the model'} ({self._line()})"
+
+    def decide(self, value: Any) -> bool:
+        """The outcome of a condition on sizes, which is recorded."""
+        test = SizeTest(value.node._expr.xreplace(self._names), True, self._line())
+        held = self._forced[test] if test in self._forced else bool(value)
+        self._note(dataclasses.replace(test, held=held))
+        return held
+
+    def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any:
+        """The number that a size has at the example, which is recorded as an equation."""
+        expression = value.node._expr.xreplace(self._names)  # converting replaces the symbol
+        number = convert(value)
+        self._note_equal(expression, number)
+        return number
+
+    def _note(self, test: SizeTest) -> None:
+        if getattr(test.expression, "free_symbols", None) and test not in self.tests:
+            self.tests.append(test)
+
+    def _note_equal(self, expression: Any, value: Any) -> None:
+        import sympy  # type: ignore[import-untyped]
+
+        equation = sympy.Eq(expression, value, evaluate=False).xreplace(self._names)
+        self._note(SizeTest(equation, True, self._line(), branch=False))
+
+    def _line(self) -> str:
+        return self.source or source_line()
+
+    def _note_fixed(self) -> None:
+        """Record the sizes that an operation fixed to the example's, or tied to one another."""
+        replaced = self._shapes.replacements
+        for symbol in [*(self._names.keys() & replaced.keys() - self._tied)]:
+            self._tied.add(symbol)
+            self._note_equal(symbol, replaced[symbol])
 
     def _fake(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
@@ -46,13 +107,11 @@ class FakeValues(SizeTests):
         return self._fakes[id(tensor)][0]
 
     def _compute(self, node: fx.Node) -> Any:
-        """The node's value, from the values of its arguments."""
+        """The node's value, computed from the values of its arguments."""
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-        def value(argument: fx.Node) -> Any:
-            return argument.meta["val"]
-
-        args: Any = fx.node.map_arg(node.args, value)
-        kwargs: Any = fx.node.map_arg(node.kwargs, value)
+        args: Any
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
         target: Any = node.target
         if target is torch.ops.aten.sym_size.int:
             return args[0].shape[args[1]]
@@ -67,13 +126,17 @@ class FakeValues(SizeTests):
         try:
             # Without the Python dispatcher some kernels fix free sizes to the example's.
             with self._mode, enable_python_dispatcher():
-                alike = self._likeness(node)
-                if alike in self._known:
-                    return torch.empty_strided(**self._known[alike])
+                key = self._key(node)
+                if key in self._known:
+                    return torch.empty_strided(**self._known[key])
                 result = _evenly_spaced(target, args, kwargs)
                 if result is None:
                     result = target(*args, **kwargs)
-        except _data_dependent() as error:
+        except (
+            DataDependentOutputException,
+            DynamicOutputShapeException,
+            GuardOnDataDependentSymNode,
+        ) as error:
             name = getattr(node.target, "__name__", str(node.target))
             what = "size" if isinstance(error, DynamicOutputShapeException) else "value"
             raise CaptureError(
@@ -93,7 +156,7 @@ class FakeValues(SizeTests):
         if written:
             self._writes[node] = tuple(written)
         elif isinstance(result, Tensor) and not _shares_memory(result, tensors):
-            self._known[alike] = {
+            self._known[key] = {
                 "size": result.shape,
                 "stride": result.stride(),
                 "dtype": result.dtype,
@@ -101,8 +164,8 @@ class FakeValues(SizeTests):
             }
         return result
 
-    def _likeness(self, node: fx.Node) -> Any:
-        """Equal for nodes whose values have the same shape, strides, dtype and device."""
+    def _key(self, node: fx.Node) -> Any:
+        """A key that is equal for nodes whose values have the same layout, dtype and device."""
         target: Any = node.target
         if node.op == "call_module":
             module = self.root.get_submodule(target)
@@ -128,21 +191,16 @@ class FakeValues(SizeTests):
         return node.op, target, repr(arguments)
 
 
-def _data_dependent() -> tuple[type[Exception], ...]:
-    """What torch raises where a result's shape or a branch depends on a tensor's data."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
-
-
 def _shares_memory(value: Tensor, others: list[fx.Node]) -> bool:
     memory = value.untyped_storage()._cdata
     return any(other.meta["val"].untyped_storage()._cdata == memory for other in others)
 
 
 def _evenly_spaced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What linspace and logspace return for a symbolic number of steps, which their own kernels
-    would fix; None for other calls."""
+    """The value of linspace or logspace for a symbolic number of steps; None for other calls.
+
+    Their own kernels would fix the number.
+    """
     if target not in (torch.linspace, torch.logspace):
         return None
     steps = kwargs.get("steps", args[2] if len(args) > 2 else None)

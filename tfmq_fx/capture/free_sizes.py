@@ -1,8 +1,8 @@
-"""Which sizes a captured graph really leaves free, and which inputs have a row for each sample."""
+"""Find which sizes a captured graph leaves free, and which inputs have a row for each sample."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -17,32 +17,30 @@ Free = dict[str, dict[int, str]]
 _TRIED = 8  # sizes beyond twice the example's at which a guard is tried
 
 
-def held_sizes(call: CallSpec, examples: Collection[Tensor]) -> dict[str, str]:
-    """The free sizes that a guard holds to the example's, with where the model's code does it."""
-    sizes = {
-        name: size
-        for spec, example in zip(call.inputs, examples, strict=True)
-        for name, size in zip(spec.shape, example.shape, strict=True)
-        if isinstance(name, str)
-    }
-    found: dict[str, str] = {}
+def held_sizes(call: CallSpec, examples: Sequence[Tensor]) -> dict[str, str]:
+    """The free sizes that a guard fixes to the example's, with the guard in words."""
+    sizes = call.sizes_of(examples)
+    reasons: dict[str, str] = {}
     for guard in call.guards:
         names = _names(guard.expression)
         if len(names) == 1:
             (name,) = names
             if name in sizes and _holds_to(guard, name, sizes[name]):
-                found.setdefault(name, f"{guard.text} is {guard.holds} ({guard.source})")
-    return found
+                reasons.setdefault(name, f"{guard.text} is {guard.holds} ({guard.source})")
+    return reasons
 
 
 def sizes_without(call: CallSpec, names: Collection[str]) -> Free:
-    """The free sizes of the inputs, by path and dim, without those named."""
+    """The free sizes of the inputs, by path and dim, without `names`."""
     return {spec.path: _free(spec, names) for spec in call.inputs}
 
 
 def less_batch(call: CallSpec) -> Iterator[Free]:
-    """The free sizes of the inputs with fewer of them taken for the batch: not the first with most
-    dims nor the timestep, but each of the others, those of one argument, of one dim, and all."""
+    """The free sizes of the inputs, with the batch fixed for some inputs, in several variants.
+
+    Doubtful are all inputs with the batch but the timestep and the first with most dims. The batch
+    is fixed for each of them, for those of one argument, for those of one dim, and for all.
+    """
     rows = [spec for spec in call.inputs if spec.shape[:1] == (BATCH,)]
     most = max((len(spec.shape) for spec in rows), default=0)
     sample = next((spec.path for spec in rows if len(spec.shape) == most), None)
@@ -64,7 +62,7 @@ def less_batch(call: CallSpec) -> Iterator[Free]:
 
 
 def mixes_batch(gm: fx.GraphModule) -> bool:
-    """Whether an output has the batch in another dim than its first."""
+    """Whether an output has the batch in a dim that is not its first."""
     batch = timestep_node(gm).meta["val"].shape[0]
     if not isinstance(batch, torch.SymInt):
         return False
@@ -82,7 +80,7 @@ def _free(spec: Input, less: Collection[str]) -> dict[int, str]:
 
 
 def _names(expression: Expression) -> set[str]:
-    """The sizes in an expression."""
+    """The names of the sizes in an expression."""
     if isinstance(expression, str):
         return {expression}
     if not isinstance(expression, tuple):
@@ -91,5 +89,6 @@ def _names(expression: Expression) -> set[str]:
 
 
 def _holds_to(guard: Guard, name: str, size: int) -> bool:
+    """Whether a guard on one size allows no other than `size`."""
     others = (n for n in range(1, 2 * size + _TRIED) if n != size)
     return not any(guard.allows({name: n}) for n in others)

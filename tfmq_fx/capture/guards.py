@@ -1,7 +1,8 @@
-"""Guards: what a model's code tested about sizes, as plain data, and whether it mattered."""
+"""Turn tests on sizes into guards (plain data), and compare graphs for the same operations."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import fx
@@ -9,19 +10,17 @@ from torch import fx
 from tfmq_fx.core.errors import CaptureError
 
 from .call_spec import Guard
+from .fake_values import SizeTest
 from .nested_values import Expression
-from .size_tests import SizeTest
 
-_RELATIONS = {
+# Classes of sympy and torch -> operators of `nested_values.evaluate`.
+_BINARY = {
     "Equality": "eq",
     "Unequality": "ne",
     "StrictLessThan": "lt",
     "LessThan": "le",
     "StrictGreaterThan": "gt",
     "GreaterThan": "ge",
-}
-_BINARY = {
-    **_RELATIONS,
     "FloorDiv": "floordiv",
     "CleanDiv": "floordiv",
     "IntTrueDiv": "truediv",
@@ -36,28 +35,28 @@ _MANY = {"Add": "add", "Mul": "mul", "Max": "max", "Min": "min"}
 
 
 def guard(test: SizeTest) -> Guard:
-    """The guard that holds a graph to the outcome of a test."""
+    """The guard that restricts a graph to the outcome of a test."""
     expression = _expression(test.expression, test.source)
     return Guard(expression, test.held, str(test.expression), test.source)
 
 
 def same_operations(graph: fx.Graph, other: fx.Graph) -> bool:
-    """Whether two graphs do the same operations in the same order, calls of contiguous() apart."""
+    """Whether two graphs have the same operations in the same order, except contiguous()."""
     return _operations(graph) == _operations(other)
 
 
 def _operations(graph: fx.Graph) -> list[Any]:
-    """Comparable forms of the nodes; values are named by their position."""
+    """The nodes of a graph in a form that can be compared, with values named by position."""
     position: dict[fx.Node, Any] = {}
-    found: list[Any] = []
+    operations: list[Any] = []
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "contiguous":
             position[node] = position[node.args[0]]
             continue
         args = fx.node.map_arg((node.args, node.kwargs), lambda arg: position[arg])
-        position[node] = f"%{len(found)}"
-        found.append((node.op, node.target, repr(args)))
-    return found
+        position[node] = f"%{len(operations)}"
+        operations.append((node.op, node.target, repr(args)))
+    return operations
 
 
 def _expression(expression: Any, source: str) -> Expression:
@@ -80,7 +79,4 @@ def _expression(expression: Any, source: str) -> Expression:
         return operands[0]
     if kind not in _MANY:
         raise CaptureError(f"{source}: a branch on {expression} cannot be kept as a guard")
-    result = operands[0]
-    for operand in operands[1:]:
-        result = (_MANY[kind], result, operand)
-    return result
+    return functools.reduce(lambda left, right: (_MANY[kind], left, right), operands)

@@ -1,4 +1,4 @@
-"""Checks of one input of a call: shape, dtype, timestep."""
+"""Check one input of a call: its shape, dtype and device, or the timestep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ BATCH = "batch"
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A placeholder. shape: a number for a fixed size, a name for a free one."""
+    """A placeholder of a graph.
+
+    path: of the value in the model's arguments.  shape: a number for a fixed size, a name for a
+    free one.
+    """
 
     name: str
     path: str
@@ -28,6 +32,7 @@ class Input:
 
 
 def check_tensor(spec: Input, value: Any, sizes: dict[str, int], fixed: Sequence[str]) -> None:
+    """Raise InputError unless a value fits its placeholder; adds its free sizes to `sizes`."""
     if not isinstance(value, Tensor):
         raise InputError(f"{spec.path}: expected a tensor, got {shown(value)}")
     if value.ndim != len(spec.shape):
@@ -46,24 +51,22 @@ def check_tensor(spec: Input, value: Any, sizes: dict[str, int], fixed: Sequence
             f"Move the input or the model."
         )
     for i, expected in enumerate(spec.shape):
-        found = value.shape[i]
+        size = value.shape[i]
         if isinstance(expected, str):
-            if expected not in sizes:
-                sizes[expected] = found
-            elif found != sizes[expected]:
+            if sizes.setdefault(expected, size) != size:
                 raise InputError(
-                    f"{spec.path}: dimension {i} is {found}, but {expected} is "
+                    f"{spec.path}: dimension {i} is {size}, but {expected} is "
                     f"{sizes[expected]} in another input"
                 )
-        elif found != expected:
+        elif size != expected:
             raise InputError(
-                f"{spec.path}: dimension {i} was captured as {expected}, got {found}. Capture "
+                f"{spec.path}: dimension {i} was captured as {expected}, got {size}. Capture "
                 f"again with an example of that size{_freeing(spec, i, fixed)}."
             )
 
 
 def plain_number(value: Any) -> Any:
-    """A number of numpy, or an array of numbers, as torch takes it; all else as it is."""
+    """A number or array of numpy as a Python number or a tensor; other values unchanged."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
@@ -72,7 +75,7 @@ def plain_number(value: Any) -> Any:
 
 
 def _freeing(spec: Input, dim: int, fixed: Sequence[str]) -> str:
-    """How else a dimension can be other than it was, or why it cannot."""
+    """The remedy, for an error message, that frees a dimension, or why it is fixed."""
     if fixed:
         return f"; the graph was captured where {' and '.join(fixed)}"
     if len(spec.shape) >= 4 and dim >= len(spec.shape) - 2:
@@ -85,12 +88,10 @@ def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) 
     size = spec.shape[0]
     integral = not spec.dtype.is_floating_point
     value = plain_number(value)
+    expected = f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got"
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex() or value.ndim > 1:
-            raise InputError(
-                f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got a "
-                f"{value.dtype} tensor of shape {tuple(value.shape)}"
-            )
+            raise InputError(f"{expected} a {value.dtype} tensor of shape {tuple(value.shape)}")
         if value.dtype.is_floating_point and value.dtype != spec.dtype:
             raise InputError(
                 f"{spec.path}: captured for {spec.dtype}, got {value.dtype}. Cast the timestep or "
@@ -105,9 +106,7 @@ def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) 
             )
         rows = 1
     else:
-        raise InputError(
-            f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got {shown(value)}"
-        )
+        raise InputError(f"{expected} {shown(value)}")
     batch = sizes.setdefault(size, rows) if isinstance(size, str) else size
     if rows != 1 and rows != batch:
         raise InputError(f"{spec.path}: {rows} timesteps for a batch of {batch}")
@@ -117,39 +116,32 @@ def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) 
         number = int(value) if integral else float(value)
         return torch.full((batch,), number, dtype=spec.dtype, device=device or spec.device)
     row = value.reshape(rows).to(device=device, dtype=spec.dtype)
-    # on a device this would wait for it
-    if not value.dtype.is_floating_point and row.dtype.is_floating_point and _is_at_hand(row):
-        for found, given in zip(row.tolist(), value.reshape(rows).tolist(), strict=True):
-            if found != given:
-                raise InputError(_not_held(spec, given))
+    readable = type(row) is Tensor and row.device.type == "cpu"  # a GPU would have to be waited for
+    rounds = not value.dtype.is_floating_point and row.dtype.is_floating_point
+    if rounds and readable and not torch.compiler.is_compiling():
+        for rounded, number in zip(row.tolist(), value.reshape(rows).tolist(), strict=True):
+            if rounded != number:
+                raise InputError(_not_held(spec, number))
     return row if rows == batch else row.expand(batch).contiguous()
 
 
 def _can_hold(dtype: torch.dtype, value: int | float) -> bool:
-    """Whether a dtype holds a number: an integer as it is, others rounded but in range."""
+    """Whether a dtype can hold a number: an integer exactly, a float rounded but in range."""
     if not dtype.is_floating_point:
         return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
-    limits = torch.finfo(dtype)
-    if not math.isfinite(value):
-        return True
-    if abs(value) > limits.max:
+    if math.isfinite(value) and abs(value) > torch.finfo(dtype).max:
         return False
-    odd = abs(value) // max(value & -value, 1) if isinstance(value, int) else 0
-    return odd < 2 / limits.eps
+    return isinstance(value, float) or torch.tensor(value, dtype=dtype).item() == value
 
 
 def _not_held(spec: Input, value: int | float) -> str:
+    """The error message for a timestep that the captured dtype cannot hold."""
     return (
         f"{spec.path}: captured for {spec.dtype}, which cannot hold {value!r}. Give a timestep "
         "that it holds, or capture again with one of another dtype."
     )
 
 
-def _is_at_hand(value: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return type(value) is Tensor and value.device.type == "cpu"
-
-
 def shown(value: Any) -> str:
+    """The type of a value for an error message."""
     return type(value).__name__ if value is not None else "None"

@@ -1,4 +1,4 @@
-"""Example inputs by name, and which of them is the timestep."""
+"""Name the example inputs of a model and find the timestep among them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .model_checks import check_model, forward_parameters
 def named_inputs(
     model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Example inputs by parameter name: as given, or derived from a diffusers config.
+    """The example inputs by parameter name; None derives them from a diffusers config.
 
-    Raises ConfigError where they were not given and cannot be derived.
+    Raises ConfigError where they cannot be named or derived.
     """
     check_model(model)
     if isinstance(example_inputs, Mapping):
@@ -45,12 +45,11 @@ def named_inputs(
 
 
 def _named_otherwise(model: nn.Module, count: int) -> str:
-    """What else could be passed, where forward does not take so many inputs by name."""
+    """The remedy, for an error message, where forward takes fewer than `count` inputs by name."""
     fits = [n for n, part in model.named_children() if len(forward_parameters(part)) >= count]
-    if len(fits) == 1 and isinstance(model, nn.Sequential):
-        return f". To prepare the model that it holds, pass model[{fits[0]}]"
     if len(fits) == 1:
-        return f". To prepare the model that it holds, pass model.{fits[0]}"
+        part = f"[{fits[0]}]" if isinstance(model, nn.Sequential) else f".{fits[0]}"
+        return f". To prepare the model that it holds, pass model{part}"
     takes_names = inspect.Parameter.VAR_KEYWORD in {
         p.kind for p in inspect.signature(model.forward).parameters.values()
     }
@@ -58,7 +57,7 @@ def _named_otherwise(model: nn.Module, count: int) -> str:
 
 
 def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
-    """The name of the timestep among `inputs`. Raises ConfigError listing candidates in doubt."""
+    """The name of the timestep among `inputs`; raises ConfigError with candidates where unclear."""
     if timestep is not None:
         if timestep not in inputs:
             raise ConfigError(

@@ -1,6 +1,6 @@
-"""Nested values and size expressions as plain data: take apart, rebuild, evaluate, save.
+"""Represent nested values and size expressions as plain data: take apart, rebuild, evaluate, save.
 
-`call_json` reads what is saved here.
+`call_json` reads the saved form.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "le": operator.le,
     "gt": operator.gt,
     "ge": operator.ge,
+    "not": operator.not_,
+    "and": lambda *operands: all(operands),
+    "or": lambda *operands: any(operands),
 }
 
 # A size expression: a number, the name of a size, or an operator and its operands, nested.
@@ -39,40 +42,34 @@ Expression = int | float | bool | str | tuple[Any, ...]
 
 
 def evaluate(expression: Expression, sizes: dict[str, int]) -> Any:
-    """The value of a size expression at the given sizes."""
+    """The value of a size expression for `sizes`, by name."""
     if isinstance(expression, str):
         return sizes[expression]
     if not isinstance(expression, tuple):
         return expression
-    values = [evaluate(operand, sizes) for operand in expression[1:]]
-    if expression[0] == "not":
-        return not values[0]
-    if expression[0] == "and":
-        return all(values)
-    if expression[0] == "or":
-        return any(values)
-    return OPERATORS[expression[0]](values[0], values[1])
+    return OPERATORS[expression[0]](*(evaluate(operand, sizes) for operand in expression[1:]))
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A tensor's place in a structure."""
+    """The place of a tensor in a structure."""
 
     index: int
 
 
 @dataclass(frozen=True, slots=True)
 class Const:
-    """A value that is part of the captured graph."""
+    """A constant value in a structure, which the captured graph depends on."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A container: kind is dict, list, tuple or object; cls builds an object from its fields.
+    """A container in a structure.
 
-    Or samples: a list of as many elements as there are samples, each equal to the only child.
+    kind: dict, list, tuple, object (cls builds it from its fields) or samples: a list with an
+    element for each sample, each equal to the only child.
     """
 
     kind: str
@@ -85,7 +82,7 @@ Structure = Leaf | Const | Branch
 
 
 def outline(value: Any, path: str = "") -> tuple[Structure, list[tuple[str, Any]]]:
-    """The structure of a nested value, and its tensors with their dotted paths, in order."""
+    """The structure of a nested value, and its tensors in order, with their dotted paths."""
     leaves: list[tuple[str, Any]] = []
     return _outline(value, path, leaves), leaves
 
@@ -115,7 +112,7 @@ def _outline(value: Any, path: str, leaves: list[tuple[str, Any]]) -> Structure:
 
 
 def per_sample(structure: Structure, count: int) -> Structure:
-    """A list without tensors of `count` equal elements as one element for each of any samples."""
+    """The structure with a list of `count` equal constants as one constant for each sample."""
     if not isinstance(structure, Branch) or structure.kind != "list" or has_leaves(structure):
         return structure
     if len(structure.children) != count or len(set(map(repr, structure.children))) != 1:
@@ -124,7 +121,7 @@ def per_sample(structure: Structure, count: int) -> Structure:
 
 
 def rebuild(structure: Structure, leaves: Sequence[Any], samples: int = 1) -> Any:
-    """The nested value with `leaves` in the places of its tensors, for so many samples."""
+    """The nested value with `leaves` as its tensors, for a batch of `samples`."""
     if isinstance(structure, Leaf):
         return leaves[structure.index]
     if isinstance(structure, Const):
@@ -148,12 +145,14 @@ def has_leaves(structure: Structure) -> bool:
 
 
 def dump_expression(expression: Expression) -> Any:
+    """A size expression in JSON-ready form."""
     if isinstance(expression, tuple):
         return [dump_expression(item) for item in expression]
     return expression
 
 
 def dump(structure: Structure) -> Any:
+    """A structure in JSON-ready form; raises ArtifactError for constants that cannot be saved."""
     if isinstance(structure, Leaf):
         return {"leaf": structure.index}
     if isinstance(structure, Const):

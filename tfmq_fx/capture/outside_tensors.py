@@ -1,4 +1,4 @@
-"""Tensors that a model's code reads and none of its modules holds: of a closure or a global."""
+"""Identify tensors that a model's code reads from closures or globals, not from its modules."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-OUTSIDE = "outside"  # gm.meta of a captured graph: such tensors, weakly, by the graph's names
-BAKED = "baked"  # gm.meta: names of the model's tensors that its code made constants of
+# Keys of a captured graph's meta: weak references to such tensors, by their names in the graph;
+# names of the model's tensors from which its code computed constants.
+OUTSIDE, BAKED = "outside", "baked"
 
 
-def adopted(tensors: Mapping[str, weakref.ref[Tensor]]) -> list[str]:
-    """Names of those that are parameters: weights of modules that are no parts of the model."""
+def outside_parameters(tensors: Mapping[str, weakref.ref[Tensor]]) -> list[str]:
+    """The names of the tensors that are parameters of modules outside the model."""
     return [name for name, reference in tensors.items() if isinstance(reference(), nn.Parameter)]
 
 
-def where(value: Tensor) -> tuple[int, int, int]:
-    """What tells, without its elements, whether a tensor is as it was: where it lies, and how often
-    it was written to, as far as torch counts."""
+def memory_state(value: Tensor) -> tuple[int, int, int]:
+    """A tensor's storage, address and version, by which most changes show without reading it."""
     version = 0 if value.is_inference() else value._version
     return value.untyped_storage()._cdata, value.data_ptr(), version

@@ -1,4 +1,4 @@
-"""What a model's code sees in place of tensors and sizes while it is traced."""
+"""Proxies that stand for tensors and sizes while a model is traced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -17,56 +17,43 @@ from tfmq_fx.core.errors import CaptureError
 from tfmq_fx.ir.functionalize import PURE_FORMS, setitem_
 
 _EMPTY = torch.empty  # the original: while tracing, torch.empty records
-_LIBRARY = os.path.dirname(torch.__file__) + os.sep
-_OURS = tuple(
-    os.path.join(os.path.dirname(__file__), f"{name}.py")
-    for name in ("proxies", "tracer", "torch_patches", "size_tests", "fake_values")
-)
+_SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
 
 
 def source_line() -> str:
-    """file.py:line of the innermost frame outside torch and the tracer."""
+    """The file.py:line of the innermost frame outside torch and this folder."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_LIBRARY, "<")) and name not in _OURS:
+        if not frame.f_code.co_filename.startswith(_SKIPPED):
             break
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 class Sizes(tuple[Any, ...]):
-    """A shape whose free sizes are proxies."""
+    """The shape of a TensorProxy, whose free sizes are proxies."""
 
     def numel(self) -> Any:
         return math.prod(self)
 
 
-class Recorder(fx.Tracer):
-    """What proxies ask of the tracer that made them."""
+class Recorder(Protocol):
+    """The interface of the tracer that proxies call."""
 
-    def size_of(self, proxy: TensorProxy, dim: int) -> Any:
-        """A size of what a proxy stands for: a number or a proxy."""
-        raise NotImplementedError
-
-    def decide(self, value: Any) -> bool:
-        """The outcome of a condition on sizes."""
-        raise NotImplementedError
-
-    def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any:
-        """The number that a size is at the example."""
-        raise NotImplementedError
-
-    def whereabouts(self) -> str:
-        """Module path and source line of what is being traced."""
-        raise NotImplementedError
+    def size_of(self, proxy: TensorProxy, dim: int) -> Any: ...
+    def decide(self, value: Any) -> bool: ...
+    def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any: ...
+    def whereabouts(self) -> str: ...
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
 
 
 class ValueProxy(Proxy):
     """A proxy that knows the value of its node."""
 
-    tracer: Recorder
-    _is_param = False  # nn.Module.__setattr__ asks
+    tracer: Recorder  # type: ignore[assignment]
+    _is_param = False  # nn.Module.__setattr__ reads it
 
     @property
     def value(self) -> Any:
@@ -77,20 +64,19 @@ class ValueProxy(Proxy):
 
 
 class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
-    """Stands for a tensor; what needs its data is refused with the module and line that asked.
+    """A stand-in for a tensor; reading its data raises CaptureError with the module and line.
 
-    It is a tensor, on the meta device, so that isinstance holds and compiled code that is handed
-    one finds no data instead of foreign memory; but all that Python code asks of it is answered
-    here, from the value of its node.
+    It is a tensor on the meta device, so that isinstance holds and compiled code finds no data
+    instead of foreign memory.  Attributes and methods are answered from the value of its node.
     """
 
-    def __new__(cls, node: fx.Node, tracer: Recorder) -> TensorProxy:
+    def __new__(cls, node: fx.Node, tracer: Any) -> TensorProxy:
         value = node.meta["val"]
         with torch._C.DisableTorchFunction():
             bare = _EMPTY([0] * value.dim(), dtype=value.dtype, device="meta")
             return Tensor._make_subclass(cls, bare)
 
-    def __init__(self, node: fx.Node, tracer: Recorder) -> None:
+    def __init__(self, node: fx.Node, tracer: Any) -> None:
         ValueProxy.__init__(self, node, tracer)
 
     def __getattribute__(self, name: str) -> Any:
@@ -105,30 +91,10 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
-    def dim(self) -> int:
-        return int(self.value.dim())
-
-    ndimension = dim
-
     def numel(self) -> Any:
         return math.prod(self.shape)
 
     nelement = numel
-
-    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
-        return bool(self.value.is_contiguous(*args, **kwargs))
-
-    def is_floating_point(self) -> bool:
-        return bool(self.value.is_floating_point())
-
-    def is_complex(self) -> bool:
-        return bool(self.value.is_complex())
-
-    def element_size(self) -> int:
-        return int(self.value.element_size())
-
-    def get_device(self) -> int:
-        return int(self.value.get_device())
 
     def __len__(self) -> int:
         if not self.value.dim():
@@ -138,40 +104,6 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
     def __iter__(self) -> Iterator[Any]:
         return iter(self.unbind(0))
 
-    def _refuse(self, what: str) -> Any:
-        raise CaptureError(
-            f"{self.tracer.whereabouts()}: {what} of a tensor's data ({self.node.name}) decides "
-            f"what runs next; a graph cannot follow it. Make the decision from shapes or from "
-            f"constants, or move it out of the model."
-        )
-
-    def __bool__(self) -> bool:
-        return bool(self._refuse("bool()"))
-
-    def __int__(self) -> int:
-        return int(self._refuse("int()"))
-
-    def __index__(self) -> int:
-        return int(self._refuse("an index"))
-
-    def __float__(self) -> float:
-        return float(self._refuse("float()"))
-
-    def __contains__(self, item: Any) -> bool:
-        return bool(self._refuse("'in'"))
-
-    def item(self) -> Any:
-        return self._refuse(".item()")
-
-    def tolist(self) -> Any:
-        return self._refuse(".tolist()")
-
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self._refuse(".numpy()")
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._refuse("numpy()")
-
     # The next five use only another tensor's shape, dtype or device: no data edge to it.
     def type_as(self, other: Any) -> Any:
         return self.to(other)
@@ -180,7 +112,7 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
         if args and isinstance(args[0], Tensor):
             kwargs = {"device": args[0].device, "dtype": args[0].dtype, **kwargs}
             args = args[1:]
-        return self.tracer.create_proxy("call_method", "to", (self, *args), kwargs)
+        return self._method("to", *args, **kwargs)
 
     def expand_as(self, other: Any) -> Any:
         return self.expand(other.shape)
@@ -216,29 +148,61 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
         """An attribute or method of torch.Tensor."""
         if name == "data":  # the same memory, and gradients are off here
             return self
-        found = getattr(self.value, name)
-        if callable(found):
+        attribute = getattr(self.value, name)
+        if callable(attribute) and name not in _KNOWN:
             return lambda *args, **kwargs: self._method(name, *args, **kwargs)
-        if isinstance(found, Tensor):
+        if isinstance(attribute, Tensor):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return found
+        return attribute
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"'Tensor' object has no attribute {name!r}")
 
 
-def _inplace_operator(target: Callable[..., Any]) -> Callable[[TensorProxy, Any], Any]:
-    def apply(self: TensorProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
+def _refusal(what: str) -> Callable[..., Any]:
+    """A method that raises CaptureError, as its result depends on a tensor's data."""
 
-    return apply
+    def refuse(self: TensorProxy, *args: Any, **kwargs: Any) -> Any:
+        raise CaptureError(
+            f"{self.tracer.whereabouts()}: {what} of a tensor's data ({self.node.name}) decides "
+            f"what runs next; a graph cannot follow it. Make the decision from shapes or from "
+            f"constants, or move it out of the model."
+        )
+
+    return refuse
 
 
-for _target in PURE_FORMS:
-    if callable(_target):
-        setattr(TensorProxy, f"__{_target.__name__}__", _inplace_operator(_target))
+for _name, _what in {
+    "__bool__": "bool()",
+    "__int__": "int()",
+    "__index__": "an index",
+    "__float__": "float()",
+    "__contains__": "'in'",
+    "__array__": "numpy()",
+    "item": ".item()",
+    "tolist": ".tolist()",
+    "numpy": ".numpy()",
+}.items():
+    setattr(TensorProxy, _name, _refusal(_what))
 
-# What TensorProxy leaves to its value: all of torch.Tensor's public attributes but its own.
+
+def _recorded(target: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that records a call of `target`."""
+
+    def record(self: ValueProxy, *others: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, *others), {})
+
+    return record
+
+
+for _target in filter(callable, PURE_FORMS):
+    setattr(TensorProxy, f"__{_target.__name__}__", _recorded(_target))
+
+# Methods that only need the metadata of a node's value.
+_KNOWN = {"dim", "ndimension", "is_contiguous", "is_floating_point", "is_complex"}
+_KNOWN |= {"element_size", "get_device"}
+
+# The public attributes of torch.Tensor that TensorProxy does not define itself.
 _OF_TENSORS = frozenset(
     name
     for name in dir(Tensor)
@@ -247,7 +211,7 @@ _OF_TENSORS = frozenset(
 
 
 class SizeProxy(ValueProxy):
-    """Stands for a size, or a number or condition computed from sizes."""
+    """A stand-in for a size, or for a number or condition computed from sizes."""
 
     @property  # as a torch.SymInt, torch's argument parser takes it for a size without reading it
     def __class__(self) -> type:
@@ -263,23 +227,14 @@ class SizeProxy(ValueProxy):
     def __int__(self) -> int:
         return int(self.tracer.fix(self.value, int))
 
-    def __index__(self) -> int:
-        return int(self.tracer.fix(self.value, int))
+    __index__ = __int__
 
     def __float__(self) -> float:
         return float(self.tracer.fix(self.value, float))
 
-    def _recorded(self, target: Callable[..., Any]) -> Any:
-        return self.tracer.create_proxy("call_function", target, (self,), {})
-
-    def __ceil__(self) -> Any:
-        return self._recorded(math.ceil)
-
-    def __floor__(self) -> Any:
-        return self._recorded(math.floor)
-
-    def __trunc__(self) -> Any:
-        return self._recorded(math.trunc)
+    __ceil__ = _recorded(math.ceil)
+    __floor__ = _recorded(math.floor)
+    __trunc__ = _recorded(math.trunc)
 
     def is_integer(self) -> bool:
         return bool(self.value.is_integer())

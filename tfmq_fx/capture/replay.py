@@ -1,10 +1,11 @@
-"""Proof by example: a captured graph must equal its model exactly, at several sizes."""
+"""Replay a captured graph at several sizes, where it must equal its model exactly."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def structural_clone(model: nn.Module) -> nn.Module:
-    """A copy of the module tree, in eval mode, on the same memory.
+    """A copy of the module tree in eval mode that shares the model's memory.
 
-    Parameters of the copy are objects of their own that want a gradient where the model's do (torch
-    chooses matrix kernels by that); what is learnt later is never the model's.
+    Parameters of the copy are objects of their own with the model's requires_grad, by which torch
+    chooses matrix kernels.
     """
     try:
         return copy.deepcopy(model, same_memory(model)).eval()
@@ -33,7 +34,7 @@ def structural_clone(model: nn.Module) -> nn.Module:
 
 
 def arguments(call: CallSpec, values: list[Any], samples: int) -> dict[str, Any]:
-    """Keyword arguments of forward with `values` for its tensors, for a batch of `samples`."""
+    """The keyword arguments of forward with `values` as its tensors, for a batch of `samples`."""
     return {
         argument.name: rebuild(argument.structure, values[argument.first :], samples)
         for argument in call.arguments
@@ -41,16 +42,10 @@ def arguments(call: CallSpec, values: list[Any], samples: int) -> dict[str, Any]
     }
 
 
-def runs(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> bool:
-    """Whether the model itself runs at the example's sizes."""
-    return _fault(model, call, examples) is None
-
-
-def _fault(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exception | None:
-    """What the model itself raises at the example's sizes, in a first call or in a second."""
-    reference, sizes = structural_clone(model), _sizes(call, examples)
-    devices = [value.device for value in examples if value.is_cuda][:1]
-    with torch.no_grad(), torch.random.fork_rng(devices):
+def model_error(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exception | None:
+    """The error that the model raises at the example's sizes in a first or second call, if any."""
+    reference, sizes = structural_clone(model), call.sizes_of(examples)
+    with torch.no_grad(), _forked_rng(examples):
         for seed in (0, 1):
             try:
                 reference(**_inputs(call, examples, sizes, seed, True))
@@ -62,15 +57,15 @@ def _fault(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exceptio
 def replay(
     model: nn.Module, gm: fx.GraphModule, call: CallSpec, examples: list[Tensor]
 ) -> list[str]:
-    """Run graph and model at the example's sizes and at others; raise unless exactly equal."""
+    """Notes on a replay of graph and model; raises CaptureError unless they are exactly equal."""
     if any(t.is_meta for t in (*examples, *model.parameters(), *model.buffers())):
         return ["not replayed: tensors on the meta device have no data"]
-    sizes = _sizes(call, examples)
+    sizes = call.sizes_of(examples)
     if not _equal(model, gm, call, examples, sizes, seed=0):
-        fault = _fault(model, call, examples)
+        error = model_error(model, call, examples)
         raise CaptureError(
             f"at the example's sizes {sizes}: {type(model).__name__} cannot be called twice "
-            f"itself: {type(fault).__name__}: {fault}"
+            f"itself: {type(error).__name__}: {error}"
         )
     for n, others in enumerate(_other_sizes(call, sizes), start=1):
         if _equal(model, gm, call, examples, others, seed=n):
@@ -78,23 +73,18 @@ def replay(
     return [f"replayed at {sizes} only: no other size that the guards allow could be run"]
 
 
-def _sizes(call: CallSpec, examples: list[Tensor]) -> dict[str, int]:
-    return {
-        name: found
-        for spec, example in zip(call.inputs, examples, strict=True)
-        for name, found in zip(spec.shape, example.shape, strict=True)
-        if isinstance(name, str)
-    }
+def _forked_rng(examples: list[Tensor]) -> AbstractContextManager[None]:
+    return torch.random.fork_rng([value.device for value in examples if value.is_cuda][:1])
 
 
 def _other_sizes(call: CallSpec, sizes: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Sizes to try after the example's, as the guards allow; first those that change every size."""
+    """Sizes other than the example's that the guards allow; first those that change every size."""
     images: list[dict[str, int]] = [{}]
     others = {name: n + 8 for name, n in sizes.items() if name not in (BATCH, "height", "width")}
     if "height" in sizes and "width" in sizes:
         h, w = sizes["height"], sizes["width"]
         images = [
-            {"height": h + 8, "width": w + 16},  # not square, lest one size stand for both
+            {"height": h + 8, "width": w + 16},  # not square, so that neither replaces the other
             {"height": 2 * h, "width": 3 * w},
             {"height": h + 8, "width": w + 8},
             {"height": h // 2, "width": w // 2},
@@ -117,14 +107,13 @@ def _equal(
     sizes: dict[str, int],
     seed: int,
 ) -> bool:
-    """Compare graph and model on random inputs; False if the model itself fails at these sizes."""
+    """Compare graph and model on random inputs; return False if the model fails at these sizes."""
     want_dict = seed == 0
     kwargs = _inputs(call, examples, sizes, seed, want_dict)
     reference = structural_clone(model)
-    devices = [value.device for value in examples if value.is_cuda][:1]
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), _forked_rng(examples):
         try:
-            if seed == 0:  # what a call leaves behind must not show in the next
+            if seed == 0:  # state that one call leaves must not change the next
                 reference(**_inputs(call, examples, sizes, seed - 1, want_dict))
             torch.manual_seed(seed)
             expected = reference(**kwargs)
@@ -135,35 +124,35 @@ def _equal(
         # again: the model may have taken things out of its lists and dicts
         bound, _ = call.bind((), _inputs(call, examples, sizes, seed, want_dict))
         try:
-            found = call.rebuild(gm(*bound), want_dict)
+            actual = call.rebuild(gm(*bound), want_dict)
         except Exception as error:
             raise CaptureError(
                 f"replay at {sizes}: the model runs, its graph raises {type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}"
             ) from error
-    _compare(expected, found, sizes)
+    _compare(expected, actual, sizes)
     return True
 
 
 def _inputs(
     call: CallSpec, examples: list[Tensor], sizes: dict[str, int], seed: int, want_dict: bool
 ) -> dict[str, Any]:
-    """Random arguments of forward at the given sizes."""
+    """Random arguments of forward at `sizes`."""
     generator = torch.Generator().manual_seed(seed)
     values = [
         _random(example, [sizes[s] if isinstance(s, str) else s for s in spec.shape], generator)
         for spec, example in zip(call.inputs, examples, strict=True)
     ]
-    at = call.names.index(call.timestep)
-    values[at] = _timesteps(examples[at], values[at].shape[0], seed)
-    kwargs = arguments(call, values, values[at].shape[0])
+    t = call.timestep_position
+    values[t] = _timesteps(examples[t], len(values[t]), seed)
+    kwargs = arguments(call, values, len(values[t]))
     if call.return_dict is not None:
         kwargs["return_dict"] = want_dict
     return kwargs
 
 
 def _random(example: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:
-    """Noise where the example is floating; elsewhere values of the example, which are legal."""
+    """Noise for a floating example, else elements of the example, which are legal values."""
     if example.dtype.is_floating_point or example.dtype.is_complex:
         dtype = torch.complex64 if example.dtype.is_complex else torch.float32
         return torch.randn(shape, generator=generator, dtype=dtype).to(example)
@@ -181,12 +170,15 @@ def _timesteps(example: Tensor, batch: int, seed: int) -> Tensor:
     return steps.to(example)
 
 
-def _compare(expected: Any, found: Any, sizes: dict[str, int]) -> None:
-    wanted, theirs = outline(expected)
-    given, ours = outline(found)
-    if wanted != given:
-        raise CaptureError(f"replay at {sizes}: the model returns {wanted}, the graph {given}")
-    for (path, a), (_, b) in zip(theirs, ours, strict=True):
+def _compare(expected: Any, actual: Any, sizes: dict[str, int]) -> None:
+    """Raise CaptureError unless two outputs are equal bit for bit."""
+    model_form, model_leaves = outline(expected)
+    graph_form, graph_leaves = outline(actual)
+    if model_form != graph_form:
+        raise CaptureError(
+            f"replay at {sizes}: the model returns {model_form}, the graph {graph_form}"
+        )
+    for (path, a), (_, b) in zip(model_leaves, graph_leaves, strict=True):
         if (
             a.shape != b.shape
             or a.dtype != b.dtype

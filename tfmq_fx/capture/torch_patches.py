@@ -1,4 +1,4 @@
-"""What is changed in torch and einops while a model is traced, and put back."""
+"""Patch torch and einops while a model is traced, and restore them."""
 
 from __future__ import annotations
 
@@ -10,50 +10,37 @@ from typing import Any
 
 import torch
 import torch.utils._device
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from tfmq_fx.ir.node_info import words
 
 from .proxies import TensorProxy
 
 Make = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
-# Makers of tensors without tensor arguments: recorded, so that no device or dtype is baked into a
-# constant and random ones are drawn at each call.
+# Factories of tensors without tensor arguments. They are recorded, so that no device or dtype
+# becomes part of a constant and random numbers are drawn at each call.
 FACTORIES = {
     name: getattr(torch, name)
-    for name in [
-        "arange",
-        "as_tensor",
-        "empty",
-        "eye",
-        "full",
-        "linspace",
-        "logspace",
-        "ones",
-        "rand",
-        "randint",
-        "randn",
-        "randperm",
-        "scalar_tensor",
-        "tensor",
-        "tril_indices",
-        "triu_indices",
-        "zeros",
-    ]
+    for name in words(
+        """arange as_tensor empty eye full linspace logspace ones rand randint randn randperm
+        scalar_tensor tensor tril_indices triu_indices zeros"""
+    )
 }
 RECORDED = frozenset(FACTORIES.values())
 
 
 @contextlib.contextmanager
 def patched(make: Make) -> Iterator[None]:
-    """While active, tensor factories go through make(func, args, kwargs), in this thread also those
-    imported by name, and einops takes proxies for tensors."""
+    """While active, route tensor factories through make(func, args, kwargs), and let einops take
+    proxies; in this thread also factories that were imported by name."""
     with _Record(make), _factories(make), _einops():
         yield
 
 
 class _Record(TorchFunctionMode):
-    """Hands tensor factories to `make`; active in the tracing thread alone."""
+    """A mode of the tracing thread that hands torch functions to `make`."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -67,8 +54,10 @@ class _Record(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _factories(make: Make) -> Iterator[None]:
-    """Replace torch.zeros and its like: torch 2.13's argument parser takes no proxy in
-    torch.zeros(batch, 3). Other threads get the originals."""
+    """Replace torch.zeros and other factories by functions that call `make`.
+
+    torch 2.13's argument parser takes no proxy in torch.zeros(batch, 3).
+    """
 
     def replacement(func: Any) -> Any:
         @functools.wraps(func)
@@ -103,3 +92,25 @@ def _einops() -> Iterator[None]:
         yield
     finally:
         del backends[TensorProxy]
+
+
+@contextlib.contextmanager
+def plain_transformers(model: nn.Module) -> Iterator[list[str]]:
+    """Run torch.nn's transformer layers as their Python code says while active; yields notes.
+
+    Without gradients they use one kernel for a whole layer, which rounds otherwise.
+    """
+    layers = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+    if not any(isinstance(module, layers) for module in model.modules()):
+        yield []
+        return
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield [
+            "torch.nn's transformer layers have a fused kernel that rounds otherwise than their "
+            "code: outputs equal the model's bit for bit under "
+            "torch.backends.mha.set_fastpath_enabled(False)"
+        ]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

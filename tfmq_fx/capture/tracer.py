@@ -1,7 +1,7 @@
-"""A torch.fx.Tracer whose proxies carry values: fake tensors and symbolic sizes.
+"""Trace a model with proxies that carry values: fake tensors and symbolic sizes.
 
-Every recorded node is run on its fake values, so shape, dtype, length and comparison of sizes are
-answered while tracing; they create no data edges and take the branch the model would take.
+Every recorded node is run on fake values, so that shapes, dtypes, lengths and comparisons of sizes
+are known while tracing; they create no data edges and take the branch that the model would take.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.utils._device
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import Proxy
+from torch.utils._pytree import tree_leaves
 
 from tfmq_fx.core.errors import CaptureError, StateError
 from tfmq_fx.core.module_overrides import is_plain, replaced_forward
 from tfmq_fx.core.stages import REPLACED
 from tfmq_fx.ir.functionalize import functionalize
+from tfmq_fx.ir.graph import named_tensors
 from tfmq_fx.ir.node_info import value_inputs
 
-from .fake_values import SYMBOLIC, FakeValues
+from .fake_values import SYMBOLIC, FakeValues, SizeTest
 from .proxies import SizeProxy, Sizes, TensorProxy
-from .size_tests import SizeTest
 from .torch_patches import RECORDED, patched
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -35,19 +35,19 @@ TRACING = threading.RLock()  # torch.fx patches nn.Module for the whole process:
 
 
 class ValueTracer(FakeValues):
-    """Traces one model, once.
+    """A tracer for one run of one model.
 
-    original: the model that `model` is a copy of, which forwards and hooks put on its parts may
-    refer to: what they read and call there counts as the copy's.
-    inputs: fake tensors of `mode`, one for each placeholder.  call: runs the model, given a proxy
-    for each input, and returns the flat outputs.  The modules of the model are changed only where
-    one works in place (inplace=True) without need.
+    original: the model that `model` is a copy of. Forwards and hooks put on its parts may refer to
+    it: the tensors and modules that they use there count as the copy's.
+    inputs: fake tensors of `mode`, one for each placeholder.  call: runs the model on a proxy for
+    each input and returns the flat outputs.  The modules of the model are changed only where one
+    works in place (inplace=True) without need.
     names: symbol of a free size -> symbol with a readable name.  forced: outcomes to pretend, keyed
     by the test with held=True.
     tests: the conditions on sizes that the model's code tested, in order.  outside: tensors that
     the code reads and no module of the model holds, by the names of their copies in the graph.
-    baked: names of the model's tensors that its code computed constants of, which a graph cannot
-    follow (a function that holds a weight by itself).
+    baked: names of the model's tensors from which its code computed constants, which a graph cannot
+    update (a function that holds a weight by itself).
     """
 
     def __init__(
@@ -60,33 +60,16 @@ class ValueTracer(FakeValues):
         names: Mapping[Any, Any],
         forced: Mapping[SizeTest, bool],
     ) -> None:
-        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
-        self.tests: list[SizeTest] = []
-        self.computing = False
+        super().__init__(mode, names, forced)
         self.last = "before its first operation"  # module and line of the latest operation
-        self.source: str | None = None  # of the code that is traced, where no frame tells
-        self._model, self._mode, self._inputs, self._call = model, mode, inputs, call
-        self._shapes: Any = mode.shape_env
-        self._names, self._forced = names, forced
+        self._model, self._inputs, self._call = model, inputs, call
         self._thread = threading.get_ident()
         self._sizes: dict[Any, Any] = {}
-        self._tied: set[Any] = set()
-        self._known: dict[Any, dict[str, Any]] = {}  # likeness of a node -> layout of its value
-        self._numbers: dict[Any, int] = {}  # expression of a size -> what stands for it there
-        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
-        self._writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         # Reversed: of several names for one module or tensor, the first counts.
-        modules = reversed(list(model.named_modules(remove_duplicate=False)))
-        self._paths = {module: name for name, module in modules}
-        tensors = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        self._tensors = {
-            **{id(tensor): name for name, tensor in reversed([*_tensors_of(original)])},
-            **{id(tensor): name for name, tensor in reversed(tensors)},
-        }
         copies = dict(model.named_modules(remove_duplicate=False))
+        self._paths = {module: name for name, module in reversed(copies.items())}
+        tensors = [*named_tensors(model), *_all_tensors(original)]
+        self._tensors = {id(tensor): name for name, tensor in reversed(tensors)}
         self._copies = {m: copies[name] for name, m in original.named_modules() if name in copies}
         self._replaced: list[str] = []  # why the layers that are traced are not taken as layers
         self.outside: dict[str, Tensor] = {}
@@ -94,7 +77,7 @@ class ValueTracer(FakeValues):
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
 
     def run(self) -> fx.Graph:
-        """The graph: one placeholder for each input, a flat tuple of outputs."""
+        """The graph of the model, with a placeholder for each input and a flat tuple of outputs."""
         model = self._model
         with TRACING, torch.no_grad(), patched(self.make):
             graph = self.trace(model)
@@ -109,12 +92,9 @@ class ValueTracer(FakeValues):
         return graph
 
     def _check_state(self) -> None:
-        """Refuse a model whose forward put something else in the place of a buffer."""
-        now = {
-            name: id(tensor) for name, tensor in self._model.named_buffers(remove_duplicate=False)
-        }
-        before = {name: id(tensor) for name, tensor in self._buffers.items()}
-        if changed := [name for name in {**now, **before} if now.get(name) != before.get(name)]:
+        """Raise StateError where forward replaced a buffer by another tensor."""
+        before, now = self._buffers, dict(self._model.named_buffers(remove_duplicate=False))
+        if changed := [name for name in {**now, **before} if now.get(name) is not before.get(name)]:
             raise StateError(
                 f"{changed[0].rpartition('.')[0] or 'the model'}: forward assigns to the buffer "
                 f"{changed[0]}, so one call changes the next; a graph holds no such state"
@@ -122,33 +102,32 @@ class ValueTracer(FakeValues):
 
     def leaves_values(self) -> bool:
         """Whether the model's code put a traced tensor that depends on an input on a module."""
-
-        def tensors(value: Any) -> Iterator[TensorProxy]:
-            if isinstance(value, TensorProxy):
-                yield value
-            elif isinstance(value, (list, tuple)):
-                for item in value:
-                    yield from tensors(item)
-            elif isinstance(value, dict):
-                for item in value.values():
-                    yield from tensors(item)
-
-        kept = [p.node for m in self._model.modules() for p in tensors(_own_attributes(m))]
+        containers = ("_parameters", "_buffers", "_modules")
+        todo = [
+            leaf.node
+            for module in self._model.modules()
+            for name, value in vars(module).items()
+            if name not in containers
+            for leaf in tree_leaves(value)
+            if isinstance(leaf, TensorProxy)
+        ]
         reached: set[fx.Node] = set()
-        while kept:
-            node = kept.pop()
+        while todo:
+            node = todo.pop()
             if node.op == "placeholder":
                 return True
             if node not in reached:
                 reached.add(node)
-                kept += value_inputs(node)
+                todo += value_inputs(node)
         return False
 
-    # What the model's code asks
+    # Called by proxies and by patched torch functions
 
     def size_of(self, proxy: TensorProxy, dim: int) -> Any:
-        """A size: a number where fixed, else one proxy for each distinct expression, read from the
-        first input that has it."""
+        """The size of a dimension: a number where it is fixed, else a proxy.
+
+        There is one proxy for each distinct expression, read from the first input that has it.
+        """
         size = proxy.value.shape[dim]
         if isinstance(size, int):
             return size
@@ -161,14 +140,14 @@ class ValueTracer(FakeValues):
         return self._sizes[key]
 
     def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a torch function that got no proxy, or record it if it is a tensor factory."""
+        """Call a torch function that has no proxy argument; record it if it is a tensor factory."""
         if not self._idle() and func in RECORDED:
             with contextlib.suppress(NotImplementedError):  # arguments no graph can hold: numpy
                 return self.create_proxy("call_function", func, args, kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and not isinstance(result, Proxy) and not self._idle():
-            given = [a for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter)]
-            self.baked |= {self._tensors[id(a)] for a in given if id(a) in self._tensors}
+            weights = [a for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter)]
+            self.baked |= {self._tensors[id(a)] for a in weights if id(a) in self._tensors}
         return result
 
     # fx.Tracer's hooks
@@ -177,7 +156,7 @@ class ValueTracer(FakeValues):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._inputs]
-        for proxy in proxies:  # bare sizes are read from the inputs, whichever tensor was asked
+        for proxy in proxies:  # bare sizes are read from the inputs, whatever tensor has them
             for dim in range(proxy.value.dim()):
                 size = proxy.value.shape[dim]
                 if not isinstance(size, int) and size.node.expr not in self._sizes:
@@ -216,9 +195,11 @@ class ValueTracer(FakeValues):
             node.meta[REPLACED] = self._replaced[-1]
         if kind == "get_attr":
             node.meta["source"] = self._line()
-            value: Any = self.root
-            for part in str(node.target).split("."):
-                value = _attribute(value, part)
+            self.computing = True  # getattr on modules records nothing
+            try:
+                value = operator.attrgetter(str(node.target))(self.root)
+            finally:
+                self.computing = False
             node.meta["val"] = self._fake(value) if isinstance(value, Tensor) else value
         return node
 
@@ -240,7 +221,7 @@ class ValueTracer(FakeValues):
         return super().create_arg(a)
 
     def _take_in(self, tensor: Tensor) -> str:
-        """Give the model a copy of a tensor that is none of its modules'; the copy's name."""
+        """Give the model a copy of a tensor that no module of it holds; returns the copy's name."""
         known = self.tensor_attrs.get(tensor)
         name = str(known or self.get_fresh_qualname("_tensor_constant"))
         if known is None:
@@ -275,24 +256,17 @@ class ValueTracer(FakeValues):
         if m not in self._paths:
             return forward(*args, **kwargs)
         reason = replaced_forward(m) if isinstance(m, _LAYERS) else None
-        with self._marked(reason):
-            return super().call_module(m, forward, args, kwargs)
-
-    @contextlib.contextmanager
-    def _marked(self, reason: str | None) -> Iterator[None]:
-        """Mark what is recorded with why the layer it belongs to is not taken as one."""
         if reason is None:
-            yield
-            return
+            return super().call_module(m, forward, args, kwargs)
         self._replaced.append(reason)
         try:
-            yield
+            return super().call_module(m, forward, args, kwargs)
         finally:
             self._replaced.pop()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # what computes a weight, layers that compute something else, and those made of others are
-        # traced
+        # Traced are modules that compute a weight, layers with another forward, and those made of
+        # other modules.
         return (
             type(m).__module__ != "torch.nn.modules.transformer"
             and super().is_leaf_module(m, module_qualified_name)
@@ -309,7 +283,7 @@ class ValueTracer(FakeValues):
     # Values
 
     def _wrap(self, node: fx.Node) -> Any:
-        """What the model's code gets for a node: a proxy, or the value itself where it is known."""
+        """The proxy for a node, or its value itself where that is known."""
         value = node.meta["val"]
         if isinstance(value, Tensor):
             return TensorProxy(node, self)
@@ -318,7 +292,9 @@ class ValueTracer(FakeValues):
             if getattr(expression, "free_symbols", None):
                 return SizeProxy(node, self)
             self.graph.erase_node(node)
-            return _number(expression)
+            if expression.is_Boolean:
+                return bool(expression)
+            return int(expression) if expression.is_integer else float(expression)
         if isinstance(value, (tuple, list)):
             return self._unpack(node, value)
         if value is not None and not node.users:  # None: called for its effect
@@ -340,29 +316,10 @@ class ValueTracer(FakeValues):
         return collections.namedtuple(type(value).__name__, names)(*parts)
 
 
-def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All tensors that the modules of a model hold, by name: parameters, buffers and others."""
     for path, module in model.named_modules(remove_duplicate=False):
         for held in (module._parameters, module._buffers, vars(module)):
             for leaf, value in held.items():
                 if isinstance(value, Tensor):
                     yield f"{path}.{leaf}".removeprefix("."), value
-
-
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    containers = ("_parameters", "_buffers", "_modules")
-    return {name: value for name, value in vars(module).items() if name not in containers}
-
-
-def _number(expression: Any) -> bool | int | float:
-    if expression.is_Boolean:
-        return bool(expression)
-    return int(expression) if expression.is_integer else float(expression)
-
-
-def _attribute(value: Any, name: str) -> Any:
-    """getattr past torch.fx's patch of nn.Module.__getattr__."""
-    for kind in ("_parameters", "_buffers", "_modules"):
-        if name in value.__dict__.get(kind, {}):
-            return value.__dict__[kind][name]
-    return value.__dict__[name]

@@ -114,7 +114,7 @@ class GraphModel(nn.Module):
 
     def timestep_of(self, values: Sequence[T]) -> T:
         """The value of the timestep among the values of all placeholders."""
-        return values[self.call.names.index(self.call.timestep)]
+        return values[self.call.timestep_position]
 
     @property
     def timesteps(self) -> Tensor | None:

@@ -90,7 +90,7 @@ class Prepared(GraphModel):
         if not len(self.timestep_of(inputs)):
             raise InputError("a call of a prepared model needs one sample at least, got none")
         outputs = self.observed(*inputs)
-        self.cache.add(inputs, self.batched(), self.call.names.index(self.call.timestep))
+        self.cache.add(inputs, self.batched(), self.call.timestep_position)
         return outputs
 
     def observers(self) -> list[RangeObserver]:

@@ -14,7 +14,7 @@ from tfmq_fx.core.config import Config
 from tfmq_fx.core.errors import CalibrationError
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.ir.graph import timestep_node
-from tfmq_fx.ir.sites import check_weights, find_sites, plan_sites, weights_left
+from tfmq_fx.ir.sites import check_weights, find_sites, left_by_module, plan_sites
 from tfmq_fx.passes.fold_weights import fold_weights
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.observe_layers import observe_layers
@@ -38,7 +38,7 @@ def captured_only(prepared: Prepared) -> Converted:
         capture=capture,
         sites=site_records(gm, {}),
         declined=[[d.site, d.reason] for d in declined],
-        left_weights=weights_left(gm, sites),
+        left_weights=sum(left_by_module(gm, sites).values()),
         parameters=parameter_record(gm, origin, prepared.source, capture.get("folded", {})),
         float_bytes=prepared.nbytes(),
     )

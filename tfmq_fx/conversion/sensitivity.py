@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from tfmq_fx.calibration.activation_store import ActivationStore
 from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.core.progress import progress_bar
-from tfmq_fx.ir.graph import fork, timestep_node
+from tfmq_fx.ir.graph import fork, timestep_position
 from tfmq_fx.ir.node_info import writers
 from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.quant.sqnr import squares
@@ -80,7 +80,7 @@ def measure(
     floats = fork(quantized)
     for name in names:
         floats.set_submodule(name, _AsFloat(reference.get_submodule(name)))
-    position = list(floats.graph.find_nodes(op="placeholder")).index(timestep_node(floats))
+    position = timestep_position(floats)
     steps = [timestep_index(timesteps, chunk[position]).cpu() for chunk in chunks]
 
     def energies(outputs: Outputs, minus: Outputs | None = None) -> Tensor:

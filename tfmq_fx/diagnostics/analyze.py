@@ -122,7 +122,7 @@ def analyze(
         "route": captured.route,
         "guards": [f"{g.text} is {g.holds} ({g.source})" for g in call.guards],
         "steps": steps,
-        "batch": shapes[call.names.index(call.timestep)][0],
+        "batch": shapes[call.timestep_position][0],
         "inputs": [
             {
                 "name": spec.name,
@@ -229,7 +229,7 @@ def _conditioned(
     steps: int,
 ) -> dict[str, Any]:
     """What would be stored, in fp16, were the conditions fixed as well as the timesteps."""
-    cut = temporal_cut(gm, times, upto=Binding.TC) if times.conditions else ()
+    cut = temporal_cut(gm, times, upto=Binding.TC)[0] if times.conditions else ()
     left = _left(gm, cut)
     rows: dict[str, Any] = {}
     for binding in (Binding.T, Binding.C, Binding.TC):

@@ -19,6 +19,7 @@ from tfmq_fx.calibration.activation_store import ActivationStore
 from tfmq_fx.calibration.executor import LayerwiseExecutor
 from tfmq_fx.core.errors import GraphError
 from tfmq_fx.ir.binding_times import Binding, binding_times
+from tfmq_fx.ir.graph import timestep_position
 from tfmq_fx.ir.sites import find_sites
 from tfmq_fx.ir.subgraphs import extract
 from tfmq_fx.quant.activation import QuantActivation
@@ -136,8 +137,7 @@ def site_errors(
     """
     parts = find_parts(reference, model)
     times = binding_times(reference, reference.meta.get("conditions", ()))
-    placeholders = [str(n.target) for n in reference.graph.find_nodes(op="placeholder")]
-    position = placeholders.index(reference.meta["timestep"])
+    position = timestep_position(reference)
     samples = [len(values[position]) for values in examples]
     last = {node.name: part for part in parts for node in part.nodes}
     result = []

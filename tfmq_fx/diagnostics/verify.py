@@ -102,7 +102,7 @@ def _diagnosed(
         return {"features": [], "sites": []}
     call, gm = model.call, graph_of(model)
     few = batches(call, _spread_out(examples, _SITES), _BATCH)
-    steps = torch.cat([values[call.names.index(call.timestep)] for values in few])
+    steps = torch.cat([values[call.timestep_position] for values in few])
     floating = {spec.name for spec in call.inputs if spec.dtype.is_floating_point}
     unknown = floating.intersection(call.conditions) if drawn else ()  # no data was asked for them
     features = feature_errors(full, gm, keys)
@@ -141,7 +141,7 @@ def _timesteps(model: Converted | Compiled) -> Tensor:
     """The set to verify over, (K,): the one of the model's tables, or of its schedule."""
     keys = model.timesteps
     if keys is None and isinstance(model, Bound) and model.prologue.schedule:
-        (spec,) = (spec for spec in model.call.inputs if spec.name == model.call.timestep)
+        spec = model.call.inputs[model.call.timestep_position]
         keys = check_timesteps(model.prologue.schedule.values(), spec.dtype).to(model.device)
     if keys is None:
         raise ConfigError("this model has no finite set of timesteps to verify over")
@@ -165,8 +165,8 @@ def _captured(
     call = model.call
     values = join(call, [example, example])  # of one sample torch would make a constant
     assert values is not None
-    (timestep,) = (spec for spec in call.inputs if spec.name == call.timestep)
-    samples = len(values[call.names.index(call.timestep)])
+    timestep = call.inputs[call.timestep_position]
+    samples = len(values[call.timestep_position])
     free = {
         spec.path: {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in call.inputs
@@ -188,7 +188,7 @@ def _compared(
     progress: bool,
 ) -> dict[str, Any]:
     """How the outputs differ: the fields of Verification that tell."""
-    position = model.call.names.index(model.call.timestep)
+    position = model.call.timestep_position
     equal, most, relative = True, 0.0, 0.0
     energy: dict[float, Tensor] = {}
     first = batches(model.call, examples, batch) if lossy else examples

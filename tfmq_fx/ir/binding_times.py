@@ -1,4 +1,4 @@
-"""Which inputs must be known before a value can be computed: its binding time.
+"""Compute which inputs must be known before each value of a graph: its binding time.
 
 Shape, dtype and device reads are not dependences.
 """
@@ -21,7 +21,7 @@ RANDOM, WRITTEN = "<random>", "<written in place>"  # stand for inputs in Bindin
 
 
 class Binding(enum.IntEnum):
-    """When a value is known, earliest first: t is the timestep, c the conditions, x the sample."""
+    """The inputs that a value depends on: timestep (T), conditions (C), sample (X); none first."""
 
     CONSTANT = 0
     T = 1
@@ -38,7 +38,7 @@ class Binding(enum.IntEnum):
 class BindingTimes:
     """The binding time of every node of one graph.
 
-    deps: names of the inputs each node depends on by value, RANDOM and WRITTEN among them.
+    deps: names of the inputs that each node depends on by value, or RANDOM or WRITTEN.
     notes: nodes that count as depending on the sample though no sample reaches them, and why.
     """
 
@@ -48,14 +48,10 @@ class BindingTimes:
     notes: tuple[Declined, ...]
 
     def __getitem__(self, node: fx.Node) -> Binding:
-        names, known = self.deps[node], {self.timestep, *self.conditions}
-        if not names <= known:
+        names = self.deps[node]
+        if not names <= {self.timestep, *self.conditions}:
             return Binding.X
-        at_t = Binding.T if self.timestep in names else Binding.CONSTANT
-        return at_t.join(Binding.C if names & self.conditions else Binding.CONSTANT)
-
-
-# ---------------------------------------------------------------------------- binding times
+        return Binding((self.timestep in names) + Binding.C * bool(names & self.conditions))
 
 
 def binding_times(gm: fx.GraphModule, conditions: Collection[str] = ()) -> BindingTimes:

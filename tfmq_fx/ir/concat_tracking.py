@@ -1,44 +1,45 @@
-"""Where values were concatenated, followed through everything that keeps their elements in place.
+"""Track where values were concatenated, through operations that keep channels in place.
 
-Following is by position: a norm mixes the values of channels, but what it gives for a channel is
-still that channel's.
+Positions are tracked, not values: a norm mixes the values of channels, but its result for a channel
+stays at that channel's position.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .node_info import is_heavy, op_name, size_hint
+from .node_info import is_heavy, op_name, size_hint, value_inputs, words
 
-Cuts = frozenset[int]  # positions along a dimension at which another part begins
+Cuts = frozenset[int]  # positions along a dimension at which a new part begins
 
 
 @dataclass(frozen=True, slots=True)
 class ConcatParts:
-    """Where a value's dimensions were put together from parts.
+    """The positions along a value's dimensions at which concatenated parts begin.
 
-    cuts: by dimension, 0 < cut < size; dimensions without any are left out.
-    lost: why a concatenation behind the value shows no more, or None.
+    cuts: by dimension, 0 < cut < size; dimensions without cuts are left out.
+    lost: why the cuts of an earlier concatenation could not be tracked to this value, or None.
     """
 
     cuts: Mapping[int, Cuts] = field(default_factory=dict)
     lost: str | None = None
 
 
-def seams(gm: fx.GraphModule) -> dict[fx.Node, ConcatParts]:
-    """The seams of every tensor of a graph; what multiplies matrices makes values without any."""
-    found: dict[fx.Node, ConcatParts] = {}
+def concat_parts(gm: fx.GraphModule) -> dict[fx.Node, ConcatParts]:
+    """The concatenated parts of every tensor of a graph; results of matrix products have none."""
+    parts: dict[fx.Node, ConcatParts] = {}
     pieces: dict[fx.Node, list[ConcatParts]] = {}  # of nodes that return several tensors
     for node in gm.graph.nodes:
-        found[node] = _seams(gm, node, found, pieces)
-    return found
+        parts[node] = _node_parts(gm, node, parts, pieces)
+    return parts
 
 
 def part_sizes(cuts: Cuts, size: int) -> list[int]:
@@ -47,95 +48,84 @@ def part_sizes(cuts: Cuts, size: int) -> list[int]:
     return [b - a for a, b in itertools.pairwise(edges)]
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_NORMS = (
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.modules.batchnorm._NormBase,
-    nn.modules.dropout._DropoutNd,
-    nn.Identity,
-)
-_SPATIAL = (
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.Upsample,
-    nn.modules.padding._ConstantPadNd,
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
-    nn.modules.padding._CircularPadNd,
-)
-_ELEMENTWISE_TOO = _words(
+# Files of torch.nn.modules whose layers keep every element, or every channel, in its place.
+_ELEMENTWISE_FILES = words("activation batchnorm dropout instancenorm normalization")
+_SPATIAL_FILES = words("padding pooling upsampling")
+_ELEMENTWISE_TOO = words(
     """group_norm layer_norm rms_norm batch_norm instance_norm softmax log_softmax normalize
     truediv iadd isub imul itruediv ipow inplace_ softplus hardtanh prelu
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
     to type type_as float half double bfloat16 contiguous clone detach alias expand expand_as"""
 )
-_SPATIAL_NAMES = _words(
+_SPATIAL_NAMES = words(
     """pad interpolate upsample avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"""
 )
-_RESHAPES = _words("reshape view view_as reshape_as flatten unflatten squeeze unsqueeze ravel")
-_SEVERAL = _words("chunk split tensor_split")
+_RESHAPES = words("reshape view view_as reshape_as flatten unflatten squeeze unsqueeze ravel")
 
 
-def _seams(
+def _node_parts(
     gm: fx.GraphModule,
     node: fx.Node,
-    found: Mapping[fx.Node, ConcatParts],
+    parts: Mapping[fx.Node, ConcatParts],
     pieces: dict[fx.Node, list[ConcatParts]],
 ) -> ConcatParts:
+    """The parts of a node's result, from `parts` and `pieces` of the nodes before it."""
     inputs = [used for used in node.all_input_nodes if _is_tensor(used) or used in pieces]
     kind, name = _kind(gm, node), op_name(node)
     if not inputs or kind == "heavy":
         return ConcatParts()
     x = inputs[0]
     if name in ("cat", "concat", "concatenate"):
-        return _joined(node, found)
+        return _concatenated(node, parts)
     if name == "getitem" and x in pieces:
         index = node.args[1]
         return pieces[x][index] if isinstance(index, int) else ConcatParts()
     dims: dict[int, Cuts] = {}
     if kind == "elementwise":
-        for used in inputs:
-            for dim, cuts in _aligned(used, node, found[used].cuts):
-                dims[dim] = dims.get(dim, frozenset()) | cuts
+        dims = _merged(pair for used in inputs for pair in _aligned(used, node, parts[used].cuts))
     elif kind == "spatial":
-        dims = {d: c for d, c in found[x].cuts.items() if d < 2 and _size(x, d) == _size(node, d)}
+        dims = {d: c for d, c in parts[x].cuts.items() if d < 2 and _size(x, d) == _size(node, d)}
     elif name in _RESHAPES or isinstance(_module(gm, node), (nn.Flatten, nn.Unflatten)):
-        dims = dict(_reshaped(x, node, found[x].cuts))
+        dims = dict(_reshaped(x, node, parts[x].cuts))
     elif name in ("permute", "transpose", "movedim", "swapaxes", "t", "getitem", "narrow"):
-        dims = _indexed(x, node, found[x].cuts)
-    elif name in _SEVERAL:
-        pieces[node] = list(_pieces(x, node, found[x]))
+        dims = _indexed(x, node, parts[x].cuts)
+    elif name in ("chunk", "split", "tensor_split"):
+        pieces[node] = list(_pieces(x, node, parts[x]))
         return ConcatParts()
-    lost = next((found[used].lost for used in inputs if found[used].lost), None)
-    if kind == "unknown" and not dims and any(_in_channels(used, found) for used in inputs):
+    lost = _first_lost(inputs, parts)
+    if kind == "unknown" and not dims and any(_in_channels(used, parts) for used in inputs):
         lost = f"{name or type(_module(gm, node)).__name__} mixes its channels"
     return ConcatParts({dim: cuts for dim, cuts in dims.items() if cuts}, lost)
 
 
-def _in_channels(node: fx.Node, found: Mapping[fx.Node, ConcatParts]) -> bool:
-    """Whether there are seams in a dimension that layers read channels from."""
+def _first_lost(nodes: Iterable[fx.Node], parts: Mapping[fx.Node, ConcatParts]) -> str | None:
+    return next((parts[node].lost for node in nodes if parts[node].lost), None)
+
+
+def _merged(pairs: Iterable[tuple[int, Cuts]]) -> dict[int, Cuts]:
+    """The union of cuts by dimension."""
+    dims: dict[int, Cuts] = {}
+    for dim, cuts in pairs:
+        dims[dim] = dims.get(dim, frozenset()) | cuts
+    return dims
+
+
+def _in_channels(node: fx.Node, parts: Mapping[fx.Node, ConcatParts]) -> bool:
+    """Whether there are cuts in a dimension that layers read channels from."""
     rank = len(_shape(node)) if _is_tensor(node) else 0
-    return any(dim == rank - 1 or (dim == 1 and rank > 3) for dim in found[node].cuts)
+    return any(dim == rank - 1 or (dim == 1 and rank > 3) for dim in parts[node].cuts)
 
 
 def _kind(gm: fx.GraphModule, node: fx.Node) -> str:
-    """What a node does to its dimensions: "elementwise", "spatial", "heavy" or "unknown"."""
+    """How a node treats its dimensions: "elementwise", "spatial", "heavy" or "unknown"."""
     module, name = _module(gm, node), op_name(node)
     if module is not None:
-        activation = type(module).__module__ == nn.modules.activation.__name__
-        if isinstance(module, _SPATIAL):
+        file = type(module).__module__.rpartition(".")[2]
+        if file in _SPATIAL_FILES:
             return "spatial"
-        if isinstance(module, _NORMS) or (
-            activation and not isinstance(module, (nn.MultiheadAttention, nn.GLU))
-        ):
+        mixes = isinstance(module, (nn.MultiheadAttention, nn.GLU))
+        if isinstance(module, nn.Identity) or (file in _ELEMENTWISE_FILES and not mixes):
             return "elementwise"
     elif name in _ELEMENTWISE_TOO or _is_pointwise(name):
         return "elementwise"
@@ -165,40 +155,30 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _size(node: fx.Node, dim: int) -> int | None:
-    """A size that is the same for every input, or None."""
+    """The size of a dimension where it is a fixed number, or None."""
     shape = _shape(node)
     return shape[dim] if dim < len(shape) and isinstance(shape[dim], int) else None
 
 
-def _joined(node: fx.Node, found: Mapping[fx.Node, ConcatParts]) -> ConcatParts:
-    """Of a concatenation: the seams it makes, and those that its parts bring along."""
-    parts = node.args[0] if node.args else node.kwargs["tensors"]
-    assert isinstance(parts, (list, tuple))
-    tensors = [part for part in parts if isinstance(part, fx.Node)]
+def _concatenated(node: fx.Node, parts: Mapping[fx.Node, ConcatParts]) -> ConcatParts:
+    """The cuts of a concatenation: between its operands, and those of the operands themselves."""
+    tensors = value_inputs(node)
     value = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    rank = len(_shape(node))
-    along = value % rank if isinstance(value, int) else 0
-    dims: dict[int, Cuts] = {}
-    start: int | None = 0
-    for part in tensors:
-        for dim, cuts in found[part].cuts.items():
-            if dim != along:
-                dims[dim] = dims.get(dim, frozenset()) | cuts
-            elif start is not None:
-                dims[dim] = dims.get(dim, frozenset()) | {start + cut for cut in cuts}
-        size = _size(part, along)
-        start = None if start is None or size is None else start + size
-        if start is not None:
-            dims[along] = dims.get(along, frozenset()) | {start}
-    total = _size(node, along)
-    inner = frozenset(c for c in dims.get(along, ()) if total is not None and 0 < c < total)
-    dims[along] = inner
-    lost = next((found[part].lost for part in tensors if found[part].lost), None)
-    return ConcatParts({dim: cuts for dim, cuts in dims.items() if cuts}, lost)
+    along = value % len(_shape(node)) if isinstance(value, int) else 0
+    dims = _merged(pair for tensor in tensors for pair in parts[tensor].cuts.items())
+    dims.pop(along, None)
+    start = 0
+    edges = set[int]()
+    for tensor in tensors:
+        edges |= {start, *(start + cut for cut in parts[tensor].cuts.get(along, ()))}
+        start += size_hint(_shape(tensor)[along])
+    if _size(node, along) == start and (cuts := frozenset(edges - {0})):
+        dims[along] = cuts
+    return ConcatParts(dims, _first_lost(tensors, parts))
 
 
 def _aligned(used: fx.Node, node: fx.Node, cuts: Mapping[int, Cuts]) -> Iterator[tuple[int, Cuts]]:
-    """Seams of an operand in an elementwise result, whose dimensions are aligned from the right."""
+    """The cuts of an operand in an elementwise result; dimensions align from the right."""
     if _is_tensor(node):
         shift = len(_shape(node)) - len(_shape(used))
         for dim, positions in cuts.items():
@@ -207,81 +187,69 @@ def _aligned(used: fx.Node, node: fx.Node, cuts: Mapping[int, Cuts]) -> Iterator
 
 
 def _reshaped(x: fx.Node, node: fx.Node, cuts: Mapping[int, Cuts]) -> Iterator[tuple[int, Cuts]]:
-    """Seams of dimensions that a reshape leaves whole: of the same size, and as many elements
-    behind them."""
+    """The cuts of the dimensions that a reshape leaves whole.
+
+    Such a dimension has the same size before and after, and the same number of elements behind it.
+    """
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     before, after = _shape(x), _shape(node)
     for dim, positions in cuts.items():
         for other in range(len(after)):
             if _size(node, other) == before[dim] and statically_known_true(
-                _count(before[dim + 1 :]) == _count(after[other + 1 :])
+                math.prod(before[dim + 1 :]) == math.prod(after[other + 1 :])
             ):
                 yield other, positions
                 break
 
 
-def _count(sizes: tuple[Any, ...]) -> Any:
-    count: Any = 1
-    for size in sizes:
-        count = count * size
-    return count
-
-
 def _indexed(x: fx.Node, node: fx.Node, cuts: Mapping[int, Cuts]) -> dict[int, Cuts]:
-    """Seams after dimensions were permuted or sliced, read off tensors of positions.
+    """The cuts after dimensions were permuted or sliced, computed on a tensor of positions.
 
-    Every element says where it stands in one dimension of x; along the dimension of the result in
-    which these positions run on, they say which of them are left.
+    Each element of that tensor is its own position along one dimension of x. The dimension of the
+    result along which positions still rise by one shows which slice of x is left.
     """
-    made: dict[int, Cuts] = {}
-    if not _only_moves(node):
-        return made
+    moved: dict[int, Cuts] = {}
+    if not _is_view_of_all(node):
+        return moved
     sizes = [size_hint(size) for size in _shape(x)]
     for dim, positions in cuts.items():
         line = [sizes[dim] if d == dim else 1 for d in range(len(sizes))]
         standing = _run(node, torch.arange(sizes[dim]).view(line).expand(sizes))  # takes no memory
         for other in range(standing.dim()):
-            kept = standing[tuple(slice(None) if d == other else 0 for d in range(standing.dim()))]
-            if len(kept) > 1 and bool((kept.diff() == 1).all()):
-                first, last = int(kept[0]), int(kept[-1])
-                made[other] = frozenset(cut - first for cut in positions if first < cut <= last)
-    return made
+            row = standing[tuple(slice(None) if d == other else 0 for d in range(standing.dim()))]
+            if len(row) > 1 and bool((row.diff() == 1).all()):
+                first, last = int(row[0]), int(row[-1])
+                moved[other] = frozenset(cut - first for cut in positions if first < cut <= last)
+    return moved
 
 
-def _only_moves(node: fx.Node) -> bool:
-    """Whether the result of a node is a view: no tensor or list picks its elements."""
+def _is_view_of_all(node: fx.Node) -> bool:
+    """Whether no tensor or list picks elements, and the result is not empty."""
     index = node.args[1] if op_name(node) == "getitem" else ()
-    parts = index if isinstance(index, tuple) else (index,)
-    return not any(isinstance(part, (list, fx.Node)) for part in parts) and all(
-        size != 0 for size in _shape(node)
+    picks = index if isinstance(index, tuple) else (index,)
+    return not any(isinstance(part, (list, fx.Node)) for part in picks) and 0 not in _shape(node)
+
+
+def _run(node: fx.Node, value: Tensor) -> Any:
+    """The result of a node for another tensor, with sizes as they were at capture."""
+    args, kwargs = fx.map_arg(
+        (node.args, node.kwargs),
+        lambda used: value if _is_tensor(used) else size_hint(used.meta["val"]),
     )
-
-
-def _run(node: fx.Node, value: Tensor) -> Tensor:
-    """The result of a node for another tensor, sizes as they were at capture."""
-
-    def given(used: fx.Node) -> Any:
-        return value if _is_tensor(used) else size_hint(used.meta["val"])
-
-    args, kwargs = fx.map_arg((node.args, node.kwargs), given)
     call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
-    result = call(*args, **kwargs)
-    assert isinstance(result, Tensor)
-    return result
+    return call(*args, **kwargs)
 
 
-def _pieces(x: fx.Node, node: fx.Node, seen: ConcatParts) -> Iterator[ConcatParts]:
-    """The seams of each piece of a tensor that was divided along one dimension."""
+def _pieces(x: fx.Node, node: fx.Node, whole: ConcatParts) -> Iterator[ConcatParts]:
+    """The parts of each piece of a tensor that was divided along one dimension."""
     value = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     along = value % len(_shape(x)) if isinstance(value, int) else 0
-    start: int | None = 0
+    dims = {dim: cuts for dim, cuts in whole.cuts.items() if dim != along}
+    start = 0
     for piece in node.meta["val"]:
-        size = piece.shape[along]
-        dims = {dim: cuts for dim, cuts in seen.cuts.items() if dim != along}
-        if start is not None and isinstance(size, int):
-            end, all_cuts = start + size, seen.cuts.get(along, frozenset())
-            if cuts := frozenset(cut - start for cut in all_cuts if start < cut < end):
-                dims[along] = cuts
-        start = start + size if start is not None and isinstance(size, int) else None
-        yield ConcatParts(dims, seen.lost)
+        end = start + size_hint(piece.shape[along])
+        inner = (cut - start for cut in whole.cuts.get(along, ()) if start < cut < end)
+        cuts = {along: frozenset(inner)} if along in whole.cuts else {}
+        yield ConcatParts({d: c for d, c in (dims | cuts).items() if c}, whole.lost)
+        start = end

@@ -1,4 +1,4 @@
-"""In-place writes in a traced graph: made pure where nobody can tell, else kept from deletion."""
+"""Functionalize in-place writes where that is unobservable; protect the others from deletion."""
 
 from __future__ import annotations
 
@@ -11,64 +11,46 @@ from torch import Tensor, fx, nn
 from tfmq_fx.core.errors import StateError
 
 from .graph import module_path
+from .node_info import words
 
-# In-place operators and methods, and what computes the same into new memory.
+# In-place operators and methods -> what computes the same into new memory.
 PURE_FORMS: dict[Any, Any] = {
     getattr(operator, f"i{name}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 } | {
     f"{name}_": name
-    for name in [
-        "abs",
-        "add",
-        "addcdiv",
-        "addcmul",
-        "clamp",
-        "clamp_max",
-        "clamp_min",
-        "cos",
-        "div",
-        "exp",
-        "log",
-        "masked_fill",
-        "mul",
-        "neg",
-        "pow",
-        "reciprocal",
-        "relu",
-        "rsqrt",
-        "sigmoid",
-        "sin",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-    ]
+    for name in words(
+        """abs add addcdiv addcmul clamp clamp_max clamp_min cos div exp log masked_fill mul neg pow
+        reciprocal relu rsqrt sigmoid sin sqrt square sub tanh"""
+    )
 }
 
 
 @fx.node.has_side_effect
 def setitem_(x: Tensor, key: Any, value: Any) -> None:
-    """x[key] = value.  Our own function, so that marking it as a side effect (dead code elimination
-    would drop it) changes nothing for other users of torch.fx."""
+    """Assign x[key] = value.
+
+    It is our own function, so that marking it as a side effect (else dead code elimination would
+    drop it) changes nothing for other users of torch.fx.
+    """
     x[key] = value
 
 
 @fx.node.has_side_effect
 def inplace_(x: Tensor, method: str, *args: Any, **kwargs: Any) -> Any:
-    """x.method(*args, **kwargs), where the method writes to x."""
+    """Call x.method(*args, **kwargs), where the method writes to x."""
     return getattr(x, method)(*args, **kwargs)
 
 
 def functionalize(
     graph: fx.Graph, root: nn.Module, writes: dict[fx.Node, tuple[fx.Node, ...]]
 ) -> None:
-    """Replace in-place writes by pure operations, in place; `writes`: node -> the values it writes.
+    """Replace in-place writes of `graph` by pure operations; `writes`: node -> values it writes to.
 
     h = iadd(x, y)  ->  h = add(x, y)   where no other value that shares x's memory is read later;
     otherwise the write stays, as a node that dead code elimination keeps, with meta["writes"] set.
-    Modules and functions with inplace=True likewise.  A write to the model's own parameters or
-    buffers is an error.
+    Modules and functions with inplace=True likewise.  Raises StateError for a write to the model's
+    parameters or buffers.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node, bases in writes.items():
@@ -84,7 +66,7 @@ def functionalize(
 
 
 def _read_result(node: fx.Node, bases: tuple[fx.Node, ...], order: dict[fx.Node, int]) -> None:
-    """y = f(x), f writing to x and returning it: whoever reads x later may read y instead."""
+    """Where y = f(x) writes to x and returns it, let later readers of x read y instead."""
     result = node.meta.get("val")
     if len(bases) != 1 or not isinstance(result, Tensor):
         return
@@ -110,7 +92,7 @@ def _is_private(
     order: dict[fx.Node, int],
     memory: dict[fx.Node, int | None],
 ) -> bool:
-    """Whether nothing but the node's own result is read from the memory after it is written."""
+    """Whether only the node's own result is read from the memory after the write."""
     written = {memory[base] for base in bases}
     aliases = [other for other in order if memory[other] in written]
     for other in aliases:
@@ -124,6 +106,7 @@ def _is_private(
 
 
 def _make_pure(node: fx.Node, root: nn.Module) -> bool:
+    """Make a node compute into new memory; whether that was possible."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         if getattr(module, "inplace", False) is not True:
@@ -143,7 +126,7 @@ def _make_pure(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _pure_overload(target: Any) -> Any:
-    """aten.add.Tensor for aten.add_.Tensor; None where there is no such pair."""
+    """The overload without the write, aten.add.Tensor for aten.add_.Tensor, or None."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
     name = target._opname.removesuffix("_")
@@ -153,6 +136,7 @@ def _pure_overload(target: Any) -> Any:
 
 
 def _keep(node: fx.Node) -> None:
+    """Mark a node as a write, and make it a function that dead code elimination keeps."""
     node.meta["writes"] = True
     method = node.target if node.op == "call_method" else None
     if node.op == "call_function" and node.target in PURE_FORMS:

@@ -1,10 +1,11 @@
-"""Nodes, modules and buffers of a graph: find them, copy them, add them."""
+"""Find, copy and add the nodes, modules and buffers of a graph."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,9 +30,11 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def same_memory(module: nn.Module) -> dict[int, Any]:
-    """A memo for copy.deepcopy by which copies lie on the memory of `module`: they share buffers,
-    and have Parameters of their own that want a gradient where the module's do. What was made in
-    inference mode is copied."""
+    """A memo for copy.deepcopy that makes copies of `module` share its memory.
+
+    Copies share buffers, and get Parameters of their own with the module's requires_grad. Tensors
+    made in inference mode are copied.
+    """
     memo: dict[int, Any] = {id(b): ordinary(b) if b.is_inference() else b for b in module.buffers()}
     for part in module.modules():  # a weight that a hook computes cannot be copied with its history
         computed = (v for v in vars(part).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
@@ -39,8 +42,14 @@ def same_memory(module: nn.Module) -> dict[int, Any]:
     return memo | {id(p): nn.Parameter(ordinary(p), p.requires_grad) for p in module.parameters()}
 
 
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of a module, under all of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
 def own_modules(gm: fx.GraphModule) -> None:
-    """Give a graph modules and Parameters of its own, on the memory of those it shares."""
+    """Give a graph modules and Parameters of its own that share the memory of the old ones."""
     memo = same_memory(gm)
     for name, child in list(gm.named_children()):
         gm.add_module(name, copy.deepcopy(child, memo))
@@ -49,33 +58,32 @@ def own_modules(gm: fx.GraphModule) -> None:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the module whose forward recorded `node`; "" for the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return paths[-1] if paths else ""
+    """The path of the module whose forward recorded `node`; "" for the model itself."""
+    return next(reversed(module_paths(node)), "")
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """The paths of the modules inside whose forward `node` was recorded, outermost first."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:
-    """Where a graph runs: the device of its tensors, or of its inputs where it has none."""
-    for tensor in itertools.chain(gm.buffers(), gm.parameters()):
-        return tensor.device
-    value = timestep_node(gm).meta["val"]
-    assert isinstance(value, torch.Tensor)
-    return value.device
+    """The device of a graph's tensors, or of its timestep where it has none."""
+    tensors = itertools.chain(gm.buffers(), gm.parameters())
+    device: torch.device = next(tensors, timestep_node(gm).meta["val"]).device
+    return device
 
 
 def set_buffer(gm: fx.GraphModule, name: str, value: torch.Tensor) -> str:
     """Register `value` as a buffer `name`, or `name_1`, ... if taken; returns the name used."""
-    free, n = name, 0
-    while hasattr(gm, free):
-        n += 1
-        free = f"{name}_{n}"
+    names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(1)))
+    free = next(each for each in names if not hasattr(gm, each))
     gm.register_buffer(free, value)
     return free
 
 
 def timestep_node(gm: fx.GraphModule) -> fx.Node:
-    """The placeholder of the timestep, (B,)."""
+    """The placeholder of the timestep, whose value is (B,)."""
     name = gm.meta.get("timestep")
     placeholders: list[fx.Node] = list(gm.graph.find_nodes(op="placeholder"))
     for node in placeholders:
@@ -91,10 +99,15 @@ def batched_inputs(gm: fx.GraphModule) -> list[bool]:
     return [len(shape) > 0 and str(shape[:1]) == batch for shape in shapes]
 
 
+def timestep_position(gm: fx.GraphModule) -> int:
+    """The index of the timestep among the placeholders of a graph."""
+    return list(gm.graph.find_nodes(op="placeholder")).index(timestep_node(gm))
+
+
 def insert_timestep_row(
     gm: fx.GraphModule, name: str, table: torch.Tensor, timesteps: torch.Tensor
 ) -> fx.Node:
-    """A look-up of `table` (K, F) by t behind the placeholders; its value is (B, F).
+    """Insert a look-up of `table` (K, F) by timestep behind the placeholders; its value is (B, F).
 
     timesteps: (K,) sorted keys, stored once for all look-ups over the same set.
     """
@@ -104,11 +117,9 @@ def insert_timestep_row(
     keys_name = next(
         (n for n, b in gm.named_buffers() if n.startswith(KEYS) and torch.equal(b, timesteps)), None
     ) or set_buffer(gm, KEYS, timesteps.clone())
-    with gm.graph.inserting_after(last):
+    with gm.graph.inserting_before(last.next):
         keys = gm.graph.get_attr(keys_name)
-    with gm.graph.inserting_after(keys):
         rows = gm.graph.get_attr(table_name)
-    with gm.graph.inserting_after(rows):
         row = gm.graph.call_function(timestep_row, (rows, keys, t))
     batch = t.meta["val"]
     with batch.fake_mode:

@@ -1,4 +1,4 @@
-"""Graph rewrites as pure functions: fork, rewrite, say what was done and what was left alone."""
+"""Make graph rewrites pure functions that fork, check and time, and report what they declined."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Declined:
 
 @dataclass(slots=True)
 class Rewrite:
-    """What a pass returns.
+    """The result of a pass.
 
-    changed: the number of sites rewritten; 0 means the graph is as it was.
-    details: JSON-ready facts for the report (errors measured, choices made).
+    changed: the number of sites rewritten; 0 means the graph is unchanged.
+    details: JSON-ready facts for the report (measured errors, choices).
     """
 
     gm: fx.GraphModule
@@ -44,25 +44,24 @@ class Rewrite:
     seconds: float = 0.0
 
 
+Pass = Callable[Concatenate[fx.GraphModule, P], Rewrite]
+
+
 def graph_pass(
     *, takes: Stage | tuple[Stage, ...], gives: Stage | None
-) -> Callable[
-    [Callable[Concatenate[fx.GraphModule, P], Rewrite]],
-    Callable[Concatenate[fx.GraphModule, P], Rewrite],
-]:
-    """Make a function GraphModule -> Rewrite a pass.
+) -> Callable[[Pass[P]], Pass[P]]:
+    """A decorator that makes a function GraphModule -> Rewrite a pass.
 
     The input is checked, forked and never changed, the body runs without grad, dead code goes, and
-    the output is marked and checked as `gives`, or where that is None as the stage it had."""
+    the output is marked and checked as `gives`, or as the input's stage where that is None.
+    """
     accepted = takes if isinstance(takes, tuple) else (takes,)
 
-    def decorate(
-        body: Callable[Concatenate[fx.GraphModule, P], Rewrite],
-    ) -> Callable[Concatenate[fx.GraphModule, P], Rewrite]:
+    def decorate(body: Pass[P]) -> Pass[P]:
         @functools.wraps(body)
         def run(gm: fx.GraphModule, /, *args: P.args, **kwargs: P.kwargs) -> Rewrite:
-            found = stage_of(gm)
-            check(gm, found if found in accepted else accepted[0])
+            stage = stage_of(gm)
+            check(gm, stage if stage in accepted else accepted[0])
             start = time.perf_counter()
             try:
                 with torch.no_grad():
@@ -73,10 +72,10 @@ def graph_pass(
             prune(result.gm.graph)
             result.gm.delete_all_unused_submodules()
             result.gm.recompile()
-            result.gm.meta["stage"] = gives or found
+            result.gm.meta["stage"] = gives or stage
             result.name = body.__name__
             result.seconds = time.perf_counter() - start
-            check(result.gm, gives or found)
+            check(result.gm, gives or stage)
             return result
 
         return run
@@ -85,5 +84,5 @@ def graph_pass(
 
 
 def prune(graph: fx.Graph) -> None:
-    """Remove what nothing uses, but for writes in place."""
+    """Remove nodes that nothing uses, except writes in place."""
     graph.eliminate_dead_code(lambda node: node.is_impure() or "writes" in node.meta)

@@ -1,12 +1,14 @@
-"""Where to cut a graph in two so that the least has to be stored between the parts."""
+"""Cut a graph in two so that the fewest bytes have to be stored between the parts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, fx
 
 from .graph_pass import Declined
+from .node_info import size_hint
 from .subgraphs import reads_tensor
 
 
@@ -18,16 +20,16 @@ def minimum_cut(
     obstacles: Mapping[fx.Node, str],
     cost: Callable[[fx.Node], int],
 ) -> tuple[tuple[fx.Node, ...], list[Declined]]:
-    """The cheapest values of `early` that separate `heavy` from what is not early, in graph order.
+    """The cheapest values of `early` that separate `heavy` from the other nodes, in graph order.
 
-    early: nodes that may be computed before the rest.  heavy: those of them that must not be
-    computed again.  obstacles: why a value cannot be stored.  cost: of storing a value, > 0.
-    Declined are values that the rest needs and that no cut can spare it, with the obstacle.
+    early: nodes that may be computed before the rest.  heavy: early nodes that the rest must not
+    compute.  obstacles: why a value cannot be stored.  cost: of storing a value, > 0.
+    Declined are the values that the rest has to compute although they are heavy, with the obstacle.
     """
     import networkx as nx
 
     declined, network = [], nx.DiGraph()
-    stuck = dict[fx.Node, bool]()  # from a heavy operation on: is there a way to it without a cut?
+    stuck = dict[fx.Node, bool]()  # heavy or computed from heavy: does no cut lie between?
     for node in graph.nodes:
         if node not in early or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             continue  # sizes are computed again, not stored
@@ -53,6 +55,15 @@ def minimum_cut(
                 network.add_edge("rest", (node, "out"))
     if "heavy" not in network or "rest" not in network:
         return (), declined
-    _, (_, kept) = nx.minimum_cut(network, "rest", "heavy")
-    cut = tuple(node for node in stuck if (node, "in") in kept and (node, "out") not in kept)
+    _, (_, behind) = nx.minimum_cut(network, "rest", "heavy")
+    cut = tuple(node for node in stuck if (node, "in") in behind and (node, "out") not in behind)
     return cut, declined
+
+
+def stored_bytes(node: fx.Node) -> int:
+    """The bytes of a value for one sample, with free sizes as captured."""
+    value: Tensor = node.meta["val"]
+    sizes = [size_hint(n) for n in value.shape]
+    if value.dim() and not isinstance(value.shape[0], int):
+        sizes[0] = 1
+    return max(1, math.prod(sizes) * value.element_size())

@@ -1,4 +1,4 @@
-"""What is known about torch's operators: what they read, what they write, which are heavy."""
+"""Classify the nodes of a graph: what they read and write, which are views, random or heavy."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from torch import Tensor, fx, nn
 
 from tfmq_fx.core.stages import Stage, introduced_by
 
-# ---------------------------------------------------------------------------- facts about torch
-
 
 def op_name(node: fx.Node) -> str:
-    """The bare name of a call: "add" for operator.add, torch.add, aten.add.Tensor and x.add(...);
-    "" for other nodes, calls of modules among them."""
+    """The bare name of a called function or method; "" for other nodes, module calls among them.
+
+    It is "add" for operator.add, torch.add, aten.add.Tensor and x.add(...).
+    """
     if node.op not in ("call_function", "call_method"):
         return ""
     return str(getattr(node.target, "__name__", node.target)).split(".")[0]
 
 
 def size_hint(size: Any) -> int:
-    """A size as it was when the model was captured; 1 where that is not known."""
+    """The number that a size was at capture; 1 where that is not known."""
     return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def words(text: str) -> dict[str, None]:
+    """The names in a text as an ordered set."""
+    return dict.fromkeys(text.split())
 
 
-_SHAPE_READS = _words(
+_SHAPE_READS = words(
     """sym_size sym_numel sym_stride size numel nelement stride dim ndim shape dtype device layout
     is_floating_point is_complex is_contiguous _assert_tensor_metadata"""
 )
-_SHAPE_OF_FIRST = _words(
+_SHAPE_OF_FIRST = words(
     """zeros_like ones_like empty_like full_like rand_like randn_like randint_like
     new_zeros new_ones new_empty new_full new_tensor"""
 )
-_SHAPE_OF_SECOND = _words("to type_as view_as expand_as reshape_as")
-_RANDOM = _words(
+_SHAPE_OF_SECOND = words("to type_as view_as expand_as reshape_as")
+_RANDOM = words(
     """rand randn randint randperm normal bernoulli multinomial poisson
     rand_like randn_like randint_like"""
 )
-_WRITES = _words("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul")
-_VIEWS = _words(
+_WRITES = words("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul")
+_VIEWS = words(
     """view reshape view_as reshape_as expand expand_as transpose permute movedim swapaxes t mT
     unsqueeze squeeze flatten unflatten ravel narrow select chunk split unbind tensor_split getitem
     getattr contiguous to type type_as float half bfloat16 double detach alias dropout real imag
     view_as_real view_as_complex diagonal as_strided unfold"""
 )
-_HEAVY = _words(
+_HEAVY = words(
     """linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
     convolution embedding embedding_bag matmul mm bmm mv addmm addmv baddbmm addbmm einsum tensordot
     scaled_dot_product_attention multi_head_attention_forward"""
@@ -62,17 +63,15 @@ _HEAVY = _words(
 
 
 def value_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values `node` reads; not those it asks only for shape, dtype or device."""
+    """The nodes whose elements `node` reads, not only their shape, dtype or device."""
     name = op_name(node)
     if name in _SHAPE_READS or (name == "getattr" and node.args[1] in _SHAPE_READS):
         return []
     ignored = 0 if name in _SHAPE_OF_FIRST else 1 if name in _SHAPE_OF_SECOND else None
-    found: list[fx.Node] = []
-    for i, argument in enumerate(node.args):
-        if i != ignored:
-            _collect(argument, found)
-    _collect(node.kwargs, found)
-    return found
+    args = tuple(argument for i, argument in enumerate(node.args) if i != ignored)
+    inputs: list[fx.Node] = []
+    fx.map_arg((args, node.kwargs), inputs.append)
+    return inputs
 
 
 def is_view(node: fx.Node) -> bool:
@@ -81,7 +80,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_random(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` draws random numbers; dropout does so only where it is in training mode."""
+    """Whether `node` draws random numbers; dropout only does in training mode."""
     if node.op == "call_module":
         return any(
             isinstance(part, (nn.modules.dropout._DropoutNd, nn.RReLU)) and part.training
@@ -99,42 +98,45 @@ def is_random(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def writers(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
-    """Each node that writes in place, with every node that may share the memory it writes."""
+    """Each node that writes in place, with all nodes that may share the memory that it writes."""
     targets = {node: _written_nodes(gm, node) for node in gm.graph.nodes}
     if not any(targets.values()):
         return
     memory = {node: _storages(node.meta.get("val")) for node in gm.graph.nodes}
     for node, todo in targets.items():
-        found: set[fx.Node] = set()
+        written: set[fx.Node] = set()
         while todo:
             base = todo.pop()
-            if base in found:
+            if base in written:
                 continue
-            found.add(base)
-            # Recorded values tell by shared storage; where there are none, names of views do.
+            written.add(base)
+            # Recorded values share storage; where none are recorded, views are known by name.
             if is_view(base):
                 todo += base.all_input_nodes[:1]
             for other, storages in memory.items():
                 same = other.op == base.op == "get_attr" and other.target == base.target
                 if same or storages & memory[base]:
                     todo.append(other)
-        if found:
-            yield node, found
+        if written:
+            yield node, written
 
 
 def writes_in_place(gm: fx.GraphModule) -> bool:
-    """Whether any node may write to memory that it did not make; some that do, do not say so:
-    norms to running statistics, embeddings with `max_norm` to the weight."""
+    """Whether any node may write to memory that it did not allocate.
+
+    Norms may write to running statistics, embeddings with `max_norm` to the weight.
+    """
     silent = ("batch_norm", "instance_norm", "embedding")
     return writes_to_values(gm) or any(op_name(node) in silent for node in gm.graph.nodes)
 
 
 def writes_to_values(gm: fx.GraphModule) -> bool:
-    """Whether any node writes to the value of another one."""
+    """Whether any node writes to the value of another node."""
     return any(_written_nodes(gm, node) for node in gm.graph.nodes)
 
 
 def _written(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
+    """The arguments that a node writes to."""
     name, first = op_name(node), list(node.args[:1])
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
@@ -187,19 +189,11 @@ def has_weights(module: nn.Module) -> bool:
     return quantized or any(True for _ in module.parameters())
 
 
-def _collect(argument: Any, found: list[fx.Node]) -> None:
-    def visit(node: fx.Node) -> fx.Node:
-        found.append(node)
-        return node
-
-    fx.map_arg(argument, visit)
-
-
 _signature = functools.lru_cache(inspect.signature)
 
 
 def _argument(node: fx.Node, name: str, default: Any) -> Any:
-    """An argument of a Python function by name, its default included; else `default`."""
+    """The argument `name` of a Python function, or the function's default; else `default`."""
     if name in node.kwargs:
         return node.kwargs[name]
     if not isinstance(node.target, types.FunctionType):

@@ -1,4 +1,4 @@
-"""Reconstruction units: which layers are learnt together."""
+"""Group layers into units that reconstruction optimises together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .graph import module_paths
 from .sites import Site
 from .subgraphs import region
 
@@ -23,9 +24,11 @@ class Unit:
 
 
 def units(sites: Sequence[Site]) -> list[Unit]:
-    """Units in execution order: each site goes with the innermost module that holds two or more
-    sites, unless that module also holds other units, in which case the site stands alone (BRECQ's
-    blocks, found by structure instead of by class)."""
+    """The reconstruction units of a graph in execution order.
+
+    Each site goes with the innermost module that holds two or more sites, unless that module also
+    holds other units: then the site stands alone (BRECQ's blocks, found by structure, not class).
+    """
     holding: dict[str, list[Site]] = {}
     for site in sites:
         for path in _callers(site):
@@ -47,17 +50,19 @@ def units(sites: Sequence[Site]) -> list[Unit]:
 
 
 def unit_nodes(gm: fx.GraphModule, unit: Unit) -> list[fx.Node]:
-    """The nodes of a unit in execution order: all that its module's forward recorded."""
+    """The nodes that a unit's module recorded, in execution order."""
     if len(unit.sites) == 1 and unit.path == unit.sites[0].name:
         return list(unit.sites[0].nodes)
     return region(gm, unit.path)
 
 
 def _callers(site: Site) -> list[str]:
-    """Enclosing modules whose forward called the site, innermost first, the model itself ("") left
-    out: not the lists that modules lie in, nor the one that holds the parts of a split layer."""
+    """The paths of the modules whose forward called the site, innermost first, without the model.
+
+    Containers that have no forward, such as nn.ModuleList, and modules that hold the parts of a
+    split layer are not among them.
+    """
     parts = site.name.split(".")[:-1]
-    stack = site.nodes[0].meta.get("nn_module_stack") or {}
-    called = {path for path, _ in stack.values()}
+    called = module_paths(site.nodes[0])
     enclosing = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
     return [path for path in enclosing if path in called]

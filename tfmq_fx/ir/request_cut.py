@@ -1,4 +1,4 @@
-"""What a request fixes before its first step: values of the timestep and the conditions.
+"""Choose the values of a request to compute before its first step.
 
 Within one request the conditions (class label, text) stay and the timesteps are known, so whatever
 depends on them alone can be computed once for each step, or once. A minimum cut chooses the values
@@ -20,9 +20,9 @@ from tfmq_fx.quant.timestep_table import QuantTimestepTable
 from .binding_times import Binding, BindingTimes, binding_times
 from .graph import timestep_node
 from .graph_pass import Declined
-from .min_cut import minimum_cut
-from .node_info import is_heavy, size_hint
-from .subgraphs import extract_nodes, size_source
+from .min_cut import minimum_cut, stored_bytes
+from .node_info import is_heavy
+from .subgraphs import extract_nodes, missing_inputs
 from .verifier import is_timestep_row
 
 _VALUE = 1024  # bytes that one more input of the step counts for: one row, not dozens of slices
@@ -30,7 +30,7 @@ _VALUE = 1024  # bytes that one more input of the step counts for: one row, not 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Values that are known once the same conditions are.
+    """Values to store that depend on the same conditions.
 
     conditions: placeholders they depend on.  stepped: whether they depend on the timestep as well:
     then there is one value for each step.  values: nodes of the analysed graph, in graph order.
@@ -41,53 +41,40 @@ class Group:
     values: tuple[fx.Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What can be computed before the steps of a request.
-
-    groups: the values to store.  declined: values that are computed at every step, and why.
-    """
-
-    groups: tuple[Group, ...]
-    declined: tuple[Declined, ...]
-
-
 def find_request(
-    gm: fx.GraphModule,
-    conditions: Collection[str],
-    *,
-    steps: int,
-) -> Request:
-    """What to compute before the steps of a request in which `conditions`, placeholders, are fixed.
+    gm: fx.GraphModule, conditions: Collection[str], *, steps: int
+) -> tuple[list[Group], list[Declined]]:
+    """The values to compute before the steps of a request in which `conditions` are fixed.
 
-    steps: how many timesteps a request has, about, which decides whether rows outweigh weights.
+    conditions: names of placeholders.  steps: the approximate number of timesteps of a request,
+    which decides whether rows outweigh weights.
     Look-ups by timestep are among the values where they can be, so that nothing that is left
     depends on which timesteps there are.
-    Raises ConfigError for a condition that is no input.
+    Declined are values that are computed at every step.  Raises ConfigError for a condition that
+    is no input.
     """
     times = binding_times(gm, conditions)
-    position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    early = {
-        n for n in gm.graph.nodes if n.op != "output" and times[n].join(Binding.TC) is Binding.TC
-    }
+    early = {n for n in gm.graph.nodes if n.op != "output" and times[n] <= Binding.TC}
     heavy = {
         n
         for n in early
         if times[n] is not Binding.CONSTANT and (is_heavy(gm, n) or looks_up(gm, n))
     }
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
     declined: list[Declined] = []
 
     def cost(node: fx.Node) -> int:
         return stored_bytes(node) * (1 if times[node] is Binding.C else steps)
 
-    def cut_cost(node: fx.Node) -> int:
-        return cost(node) + _VALUE
-
     while True:
         cut, blocked = minimum_cut(
-            gm.graph, early, heavy=heavy, obstacles=_obstacles(gm, early, times), cost=cut_cost
+            gm.graph,
+            early,
+            heavy=heavy,
+            obstacles=_obstacles(gm, early, times),
+            cost=lambda node: cost(node) + _VALUE,
         )
-        inside = {node: _computation(gm, [node]) for node in cut}
+        inside = {node: set(extract_nodes(gm, [node], placeholders)) for node in cut}
         refused = _outweighing(gm, cut, inside, cost)
         if not refused:
             break
@@ -97,51 +84,36 @@ def find_request(
             declined.append(Declined(node.name, reason))
             heavy -= inside[node] - others
             early -= {node}
-    groups: dict[tuple[frozenset[str], bool], list[fx.Node]] = {}
-    for node in sorted(cut, key=position.__getitem__):
+    values: dict[tuple[frozenset[str], bool], list[fx.Node]] = {}
+    for node in cut:
         stepped = times.timestep in times.deps[node]
-        groups.setdefault((times.deps[node] & times.conditions, stepped), []).append(node)
-    order = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
-    return Request(
-        tuple(
-            Group(tuple(name for name in order if name in needed), stepped, tuple(values))
-            for (needed, stepped), values in groups.items()
-        ),
-        (*declined, *blocked, *times.notes),
-    )
-
-
-def stored_bytes(node: fx.Node) -> int:
-    """Bytes of a value for one sample; sizes that are free count as captured."""
-    value: Tensor = node.meta["val"]
-    sizes = [size_hint(n) for n in value.shape]
-    if value.dim() and not isinstance(value.shape[0], int):
-        sizes[0] = 1
-    return max(1, torch.Size(sizes).numel() * value.element_size())
+        values.setdefault((times.deps[node] & times.conditions, stepped), []).append(node)
+    order = [str(node.target) for node in placeholders]
+    groups = [
+        Group(tuple(name for name in order if name in needed), stepped, tuple(nodes))
+        for (needed, stepped), nodes in values.items()
+    ]
+    return groups, [*declined, *blocked, *times.notes]
 
 
 def tensors_of(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> dict[int, Tensor]:
     """The parameters and buffers that `nodes` use, by identity."""
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     for node in nodes:
         if node.op == "call_module":
             module: nn.Module = gm.get_submodule(str(node.target))
-            found |= {id(t): t for t in (*module.parameters(), *module.buffers())}
+            tensors |= {id(t): t for t in (*module.parameters(), *module.buffers())}
         elif node.op == "get_attr":
             value = attrgetter(str(node.target))(gm)
             if isinstance(value, Tensor):
-                found[id(value)] = value
-    return found
+                tensors[id(value)] = value
+    return tensors
 
 
 def left_nodes(gm: fx.GraphModule, cut: Iterable[fx.Node]) -> dict[fx.Node, None]:
     """The nodes still computed at every step once the values of `cut` are given."""
     outputs = list(gm.graph.find_nodes(op="output"))
     return extract_nodes(gm, outputs, [*gm.graph.find_nodes(op="placeholder"), *cut])
-
-
-def _computation(gm: fx.GraphModule, nodes: list[fx.Node]) -> set[fx.Node]:
-    return set(extract_nodes(gm, nodes, list(gm.graph.find_nodes(op="placeholder"))))
 
 
 def looks_up(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -164,20 +136,20 @@ def _outweighing(
 ) -> dict[fx.Node, str]:
     """The values of `cut` that take more bytes than the weights that leave for them, with reasons.
 
-    A value answers for the tensors that only it needs, and for its share of those that it shares
-    with other values.  Rows of tables weigh what the tables do: they are not refused.
+    A tensor that several values need counts for each with its share.  Rows of tables take as much
+    as the tables: they are not refused.
     """
-    kept = tensors_of(gm, left_nodes(gm, cut))
-    used = {
-        node: {key: t.nbytes for key, t in tensors_of(gm, nodes).items() if key not in kept}
+    needed = tensors_of(gm, left_nodes(gm, cut))
+    freed = {
+        node: {key: t.nbytes for key, t in tensors_of(gm, nodes).items() if key not in needed}
         for node, nodes in inside.items()
     }
-    count = Counter(key for found in used.values() for key in found)
+    count = Counter(key for tensors in freed.values() for key in tensors)
     refused = {}
-    for node, found in used.items():
+    for node, tensors in freed.items():
         if not any(is_heavy(gm, n) or n.op == "call_module" for n in inside[node]):
             continue
-        weights = sum(n / count[key] for key, n in found.items())
+        weights = sum(size / count[key] for key, size in tensors.items())
         if cost(node) > weights:
             refused[node] = (
                 f"its rows would take {cost(node)} bytes and the weights they replace "
@@ -192,34 +164,16 @@ def _obstacles(
     """Why a value cannot be computed before the steps, for each that cannot."""
     t = timestep_node(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
-    given = [t, *(n for n in placeholders if n.target in times.conditions)]
+    known = [t, *(n for n in placeholders if n.target in times.conditions)]
     batch = t.meta["val"].shape[0]
-    free = isinstance(batch, torch.SymInt)
-    lacking: dict[fx.Node, frozenset[str]] = {}  # sizes of the sample that a value needs
-    found: dict[fx.Node, str] = {}
-    for node in gm.graph.nodes:
-        if node not in early:
-            continue
+    reasons: dict[fx.Node, str] = {}
+    for node, names in missing_inputs(gm, early, known).items():
         value = node.meta.get("val")
-        if node in given or size_source(node, given) is not None:
-            lacking[node] = frozenset()
-        elif node.op == "placeholder" or not set(node.all_input_nodes) <= set(lacking):
-            lacking[node] = frozenset(
-                [f"the size {value}" if isinstance(value, torch.SymInt) else node.name]
-            )
-        else:
-            lacking[node] = frozenset().union(*(lacking[u] for u in node.all_input_nodes))
-        if lacking[node]:
-            found[node] = f"it takes {', '.join(sorted(lacking[node]))} of the sample"
+        if names:
+            reasons[node] = f"it takes {', '.join(sorted(names))} of the sample"
         elif not isinstance(value, Tensor):
-            found[node] = "it is not a tensor"
-        elif times[node] is Binding.T and free and not _batch_first_only(value, batch):
-            found[node] = f"its shape {tuple(value.shape)} does not begin with the batch"
-    return found
-
-
-def _batch_first_only(value: Tensor, batch: torch.SymInt) -> bool:
-    """Whether the batch is the first dimension and no other, or none at all."""
-    return not any(
-        isinstance(n, torch.SymInt) and n.node.expr == batch.node.expr for n in value.shape[1:]
-    )
+            reasons[node] = "it is not a tensor"
+        elif times[node] is Binding.T and isinstance(batch, torch.SymInt):
+            if str(batch) in map(str, value.shape[1:]):
+                reasons[node] = f"its shape {tuple(value.shape)} does not begin with the batch"
+    return reasons

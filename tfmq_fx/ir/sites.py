@@ -1,14 +1,15 @@
-"""Sites: the convolution and linear layers of a graph, and what each is to become."""
+"""Find the sites of a graph (its convolution and linear layers) and plan how to quantize each."""
 
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tfmq_fx.core.config import Config
@@ -23,45 +24,18 @@ from .graph import module_path
 from .graph_pass import Declined
 from .node_info import is_heavy, is_random, op_name, value_inputs
 
-_FUNCTIONAL = {
-    F.linear,
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-    *(
-        getattr(getattr(torch.ops.aten, name), overload)
-        for name, overload in (
-            ("linear", "default"),
-            ("conv1d", "default"),
-            ("conv1d", "padding"),
-            ("conv2d", "default"),
-            ("conv2d", "padding"),
-            ("conv3d", "default"),
-            ("conv3d", "padding"),
-            ("conv_transpose1d", "default"),
-            ("conv_transpose2d", "input"),
-            ("conv_transpose3d", "input"),
-        )
-    ),
-}
+_FUNCTIONS = {"linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
 _NO_PRODUCT = (
     nn.Embedding,
     nn.EmbeddingBag,
     nn.LayerNorm,
     nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.PReLU,
-)  # modules that scale or look up with what they hold
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+)  # modules with matrices
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A quantizable layer: its module path, the layer, and every node that calls it."""
+    """A layer that can be quantized: its module path, the layer, and every node that calls it."""
 
     name: str
     layer: nn.Module
@@ -76,10 +50,10 @@ class Site:
 
 def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
     """Every convolution and linear layer in execution order, quantized ones included, and the
-    ones that cannot be quantized, with the reason."""
+    layers that cannot be quantized, with the reason."""
     calls: dict[str, list[fx.Node]] = {}
     declined = []
-    fixed: set[fx.Node] | None = None
+    constants: set[fx.Node] | None = None
     reads = [str(node.target).rpartition(".") for node in gm.graph.find_nodes(op="get_attr")]
     read = {owner: name for owner, _, name in reads}
     for node in gm.graph.nodes:
@@ -93,17 +67,18 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
                 declined.append(Declined(path, reason))
             else:
                 calls.setdefault(path, []).append(node)
-        elif node.target in _FUNCTIONAL:
+        elif op_name(node) in _FUNCTIONS:
             path = module_path(node) or node.name
-            fixed = _fixed(gm) if fixed is None else fixed
-            declined.append(Declined(path, node.meta.get(REPLACED) or _why_function(node, fixed)))
+            constants = _constants(gm) if constants is None else constants
+            reason = node.meta.get(REPLACED) or _why_function(node, constants)
+            declined.append(Declined(path, reason))
     sites = [Site(name, gm.get_submodule(name), tuple(nodes)) for name, nodes in calls.items()]
     return sites, list(dict.fromkeys(declined))
 
 
 def _why_not(layer: nn.Module, read: str | None) -> str | None:
-    """Why a layer that a graph calls cannot be quantized; read: its tensor that others read."""
-    if isinstance(layer, _TRANSPOSED):
+    """Why a layer cannot be quantized, or None; read: its tensor that other nodes read."""
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return "transposed convolution"
     if reason := replaced_forward(layer):
         return reason
@@ -114,62 +89,59 @@ def _why_not(layer: nn.Module, read: str | None) -> str | None:
     return "it has hooks" if has_hooks(layer) else None
 
 
-def _why_function(node: fx.Node, fixed: Collection[fx.Node]) -> str:
-    """Why a product that is called as a function is no layer; fixed: what no input decides."""
+def _why_function(node: fx.Node, constants: Collection[fx.Node]) -> str:
+    """Why a product that is called as a function cannot be quantized as a layer."""
     if "transpose" in op_name(node):
         return "transposed convolution"
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    if weight in fixed:
+    if weight in constants:
         return "called as a function, not as a torch.nn layer"
     return f"the weight of its {op_name(node)} is computed from the inputs"
 
 
-def _fixed(gm: fx.GraphModule) -> set[fx.Node]:
-    """The values of a graph that no input reaches, not even by its shape."""
-    found: set[fx.Node] = set()
+def _constants(gm: fx.GraphModule) -> set[fx.Node]:
+    """The values of a graph that depend on no input, not even on its shape."""
+    constants: set[fx.Node] = set()
     for node in gm.graph.nodes:
         inner = node.op not in ("placeholder", "output")
-        if inner and found.issuperset(node.all_input_nodes) and not is_random(gm, node):
-            found.add(node)
-    return found
-
-
-def weights_left(gm: fx.GraphModule, sites: Collection[Site]) -> int:
-    """The number of weights that matrix products and convolutions outside `sites` multiply with."""
-    return sum(left_by_module(gm, sites).values())
+        if inner and constants.issuperset(node.all_input_nodes) and not is_random(gm, node):
+            constants.add(node)
+    return constants
 
 
 def left_by_module(gm: fx.GraphModule, sites: Collection[Site]) -> dict[str, int]:
-    """How many weights matrix products and convolutions outside `sites` multiply with, by the path
-    of the module that does; a tensor that several use counts for the first.
+    """The number of weights that operations outside `sites` multiply with, by module path.
 
-    Counted are the constants of the graph with two or more dimensions that such an operation reads,
-    whatever they are computed from, and the matrices of modules such as nn.MultiheadAttention.
+    Counted are the constants of the graph with two or more dimensions that a matrix product or
+    convolution reads, whatever they are computed from, and the matrices of modules such as
+    nn.MultiheadAttention.  A tensor that several operations read counts for the first.
     """
     names, seen = {site.name for site in sites}, set[Any]()
-    fixed, found = _fixed(gm), dict[str, int]()
+    constants, counts = _constants(gm), Counter[str]()
     for node in gm.graph.nodes:
-        if node.target in names or node in fixed:
+        if node.target in names or node in constants:
             continue
-        sizes = {key: size for key, size in _matrices(gm, node, fixed) if key not in seen}
+        sizes = {key: size for key, size in _matrices(gm, node, constants) if key not in seen}
         if sizes:
             seen |= sizes.keys()
-            path = str(node.target) if node.op == "call_module" else module_path(node) or node.name
-            found[path] = found.get(path, 0) + sum(sizes.values())
-    return found
+            counts[_caller(node)] += sum(sizes.values())
+    return dict(counts)
 
 
 def still_there(gm: fx.GraphModule, left: Mapping[str, int]) -> dict[str, int]:
-    """Those of `left_by_module` that a later form of the graph still multiplies with."""
-    heavy = [node for node in gm.graph.nodes if is_heavy(gm, node)]
-    there = {str(n.target) if n.op == "call_module" else module_path(n) or n.name for n in heavy}
-    return {path: count for path, count in left.items() if path in there}
+    """The entries of `left_by_module` whose module a later form of the graph still runs."""
+    present = {_caller(node) for node in gm.graph.nodes if is_heavy(gm, node)}
+    return {path: count for path, count in left.items() if path in present}
+
+
+def _caller(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else module_path(node) or node.name
 
 
 def _matrices(
-    gm: fx.GraphModule, node: fx.Node, fixed: Collection[fx.Node]
+    gm: fx.GraphModule, node: fx.Node, constants: Collection[fx.Node]
 ) -> Iterator[tuple[Any, int]]:
-    """The weights that a node multiplies with: something to tell each by, and its size."""
+    """The identity and the size of each weight that a node multiplies with."""
     if node.op == "call_module":
         for part in gm.get_submodule(str(node.target)).modules():
             if not isinstance(part, _NO_PRODUCT):
@@ -178,38 +150,34 @@ def _matrices(
     elif is_heavy(gm, node) and not op_name(node).startswith("embedding"):
         for used in node.all_input_nodes:
             value = used.meta.get("val")
-            if used in fixed and isinstance(value, Tensor) and value.dim() > 1:
+            if used in constants and isinstance(value, Tensor) and value.dim() > 1:
                 yield _parameter(gm, used), int(value.numel())
         if len(node.args) > 1 and isinstance(node.args[1], fx.Node):
-            yield from _inside(gm, node.args[1], fixed)
+            yield from _computed_from(gm, node.args[1], constants)
 
 
-def _inside(
-    gm: fx.GraphModule, weight: fx.Node, fixed: Collection[fx.Node]
+def _computed_from(
+    gm: fx.GraphModule, weight: fx.Node, constants: Collection[fx.Node]
 ) -> Iterator[tuple[Any, int]]:
-    """The parameters with two or more dimensions that go into a weight which inputs change too."""
-    todo, seen = [] if weight in fixed else [weight], set[fx.Node]()
+    """The parameters with two or more dimensions of a weight that also depends on inputs."""
+    todo, seen = [] if weight in constants else [weight], set[fx.Node]()
     while todo:
-        at = todo.pop()
-        if at.op == "get_attr":
-            owner, _, name = str(at.target).rpartition(".")
-            value = getattr(gm.get_submodule(owner), name, None)
+        node = todo.pop()
+        if node.op == "get_attr":
+            value = attrgetter(str(node.target))(gm)
             if isinstance(value, nn.Parameter) and value.dim() > 1:
                 yield id(value), value.numel()
-        elif at not in seen and at.op != "call_module" and not is_heavy(gm, at):
-            seen.add(at)
-            todo += value_inputs(at)
+        elif node not in seen and node.op != "call_module" and not is_heavy(gm, node):
+            seen.add(node)
+            todo += value_inputs(node)
 
 
 def _parameter(gm: fx.GraphModule, node: fx.Node) -> Any:
-    """The identity of the parameter that a value is, cast or viewed; else the node."""
-    at = node
-    while at.op in ("call_function", "call_method") and len(at.all_input_nodes) == 1:
-        at = at.all_input_nodes[0]
-    if at.op != "get_attr":
-        return node
-    owner, _, name = str(at.target).rpartition(".")
-    return id(getattr(gm.get_submodule(owner), name, None))
+    """The identity of the parameter that a node casts or views; else the node."""
+    source = node
+    while source.op in ("call_function", "call_method") and len(source.all_input_nodes) == 1:
+        source = source.all_input_nodes[0]
+    return id(attrgetter(str(source.target))(gm)) if source.op == "get_attr" else node
 
 
 def plan_sites(
@@ -219,12 +187,11 @@ def plan_sites(
     early: Collection[str] = (),
     overrides: Mapping[str, LayerConfig] | None = None,
 ) -> dict[str, LayerConfig]:
-    """What each site becomes.
+    """The LayerConfig of each site, by name.
 
     The first and last sites that depend on the sample get `config.first` and `config.last`;
     `early` names the sites that do not, which are never first or last.  overrides: module name
-    patterns (fnmatch); later ones win.  Raises ConfigError for one that matches
-    nothing.
+    patterns (fnmatch); later ones win.  Raises ConfigError for a pattern that matches nothing.
     """
     plan = {site.name: config.layers for site in sites}
     spatial = [site.name for site in sites if site.name not in early]

@@ -1,4 +1,4 @@
-"""Regions of a graph as graphs of their own, sharing its modules."""
+"""Extract regions of a graph as graphs of their own that share its modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.core.errors import GraphError
 
-from .graph import timestep_node
+from .graph import module_paths, timestep_node
 from .node_info import op_name, writers
 
 
@@ -20,7 +20,7 @@ def extract(
     *,
     until: fx.Node | None = None,
 ) -> fx.GraphModule:
-    """The graph module inputs -> tuple of outputs, sharing the modules and parameters of `gm`.
+    """A graph module inputs -> tuple of outputs that shares the modules and parameters of `gm`.
 
     Sizes are read from those inputs that carry the same symbol, wherever `gm` reads them.  Writes
     in place to values inside the region come along, those behind `until` (left out, behind the last
@@ -38,10 +38,9 @@ def extract(
             size = graph.call_function(torch.ops.aten.sym_size.int, (env[source[0]], source[1]))
             size.meta, env[node] = dict(node.meta), size
     graph.output(tuple(env[node] for node in outputs))
-    made = fx.GraphModule(gm, graph, type(gm).__name__)
-    made.meta = {key: gm.meta[key] for key in ("stage", "timestep") if key in gm.meta}
-    made.train(gm.training)
-    return made
+    part = fx.GraphModule(gm, graph, type(gm).__name__)
+    part.meta = {key: gm.meta[key] for key in ("stage", "timestep") if key in gm.meta}
+    return part.train(gm.training)
 
 
 def at_timesteps(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
@@ -49,10 +48,7 @@ def at_timesteps(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]
     call, or in several where it was captured at one batch size."""
     (t,) = graph.graph.find_nodes(op="placeholder")
     size = t.meta["val"].shape[0]
-    if not isinstance(size, int):
-        found: tuple[Tensor, ...] = graph(timesteps)
-        return found
-    parts = [graph(part) for part in timesteps.split(size)]
+    parts = [graph(part) for part in timesteps.split(size if type(size) is int else len(timesteps))]
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
@@ -63,8 +59,8 @@ def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
 
 
 def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
-    """Each output of an extracted `graph` (t (B,) -> tuple) at each of `timesteps` (K,), (K, ...),
-    computed one timestep at a time as tables are."""
+    """The outputs (K, ...) of an extracted `graph` (t (B,) -> tuple) at `timesteps` (K,), computed
+    one timestep at a time as tables are."""
     steps = as_input(graph, timesteps)
     with torch.no_grad():
         rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
@@ -82,10 +78,10 @@ def extract_nodes(
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     last = max((position[node] for node in ([until] if until else outputs)), default=-1)
     writes = [(node, bases) for node, bases in writers(gm) if position[node] < last]
-    needed, todo, given = set[fx.Node](), list(outputs), set(inputs)
+    needed, todo = set[fx.Node](), list(outputs)
     while todo:
         node = todo.pop()
-        if node in needed or node in given:
+        if node in needed or node in inputs:
             continue
         if node.op == "placeholder":
             names = ", ".join(n.name for n in outputs)
@@ -98,7 +94,7 @@ def extract_nodes(
 
 
 def size_source(node: fx.Node, inputs: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
-    """An input, and its dimension, of the size that `node` holds; None if it holds none of them."""
+    """The input and its dimension whose size `node` holds; None if it holds no such size."""
     value = node.meta.get("val")
     if not isinstance(value, torch.SymInt):
         return None
@@ -111,27 +107,44 @@ def size_source(node: fx.Node, inputs: Sequence[fx.Node]) -> tuple[fx.Node, int]
     return None
 
 
+def missing_inputs(
+    gm: fx.GraphModule, nodes: Collection[fx.Node], inputs: Sequence[fx.Node]
+) -> dict[fx.Node, frozenset[str]]:
+    """The names of values and sizes that each of `nodes` needs beside `inputs` and their sizes."""
+    missing: dict[fx.Node, frozenset[str]] = {}
+    for node in gm.graph.nodes:
+        if node not in nodes:
+            continue
+        value = node.meta.get("val")
+        if node in inputs or size_source(node, inputs) is not None:
+            missing[node] = frozenset()
+        elif op_name(node) == "sym_size" and isinstance(value, torch.SymInt):
+            missing[node] = frozenset([f"the size {value}"])
+        elif node.op == "placeholder":
+            missing[node] = frozenset([node.name])
+        else:
+            names = (missing.get(u, frozenset([u.name])) for u in node.all_input_nodes)
+            missing[node] = frozenset().union(*names)
+    return missing
+
+
 def region(gm: fx.GraphModule, path: str) -> list[fx.Node]:
     """The nodes recorded inside the module at `path` ("" is the whole model), in graph order."""
-
-    def inside(node: fx.Node) -> bool:
-        stack = node.meta.get("nn_module_stack") or {}
-        return not path or path in (found for found, _ in stack.values())
-
-    return [n for n in gm.graph.nodes if n.op not in ("placeholder", "output") and inside(n)]
+    inner = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    return [node for node in inner if not path or path in module_paths(node)]
 
 
 def region_inputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
-    """The values that `nodes` take from outside, in order of first use; buffers are not among them,
-    nor sizes that an input tensor carries."""
+    """The values that `nodes` read from outside, in order of first use, without buffers and without
+    sizes that an input tensor has."""
     inside = set(nodes)
     used = dict.fromkeys(used for node in nodes for used in node.all_input_nodes)
-    found = [node for node in used if node not in inside and node.op != "get_attr"]
-    return [node for node in found if size_source(node, found) is None]
+    outer = [node for node in used if node not in inside and node.op != "get_attr"]
+    return [node for node in outer if size_source(node, outer) is None]
 
 
 def region_outputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
-    """The tensors (and tuples) of `nodes` used outside, in graph order; sizes do not count."""
+    """The tensors (and tuples) of `nodes` that are used outside, in graph order, without sizes."""
     inside = set(nodes)
     return [
         node
@@ -143,5 +156,5 @@ def region_outputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
 
 
 def reads_tensor(node: fx.Node) -> bool:
-    """Whether a node needs its inputs themselves, not just their sizes, which other inputs have."""
+    """Whether a node reads its inputs' elements, not only a size."""
     return op_name(node) != "sym_size"

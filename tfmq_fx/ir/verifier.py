@@ -1,4 +1,4 @@
-"""The check that every pass goes through: what a graph of a stage may contain."""
+"""Check that a graph contains only what its stage allows; run before and after every pass."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import fx, nn
 from tfmq_fx.core.errors import GraphError
 from tfmq_fx.core.stages import Stage, introduced_by, stage_of
 
+from .node_info import op_name
+
 
 def check(gm: fx.GraphModule, stage: Stage) -> None:
     """Raise GraphError unless `gm` is a sound graph of `stage`.
@@ -19,9 +21,9 @@ def check(gm: fx.GraphModule, stage: Stage) -> None:
     exists; every module and function is one the stage allows; every value carries meta["val"];
     a look-up table has one row for each key.
     """
-    found = stage_of(gm)
-    if found is not stage:
-        raise GraphError(f"expected a {stage.value} graph, found a {found.value} one")
+    actual = stage_of(gm)
+    if actual is not stage:
+        raise GraphError(f"expected a {stage.value} graph, found a {actual.value} one")
     try:
         gm.graph.lint()
     except (RuntimeError, AssertionError) as error:
@@ -46,9 +48,7 @@ def check(gm: fx.GraphModule, stage: Stage) -> None:
 
 def is_timestep_row(node: fx.Node) -> bool:
     """Whether a node is a table look-up by timestep."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "").startswith(
-        "timestep_row"
-    )
+    return op_name(node).startswith("timestep_row")
 
 
 def _check_module(gm: fx.GraphModule, node: fx.Node, stage: Stage) -> None:

@@ -192,7 +192,7 @@ def _expression(data: Any, where: str, names: Collection[int | str]) -> Expressi
     operator: Any = data[0] if type(data) is list and data else None
     many = operator in ("and", "or")
     operands = {"not": 1}.get(operator, 2) if type(operator) is str else 0
-    if not (many or operator == "not" or (type(operator) is str and operator in OPERATORS)):
+    if not (type(operator) is str and operator in OPERATORS):
         raise ArtifactError(f"{where}: unknown size expression {data!r:.80}")
     if len(data) < 2 or not (many or len(data) == operands + 1):
         raise ArtifactError(f"{where}: {operator} takes {operands} operands: {data!r:.80}")

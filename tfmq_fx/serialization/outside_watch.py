@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tfmq_fx.capture.outside_tensors import where
+from tfmq_fx.capture.outside_tensors import memory_state
 from tfmq_fx.core.errors import StaleError
 
 from .fingerprints import Fingerprint, is_readable
@@ -25,7 +25,7 @@ class Outside:
         for name, reference in tensors.items():
             value = reference()
             if value is not None and is_readable(value):
-                self._seen[name] = (reference, Fingerprint.of(value), where(value))
+                self._seen[name] = (reference, Fingerprint.of(value), memory_state(value))
 
     def changed(self, *, contents: bool = True) -> list[str]:
         """Names of those that hold something else by now; contents: whether all are read, or those
@@ -33,7 +33,7 @@ class Outside:
         found = []
         for name, (reference, fingerprint, place) in self._seen.items():
             value = reference()
-            if value is None or (not contents and where(value) == place):
+            if value is None or (not contents and memory_state(value) == place):
                 continue
             if not fingerprint.matches(value):
                 found.append(name)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from tfmq_fx.calibration.sampling_pass import SamplingPass
 from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.capture.model_checks import check_model
-from tfmq_fx.capture.outside_tensors import BAKED, OUTSIDE, adopted
+from tfmq_fx.capture.outside_tensors import BAKED, OUTSIDE, outside_parameters
 from tfmq_fx.core.config_json import from_dict, to_dict
 from tfmq_fx.core.errors import ArtifactError, ConfigError
 from tfmq_fx.core.layer_config import LayerConfig
@@ -224,7 +224,7 @@ def describe(
         graph = json.dumps(to_json(captured), separators=(",", ":"))
     except ArtifactError as error:
         obstacle = str(error)
-    if names := adopted(captured.meta.get(OUTSIDE, {})):
+    if names := outside_parameters(captured.meta.get(OUTSIDE, {})):
         obstacle = f"{shown(names)}: its code reads weights of modules that are no parts of it"
     baked = {name: tensor_at(source, name) for name in captured.meta.get(BAKED, ())}
     if baked:

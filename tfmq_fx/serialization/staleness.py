@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tfmq_fx.capture.outside_tensors import where
+from tfmq_fx.capture.outside_tensors import memory_state
 from tfmq_fx.core.errors import StaleError
 
 from .fingerprints import Fingerprint
@@ -191,14 +191,14 @@ class TensorSnapshot:
         values = self._values(modules)
         # a storage that is gone gives up its memory, and no other one gets its name meanwhile
         self._alive = [StorageWeakRef(value.untyped_storage()) for value in values]
-        self._places = [*map(where, values)]
+        self._places = [*map(memory_state, values)]
 
     def compared(self, source: nn.Module) -> tuple[bool, list[str]]:
         """Whether modules stand as they stood, and which tensors moved or were written to."""
         try:
             modules = self._modules(source)
             stands = self._pose_of(modules) == self._pose
-            places = [*map(where, self._values(modules))]
+            places = [*map(memory_state, self._values(modules))]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             return False, self._names  # a part was replaced
         if places == self._places:
