@@ -19,9 +19,8 @@ from tfmq_fx.passes.fold_weights import fold_weights
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.observe_layers import observe_layers
 from tfmq_fx.serialization.module_settings import Behaviour
-from tfmq_fx.serialization.outside_watch import Outside
 from tfmq_fx.serialization.provenance import Calibration, Provenance, Rows, describe
-from tfmq_fx.serialization.staleness import StalenessCheck
+from tfmq_fx.serialization.staleness import OutsideTensors, StalenessCheck
 
 from .coverage import parameter_record
 from .models import Converted, Prepared
@@ -137,7 +136,7 @@ def record_provenance(
         steps=steps,
         **described,
     )
-    outside = Outside(prepared.unmerged.meta.get(OUTSIDE, {}))
+    outside = OutsideTensors(prepared.unmerged.meta.get(OUTSIDE, {}))
     watch = StalenessCheck(prepared.source, origin.fingerprints, held, origin.behaviour, outside)
     return origin, watch
 

@@ -282,7 +282,7 @@ class Prologue:
     def _check_weights(self) -> None:
         """Where weights were changed or replaced, have all parts see it and forget values."""
         gm, step = self._gm(), self._step()
-        if gm is None or (self._sighting is not None and self._sighting.compared(gm) == (True, [])):
+        if gm is None or (self._sighting is not None and self._sighting.compare(gm) == (True, [])):
             return
         self.offloaded.back()
         for graph in (step, *(kept.part.graph for kept in self.parts)):

@@ -36,7 +36,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "setitem_": setitem_,
     }
 )
-# What formats 1 to 4 called them: where they lay then. Names are only ever looked up here.
+# Their names in formats 3 and 4: where they lay then. Names are only ever looked up here.
 OLD_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "tfmq_fx.activation.QuantActivation": "QuantActivation",
