@@ -123,7 +123,6 @@ def record_provenance(
             rows=_moved(rows, "cpu"),
             sampling=prepared.sampling if spec.rounds else None,
         )
-    described, held = describe(prepared.unmerged, prepared.source)
     origin = Provenance(
         call=prepared.call,
         overrides=prepared.overrides,
@@ -134,10 +133,10 @@ def record_provenance(
         calibration=calibration,
         behaviour=prepared.behaviour,
         steps=steps,
-        **described,
+        **describe(prepared.unmerged, prepared.source),
     )
     outside = OutsideTensors(prepared.unmerged.meta.get(OUTSIDE, {}))
-    watch = StalenessCheck(prepared.source, origin.fingerprints, held, origin.behaviour, outside)
+    watch = StalenessCheck(prepared.source, origin.fingerprints, origin.behaviour, outside)
     return origin, watch
 
 

@@ -30,7 +30,6 @@ from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.quant.timestep_lookup import check_timesteps
 from tfmq_fx.quant.timestep_table import FEATURE, TABLE
-from tfmq_fx.serialization.module_json import tensors_of
 from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.source_tensors import shown
 from tfmq_fx.serialization.staleness import StalenessCheck
@@ -182,8 +181,7 @@ def _retimed(made: Converted, values: Tensor, source: nn.Module | None) -> Conve
     if source is not None:
         captured = origin.captured(source)
         rows = _rows(captured, values, {n.meta.get(FEATURE) for n in made.gm.graph.nodes})
-        held = tensors_of(captured)
-        watch = watch or StalenessCheck(source, origin.fingerprints, held, origin.behaviour)
+        watch = watch or StalenessCheck(source, origin.fingerprints, origin.behaviour)
     scales = origin.scales or _scales(made.gm)
     calibrated = (origin.timesteps, scales)
     done = change_timesteps(made.gm, timesteps=values, rows=rows, calibrated=calibrated)

@@ -74,7 +74,7 @@ def seeded_generator(seed: int, part: str) -> torch.Generator:
 
 
 class Checkpoint:
-    """The finished parts in `directory`, which is made if need be.
+    """Store of the finished parts of one conversion, in `directory`.
 
     subject: JSON-ready description of the conversion; its parts are read by an equal one only.
     Raises ConfigError where the directory belongs to another one, saying what differs.

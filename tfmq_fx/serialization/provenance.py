@@ -99,7 +99,7 @@ class Provenance:
     steps: tuple[str, ...] = ()
 
     def captured(self, source: nn.Module) -> fx.GraphModule:
-        """The captured graph on the weights of `source`, whose memory it shares.
+        """Return the captured graph with the weights of `source`, whose memory it shares.
 
         Raises ConfigError, naming what differs, where `source` is another model, behaves otherwise
         than when it was captured, or has adapters that are not fused into its weights.
@@ -200,11 +200,8 @@ class Provenance:
             )
 
 
-def describe(
-    captured: fx.GraphModule, source: nn.Module
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the fields of a `Provenance` that follow from a captured graph and its source model,
-    and the tensors of the graph.
+def describe(captured: fx.GraphModule, source: nn.Module) -> dict[str, Any]:
+    """Return the fields of a `Provenance` that follow from a captured graph and its source model.
 
     Every weight is read once, for its fingerprint, and none is stored.
     """
@@ -221,7 +218,7 @@ def describe(
         obstacle = f"{shown([*baked])}: its code computes constants of them that no graph follows"
     tensors |= {name: value for name, value in baked.items() if value is not None}
     constants = [name for name in tensors if _is_constant(source, name)]
-    described = {
+    return {
         "graph": graph,
         "obstacle": obstacle,
         "fingerprints": {
@@ -233,7 +230,6 @@ def describe(
         "ties": ties(source, set(tensors)),
         "constants": {name: tensors[name].detach().cpu().clone() for name in constants},
     }
-    return described, tensors
 
 
 def _is_constant(source: nn.Module, name: str) -> bool:

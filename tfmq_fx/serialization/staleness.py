@@ -68,22 +68,21 @@ class OutsideTensors:
 class StalenessCheck:
     """Watches the source model of a graph, without keeping it or its memory alive.
 
-    fingerprints: of each tensor, by name; parameters and buffers are watched.  held: the tensors
-    of the graph; those in the source's memory need no comparison.  behaviour: of the source's
-    modules at capture.  outside: the tensors that it reads outside its modules.
+    fingerprints: of each tensor, by name; parameters and buffers are watched.  behaviour: of the
+    source's modules at capture.  outside: the tensors that it reads outside its modules.
 
-    `check` reads where each tensor lies, how often it was written to, and the settings of modules.
-    It does not see a write past the version counter (`p.data += delta`); `check_contents` does.
-    All elements of tensors that moved are compared with their fingerprints, and those of all
-    tensors where the state of modules differs (an adapter was fused). A move to another device or
-    dtype is no change. The code of a function or hook is compared if the object is another one.
+    The first check compares everything. After that, `check` reads where each tensor lies, how often
+    it was written to, and the settings of modules. It does not see a write past the version counter
+    (`p.data += delta`); `check_contents` does. All elements of tensors that moved are compared with
+    their fingerprints, and those of all tensors where the state of modules differs (an adapter was
+    fused). A move to another device or dtype is no change. The code of a function or hook is
+    compared if the object is another one.
     """
 
     def __init__(
         self,
         source: nn.Module,
         fingerprints: Mapping[str, Fingerprint],
-        held: Mapping[str, Tensor],
         behaviour: Behaviour | None = None,
         outside: OutsideTensors | None = None,
     ) -> None:
@@ -99,12 +98,6 @@ class StalenessCheck:
             if isinstance(value, Tensor)
         }
         self._fingerprints = {n: f for n, f in fingerprints.items() if n not in plain}
-        shared = all(
-            _in_same_memory(fused_tensor_at(source, name), held[name])
-            for name in self._fingerprints
-        )
-        if shared and not differences(self._behaviour, source):
-            self._snapshot = TensorSnapshot(source, self._fingerprints, self._behaviour)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StalenessCheck:
         return self  # there is one source, and one state of it, for all copies of a model
@@ -190,12 +183,6 @@ class StalenessCheck:
                 parameter.data = parameter.data.clone()
             elif (buffer := owner._buffers[leaf]) is not None:
                 owner._buffers[leaf] = buffer.clone()  # the source's own is the same object
-
-
-def _in_same_memory(value: Tensor | None, other: Tensor) -> bool:
-    if value is None or value.data_ptr() != other.data_ptr():
-        return False
-    return (value.shape, value.dtype, value.stride()) == (other.shape, other.dtype, other.stride())
 
 
 class TensorSnapshot:
