@@ -166,8 +166,8 @@ def _functions() -> dict[str, Any]:
     inner = [name for name in _TORCH_PYTHON if name in tensor_functions]
     table |= {f"torch._VF.{name}": getattr(torch._C._VariableFunctions, name) for name in inner}
     spaces = (math, torch.fft, torch.linalg, torch.special, torch._C._nn)
-    for space, names in [(torch, tensor_functions), *((space, dir(space)) for space in spaces)]:
-        for name in names:
+    for space, listed in [(torch, tensor_functions), *((space, dir(space)) for space in spaces)]:
+        for name in listed:
             value = getattr(space, name, None)
             native = isinstance(value, types.BuiltinFunctionType)
             if native and not name.startswith("_") and not is_refused(name):

@@ -25,6 +25,7 @@ _CALL: dict[str, Any] = {
     "output": object,
     "return_dict": bool | None,
 }
+_BRANCH: dict[str, Any] = {"kind": str, "keys": list, "children": list, "class": str | None}
 _T = TypeVar("_T")
 
 
@@ -79,8 +80,8 @@ def check_fits(call: CallSpec, gm: fx.GraphModule, where: str) -> None:
     (output,) = gm.graph.find_nodes(op="output")
     flat, count = output.args[0], len(list(_leaves(call.output)))
     if not isinstance(flat, (tuple, list)) or len(flat) != count:
-        actual = len(flat) if isinstance(flat, (tuple, list)) else "no list of tensors"
-        raise ArtifactError(f"{where}.output: {count} tensors, but the graph gives {actual}")
+        total = len(flat) if isinstance(flat, (tuple, list)) else "no list of tensors"
+        raise ArtifactError(f"{where}.output: {count} tensors, but the graph gives {total}")
     for i, guard in enumerate(call.guards):
         try:
             guard.allows(sizes)
@@ -150,7 +151,7 @@ def _structure(data: Any, where: str, outputs: Collection[type]) -> Structure:
             return Const(data["const"])
         if "dtype" in data:
             return Const(dtype_named(data["dtype"], f"{where}.dtype"))
-    fields(data, where, kind=str, keys=list, children=list, **{"class": str | None})
+    fields(data, where, **_BRANCH)
     kind, names = data["kind"], tuple(data["keys"])
     children = tuple(_each(_structure, data["children"], f"{where}.children", outputs))
     plain = all(type(key) in (str, int, float, bool, type(None)) for key in names)
@@ -164,7 +165,7 @@ def _structure(data: Any, where: str, outputs: Collection[type]) -> Structure:
         if data["class"] is not None:
             raise ArtifactError(f"{where}.class: a {kind} has none")
         return Branch(kind, names, children)
-    typed(data, where, **{"class": str})
+    typed(data, where, **_BRANCH | {"class": str})
     words(data["keys"], f"{where}.keys")
     try:
         return Branch(kind, names, children, output_class(data["class"], names, outputs))
@@ -191,7 +192,7 @@ def _expression(data: Any, where: str, names: Collection[int | str]) -> Expressi
     if not operands or count not in (None, len(operands)):
         raise ArtifactError(f"{where}: {operator} takes {count or 'some'} operands: {data!r:.80}")
     if operator == "pow":
-        _check_power(*operands, where)
+        _check_power(operands[0], operands[1], where)
     return (operator, *operands)
 
 

@@ -21,8 +21,12 @@ _TORCH_VALUES = {
     "layout": torch.layout,
 }
 _FLOAT = "$float"
-_SEQUENCES = {list: "", immutable_list: "", tuple: "tuple", torch.Size: "size"}  # type -> tag
-_CONSTRUCTORS: dict[str, Callable[[list[Any]], Any]] = {"tuple": tuple, "size": torch.Size}
+_SEQUENCES: dict[type, str] = {
+    list: "",
+    immutable_list: "",
+    tuple: "tuple",
+    torch.Size: "size",
+}  # type -> tag
 
 
 def dtype_name(dtype: Any) -> str:
@@ -89,9 +93,13 @@ def decode(data: Any, where: str, special: Mapping[str, Callable[[Any], Any]] = 
         return slice(*decode(body, where, special))
     if tag == "dict" and type(body) is list:
         return _decode_dict(body, where, special)
-    if tag in _CONSTRUCTORS and type(body) is list:
+    if tag == "tuple" and type(body) is list:
+        return tuple(decode(body, where, special))
+    if tag == "size" and type(body) is list:
+        sizes = decode(body, where, special)
         with contextlib.suppress(RuntimeError, TypeError, ValueError):
-            return _CONSTRUCTORS[tag](decode(body, where, special))
+            if all(type(n) is not int or abs(n) < 1 << 63 for n in sizes):  # not checked by torch
+                return torch.Size(sizes)
     if type(body) in (str, bool) and body in _NAMED.get(tag, ()):
         return _NAMED[tag][body]
     raise ArtifactError(f"{where}: damaged value {data!r:.80}")

@@ -213,7 +213,7 @@ def _filled(empty: Tensor, value: Tensor, strides: list[int] | None, name: str) 
         value = torch.view_as_complex(value)
     if value.shape != empty.shape or value.dtype != empty.dtype:
         raise ArtifactError(
-            f"{name} is {value.dtype} {tuple(value.shape)} in the file, "
+            f"in the file {name} is {value.dtype} {tuple(value.shape)}, "
             f"but the graph takes {empty.dtype} {tuple(empty.shape)}"
         )
     value = value if strides is None else laid_out(value, strides)

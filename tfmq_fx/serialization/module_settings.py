@@ -141,7 +141,7 @@ def _token(value: Any, depth: int = 0) -> Any:
         return [_token(part, depth + 1) for part in (value.func, value.args, value.keywords)]
     if isinstance(value, _FUNCTIONS):
         return _function_token(value, depth)
-    kind = type(value)  # of an object that is no module, such as an attention processor
+    kind: Any = type(value)  # of an object that is no module, such as an attention processor
     settings = {
         repr(name): _token(v, depth + 1)
         for name, v in getattr(value, "__dict__", {}).items()
