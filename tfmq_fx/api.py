@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,7 +53,7 @@ def prepare(
     overrides: Mapping[str, LayerConfig] | None = None,
     dynamic: Dynamic | None = None,
 ) -> Prepared:
-    """A captured, analysed and observed form of `model`, which is never changed.
+    """Capture and analyse `model`, which is never changed, and prepare it for calibration.
 
     example_inputs: arguments of model.forward as a tuple or a dict; left out, they are derived from
     a diffusers model's config.  timesteps: the finite set the model will be called with: an int N
@@ -108,7 +110,7 @@ def calibrate(
     progress: bool = True,
     **kwargs: Any,
 ) -> Prepared:
-    """`prepared`, after one full-precision sampling pass that showed it every step.
+    """Run one full-precision sampling pass through `prepared` and return it.
 
     source: a diffusers pipeline (called with *args and **kwargs), a (scheduler, shape) pair with
     shape that of one sample (**kwargs: the model's further inputs by name, a row for each sample),
@@ -132,8 +134,8 @@ def calibrate(
     }
     with together("calibrate()"):
         if world() > 1:
-            given = {"source": source, "args": args, "kwargs": kwargs}
-            check_same("calibrate()", run_settings(prepared, **settings, **given))
+            arguments = {"source": source, "args": args, "kwargs": kwargs}
+            check_same("calibrate()", run_settings(prepared, **settings, **arguments))
         sampling = sampling_pass(
             source,
             args,
@@ -156,7 +158,7 @@ def fold_timesteps(
     *,
     timestep: str | None = None,
 ) -> Converted:
-    """`model` with everything that depends on the timestep alone read from exact tables.
+    """Return `model` with exact tables for everything that depends on the timestep alone.
 
     Nothing lossy: at batch 1 outputs equal the model's bit for bit at every one of `timesteps`;
     at other batch sizes they are equal up to float reassociation.
@@ -169,7 +171,7 @@ def fold_timesteps(
 def compile(
     model: Converted, backend: str = "auto", *, check: bool = True, **options: Any
 ) -> Compiled:
-    """A new callable module that runs `model` on `backend`; `model` stays the reference.
+    """Return a new callable module that runs `model` on `backend`; `model` is not changed.
 
     backend: "inductor" (torch.compile, integer kernels on CPU and CUDA), "openvino" (CPU), "float"
     (CPU, torch.compile in bfloat16 on the weights that the codes stand for), "eager", or "auto":
@@ -218,7 +220,7 @@ def compile(
 
 
 def _reference(model: Converted) -> Reference:
-    """What backends of a model are compared with."""
+    """Return the reference whose answers those of a backend are compared with."""
     keys = model.timesteps
     if isinstance(model, Bound) and model.prologue.schedule:  # which may refuse others
         keys = torch.tensor(sorted(model.prologue.schedule.values()), dtype=torch.float64)
@@ -235,12 +237,9 @@ def _reference(model: Converted) -> Reference:
 def _inputs(
     model: Converted, steps: Sequence[Tensor | None] = (None,), factor: float = 1.0
 ) -> list[list[Tensor]]:
-    """Example inputs of the graph that a backend compiles, for each of some timesteps."""
-    found = []
-    for step in steps:
-        given = example_inputs(model.gm, model.timesteps, timestep=step, factor=factor)
-        found.append(given if model.feed is None else model.feed(given))
-    return found
+    """Return example inputs of the graph that a backend compiles, for each timestep of `steps`."""
+    inputs = [example_inputs(model.gm, model.timesteps, timestep=s, factor=factor) for s in steps]
+    return inputs if model.feed is None else [*map(model.feed, inputs)]
 
 
 @outside_inference_mode
@@ -248,21 +247,20 @@ def _inputs(
 def save(model: Converted, path: str | Path, *, calibration: bool = False) -> None:
     """Write `model` to the directory `path`: the graph as JSON, tensors as safetensors, no pickle.
 
-    calibration: whether to keep the ranges and samples of calibration as well, by which `refresh`
-    quantizes other weights; without it a loaded model is refreshed where nothing was measured.
-    Written beside it and renamed, so that an interrupted save leaves what was there.
-    Raises ArtifactError where `path` is somebody else's or cannot be written, StaleError where the
-    model that this one was made from has other weights since.
-    Of many processes all call this, and the first one writes.
+    calibration: whether to save the ranges and samples of calibration, which `refresh` needs to
+    quantize other weights; without it, only models that did not read calibration can be refreshed.
+    The files are written beside `path` and renamed, so an interrupted save changes nothing.
+    Raises ArtifactError where `path` holds other files or cannot be written, StaleError where the
+    source model has other weights since.
+    If there are several processes all call this, and the first one writes.
     """
     if not isinstance(model, Converted):
         raise ArtifactError(
             f"save() takes what convert() or fold_timesteps() returned, not a "
             f"{type(model).__name__}; compile after loading"
         )
-    path = path_of(path, "path", ArtifactError)
-    known = model.origin
-    if calibration and known is not None and known.calibrated and known.calibration is None:
+    path, origin = path_of(path, "path", ArtifactError), model.origin
+    if calibration and origin is not None and origin.calibrated and origin.calibration is None:
         raise ArtifactError(
             "save(calibration=True) of a model that was loaded without its calibration: there is "
             "none to keep. Leave the option out, or convert the source again"
@@ -271,7 +269,6 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
         model.watch.check_contents()
     if rank():
         return
-    origin = model.origin
     artifact.save(
         path,
         gm=model.gm,
@@ -279,24 +276,22 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
         config=to_dict(model.recipe),
         extra={
             "record": model.record,
-            "model_config": _plain(model.model_config),
+            "model_config": _json_entries(model.model_config),
             "prologue": to_dict(model.spec) if isinstance(model, Bound) else None,
         },
         origin=None if origin is None else origin.to_parts(calibration=calibration),
     )
 
 
-def _plain(config: Any) -> dict[str, Any] | None:
-    """A model configuration as JSON-ready values; entries that are not are left out."""
+def _json_entries(config: Any) -> dict[str, Any] | None:
+    """Return the entries of a model configuration that JSON can hold."""
     if not isinstance(config, Mapping):
         return None
-    plain: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, value in config.items():
-        try:
-            plain[key] = json.loads(json.dumps(value))
-        except TypeError:
-            continue
-    return plain
+        with contextlib.suppress(TypeError):
+            entries[key] = json.loads(json.dumps(value))
+    return entries
 
 
 @outside_inference_mode
@@ -309,12 +304,12 @@ def bind_request(
     spec: PrologueSpec | None = None,
     **options: Any,
 ) -> Bound:
-    """`model`, with all that the timestep and the conditions fix computed when a request begins.
+    """Return `model` with everything that timestep and conditions fix computed once per request.
 
-    What depends on the timestep and on inputs that stay for a whole request (class label, text,
-    sizes, guidance) is computed for every step when such an input or the schedule is new, and read
-    at the steps; what depends on those inputs alone, once. Values are never stale: inputs are known
-    by object and version, or by content.
+    Values that depend on the timestep and on inputs that stay for a whole request (class label,
+    text, sizes, guidance) are computed for every step when such an input or the schedule is new,
+    and read at the steps; values that depend on those inputs alone, once. Values are never stale:
+    inputs are compared by object and version, or by content.
 
     model: a converted (and loaded) model, whose quantized layers and tables stay as they are; or
     any denoiser, captured here from example_inputs (as for `prepare`) and left in floating point.
@@ -343,6 +338,7 @@ def bind_request(
         model = model.unbound()
     elif not isinstance(model, Converted):
         model = captured_only(prepare(model, example_inputs, timestep=timestep, config="fp"))
+        gc.collect()  # capture leaves cycles, which keep the weights that are to leave memory
     check_offload(spec.offload, model.device)
     bound = Bound(model, spec)
     if timesteps is not None:

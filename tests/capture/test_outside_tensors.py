@@ -10,7 +10,7 @@ from torch import nn
 from tests.core.test_module_overrides import Net, check_answers, example, low_rank, quantized
 from tfmq_fx import CoverageWarning, StaleError, refresh, report
 from tfmq_fx.capture.outside_tensors import outside_parameters
-from tfmq_fx.serialization.outside_watch import Outside
+from tfmq_fx.serialization.staleness import OutsideTensors
 
 
 def test_weights_of_foreign_modules_cannot_be_made_anew():
@@ -45,7 +45,7 @@ def test_constants_that_a_function_makes_of_a_parameter_are_watched_and_counted(
 
 def test_a_tensor_that_is_gone_cannot_change_and_one_that_was_written_to_does():
     kept, gone = torch.ones(3), torch.ones(3)
-    seen = Outside({"kept": weakref.ref(kept), "gone": weakref.ref(gone)})
+    seen = OutsideTensors({"kept": weakref.ref(kept), "gone": weakref.ref(gone)})
     del gone
     assert seen.changed() == []
     kept.add_(0)  # written to, and the same

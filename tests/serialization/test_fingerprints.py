@@ -83,19 +83,6 @@ def test_bytes_beyond_the_last_word_count_in_order():
         assert not found.matches(other)
 
 
-def test_what_earlier_versions_saved_is_read():
-    value = values((5, 7), torch.float32)
-    data = Fingerprint.of(value).to_dict()
-    words = (
-        value.flatten()[:34].view(torch.int64).sum() + value.flatten()[34:].view(torch.uint8).sum()
-    )
-    del data["digest"]
-    old = Fingerprint.from_dict({**data, "checksum": int(words)}, "w")
-    assert old.matches(value) and not old.matches(value + 1)
-    again = Fingerprint.from_dict(json.loads(json.dumps(old.to_dict())), "w")
-    assert again.matches(value) and not again.matches(value + 1)
-
-
 def test_the_memory_layout_does_not_count():
     value = values((20, 10, 3, 3), torch.float32)
     found = Fingerprint.of(value)

@@ -6,8 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfmq_fx.core.errors import ArtifactError
-from tfmq_fx.serialization.json_values import decode, encode, without_infinities
+from tfmq_fx.core.errors import ArtifactError, GraphError
+from tfmq_fx.serialization.json_values import (
+    decode,
+    encode,
+    fields,
+    naming,
+    without_infinities,
+    words,
+)
 
 few = settings(deadline=None, max_examples=60)
 
@@ -89,3 +96,32 @@ def test_json_has_no_infinities_of_its_own():
         "a": ["inf", "-inf", 1.5],
         "b": [True, None],
     }
+
+
+def test_fields_have_their_keys_and_types():
+    data = {"name": "a", "size": 3, "more": None}
+    assert fields(data, "here", "more", name=str, size=float) is data
+    for changed, message in (
+        ([], "here: expected an object, found"),
+        ({"name": "a"}, "here: missing keys .'more', 'size'."),
+        (data | {"other": 1}, "here: unknown keys .'other'."),
+        (data | {"size": True}, "here.size: expected int or null, found True"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            fields(changed, "here", name=str, size=int | None, more=object)
+    assert words(["a", "b"], "here") == ("a", "b")
+    with pytest.raises(ArtifactError, match=r"here: .'a', 1. is no list of names"):
+        words(["a", 1], "here")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RecursionError("x"), GraphError("x")])
+def test_whatever_damaged_data_raises_becomes_one_error_with_the_place(error):
+    with (
+        pytest.raises(ArtifactError, match=r"^file: place: .*x") as caught,
+        naming("file"),
+        naming("place"),
+    ):
+        raise error
+    with pytest.raises(ArtifactError) as again, naming("file"):
+        raise caught.value
+    assert again.value is caught.value  # named once is enough

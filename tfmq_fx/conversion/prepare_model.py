@@ -19,9 +19,8 @@ from tfmq_fx.passes.fold_weights import fold_weights
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.observe_layers import observe_layers
 from tfmq_fx.serialization.module_settings import Behaviour
-from tfmq_fx.serialization.outside_watch import Outside
 from tfmq_fx.serialization.provenance import Calibration, Provenance, Rows, describe
-from tfmq_fx.serialization.staleness import StalenessCheck
+from tfmq_fx.serialization.staleness import OutsideTensors, StalenessCheck
 
 from .coverage import parameter_record
 from .models import Converted, Prepared
@@ -120,7 +119,6 @@ def record_provenance(
             rows=_moved(rows, "cpu"),
             sampling=prepared.sampling if spec.rounds else None,
         )
-    described, held = describe(prepared.unmerged, prepared.source)
     origin = Provenance(
         call=prepared.call,
         overrides=prepared.overrides,
@@ -131,10 +129,10 @@ def record_provenance(
         calibration=calibration,
         behaviour=prepared.behaviour,
         steps=steps,
-        **described,
+        **describe(prepared.unmerged, prepared.source),
     )
-    outside = Outside(prepared.unmerged.meta.get(OUTSIDE, {}))
-    watch = StalenessCheck(prepared.source, origin.fingerprints, held, origin.behaviour, outside)
+    outside = OutsideTensors(prepared.unmerged.meta.get(OUTSIDE, {}))
+    watch = StalenessCheck(prepared.source, origin.fingerprints, origin.behaviour, outside)
     return origin, watch
 
 

@@ -24,7 +24,6 @@ from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.quant.timestep_lookup import check_timesteps
 from tfmq_fx.quant.timestep_table import FEATURE, TABLE
-from tfmq_fx.serialization.module_json import tensors_of
 from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.source_tensors import shown
 from tfmq_fx.serialization.staleness import StalenessCheck
@@ -177,8 +176,7 @@ def _retimed(model: Converted, values: Tensor, source: nn.Module | None) -> Conv
     if source is not None:
         captured = origin.captured(source)
         rows = _rows(captured, values, {n.meta.get(FEATURE) for n in model.gm.graph.nodes})
-        held = tensors_of(captured)
-        watch = watch or StalenessCheck(source, origin.fingerprints, held, origin.behaviour)
+        watch = watch or StalenessCheck(source, origin.fingerprints, origin.behaviour)
     lookups = [str(n.args[0].target) for n in model.gm.graph.nodes if is_timestep_row(n)]
     measured = [name for name in lookups if not name.startswith(TABLE)]  # tables are computed
     scales = origin.scales or {name: getattr(model.gm, name).cpu() for name in measured}

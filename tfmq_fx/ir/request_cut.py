@@ -173,7 +173,10 @@ def _obstacles(
             reasons[node] = f"it takes {', '.join(sorted(names))} of the sample"
         elif not isinstance(value, Tensor):
             reasons[node] = "it is not a tensor"
-        elif times[node] is Binding.T and isinstance(batch, torch.SymInt):
-            if str(batch) in map(str, value.shape[1:]):
-                reasons[node] = f"its shape {tuple(value.shape)} does not begin with the batch"
+        elif (
+            times[node] is Binding.T
+            and isinstance(batch, torch.SymInt)  # a number may be equal by chance
+            and str(batch) in map(str, value.shape[1:])
+        ):
+            reasons[node] = f"its shape {tuple(value.shape)} does not begin with the batch"
     return reasons

@@ -20,7 +20,7 @@ from tfmq_fx.ir.node_info import writes_in_place
 from tfmq_fx.quant.bit_plan import BitPlan
 from tfmq_fx.serialization import artifact
 from tfmq_fx.serialization.call_json import call_from_json, check_fits
-from tfmq_fx.serialization.json_values import keys, typed
+from tfmq_fx.serialization.json_values import keys, naming, typed
 from tfmq_fx.serialization.provenance import Provenance
 
 from .bound_model import Bound
@@ -51,7 +51,7 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
         if not isinstance(each, type):
             raise ConfigError(f"load(outputs=) takes classes, not {each!r:.80}")
     loaded = artifact.load(path)
-    with artifact.naming(path / artifact.GRAPH_FILE):
+    with naming(path / artifact.GRAPH_FILE):
         extra = keys(loaded.extra, "extra", "record model_config", "prologue")
         typed(extra, "extra", record=dict, model_config=dict | None)
         call = call_from_json(loaded.call, "call", outputs)
@@ -68,7 +68,7 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
         if prologue is not None:
             model = Bound(model, _configuration(prologue, "extra.prologue", PrologueSpec))
     if loaded.origin is not None:
-        with artifact.naming(path / artifact.ORIGIN_FILE):
+        with naming(path / artifact.ORIGIN_FILE):
             model.origin = Provenance.from_parts(*loaded.origin, outputs)
     return model
 

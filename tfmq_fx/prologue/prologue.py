@@ -281,7 +281,7 @@ class Prologue:
     def _check_weights(self) -> None:
         """Drop all values where weights were changed or replaced, and have all parts use them."""
         gm, step = self._gm(), self._step()
-        if gm is None or (self._snapshot is not None and self._snapshot.compared(gm) == (True, [])):
+        if gm is None or (self._snapshot is not None and self._snapshot.compare(gm) == (True, [])):
             return
         self.offloaded.back()
         for graph in (step, *(cache.part.graph for cache in self.parts)):

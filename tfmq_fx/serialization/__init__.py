@@ -1,4 +1,4 @@
-"""Graphs and models as files, and what they were made from.
+"""Save graphs and models as files, and record the source that they were made from.
 
 Public face: artifact.save, artifact.load, Checkpoint, provenance.
 

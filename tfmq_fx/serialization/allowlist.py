@@ -1,11 +1,11 @@
-"""What a saved graph may name: functions, methods, attributes and module classes.
+"""List the functions, methods, attributes and module classes that a saved graph may name.
 
 A saved graph is data from somewhere else. Nothing that it names is imported or called unless it is
-found here: tensor functions and methods, torch.nn layers, and what tfmq_fx lists as its own. The
-same list holds when saving, so that what could be saved can be loaded.
+listed here: tensor functions and methods, torch.nn layers, and the classes and functions of
+`saved_names`. The same list holds when saving, so that every saved graph can be loaded.
 
-Left out is what could do harm in the hands of others: read files, run code, crash the process on
-arguments that torch does not check, change what the caller holds by more than its elements.
+Not listed are functions that could do harm: read files, run code, crash the process on arguments
+that torch does not check, change more of the caller's tensors than their elements.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tfmq_fx.core.errors import ArtifactError
 from tfmq_fx.ir.functionalize import PURE_FORMS, inplace_
 from tfmq_fx.quant import timestep_lookup as _registered  # noqa: F401 - torch.ops.tfmq_fx exists once it is imported
 
-from .saved_names import FUNCTIONS, MODULES
+from .saved_names import FUNCTIONS, MODULES, class_name
 
 
 def _words(text: str) -> frozenset[str]:
@@ -54,18 +54,18 @@ _TORCH_PYTHON = _words(
 _REFUSED = re.compile(
     # files, foreign memory, code
     r"from_file|from_numpy|frombuffer|from_blob|numpy|data_ptr|to_dlpack|apply|map2?|register_.*"
-    # what a tensor is rather than what it holds
+    # change the tensor itself, not its elements
     r"|resize.*|set|set_data|data|storage|untyped_storage|share_memory|record_stream|as_subclass"
     r"|module_load|new|type|rename|refine_names|names|requires_grad|retain_grad|reinforce"
     # tensors of other layouts and quantized ones, whose parts nothing checks against each other
     r"|.*(sparse|_coo|_csr|_csc|_bsr|_bsc|mkldnn|cudnn|miopen|fbgemm|nested|jagged).*|coalesce"
     r"|smm|hsmm|sspaddmm|hspmm|saddmm|(col|crow|ccol|row)?_?indices|values"
     r"|quantize_.*|quantized_.*|dequantize|q_.*|int_repr|qscheme|choose_qparams.*|fused_moving.*"
-    # places, lengths and statistics that kernels take for right
+    # take places, lengths and statistics that kernels do not check
     r"|.*backward.*|segment_reduce|max_unpool.*|embedding_bag|ctc_loss|(lu|ldl)_(solve|unpack)"
     r"|lobpcg|native_batch_norm|batch_norm_.*|rnn_.*|lstm.*|gru.*|.*_cell|pack_.*"
     r"|unpack_.*|.*_renorm|histogramdd|rrelu_with_noise|lcm|factorial|comb|perm"
-    # of torch.nn.functional, no functions of tensors
+    # in torch.nn.functional, but no functions of tensors
     r"|assert_int_or_pair|boolean_dispatch|handle_torch_function|get_device|init_.*"
 )
 _INPLACE_REFUSED = _words(
@@ -91,8 +91,8 @@ _ENUMERATIONS: dict[str, type] = {
     "MemoryFormat": torch.memory_format,
 }
 _TORCH_NN = re.compile(r"torch\.nn\.modules(\.[a-z]\w*)+", re.ASCII)
-# Those that build any number of others, that are nothing before their first call, or that give
-# unchecked numbers to kernels.
+# Classes that build any number of others, that have no weights before their first call, or that
+# give unchecked numbers to kernels.
 _NN_REFUSED = re.compile(
     r"^(Transformer|TransformerEncoder|TransformerDecoder|Module)$|^Lazy|^MaxUnpool|^EmbeddingBag"
     r"|^RNNBase$|^RNNCellBase$|^CTCLoss$|^AdaptiveLogSoftmax"
@@ -102,7 +102,7 @@ _OP = re.compile(r"torch\.ops\.([a-z]\w*)\.(\w+)\.([A-Za-z]\w*)", re.ASCII)
 
 
 def function_name(function: Any, where: str) -> str:
-    """The name under which `function` is saved. Raises ArtifactError if it is not allowed."""
+    """Return the name under which `function` is saved. Raises ArtifactError if not allowed."""
     own_name = getattr(function, "__name__", "?")
     if (known := _function_names().get((function, own_name))) is not None:
         return known
@@ -116,36 +116,34 @@ def function_name(function: Any, where: str) -> str:
 
 
 def function_named(name: str, where: str) -> Any:
-    """The function called `name`. Raises ArtifactError if it is not allowed."""
+    """Return the function called `name`. Raises ArtifactError if it is not allowed."""
     if (known := _functions().get(name)) is not None:
         return known
-    if op := _OP.fullmatch(name):
-        namespace, packet, overload = op.groups()
-        plain = packet[0] != "_" or packet in _OPS_UNDERSCORED
-        truncates = (namespace, packet) == ("prims", "div")
-        if namespace in _OP_NAMESPACES and plain and not is_refused(packet) and not truncates:
-            found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-            # TorchScript has operators that are not tensor operators (aten::save writes files);
-            # only those of the dispatcher are.
-            qualified = f"{namespace}::{packet}.{overload}".removesuffix(".default")
-            known_op = isinstance(found, torch._ops.OpOverload)
-            if known_op and torch._C._dispatch_has_kernel(qualified):
-                if _writes_elsewhere(found):
-                    raise ArtifactError(f"{where}: a saved graph may not call {name}")
-                return found
+    namespace, packet, overload = op.groups() if (op := _OP.fullmatch(name)) else ("", "_", "")
+    plain = packet[0] != "_" or packet in _OPS_UNDERSCORED
+    truncates = (namespace, packet) == ("prims", "div")
+    if namespace in _OP_NAMESPACES and plain and not is_refused(packet) and not truncates:
+        operator = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+        # TorchScript has operators that are not tensor operators (aten::save writes files);
+        # only those of the dispatcher are.
+        qualified = f"{namespace}::{packet}.{overload}".removesuffix(".default")
+        known_op = isinstance(operator, torch._ops.OpOverload)
+        if not known_op or not torch._C._dispatch_has_kernel(qualified):
             raise ArtifactError(f"{where}: there is no operator {name} here")
+        if not _writes_elsewhere(operator):
+            return operator
     raise ArtifactError(f"{where}: a saved graph may not call {name:.200}")
 
 
 def is_refused(name: str) -> bool:
-    """Whether functions, methods and operators of this bare name are off the list."""
+    """Whether functions, methods and operators of this bare name are not allowed."""
     bare = name.rstrip("_") or name
     writes = name.endswith("_") and not name.endswith("__")
     return bool(_REFUSED.fullmatch(bare)) or (writes and bare in _INPLACE_REFUSED)
 
 
 def _writes_elsewhere(op: Any) -> bool:
-    """Whether an operator writes to any other argument than its first, or has results there."""
+    """Whether an operator writes to an argument other than its first, or to an `out` argument."""
     arguments = op._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
     return written not in ([], [0]) or any(a.is_out for a in arguments)
@@ -153,26 +151,23 @@ def _writes_elsewhere(op: Any) -> bool:
 
 @functools.cache
 def _functions() -> dict[str, Any]:
-    """Every function outside torch.ops and tfmq_fx that a graph may call, by name."""
-    table: dict[str, Any] = {f"builtins.{name}": getattr(builtins, name) for name in _BUILTINS}
-    table |= {f"operator.{name}": getattr(operator, name) for name in _OPERATORS}
-    table |= {f"torch.{name}": getattr(torch, name) for name in _TORCH_PYTHON}
-    table["torch._weight_norm"] = torch._weight_norm  # what torch.nn.utils.weight_norm calls
+    """Return every function outside torch.ops that a graph may call, by name."""
+    table: dict[str, Any] = {"torch._weight_norm": torch._weight_norm}  # of nn.utils.weight_norm
+    for space, names in ((builtins, _BUILTINS), (operator, _OPERATORS), (torch, _TORCH_PYTHON)):
+        table |= {f"{space.__name__}.{name}": getattr(space, name) for name in names}
     for name, value in vars(F).items():
         native = isinstance(value, types.BuiltinFunctionType)
         ours = isinstance(value, types.FunctionType) and value.__module__ == F.__name__
         from_c = native and value.__module__ in ("torch", "torch._C._nn")
         if (ours or from_c) and not name.startswith("_") and not is_refused(name):
             table[f"torch.nn.functional.{name}"] = value
-    tensor_functions = set(dir(torch._C._VariableFunctions))
-    # What torch.meshgrid and its like, written in Python, call.
-    inner = {name: getattr(torch._C._VariableFunctions, name, None) for name in _TORCH_PYTHON}
-    table |= {f"torch._VF.{name}": value for name, value in inner.items() if value is not None}
-    sources = [(torch, tensor_functions), (math, dir(math))]
-    spaces = (torch.fft, torch.linalg, torch.special, torch._C._nn)
-    sources += [(space, dir(space)) for space in spaces]
-    for space, names in sources:
-        for name in names:
+    tensor_functions = dir(torch._C._VariableFunctions)
+    # The native functions that torch.meshgrid and the like, written in Python, call.
+    inner = [name for name in _TORCH_PYTHON if name in tensor_functions]
+    table |= {f"torch._VF.{name}": getattr(torch._C._VariableFunctions, name) for name in inner}
+    spaces = (math, torch.fft, torch.linalg, torch.special, torch._C._nn)
+    for space, listed in [(torch, tensor_functions), *((space, dir(space)) for space in spaces)]:
+        for name in listed:
             value = getattr(space, name, None)
             native = isinstance(value, types.BuiltinFunctionType)
             if native and not name.startswith("_") and not is_refused(name):
@@ -189,31 +184,29 @@ def _function_names() -> dict[tuple[Any, str], str]:
 
 @functools.cache
 def _modules() -> dict[str, type[nn.Module]]:
-    """Every module class that a graph may hold, by name."""
-    found: list[type[nn.Module]] = []
-    for kind in vars(nn).values():
-        if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-            continue
-        if _TORCH_NN.fullmatch(kind.__module__) and not _NN_REFUSED.search(kind.__name__):
-            found.append(kind)
-    return {f"{kind.__module__}.{kind.__qualname__}": kind for kind in found} | dict(MODULES)
+    """Return every module class that a graph may hold, by name."""
+    layers = [
+        kind
+        for kind in vars(nn).values()
+        if isinstance(kind, type) and issubclass(kind, nn.Module)
+        if _TORCH_NN.fullmatch(kind.__module__) and not _NN_REFUSED.search(kind.__name__)
+    ]
+    return {class_name(kind): kind for kind in layers} | dict(MODULES)
 
 
 def module_class(name: Any, where: str) -> type[nn.Module]:
-    """The module class called `name`. Raises ArtifactError if it is not allowed."""
-    found = _modules().get(name) if type(name) is str else None
-    if found is None:
-        raise ArtifactError(
-            f"{where}: a saved graph may not hold a {name!s:.200}; only layers of torch.nn and "
-            "tfmq_fx"
-        )
-    return found
+    """Return the module class called `name`. Raises ArtifactError if it is not allowed."""
+    if type(name) is str and name in _modules():
+        return _modules()[name]
+    raise ArtifactError(
+        f"{where}: a saved graph may not hold a {name!s:.200}; only layers of torch.nn and tfmq_fx"
+    )
 
 
 def check_node(node: fx.Node) -> None:
     """Raise ArtifactError unless the node is one that a saved graph may hold.
 
-    The function that it calls is checked where it is named (`function_name`, `function_named`).
+    `function_name` and `function_named` check the function that it calls.
     fx writes targets and keyword names into source code that it runs, so their form is checked.
     """
     where, target = node.name, node.target
@@ -255,15 +248,15 @@ def check_node(node: fx.Node) -> None:
 
 
 def _check_enumerations(node: fx.Node, op: torch._ops.OpOverload) -> None:
-    """Raise ArtifactError where an operator gets a number for a dtype and the like, which torch
-    takes for one unchecked."""
+    """Raise ArtifactError where an operator takes a dtype, layout or memory format and gets a
+    number, which torch does not check."""
     for i, argument in enumerate(op._schema.arguments):
         kind = _ENUMERATIONS.get(str(argument.real_type).removeprefix("Optional[").rstrip("]?"))
-        given = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
-        if kind is None or given is None or isinstance(given, kind):
+        value = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+        if kind is None or value is None or isinstance(value, kind):
             continue
-        if not (isinstance(given, fx.Node) and given.target is getattr):
-            raise ArtifactError(f"{node.name}: {argument.name} of {op} is {given!r:.80}")
+        if not (isinstance(value, fx.Node) and value.target is getattr):
+            raise ArtifactError(f"{node.name}: {argument.name} of {op} is {value!r:.80}")
 
 
 def _check_layout(where: str, value: Any) -> Any:
@@ -273,7 +266,7 @@ def _check_layout(where: str, value: Any) -> Any:
 
 
 def check_path(path: str, where: str) -> None:
-    """Raise ArtifactError unless `path` is a dotted path of attributes, none of them internal."""
+    """Raise ArtifactError unless `path` is a dotted path of attributes without internal ones."""
     if not _PATH.fullmatch(path):
         raise ArtifactError(f"{where}: {path!r} is not a path of attributes")
 

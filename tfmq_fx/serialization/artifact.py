@@ -1,9 +1,9 @@
-"""Saving and loading of converted models.
+"""Write a converted model as a directory of files, and read it back.
 
 A saved model is a directory. `tfmq_fx.json` holds the graph, what the caller wants kept, the size
 and SHA-256 of each other file, and at its end the SHA-256 of all that is before it;
 `model.safetensors` holds the tensors. `origin.json` and `origin.safetensors`, which running the
-model does not take, hold what it was made from. Other files in the directory are not read.
+model does not need, hold its `Provenance`. Other files in the directory are not read.
 
 What is read is data: nothing in it can run code (see `allowlist`), and what it claims is compared
 with the sizes of the files before anything is made of it.
@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,36 +25,35 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, fx
 
-from tfmq_fx.core.errors import ArtifactError, TfmqError
+from tfmq_fx.core.errors import ArtifactError
 from tfmq_fx.core.reading import JSON_BYTES, check_depth, open_regular, parse_json, read_json
 from tfmq_fx.core.temporary_files import folder_beside
 
-from .artifact_tensors import fill_modules, read_tensors, tensors_to_store
-from .artifact_values import from_json_value, json_of
+from .artifact_tensors import read_tensors, tensors_to_store
 from .atomic_directory import make_parents, present, recover, swap, sync
 from .graph_json import from_json, to_json
-from .json_values import keys, typed
+from .json_values import fields, from_plain_json, keys, naming, to_plain_json
 from .module_json import tensors_of
 from .older_formats import upgrade, upgrade_origin
 
-# 1: without origin; 2: weights of 3, 5, 6 and 7 bits took a byte each; 3: no SHA-256 of the JSON;
-# 4: our classes by the modules that they lay in (see `older_formats`)
-FORMAT_VERSION = 5
+# 3: no SHA-256 of the JSON; 4: our classes by the modules that they lay in (see `older_formats`)
+OLDEST_VERSION, FORMAT_VERSION = 3, 5
 GRAPH_FILE = "tfmq_fx.json"
 TENSORS_FILE = "model.safetensors"
 ORIGIN_FILE = "origin.json"
 ORIGIN_TENSORS = "origin.safetensors"
 _FILES = {GRAPH_FILE, TENSORS_FILE, ORIGIN_FILE, ORIGIN_TENSORS}
+_SAVED_VALUES = ("call", "config", "extra")
 _KEYS = "format format_version torch tensors graph call config extra"
-_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"}')  # ends the JSON; the digest of what is before
+_SEAL = ',"sha256":"{}"}}'  # ends the JSON; the digest of what is before
 _SEAL_BYTES = 77
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a saved model holds: its graph with tensors on the CPU, and what was saved beside it.
+    """The content of a saved model: its graph with tensors on the CPU, and the values beside it.
 
-    origin: JSON data and tensors of what it was made from, where they were saved.
+    origin: JSON data and tensors of its `Provenance`, where they were saved.
     """
 
     gm: fx.GraphModule
@@ -90,8 +88,8 @@ def save(
         "torch": torch.__version__,
         "graph": graph,
     }
-    for name, value in (("call", call), ("config", config), ("extra", extra)):
-        document[name] = json_of(value, name)
+    for name, value in zip(_SAVED_VALUES, (call, config, extra), strict=True):
+        document[name] = to_plain_json(value, name)
     with _writing(target):
         recover(target, GRAPH_FILE)
         _check_replaceable(target)
@@ -100,11 +98,10 @@ def save(
         document["tensors"] = _write_tensors(new / TENSORS_FILE, tensors)
         if origin is not None:
             data, beside = origin
+            stored = tensors_to_store(beside, {name: {} for name in beside})
             document["origin"] = {
-                ORIGIN_FILE: _write_json(new / ORIGIN_FILE, json_of(data, "origin")),
-                ORIGIN_TENSORS: _write_tensors(
-                    new / ORIGIN_TENSORS, tensors_to_store(beside, {name: {} for name in beside})
-                ),
+                ORIGIN_FILE: _write_json(new / ORIGIN_FILE, to_plain_json(data, "origin")),
+                ORIGIN_TENSORS: _write_tensors(new / ORIGIN_TENSORS, stored),
             }
         _write_json(new / GRAPH_FILE, document, seal=True)
         for path in (*new.iterdir(), new):
@@ -114,64 +111,43 @@ def save(
 
 
 def load(directory: str | Path) -> Loaded:
-    """The model saved in `directory`, in eval mode, its tensors on the CPU.
+    """Read the model saved in `directory`: in eval mode, its tensors on the CPU.
 
-    Raises ArtifactError, saying which, if the directory or a file is missing, is not one of ours,
-    comes from a newer version, is truncated or altered, or names something a graph may not hold.
+    Raises ArtifactError if the directory or a file is missing, was not written by tfmq_fx, is of
+    a newer or too old format, is truncated or altered, or names what a graph may not hold.
     """
     place = _place(directory)
-    path = place / GRAPH_FILE
+    path, weights = place / GRAPH_FILE, place / TENSORS_FILE
     document = _read_document(place)
     with naming(path):
         _check_listed(place, document)
-    weights = place / TENSORS_FILE
-    with naming(path):
-        graph = document["graph"]
-        table = graph.get("tensors") if type(graph) is dict else None
-        if type(table) is not dict:
-            raise ArtifactError(f"graph.tensors: expected an object, found {table!r:.80}")
     with _checked(weights, document["tensors"]):
         tensors = read_tensors(weights)
     with naming(path):
-        gm = from_json(graph)
-        fill_modules(gm, tensors, table, weights)
-        call, config, extra = (
-            from_json_value(document[name], name) for name in ("call", "config", "extra")
-        )
-    return Loaded(gm, call, config, extra, _read_origin(place, document))
+        gm = from_json(document["graph"], tensors)
+        parts = {name: from_plain_json(document[name], name) for name in _SAVED_VALUES}
+    return Loaded(gm, **parts, origin=_read_origin(place, document))
 
 
 def _place(directory: str | Path) -> Path:
     try:
         place = present(Path(directory).resolve(), GRAPH_FILE)
-        found = place.is_dir()
+        if place.is_dir():
+            return place
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL, too long a name
         raise ArtifactError(f"{str(directory)!r:.200} is no directory: {error}") from error
-    if not found:
-        raise ArtifactError(f"{place}: there is no such directory")
-    return place
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors in what the file at `path` says, with its name, all as ArtifactError."""
-    try:
-        yield
-    except TfmqError as error:
-        raise ArtifactError(f"{path}: {error}") from error
-    except Exception as error:  # whatever no check foresaw: a file must not choose the error
-        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    raise ArtifactError(f"{place}: there is no such directory")
 
 
 def _read_origin(
     place: Path, document: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     files = document.get("origin")
-    if files is None:
+    if files is None or document["format_version"] < 4:  # format 3 lacks the modules' settings
         return None
     keys(files, f"{place / GRAPH_FILE}: origin", f"{ORIGIN_FILE} {ORIGIN_TENSORS}")
     with _checked(place / ORIGIN_FILE, files[ORIGIN_FILE]):
-        data = from_json_value(read_json(place / ORIGIN_FILE), str(place / ORIGIN_FILE))
+        data = from_plain_json(read_json(place / ORIGIN_FILE), str(place / ORIGIN_FILE))
     with _checked(place / ORIGIN_TENSORS, files[ORIGIN_TENSORS]):
         tensors = read_tensors(place / ORIGIN_TENSORS)
     if document["format_version"] < 5:
@@ -180,15 +156,14 @@ def _read_origin(
 
 
 def _check_listed(place: Path, document: dict[str, Any]) -> None:
-    """Raise ArtifactError for a file of ours in the directory that the JSON says nothing of."""
-    if "origin" in document:
-        return
-    if extra := [name for name in (ORIGIN_FILE, ORIGIN_TENSORS) if (place / name).exists()]:
-        raise ArtifactError(f"{place} holds {extra}, of which {GRAPH_FILE} says nothing")
+    """Raise ArtifactError where the directory has an origin file that the JSON does not list."""
+    unlisted = [name for name in (ORIGIN_FILE, ORIGIN_TENSORS) if (place / name).exists()]
+    if unlisted and "origin" not in document:
+        raise ArtifactError(f"{place} holds {unlisted}, of which {GRAPH_FILE} says nothing")
 
 
 def saved_bytes(directory: str | Path) -> int:
-    """Bytes on disk of the model saved in `directory`, less those that only `refresh` reads.
+    """Return the bytes that the model in `directory` takes on disk, without its origin.
 
     Raises ArtifactError if there is none.
     """
@@ -214,6 +189,11 @@ def _read_document(place: Path) -> dict[str, Any]:
     version = document["format_version"]
     if type(version) is not int or version < 1:
         raise ArtifactError(f"{path}: format_version {version!r} is not a version number")
+    if version < OLDEST_VERSION:
+        raise ArtifactError(
+            f"{path} has format_version {version}, and this tfmq_fx reads {OLDEST_VERSION} to "
+            f"{FORMAT_VERSION}; convert the model anew and save it"
+        )
     if version > FORMAT_VERSION:
         raise ArtifactError(
             f"{path} has format_version {version}, and this tfmq_fx reads up to {FORMAT_VERSION}; "
@@ -221,22 +201,19 @@ def _read_document(place: Path) -> dict[str, Any]:
         )
     if version > 3:
         _check_seal(path, content)
-    known = _KEYS + (" sha256" if version > 3 else "")
-    keys(document, str(path), known, "origin" if version > 1 else "")
+    keys(document, str(path), _KEYS + (" sha256" if version > 3 else ""), "origin")
     if version < 5:
         upgrade(document)
-    checked: dict[str, Any] = document
-    return checked
+    return document  # type: ignore[no-any-return]
 
 
 def _check_seal(path: Path, content: bytes) -> None:
     """Raise ArtifactError unless the JSON is, byte for byte, what was written."""
-    said = _SEAL.fullmatch(content[-_SEAL_BYTES:])
-    found = hashlib.sha256(content[:-_SEAL_BYTES]).hexdigest()
-    if said is None or said[1].decode() != found:
+    seal, actual = content[-_SEAL_BYTES:], hashlib.sha256(content[:-_SEAL_BYTES]).hexdigest()
+    if seal.decode("utf-8", "replace") != _SEAL.format(actual):
         raise ArtifactError(
-            f"{path} is truncated or was altered: its sha256 is {found}, but it ends with "
-            f"{content[-_SEAL_BYTES:].decode('utf-8', 'replace')!r}; save the model again"
+            f"{path} is truncated or was altered: its sha256 is {actual}, but it ends with "
+            f"{seal.decode('utf-8', 'replace')!r}; save the model again"
         )
 
 
@@ -248,53 +225,49 @@ def _is_ours(document: Any) -> bool:
     )
 
 
-# ---------------------------------------------------------------- tensors
-
-
 def _write_json(path: Path, document: dict[str, Any], *, seal: bool = False) -> dict[str, Any]:
-    """The file's fingerprint.  seal: end it with the SHA-256 of all that is before."""
+    """Write a JSON file and return its size and SHA-256.
+
+    seal: end the file with the SHA-256 of all bytes before.
+    """
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     check_depth(text.encode(), str(path.name))
     if seal:
         text = text.removesuffix("}")
-        text += f',"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}'
+        text += _SEAL.format(hashlib.sha256(text.encode()).hexdigest())
     path.write_text(text)
     return _fingerprint(path)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The file's fingerprint."""
+    """Write a safetensors file and return its size and SHA-256."""
     safetensors.torch.save_file(tensors, path)
     os.chmod(path, os.stat(path.parent).st_mode & 0o666)  # safetensors writes 0600
     return _fingerprint(path)
 
 
-# ---------------------------------------------------------------- files
-
-
 def _fingerprint(path: Path, size: int | None = None) -> dict[str, Any]:
-    """Size and SHA-256; the file is not read where its size already differs from `size`."""
+    """Return the size and SHA-256 of a file; it is not read where its size differs from `size`."""
     with open_regular(path) as file:
-        found = os.fstat(file.fileno()).st_size
-        if size is not None and found != size:
-            return {"bytes": found, "sha256": ""}
-        return {"bytes": found, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        length = os.fstat(file.fileno()).st_size
+        if size is not None and length != size:
+            return {"bytes": length, "sha256": ""}
+        return {"bytes": length, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 @contextlib.contextmanager
 def _checked(path: Path, expected: Any) -> Iterator[None]:
-    """Read a file inside that is what was written. Raises ArtifactError, saying what is wrong."""
+    """Check the size and SHA-256 of a file before the body reads it. Raises ArtifactError."""
     where = f"{path.parent / GRAPH_FILE}: {path.name}"
-    expected = keys(expected, where, "bytes sha256")
-    typed(expected, where, bytes=int, sha256=str)
+    fields(expected, where, bytes=int, sha256=str)
     try:
-        found = _fingerprint(path, expected["bytes"])
-        if found != expected:
-            what = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
-            raise ArtifactError(
-                f"{path} is truncated or was altered: its {what} is {found[what]}, "
-                f"but {GRAPH_FILE} says {expected[what]}"
-            )
+        actual = _fingerprint(path, expected["bytes"])
+        for key in ("bytes", "sha256"):
+            if actual[key] != expected[key]:
+                raise ArtifactError(
+                    f"{path} is truncated or was altered: its {key} is {actual[key]}, "
+                    f"but {GRAPH_FILE} says {expected[key]}"
+                )
         yield
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing") from error
@@ -311,12 +284,10 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise ArtifactError(f"{target} exists and is not a directory")
-    found = {path.name for path in target.iterdir()}
-    if not found:
+    names = {path.name for path in target.iterdir()} if target.exists() else None
+    if not names:
         return
     try:
         ours = _is_ours(read_json(target / GRAPH_FILE))
@@ -324,7 +295,7 @@ def _check_replaceable(target: Path) -> None:
         ours = False
     if not ours:
         raise ArtifactError(f"{target} is not empty and not a model saved by tfmq_fx; left alone")
-    if foreign := sorted(found - _FILES):
+    if foreign := sorted(names - _FILES):
         raise ArtifactError(
             f"{target} holds files that saving it again would delete: {foreign}; "
             "move them or save elsewhere"

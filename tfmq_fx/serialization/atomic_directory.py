@@ -1,4 +1,4 @@
-"""A directory that is replaced as a whole: complete, or as it was, whenever the process dies."""
+"""Replace a directory as a whole, so that a crash leaves either the old or the new one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tfmq_fx.core.errors import ArtifactError
 
 
 def swap(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; a directory cannot be renamed over a full one."""
+    """Put `new` in the place of `target`, by two renames; a full directory cannot be replaced."""
     backup = _backup(target)
     if not target.exists() or not any(target.iterdir()):
         os.replace(new, target)
@@ -26,20 +26,22 @@ def swap(new: Path, target: Path) -> None:
 
 
 def present(target: Path, marker: str) -> Path:
-    """Where the content of `target` lies: beside it, if a process died between the two renames.
-    marker: a file that it has."""
+    """Return the directory that holds the content of `target`.
+
+    It lies beside `target` if a process died between the two renames.  marker: a file in it.
+    """
     backup = _backup(target)
     return backup if not target.exists() and (backup / marker).exists() else target
 
 
 def recover(target: Path, marker: str) -> None:
-    """Finish or undo what a process that died left of a swap."""
+    """Undo an interrupted swap."""
     if present(target, marker) != target:
         os.rename(_backup(target), target)
 
 
 def make_parents(parent: Path) -> None:
-    """Make a directory that can be written to. Raises ArtifactError."""
+    """Make a directory with its parents. Raises ArtifactError unless it can be written to."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,7 +51,7 @@ def make_parents(parent: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when a file or directory is on disk."""
+    """Wait until a file or directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

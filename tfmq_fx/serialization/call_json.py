@@ -1,9 +1,9 @@
-"""A call specification from JSON, checked as it is read, and whether it fits a graph."""
+"""Read a call specification from JSON, and check it, by itself and against its graph."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -15,68 +15,73 @@ from tfmq_fx.core.errors import ArtifactError
 from tfmq_fx.core.output_classes import output_class
 from tfmq_fx.ir.node_info import size_hint
 
-from .json_values import dtype_named, keys, typed
+from .json_values import dtype_named, fields, typed, words
 
 _POWER = 16  # the highest in a size expression
 _KINDS = ("dict", "list", "tuple", "object", "samples")
+_CALL: dict[str, Any] = {
+    **dict.fromkeys(("arguments", "inputs", "guards"), list),
+    "timestep": str,
+    "output": object,
+    "return_dict": bool | None,
+}
+_BRANCH: dict[str, Any] = {"kind": str, "keys": list, "children": list, "class": str | None}
+_T = TypeVar("_T")
 
 
 def call_from_json(data: Any, where: str, outputs: Collection[type] = ()) -> CallSpec:
-    """The specification that `CallSpec.to_dict` wrote.
+    """Return the specification that `CallSpec.to_dict` wrote.
 
     outputs: classes that it may name besides those of libraries (see `output_classes`).
     Raises ArtifactError, naming `where` and the place in it.
     """
-    keys(data, where, "arguments inputs timestep output return_dict guards", "conditions fixed")
-    typed(data, where, arguments=list, inputs=list, timestep=str, guards=list)
-    typed(data, where, return_dict=bool | None)
-    inputs = tuple(_input(item, f"{where}.inputs[{i}]") for i, item in enumerate(data["inputs"]))
-    made = CallSpec(
-        arguments=tuple(
-            _argument(item, f"{where}.arguments[{i}]", outputs)
-            for i, item in enumerate(data["arguments"])
-        ),
+    fields(data, where, "conditions fixed", **_CALL)
+    inputs = tuple(_each(_input, data["inputs"], f"{where}.inputs"))
+    sizes = {size for spec in inputs for size in spec.shape}
+    arguments = _each(_argument, data["arguments"], f"{where}.arguments", outputs)
+    call = CallSpec(
+        arguments=tuple(arguments),
         inputs=inputs,
         timestep=data["timestep"],
         output=_structure(data["output"], f"{where}.output", outputs),
         return_dict=data["return_dict"],
-        guards=tuple(
-            _guard(item, f"{where}.guards[{i}]", {s for spec in inputs for s in spec.shape})
-            for i, item in enumerate(data["guards"])
-        ),
-        conditions=_names(data.get("conditions", []), f"{where}.conditions"),
-        fixed=_names(data.get("fixed", []), f"{where}.fixed"),
+        guards=tuple(_each(_guard, data["guards"], f"{where}.guards", sizes)),
+        conditions=words(data.get("conditions", []), f"{where}.conditions"),
+        fixed=words(data.get("fixed", []), f"{where}.fixed"),
     )
-    _check_sound(made, where)
-    return made
+    _check_sound(call, where)
+    return call
+
+
+def _each(read: Callable[..., _T], items: list[Any], where: str, *further: Any) -> list[_T]:
+    """Read each item of a list, with its place for messages."""
+    return [read(item, f"{where}[{i}]", *further) for i, item in enumerate(items)]
 
 
 def check_fits(call: CallSpec, gm: fx.GraphModule, where: str) -> None:
     """Raise ArtifactError unless calls by this specification are calls of the graph."""
     nodes = list(gm.graph.find_nodes(op="placeholder"))
-    if list(call.names) != (found := [str(node.target) for node in nodes]):
-        raise ArtifactError(f"{where}.inputs: {list(call.names)}, but the graph takes {found}")
+    names = [str(node.target) for node in nodes]
+    if list(call.names) != names:
+        raise ArtifactError(f"{where}.inputs: {list(call.names)}, but the graph takes {names}")
     sizes: dict[str, int] = {}
     for i, (spec, node) in enumerate(zip(call.inputs, nodes, strict=True)):
         value = node.meta.get("val")
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else None
-        if shape is None or len(shape) != len(spec.shape):
+        pairs = [*zip(spec.shape, shape or (), strict=False)]
+        fixed = [(a, b) for a, b in pairs if isinstance(a, int) and isinstance(b, int)]
+        if shape is None or len(shape) != len(spec.shape) or any(a != b for a, b in fixed):
             raise ArtifactError(
                 f"{where}.inputs[{i}]: {spec.name} is {spec.shape}, and in the graph {shape}"
             )
-        for size, held in zip(spec.shape, shape, strict=True):
-            if isinstance(size, int) and isinstance(held, int) and size != held:
-                raise ArtifactError(
-                    f"{where}.inputs[{i}]: {spec.name} is {spec.shape}, and in the graph {shape}"
-                )
+        for size, actual in pairs:
             if isinstance(size, str):
-                sizes.setdefault(size, size_hint(held))
+                sizes.setdefault(size, size_hint(actual))
     (output,) = gm.graph.find_nodes(op="output")
-    flat = output.args[0]
-    count = len(list(_leaves(call.output)))
+    flat, count = output.args[0], len(list(_leaves(call.output)))
     if not isinstance(flat, (tuple, list)) or len(flat) != count:
-        given = len(flat) if isinstance(flat, (tuple, list)) else "no list of tensors"
-        raise ArtifactError(f"{where}.output: {count} tensors, but the graph gives {given}")
+        total = len(flat) if isinstance(flat, (tuple, list)) else "no list of tensors"
+        raise ArtifactError(f"{where}.output: {count} tensors, but the graph gives {total}")
     for i, guard in enumerate(call.guards):
         try:
             guard.allows(sizes)
@@ -86,10 +91,8 @@ def check_fits(call: CallSpec, gm: fx.GraphModule, where: str) -> None:
 
 def _check_sound(call: CallSpec, where: str) -> None:
     """Raise ArtifactError where parts of a specification contradict each other."""
-    for kind, names in (
-        ("arguments", [argument.name for argument in call.arguments]),
-        ("inputs", list(call.names)),
-    ):
+    named = {"arguments": [each.name for each in call.arguments], "inputs": list(call.names)}
+    for kind, names in named.items():
         if len(set(names)) != len(names):
             raise ArtifactError(f"{where}.{kind}: a name is given twice in {names}")
     first = 0
@@ -109,11 +112,11 @@ def _check_sound(call: CallSpec, where: str) -> None:
 
 
 def _check_order(structure: Structure, where: str) -> int:
-    """The number of tensors in a structure, which must be numbered from 0 in their order."""
-    found = list(_leaves(structure))
-    if found != list(range(len(found))):
-        raise ArtifactError(f"{where}: its tensors are numbered {found[:20]}")
-    return len(found)
+    """Return the number of tensors in a structure, after checking that they are numbered from 0."""
+    numbers = list(_leaves(structure))
+    if numbers != list(range(len(numbers))):
+        raise ArtifactError(f"{where}: its tensors are numbered {numbers[:20]}")
+    return len(numbers)
 
 
 def _leaves(structure: Structure) -> Iterator[int]:
@@ -125,19 +128,17 @@ def _leaves(structure: Structure) -> Iterator[int]:
 
 
 def _input(data: Any, where: str) -> Input:
-    keys(data, where, "name path shape dtype device")
-    typed(data, where, name=str, path=str, shape=list, device=str)
+    fields(data, where, name=str, path=str, shape=list, dtype=object, device=str)
     if not all(type(n) is str or (type(n) is int and n >= 0) for n in data["shape"]):
         raise ArtifactError(f"{where}.shape: {data['shape']!r:.80} is no list of sizes and names")
     dtype = dtype_named(data["dtype"], f"{where}.dtype")
-    return Input(data["name"], data["path"], tuple(data["shape"]), dtype, data["device"])
+    return Input(**data | {"shape": tuple(data["shape"]), "dtype": dtype})
 
 
 def _argument(data: Any, where: str, outputs: Collection[type]) -> Argument:
-    keys(data, where, "name structure first positional omittable")
-    typed(data, where, name=str, first=int, positional=bool, omittable=bool)
+    fields(data, where, name=str, structure=object, first=int, positional=bool, omittable=bool)
     structure = _structure(data["structure"], f"{where}.structure", outputs)
-    return Argument(data["name"], structure, data["first"], data["positional"], data["omittable"])
+    return Argument(**data | {"structure": structure})
 
 
 def _structure(data: Any, where: str, outputs: Collection[type]) -> Structure:
@@ -150,13 +151,9 @@ def _structure(data: Any, where: str, outputs: Collection[type]) -> Structure:
             return Const(data["const"])
         if "dtype" in data:
             return Const(dtype_named(data["dtype"], f"{where}.dtype"))
-    keys(data, where, "kind keys children class")
-    typed(data, where, kind=str, keys=list, children=list)
+    fields(data, where, **_BRANCH)
     kind, names = data["kind"], tuple(data["keys"])
-    children = tuple(
-        _structure(child, f"{where}.children[{i}]", outputs)
-        for i, child in enumerate(data["children"])
-    )
+    children = tuple(_each(_structure, data["children"], f"{where}.children", outputs))
     plain = all(type(key) in (str, int, float, bool, type(None)) for key in names)
     if kind not in _KINDS or not plain or len(set(names)) != len(names):
         raise ArtifactError(f"{where}: no {kind!r:.40} of {len(children)} with keys {names!r:.80}")
@@ -168,9 +165,8 @@ def _structure(data: Any, where: str, outputs: Collection[type]) -> Structure:
         if data["class"] is not None:
             raise ArtifactError(f"{where}.class: a {kind} has none")
         return Branch(kind, names, children)
-    typed(data, where, **{"class": str})
-    if not all(type(key) is str for key in names):
-        raise ArtifactError(f"{where}.keys: {names!r:.80} are no names of fields")
+    typed(data, where, **_BRANCH | {"class": str})
+    words(data["keys"], f"{where}.keys")
     try:
         return Branch(kind, names, children, output_class(data["class"], names, outputs))
     except ArtifactError as error:
@@ -178,10 +174,9 @@ def _structure(data: Any, where: str, outputs: Collection[type]) -> Structure:
 
 
 def _guard(data: Any, where: str, names: Collection[int | str]) -> Guard:
-    keys(data, where, "expression holds text source")
-    typed(data, where, holds=bool, text=str, source=str)
-    found = _expression(data["expression"], f"{where}.expression", names)
-    return Guard(found, data["holds"], data["text"], data["source"])
+    fields(data, where, expression=object, holds=bool, text=str, source=str)
+    expression = _expression(data["expression"], f"{where}.expression", names)
+    return Guard(**data | {"expression": expression})
 
 
 def _expression(data: Any, where: str, names: Collection[int | str]) -> Expression:
@@ -190,32 +185,26 @@ def _expression(data: Any, where: str, names: Collection[int | str]) -> Expressi
     if type(data) is str:
         raise ArtifactError(f"{where}: there is no size {data!r:.80}")
     operator: Any = data[0] if type(data) is list and data else None
-    many = operator in ("and", "or")
-    operands = {"not": 1}.get(operator, 2) if type(operator) is str else 0
-    if not (type(operator) is str and operator in OPERATORS):
+    if type(operator) is not str or operator not in (*OPERATORS, "and", "or", "not"):
         raise ArtifactError(f"{where}: unknown size expression {data!r:.80}")
-    if len(data) < 2 or not (many or len(data) == operands + 1):
-        raise ArtifactError(f"{where}: {operator} takes {operands} operands: {data!r:.80}")
-    found = [_expression(item, f"{where}[{i}]", names) for i, item in enumerate(data[1:], 1)]
+    count = {"not": 1, "and": None, "or": None}.get(operator, 2)
+    operands = [_expression(item, f"{where}[{i}]", names) for i, item in enumerate(data[1:], 1)]
+    if not operands or count not in (None, len(operands)):
+        raise ArtifactError(f"{where}: {operator} takes {count or 'some'} operands: {data!r:.80}")
     if operator == "pow":
-        _check_power(found, where)
-    return (operator, *found)
+        _check_power(operands[0], operands[1], where)
+    return (operator, *operands)
 
 
-def _check_power(operands: Sequence[Expression], where: str) -> None:
-    """Raise ArtifactError for powers that could take for ever: high ones, and powers of powers."""
-    base, exponent = operands
+def _check_power(base: Expression, exponent: Expression, where: str) -> None:
+    """Raise ArtifactError for powers that are slow to compute: high ones, and powers of powers."""
     if type(exponent) not in (int, float) or not -_POWER <= exponent <= _POWER:  # type: ignore[operator]
         raise ArtifactError(f"{where}: powers are numbers up to {_POWER}, not {exponent!r:.80}")
-    todo = [base]
-    while todo:
-        if isinstance(found := todo.pop(), tuple):
-            if found[0] == "pow":
-                raise ArtifactError(f"{where}: a power of a power")
-            todo += found[1:]
+    if "pow" in _operators(base):
+        raise ArtifactError(f"{where}: a power of a power")
 
 
-def _names(data: Any, where: str) -> tuple[str, ...]:
-    if type(data) is not list or not all(type(name) is str for name in data):
-        raise ArtifactError(f"{where}: {data!r:.80} is no list of names")
-    return tuple(data)
+def _operators(expression: Expression) -> set[str]:
+    if not isinstance(expression, tuple):
+        return set()
+    return {expression[0]}.union(*map(_operators, expression[1:]))

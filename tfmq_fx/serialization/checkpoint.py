@@ -1,4 +1,4 @@
-"""Finished parts of a conversion on disk, so that one that was interrupted goes on where it was.
+"""Store finished parts of a conversion on disk, so that an interrupted conversion can resume.
 
 A checkpoint is a directory: `checkpoint.json` says what was being converted, and every part is a
 safetensors file of its own, complete when it gets its name.
@@ -26,7 +26,8 @@ from tfmq_fx.core.files import write_whole
 from tfmq_fx.core.reading import open_regular, parse_json, read_json
 from tfmq_fx.quant.quant_layer import QuantLayer
 
-from .json_values import keys, typed
+from .fingerprints import bits
+from .json_values import fields, typed, words
 
 FORMAT_VERSION = 1
 _FILE = "checkpoint.json"
@@ -35,10 +36,10 @@ _ROUNDED = ("codes", "weight_scale", "weight_zero", "bias")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What rounding found for a layer, or for some that were learnt together.
+    """The result of rounding for one layer, or for several that were learnt together.
 
     states: `rounded_state` of each layer by module path, none where they stay as they were.
-    errors: what was measured, by name.  note: why they stay, or are not what was wanted.
+    errors: measured values, by name.  note: why layers stay, or are not as requested.
     """
 
     states: dict[str, dict[str, Tensor]]
@@ -47,14 +48,14 @@ class Part:
 
 
 def rounded_state(layer: QuantLayer) -> dict[str, Tensor]:
-    """What rounding decides of a layer: its codes, their scales and zero points, and its bias."""
+    """Return the tensors that rounding sets: codes, their scales and zero points, and bias."""
     named = {name: getattr(layer, name) for name in _ROUNDED}
     return {name: value for name, value in named.items() if value is not None}
 
 
 def with_rounded_state(layer: QuantLayer, state: Mapping[str, Tensor]) -> QuantLayer:
-    """A new layer, as `layer` but for what `rounded_state` gave."""
-    made = copy.deepcopy(layer)
+    """Return a copy of `layer` with the tensors of `rounded_state`."""
+    rounded = copy.deepcopy(layer)
     for name, value in state.items():
         held = getattr(layer, name)
         if held is not None and name in ("codes", "bias") and held.shape != value.shape:
@@ -62,23 +63,23 @@ def with_rounded_state(layer: QuantLayer, state: Mapping[str, Tensor]) -> QuantL
                 f"a part of the checkpoint is of another layer: {name} has the shape "
                 f"{tuple(value.shape)}, not {tuple(held.shape)}; delete the checkpoint"
             )
-        setattr(made, name, value.detach().to(layer.codes.device, copy=True))
-    return made
+        setattr(rounded, name, value.detach().to(layer.codes.device, copy=True))
+    return rounded
 
 
 def seeded_generator(seed: int, part: str) -> torch.Generator:
-    """The random numbers of one part, which do not depend on what was drawn for others."""
+    """Return the random generator of one part, independent of those of other parts."""
     digest = hashlib.sha256(f"{seed}:{part}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class Checkpoint:
-    """The finished parts in `directory`, which is made if need be.
+    """Store of the finished parts of one conversion, in `directory`.
 
-    subject: JSON-ready, what is being converted; parts are only taken where it was the same.
-    Raises ConfigError where the directory belongs to anything else, saying what differs.
-    taken: parts found finished.  damaged: parts found unreadable, which are made again.
-    Of many processes the first reads and writes, and tells the others; all call alike.
+    subject: JSON-ready description of the conversion; its parts are read by an equal one only.
+    Raises ConfigError where the directory belongs to another one, saying what differs.
+    taken: names of parts that were read.  damaged: those of unreadable parts, made again.
+    Of several processes the first reads and writes, and sends the result to the others; all call.
     """
 
     def __init__(self, directory: str | Path, subject: Mapping[str, Any]) -> None:
@@ -87,22 +88,22 @@ class Checkpoint:
         if rank() == 0:
             self._open(json.loads(json.dumps({"format_version": FORMAT_VERSION, **subject})))
 
-    def _open(self, wanted: Mapping[str, Any]) -> None:
+    def _open(self, expected: Mapping[str, Any]) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             path = self.directory / _FILE
             if not path.exists() and any(self.directory.glob("[!.]*")):
                 raise ConfigError(f"{self.directory} is not empty and holds no checkpoint")
             if not path.exists():
-                write_whole(path, json.dumps(wanted, indent=1).encode())
-            found = read_json(path, nan=True)
+                write_whole(path, json.dumps(expected, indent=1).encode())
+            recorded = read_json(path, nan=True)
         except OSError as error:
             raise ConfigError(f"no checkpoint can be kept in {self.directory}: {error}") from error
         except ArtifactError as error:
             raise ConfigError(
                 f"{self.directory / _FILE} is damaged ({error}); delete the directory to start anew"
             ) from error
-        if different := _differences(found, wanted):
+        if different := _differences(recorded, expected):
             shown = "; ".join(different[:5]) + ("; ..." if len(different) > 5 else "")
             raise ConfigError(
                 f"{self.directory} is the checkpoint of another conversion ({shown}). Convert with "
@@ -110,13 +111,13 @@ class Checkpoint:
             )
 
     def within(self, group: str) -> Checkpoint:
-        """The parts of one pass, whose names may be those of other passes' parts."""
-        made = copy.copy(self)
-        made._group, made.taken, made.damaged = f"{self._group}{group}/", [], []
-        return made
+        """Return the store of one pass, whose parts may have the names of other passes' parts."""
+        store = copy.copy(self)
+        store._group, store.taken, store.damaged = f"{self._group}{group}/", [], []
+        return store
 
     def load(self, name: str) -> Part | None:
-        """The part of that name if it is finished and whole."""
+        """Return the part of that name if it is finished and undamaged."""
         part, damaged = from_first(self._read(name) if rank() == 0 else (None, False), "checkpoint")
         if part is not None:
             self.taken.append(name)
@@ -125,29 +126,30 @@ class Checkpoint:
         return part
 
     def _read(self, name: str) -> tuple[Part | None, bool]:
-        """The part, and whether there is one that cannot be read."""
+        """Return the part, and whether its file is damaged."""
         path = self._path(name)
         if not path.exists():
             return None, False
         try:
             open_regular(path).close()
             with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                facts = _facts(parse_json(file.metadata()["facts"], str(path), nan=True))
-                sound = file.metadata()["sha256"] == digest([self._group + name, facts, tensors])
-                states = {layer: dict[str, Tensor]() for layer in facts["layers"]}
-                for key, value in tensors.items():
-                    layer, _, buffer = key.partition("/")
-                    states[layer][buffer] = value
-                sound = sound and all(set(state) <= set(_ROUNDED) for state in states.values())
+            facts = _facts(parse_json(metadata["facts"], str(path), nan=True))
+            if metadata["sha256"] != digest([self._group + name, facts, tensors]):
+                return None, True
+            states = {layer: dict[str, Tensor]() for layer in facts["layers"]}
+            for key, value in tensors.items():
+                layer, _, buffer = key.partition("/")
+                states[layer][buffer] = value
         except (ArtifactError, OSError, SafetensorError, ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
+            return None, True
+        if not all(set(state) <= set(_ROUNDED) for state in states.values()):
             return None, True
         return Part(states, facts["errors"], facts["note"]), False
 
     def save(self, name: str, part: Part) -> None:
-        """Write a finished part; it is there whole or not at all."""
+        """Write a finished part atomically."""
         if rank():
             return
         tensors = {
@@ -170,23 +172,19 @@ class Checkpoint:
 
 
 def _facts(data: Any) -> dict[str, Any]:
-    """What `save` writes beside the tensors of a part. Raises ArtifactError."""
-    keys(data, "facts", "layers errors note")
-    typed(data, "facts", layers=list, errors=dict, note=str)
-    if not all(type(name) is str for name in data["layers"]):
-        raise ArtifactError("facts.layers: not all are names")
-    if not all(type(error) in (int, float) for error in data["errors"].values()):
-        raise ArtifactError("facts.errors: not all are numbers")
+    """Check the JSON that `save` writes beside the tensors of a part. Raises ArtifactError."""
+    fields(data, "facts", layers=list, errors=dict, note=str)
+    words(data["layers"], "facts.layers")
+    typed(data["errors"], "facts.errors", **dict.fromkeys(data["errors"], float))
     return data  # type: ignore[no-any-return]
 
 
 def finished(
     checkpoint: Checkpoint | None, name: str, make: Callable[[], Part], *, shared: bool = False
 ) -> Part:
-    """The part `name` of the checkpoint, or else what `make` gives, which goes there.
+    """Return the part `name` of the checkpoint, or make and store it where there is none.
 
-    Of many processes the first one makes it, or with `shared` all take part in that; what the first
-    one gives is the part for all of them.
+    The first of several processes makes it, or all of them if `shared`; all return the first one's.
     """
     part = None if checkpoint is None else checkpoint.load(name)
     if part is None:
@@ -197,15 +195,14 @@ def finished(
 
 
 def record(checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """What a pass took from its checkpoint, for the report; nothing where there is none."""
+    """Report which parts a pass read from its checkpoint; {} where there is none."""
     if checkpoint is None:
         return {}
     return {"checkpoint": {"taken": checkpoint.taken, "made again": checkpoint.damaged}}
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value: tensors by their bytes, mappings, sequences, and what has a faithful repr
-    (numbers, strings)."""
+    """Compute the SHA-256 of a value made of tensors, mappings, sequences, numbers and strings."""
     state = hashlib.sha256()
     _feed(value, state.update)
     return state.hexdigest()
@@ -213,10 +210,8 @@ def digest(value: Any) -> str:
 
 def _feed(value: Any, update: Callable[[Any], None]) -> None:
     if isinstance(value, Tensor):
-        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        plain = torch.view_as_real(plain) if plain.is_complex() else plain
-        update(plain.flatten().view(torch.uint8).numpy().data)
+        update(f"{value.dtype}{tuple(value.shape)}".encode())
+        update(bits(value).cpu().contiguous().numpy().data)
     elif isinstance(value, Mapping):
         update(f"mapping {len(value)}".encode())
         for key in sorted(value, key=repr):
@@ -229,17 +224,17 @@ def _feed(value: Any, update: Callable[[Any], None]) -> None:
         update(f"{type(value).__name__} {value!r};".encode())
 
 
-def _differences(found: Any, wanted: Any, where: str = "") -> list[str]:
-    """Where two JSON values differ, with the values where those are short."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
+def _differences(there: Any, here: Any, where: str = "") -> list[str]:
+    """Describe where two JSON values differ, with the values where those are short."""
+    if isinstance(there, dict) and isinstance(here, dict):
         return [
             line
-            for key in dict.fromkeys([*wanted, *found])
+            for key in {**here, **there}
             for line in _differences(
-                found.get(key), wanted.get(key), f"{where}.{key}" if where else key
+                there.get(key), here.get(key), f"{where}.{key}" if where else key
             )
         ]
-    if found == wanted:
+    if there == here:
         return []
-    shown = max(len(json.dumps(found)), len(json.dumps(wanted))) <= 40
-    return [f"{where}: {found!r} there, {wanted!r} here" if shown else f"another {where}"]
+    is_short = max(len(json.dumps(there)), len(json.dumps(here))) <= 40
+    return [f"{where}: {there!r} there, {here!r} here" if is_short else f"another {where}"]

@@ -1,4 +1,4 @@
-"""What tells the content of one tensor from that of another without keeping it."""
+"""Fingerprints of tensors, which show later whether a tensor holds other values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tfmq_fx.core.errors import ArtifactError
 
-from .json_values import dtype_name, dtype_named, keys, typed
+from .json_values import dtype_name, dtype_named, fields
 
 _ELEMENTS = 8
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -26,80 +26,73 @@ class Fingerprint:
     """Shape and dtype of a tensor, some of its elements, and a checksum of all its bits.
 
     sample: (n,) on the CPU, n <= 8, elements along a diagonal: where they lie does not depend on
-    the memory layout.  checksum: of the bytes as 64-bit integers, in order.  ordered: False for
-    what earlier versions saved: the plain sum, which elements that change places leave as it is.
+    the memory layout.  checksum: of the bytes as 64-bit integers, in order.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     sample: Tensor
     checksum: int
-    ordered: bool = True
 
     @classmethod
     def of(cls, value: Tensor) -> Self:
-        """The fingerprint of `value`, all of which is read once."""
-        sample = _sample(value).cpu().clone()
-        return cls(tuple(value.shape), value.dtype, sample, _checksum(value))
+        """Compute the fingerprint of `value`, reading all of it once."""
+        return cls(tuple(value.shape), value.dtype, _sample(value).cpu().clone(), _checksum(value))
 
     def matches(self, value: Tensor) -> bool:
-        """Whether `value` holds what this one held, as far as can be told.
+        """Whether `value` holds the values that this fingerprint was computed from.
 
-        In the same dtype every element counts; in another one the few elements of the sample, cast
+        In the same dtype every element counts; in another one the elements of the sample, cast
         to it.  A tensor on the meta device holds nothing that could differ.
         """
-        if tuple(value.shape) != self.shape or not (value.is_meta or is_readable(value)):
+        if tuple(value.shape) != self.shape:
             return False
-        if value.is_meta:
-            return True
+        if not is_readable(value):
+            return value.is_meta
         same = torch.equal(bits(self.sample.to(value.dtype)), bits(_sample(value).cpu()))
-        if not same or value.dtype != self.dtype:
-            return same
-        return (_checksum if self.ordered else _plain_sum)(value) == self.checksum
+        return same and (value.dtype != self.dtype or _checksum(value) == self.checksum)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return JSON-ready data for `from_dict`."""
         return {
             "shape": list(self.shape),
             "dtype": dtype_name(self.dtype),
             "sample": bits(self.sample).flatten().tolist(),
-            "digest" if self.ordered else "checksum": self.checksum,
+            "digest": self.checksum,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> Self:
-        """The fingerprint that `to_dict` wrote. Raises ArtifactError."""
-        ordered = "checksum" not in data
-        kind = "digest" if ordered else "checksum"
-        keys(data, where, f"shape dtype sample {kind}")
-        typed(data, where, shape=list, sample=list, **{kind: int})
+        """Return the fingerprint that `to_dict` wrote. Raises ArtifactError where it is damaged."""
+        fields(data, where, shape=list, dtype=object, sample=list, digest=int)
         if not all(type(n) is int for n in (*data["shape"], *data["sample"])):
             raise ArtifactError(f"{where}: its shape or sample holds other than whole numbers")
         dtype = dtype_named(data["dtype"], where)
         real = dtype.to_real()
-        words = torch.tensor(data["sample"], dtype=_BITS[real.itemsize])
-        sample = words.view(real)
+        sample = torch.tensor(data["sample"], dtype=_BITS[real.itemsize]).view(real)
         if dtype.is_complex:
             sample = torch.view_as_complex(sample.view(-1, 2))
-        return cls(tuple(data["shape"]), dtype, sample, int(data[kind]), ordered)
+        return cls(tuple(data["shape"]), dtype, sample, data["digest"])
 
 
 def is_readable(value: Tensor) -> bool:
-    """Whether the elements of a tensor are what its memory holds: not so for packed ones."""
+    """Whether a tensor's memory holds its elements as they are; that of packed ones does not."""
     plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
     return plain and not value.is_meta and not value.is_quantized
 
 
 def bits(value: Tensor) -> Tensor:
-    """The bits of a tensor's elements as integers, which compare NaN with NaN; complex numbers get
-    one more dimension."""
+    """View a tensor's elements as integers of the same bits, so that NaN equals NaN.
+
+    Complex numbers get one more dimension.
+    """
     plain = value.detach().resolve_conj().resolve_neg()
     real = torch.view_as_real(plain) if plain.is_complex() else plain
     return real.view(_BITS[real.element_size()])
 
 
 def _sample(value: Tensor) -> Tensor:
-    """Up to 8 elements, the k-th at index k * (size // 8) of every dimension: a view."""
+    """View up to 8 elements, the k-th at index k * (size // 8) of every dimension."""
     count = min(_ELEMENTS, max(value.shape, default=1)) if value.numel() else 0
     steps = [size // max(count, 1) for size in value.shape]
     stride = sum(step * own for step, own in zip(steps, value.stride(), strict=True))
@@ -107,12 +100,15 @@ def _sample(value: Tensor) -> Tensor:
 
 
 def _checksum(value: Tensor) -> int:
-    """A checksum of a tensor's elements in their order, whatever its layout.
+    """Compute a checksum of a tensor's elements in their order, whatever its layout.
 
     Each 64-bit word is mixed with its place by steps that lose nothing (those of splitmix64), so
     that words which change places, or change by as much up as down, count; the sum wraps around.
     """
-    whole, rest = _words(value)
+    data = bits(value).flatten().view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole, rest = data[: len(data) // 8 * 8].view(torch.int64), data[len(data) // 8 * 8 :]
     run = _RUN if value.device.type == "cpu" else len(whole)  # what stays in a processor's cache
     places = torch.arange(1, min(run, len(whole)) + 1, device=value.device) * _PLACE
     total = len(rest)
@@ -123,23 +119,8 @@ def _checksum(value: Tensor) -> int:
     return _wrapped(total + (last + 1) * _MIX[0])
 
 
-def _plain_sum(value: Tensor) -> int:
-    """The sum of a tensor's bytes, eight at a time; it wraps around."""
-    whole, rest = _words(value)
-    return int(whole.sum() + rest.sum())
-
-
-def _words(value: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor's bytes as 64-bit integers, and the up to seven bytes that are left."""
-    words = bits(value).flatten().view(torch.uint8)
-    whole = len(words) // 8 * 8
-    if words.storage_offset() % 8:
-        words = words.clone()
-    return words[:whole].view(torch.int64), words[whole:]
-
-
 def _mixed(words: Tensor) -> Tensor:
-    """`words`, a tensor that nobody else has, with every bit of each spread over all of it."""
+    """Spread every bit of each 64-bit word over the whole word, in place."""
     for shift, factor in zip((30, 27), _MIX, strict=True):
         words ^= (words >> shift) & (2 ** (64 - shift) - 1)
         words *= factor
@@ -148,5 +129,5 @@ def _mixed(words: Tensor) -> Tensor:
 
 
 def _wrapped(number: int) -> int:
-    """`number` as a signed 64-bit integer, higher bits dropped."""
+    """Return `number` as a signed 64-bit integer, higher bits dropped."""
     return (number + 2**63) % 2**64 - 2**63

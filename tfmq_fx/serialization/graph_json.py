@@ -1,27 +1,26 @@
-"""An fx.GraphModule as a JSON-ready dict and back: what the graph says, not its tensors' contents.
+"""Write an fx.GraphModule, without the contents of its tensors, as JSON, and rebuild it.
 
-Nothing in a saved graph is evaluated, unpickled or imported by name unless `allowlist` says so.
+Nothing in a saved graph is evaluated, unpickled or imported by name unless `allowlist` allows it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import keyword
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
-from tfmq_fx.core.errors import ArtifactError, GraphError
+from tfmq_fx.core.errors import ArtifactError
 from tfmq_fx.core.stages import REPLACED, Stage, stage_of
 from tfmq_fx.ir.verifier import check
 from tfmq_fx.quant.timestep_table import FEATURE
 
 from .allowlist import check_node, function_name, function_named
-from .json_values import decode, dtype_name, dtype_named, encode, keys, typed
+from .json_values import decode, dtype_name, dtype_named, encode, fields, naming, words
 from .module_json import (
     install_computed,
     install_modules,
@@ -37,22 +36,18 @@ from .symbolic_sizes import SymbolReader, SymbolWriter
 log = logging.getLogger(__name__)
 
 _NODE_META = ("source", FEATURE, "writes", REPLACED)  # kept beside "val" and "nn_module_stack"
-_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
+_GRAPH: dict[str, Any] = {
+    "name": str,
+    **dict.fromkeys(("nodes", "stacks"), list),
+    **dict.fromkeys(("modules", "tensors", "meta"), dict),
+    "symbols": object,
+}
 
 
 def to_json(gm: fx.GraphModule) -> dict[str, Any]:
-    """`gm` without the contents of its tensors, as JSON-ready data for `from_json`.
+    """Return `gm` without the contents of its tensors, as JSON-ready data for `from_json`.
 
-    Kept: nodes, modules, the names, shapes and sharing of tensors, the nodes' "val",
+    Saved: nodes, modules, the names, shapes and sharing of tensors, the nodes' "val",
     "nn_module_stack", "source", "feature", "writes" and "replaced", and the graph's metadata that
     is plain data, the stage or a small tensor. Other metadata, type annotations and tensors that
     no node uses are left out. Raises ArtifactError, naming the node, on a call or value that is
@@ -75,47 +70,40 @@ def to_json(gm: fx.GraphModule) -> dict[str, Any]:
     }
 
 
-def from_json(data: dict[str, Any]) -> fx.GraphModule:
-    """The graph that `to_json` saved, its parameters and buffers empty.
+def from_json(data: dict[str, Any], tensors: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
+    """Rebuild the graph that `to_json` saved.
 
-    They lie on the meta device: fill them with `load_state_dict(strict=True, assign=True)`. Values
-    are FakeTensors of a fresh ShapeEnv whose symbols are shared as they were. The module is in eval
-    mode and has passed `verifier.check`. Raises ArtifactError on anything that `to_json` would not
-    have written.
+    tensors: by name; left out, parameters and buffers are empty, on the meta device: fill them with
+    `load_state_dict(strict=True, assign=True)`.
+    Values are FakeTensors of a fresh ShapeEnv whose symbols are shared as they were. The module is
+    in eval mode and has passed `verifier.check`. Raises ArtifactError on anything that `to_json`
+    would not have written.
     """
-    try:
-        return _from_json(data)
-    except ArtifactError:
-        raise
-    except GraphError as error:
-        raise ArtifactError(f"the saved graph is not sound: {error}") from error
-    except _DAMAGE as error:
-        raise ArtifactError(
-            f"the saved graph is damaged: {type(error).__name__}: {error}"
-        ) from error
+    with naming("the saved graph"):
+        return _from_json(data, tensors)
 
 
-def _from_json(data: dict[str, Any]) -> fx.GraphModule:
-    keys(data, "graph", "name nodes stacks modules tensors symbols meta")
-    typed(data, "graph", name=str, nodes=list, stacks=list, modules=dict, tensors=dict, meta=dict)
+def _from_json(data: dict[str, Any], tensors: Mapping[str, Tensor] | None) -> fx.GraphModule:
+    fields(data, "graph", **_GRAPH)
     symbols, graph, nodes = SymbolReader(data["symbols"]), fx.Graph(), dict[str, fx.Node]()
     stacks = [_stack(entry, f"graph.stacks[{i}]") for i, entry in enumerate(data["stacks"])]
     for i, entry in enumerate(data["nodes"]):
-        with _placed(f"graph.nodes[{i}]"):
+        with naming(f"graph.nodes[{i}]"):
             _add_node(graph, entry, nodes, symbols, stacks)
-    outputs = [node.op for node in nodes.values()].count("output")
-    if outputs != 1 or next(reversed(nodes.values())).op != "output":
-        raise ArtifactError(f"graph.nodes: {outputs} outputs, of which the last node is to be one")
+    outputs = [i for i, node in enumerate(nodes.values()) if node.op == "output"]
+    if outputs != [len(nodes) - 1]:
+        raise ArtifactError(f"graph.nodes: outputs at {outputs}, but only the last node may be one")
     root = nn.Module()
     install_modules(root, data["modules"], "graph.modules")
-    install_tensors(root, data["tensors"], "graph.tensors")
+    install_tensors(root, data["tensors"], "graph.tensors", tensors)
     install_computed(root)
     name = data["name"]
     gm = fx.GraphModule(root, graph, name if _is_class_name(name) else "GraphModule")
-    if (found := set(tensors_of(gm))) != (listed := set(data["tensors"])):
+    used, listed = set(tensors_of(gm)), set(data["tensors"])
+    if used != listed:
         raise ArtifactError(
-            f"the saved graph lists tensors it does not use ({sorted(listed - found)}) "
-            f"or uses tensors it does not list ({sorted(found - listed)})"
+            f"the saved graph lists tensors it does not use ({sorted(listed - used)}) "
+            f"or uses tensors it does not list ({sorted(used - listed)})"
         )
     for tensor, entry in data["tensors"].items():
         if not entry.get("persistent", True):  # fx forgets it
@@ -129,14 +117,14 @@ def _from_json(data: dict[str, Any]) -> fx.GraphModule:
 
 
 class _Stacks:
-    """Module stacks, which many nodes share: each is written once and named by its position."""
+    """Table of module stacks: each is written once, and the nodes that share it have its index."""
 
     def __init__(self) -> None:
         self.table: list[list[list[str]]] = []
         self._position: dict[str, int] = {}
 
     def index(self, stack: Mapping[str, Any]) -> int:
-        """Position of a "nn_module_stack" in the table."""
+        """Return the index of a "nn_module_stack" in the table."""
         entry = [
             [path, kind if isinstance(kind, str) else class_name(kind), key]
             for key, (path, kind) in stack.items()
@@ -181,8 +169,7 @@ def _add_node(
     stacks: list[dict[str, tuple[str, str]]],
 ) -> None:
     optional = " ".join(("val", "nn_module_stack", *_NODE_META))
-    keys(entry, "node", "name op target args kwargs", optional)
-    typed(entry, "node", name=str, op=str, target=str, args=list, kwargs=dict)
+    fields(entry, "node", optional, name=str, op=str, target=str, args=list, kwargs=dict)
     name, op = entry["name"], entry["op"]
 
     def reference(other: Any) -> fx.Node:
@@ -213,22 +200,8 @@ def _add_node(
 
 
 def _stack(entry: Any, where: str) -> dict[str, tuple[str, str]]:
-    parts: list[Any] = entry if type(entry) is list else [None]
-    for part in parts:
-        if type(part) is not list or [type(word) for word in part] != [str] * 3:
-            raise ArtifactError(f"{where}: {entry!r:.80} is no list of path, class and key")
-    return {key: (path, kind) for path, kind, key in parts}
-
-
-@contextlib.contextmanager
-def _placed(where: str) -> Iterator[None]:
-    """Errors with the place at which they came up."""
-    try:
-        yield
-    except ArtifactError as error:
-        raise ArtifactError(f"{where}: {error}") from error
-    except _DAMAGE as error:
-        raise ArtifactError(f"{where}: damaged: {type(error).__name__}: {error}") from error
+    with naming(f"{where}: {entry!r:.80} is no list of path, class and key"):
+        return {key: (path, kind) for path, kind, key in (words(part, where) for part in entry)}
 
 
 def _is_class_name(name: str) -> bool:
@@ -236,25 +209,32 @@ def _is_class_name(name: str) -> bool:
 
 
 def _check_meta(gm: fx.GraphModule) -> None:
-    """Raise ArtifactError unless the metadata that the library reads is of its kind."""
-    stage, keys = gm.meta.get("stage", Stage.CAPTURED), gm.meta.get("timesteps")
-    if not isinstance(stage, Stage):
-        raise ArtifactError(f"graph.meta.stage: {stage!r:.80} is no stage")
-    if keys is not None:
-        whole = isinstance(keys, Tensor) and keys.dim() == 1 and len(keys) > 0
-        if not whole or keys.dtype not in (torch.int64, torch.float64):
-            raise ArtifactError(f"graph.meta.timesteps: {keys!r:.80} is no set of timesteps")
-        if not bool((keys[1:] > keys[:-1]).all()):
-            raise ArtifactError("graph.meta.timesteps: not ascending")
+    """Raise ArtifactError unless the metadata that the library reads has the right types."""
     inputs = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    timestep = gm.meta.get("timestep")
-    if timestep is not None and timestep not in inputs:
-        raise ArtifactError(f"graph.meta.timestep: {timestep!r:.80} is no input")
     conditions = gm.meta.get("conditions", ())
-    if type(conditions) not in (tuple, list) or not {*map(repr, conditions)} <= {
-        *map(repr, inputs)
-    }:
-        raise ArtifactError(f"graph.meta.conditions: {conditions!r:.80} are no inputs")
+    for key, is_right, kind in (
+        ("stage", isinstance(gm.meta.get("stage", Stage.CAPTURED), Stage), "is no stage"),
+        ("timesteps", _are_keys(gm.meta.get("timesteps")), "is no ascending set of timesteps"),
+        ("timestep", gm.meta.get("timestep") in (None, *inputs), "is no input"),
+        (
+            "conditions",
+            type(conditions) in (tuple, list) and all(name in inputs for name in conditions),
+            "are no inputs",
+        ),
+    ):
+        if not is_right:
+            raise ArtifactError(f"graph.meta.{key}: {gm.meta[key]!r:.80} {kind}")
+
+
+def _are_keys(timesteps: Any) -> bool:
+    """Whether `timesteps` is None or a (K,) tensor of ascending keys."""
+    if timesteps is None:
+        return True
+    if not isinstance(timesteps, Tensor) or timesteps.dtype not in (torch.int64, torch.float64):
+        return False
+    if timesteps.dim() != 1 or not len(timesteps):
+        return False
+    return bool((timesteps[1:] > timesteps[:-1]).all())
 
 
 def _meta_json(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,8 +259,8 @@ def _meta(saved: dict[str, Any]) -> dict[str, Any]:
         dtype, numbers = body
         return torch.tensor(decode(numbers, "graph.meta"), dtype=dtype_named(dtype, "graph.meta"))
 
-    special, found = {"stage": Stage, "values": values}, dict[str, Any]()
+    meta: dict[str, Any] = {}
     for key, value in saved.items():
-        with _placed(f"graph.meta.{key}"):
-            found[key] = decode(value, "value", special)
-    return found
+        with naming(f"graph.meta.{key}"):
+            meta[key] = decode(value, "value", {"stage": Stage, "values": values})
+    return meta

@@ -1,17 +1,16 @@
-"""The modules that a graph calls and the layout of its tensors, as JSON and back.
+"""Write the modules that a graph calls and the layout of its tensors as JSON, and rebuild them.
 
 A torch.nn module is saved as its constructor's arguments, a tfmq_fx module as its spec().
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import json
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from torch._subclasses import FakeTensor
 
 from tfmq_fx.core.errors import ArtifactError
 from tfmq_fx.core.module_overrides import has_hooks, replaced_methods
-from tfmq_fx.core.strides import can_lay_out, kept_strides
+from tfmq_fx.core.strides import can_lay_out, kept_strides, laid_out
 from tfmq_fx.quant.timestep_table import QuantTimestepTable
 
 from .allowlist import check_path, module_class
-from .json_values import decode, dtype_name, dtype_named, encode, keys, typed
+from .json_values import decode, dtype_name, dtype_named, encode, fields, keys, naming, typed
 from .saved_names import class_name, is_own
 
 # What our modules' constructors take, those of all of them.
@@ -37,11 +36,15 @@ _SPEC: dict[str, Any] = {
     "act_bits": int | None,
     "padding": list | str,
 }
+_TENSOR = {
+    **dict.fromkeys(("shape", "dtype"), object),  # checked by `_sizes` and `dtype_named`
+    **dict.fromkeys(("parameter", "requires_grad", "persistent"), bool),
+}
 _LAYERS = 100  # of a recurrent network
 
 
 def modules_json(gm: fx.GraphModule) -> dict[str, Any]:
-    """How to build every module that the graph calls, by path."""
+    """Return how to build every module that the graph calls, by path."""
     table: dict[str, Any] = {}
     seen: dict[nn.Module, str] = {}
     called = {n.target for n in gm.graph.nodes if n.op == "call_module"}
@@ -51,60 +54,40 @@ def modules_json(gm: fx.GraphModule) -> dict[str, Any]:
             continue  # rebuilt as a part of another one
         module = gm.get_submodule(path)
         first = seen.setdefault(module, path)
-        table[path] = {"same_as": first} if first != path else _module_json(module, path)
+        table[path] = {"same_as": first} if first != path else module_json(module, path)
     return table
 
 
-def module_json(module: nn.Module, where: str) -> dict[str, Any] | None:
-    """How to build `module`, which lies at `where`, or None where that cannot be said."""
-    try:
-        return _module_json(module, where)
-    except ArtifactError:
-        return None
-
-
 def install_modules(root: nn.Module, table: Any, where: str = "modules") -> None:
-    """Give `root` the modules that `modules_json` described, their tensors on the meta device.
+    """Add the modules that `modules_json` described to `root`, their tensors on the meta device.
 
-    Raises ArtifactError, naming `where` and the path, on anything that was not written there.
+    Raises ArtifactError, naming `where` and the path, on a damaged entry.
     """
-    if type(table) is not dict:
-        raise ArtifactError(f"{where}: expected an object, found {table!r:.80}")
-    for path, entry in table.items():
-        check_path(path, f"{where}.{path}")
+    for path, entry in keys(table, where, "", None).items():
+        here = f"{where}.{path}"
+        check_path(path, here)
         owner, _, leaf = path.rpartition(".")
-        with _damaged(f"{where}.{path}"):
+        with naming(here):
             if type(entry) is dict and "same_as" in entry:
-                first = keys(entry, f"{where}.{path}", "same_as")["same_as"]
+                first = fields(entry, here, same_as=str)["same_as"]
                 if first not in table or "same_as" in table[first]:
-                    raise ArtifactError(f"{where}.{path}: there is no module {first!r:.80}")
+                    raise ArtifactError(f"{here}: there is no module {first!r:.80}")
                 module = root.get_submodule(first)
             else:
-                module = _build(entry, f"{where}.{path}")
-            _child(root, owner).add_module(leaf, module)
-
-
-@contextlib.contextmanager
-def _damaged(where: str) -> Iterator[None]:
-    """What constructors raise on arguments that they were never given, as ArtifactError."""
-    try:
-        yield
-    except ArtifactError:
-        raise
-    except Exception as error:
-        raise ArtifactError(f"{where}: damaged: {type(error).__name__}: {error}") from error
+                module = _build(entry, here)
+            _make_module(root, owner).add_module(leaf, module)
 
 
 def tensors_of(gm: fx.GraphModule) -> dict[str, Tensor]:
-    """Every tensor that the graph uses, by dotted name, shared ones under each of their names.
+    """Return every tensor that the graph uses, by dotted name, shared ones under each name.
 
     Raises ArtifactError on an attribute that is not a tensor.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for node in gm.graph.nodes:
         if node.op == "call_module":
             module = gm.get_submodule(node.target)
-            found.update((f"{node.target}.{name}", value) for name, value in _tensors(module))
+            tensors.update((f"{node.target}.{name}", value) for name, value in _tensors(module))
         elif node.op == "get_attr":
             value = operator.attrgetter(node.target)(gm)
             if not isinstance(value, Tensor):
@@ -112,18 +95,18 @@ def tensors_of(gm: fx.GraphModule) -> dict[str, Tensor]:
                     f"{node.name}: attribute {node.target!r} is a {type(value).__name__}, "
                     "and only tensors can be saved"
                 )
-            found[node.target] = value
-    return found
+            tensors[node.target] = value
+    return tensors
 
 
 def owner_of(gm: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the tensor called `name`, and its name there."""
+    """Return the module that holds the tensor called `name`, and its name there."""
     path, _, leaf = name.rpartition(".")
     return gm.get_submodule(path), leaf
 
 
 def tensors_json(gm: fx.GraphModule) -> dict[str, Any]:
-    """What `install_tensors` needs to know about `tensors_of(gm)`."""
+    """Return shape, dtype, layout and sharing of `tensors_of(gm)`, for `install_tensors`."""
     table: dict[str, Any] = {}
     seen: dict[Any, str] = {}
     for name, value in tensors_of(gm).items():
@@ -136,7 +119,9 @@ def tensors_json(gm: fx.GraphModule) -> dict[str, Any]:
         parameter = leaf in owner._parameters
         plain = isinstance(owner, fx.GraphModule) or type(owner) is nn.Module
         if not (parameter or leaf in owner._buffers or plain):
-            raise ArtifactError(f"{name}: neither a parameter nor a buffer of {_class_name(owner)}")
+            raise ArtifactError(
+                f"{name}: neither a parameter nor a buffer of {class_name(type(owner))}"
+            )
         layout = kept_strides(value)
         place = (value.untyped_storage()._cdata, value.storage_offset(), value.shape)
         kind = (value.stride(), value.dtype, value.is_conj(), parameter)
@@ -157,30 +142,45 @@ def tensors_json(gm: fx.GraphModule) -> dict[str, Any]:
 
 
 def install_computed(root: nn.Module) -> None:
-    """Give the modules of `root` the buffers that follow from their settings, in memory."""
+    """Fill the buffers of the modules in `root` that their settings determine."""
     for module in root.modules():
         if isinstance(module, QuantTimestepTable):
             module.feature = module.columns()
 
 
-def install_tensors(root: nn.Module, table: Any, where: str = "tensors") -> None:
-    """Give every tensor of `table` its place, on the meta device."""
-    if type(table) is not dict:
-        raise ArtifactError(f"{where}: expected an object, found {table!r:.80}")
-    made: dict[str, Tensor] = {}
+def install_tensors(
+    root: nn.Module, table: Any, where: str, stored: Mapping[str, Tensor] | None = None
+) -> None:
+    """Put every tensor of `table` into its module in `root`.
+
+    stored: the tensors that a file holds; None: they stay empty, on the meta device.
+    """
+    listed = {
+        name
+        for name, entry in keys(table, where, "", None).items()
+        if not (type(entry) is dict and "same_as" in entry)
+    }
+    if stored is not None and listed != stored.keys():
+        raise ArtifactError(
+            f"the file of tensors does not fit the graph: missing {sorted(listed - stored.keys())},"
+            f" not used {sorted(stored.keys() - listed)}"
+        )
+    tensors: dict[str, Tensor] = {}
     for name, entry in table.items():
         here = f"{where}.{name}"
         check_path(name, here)
         path, _, leaf = name.rpartition(".")
-        owner = _child(root, path)
+        owner = _make_module(root, path)
         if type(entry) is dict and "same_as" in entry:
-            first = keys(entry, here, "same_as")["same_as"]
-            if type(first) is not str or first not in made:
+            first = fields(entry, here, same_as=str)["same_as"]
+            if first not in tensors:
                 raise ArtifactError(f"{here}: {first!r:.80} does not come before it")
-            tensor = made[first]
+            tensor = tensors[first]
         else:
             tensor = _empty(entry, here)
-        made[name] = tensor
+            if stored is not None:
+                tensor = _filled(tensor, stored[name], entry.get("stride"), name)
+        tensors[name] = tensor
         parameter = isinstance(tensor, nn.Parameter)
         place: Any = owner._parameters if parameter else owner._buffers
         if leaf not in place and type(owner) is nn.Module and not hasattr(owner, leaf):
@@ -192,8 +192,7 @@ def install_tensors(root: nn.Module, table: Any, where: str = "tensors") -> None
 
 
 def _empty(entry: Any, where: str) -> Tensor:
-    keys(entry, where, "shape dtype parameter requires_grad persistent", "stride")
-    typed(entry, where, shape=list, parameter=bool, requires_grad=bool, persistent=bool)
+    fields(entry, where, "stride", **_TENSOR)
     dtype, shape = dtype_named(entry["dtype"], where), _sizes(entry["shape"], f"{where}.shape")
     if "stride" in entry:
         strides = _sizes(entry["stride"], f"{where}.stride")
@@ -207,14 +206,28 @@ def _empty(entry: Any, where: str) -> Tensor:
     return nn.Parameter(tensor, requires_grad=entry["requires_grad"])
 
 
+def _filled(empty: Tensor, value: Tensor, strides: list[int] | None, name: str) -> Tensor:
+    """Return a tensor of the file in the form of `empty`. Raises ArtifactError if it has another
+    shape or dtype."""
+    if empty.is_complex() and value.shape[-1:] == (2,) and value.dtype is empty.dtype.to_real():
+        value = torch.view_as_complex(value)
+    if value.shape != empty.shape or value.dtype != empty.dtype:
+        raise ArtifactError(
+            f"in the file {name} is {value.dtype} {tuple(value.shape)}, "
+            f"but the graph takes {empty.dtype} {tuple(empty.shape)}"
+        )
+    value = value if strides is None else laid_out(value, strides)
+    return nn.Parameter(value, empty.requires_grad) if isinstance(empty, nn.Parameter) else value
+
+
 def _check_held(
     owner: nn.Module, leaf: str, held: Tensor | None, tensor: Tensor, entry: Any, where: str
 ) -> None:
     """Raise ArtifactError unless a module that was built has the tensor that is listed for it."""
-    found = None if held is None else tuple(held.shape)
     if held is None or not held.is_meta or held.shape != tensor.shape:
+        shape = None if held is None else tuple(held.shape)
         raise ArtifactError(
-            f"{where}: its module has no such tensor of {tuple(tensor.shape)}, but of {found}"
+            f"{where}: its module has no such tensor of {tuple(tensor.shape)}, but of {shape}"
         )
     if is_own(type(owner)):
         kinds = [t.dtype if not t.is_floating_point() else "float" for t in (held, tensor)]
@@ -230,17 +243,20 @@ def _sizes(data: Any, where: str) -> list[int]:
     return data
 
 
-def _module_json(module: nn.Module, where: str) -> dict[str, Any]:
-    """How to build `module` again. Raises ArtifactError if that would not give the same module."""
-    name = _class_name(module)
-    made = module_class(name, where)
+def module_json(module: nn.Module, where: str) -> dict[str, Any]:
+    """Return how to build `module`, which lies at `where`.
+
+    Raises ArtifactError if that would not give the same module.
+    """
+    name = class_name(type(module))
+    kind = module_class(name, where)
     for path, part in module.named_modules():
         if has_hooks(part) or replaced_methods(part):
             place = f"{where}.{path}".removesuffix(".")
             raise ArtifactError(
                 f"{place}: a module with hooks cannot be saved; take them off before prepare()"
             )
-    if is_own(made):
+    if is_own(kind):
         spec: Any = module.spec()  # type: ignore[operator]
         try:
             text = json.dumps(spec, allow_nan=False)
@@ -248,7 +264,7 @@ def _module_json(module: nn.Module, where: str) -> dict[str, Any]:
             raise ArtifactError(f"{where}: spec() of {name} is not JSON-ready: {error}") from error
         return {"class": name, "spec": json.loads(text)}
     arguments = {}
-    for key in _arguments(made):
+    for key in _arguments(kind):
         if key in module._parameters:
             arguments[key] = module._parameters[key] is not None
         elif key == "bias" and isinstance(module, nn.MultiheadAttention):
@@ -261,30 +277,28 @@ def _module_json(module: nn.Module, where: str) -> dict[str, Any]:
 
 
 def _build(entry: Any, where: str) -> nn.Module:
-    """The module that `_module_json` described, its tensors on the meta device: no memory, and the
-    random state is left alone."""
+    """Build the module that `module_json` described, its tensors on the meta device, which takes no
+    memory and no random numbers."""
     keys(entry, where, "class", "arguments spec")
-    made = module_class(entry["class"], where)
-    if is_own(made):
+    kind = module_class(entry["class"], where)
+    if is_own(kind):
         spec = keys(entry, where, "class spec")["spec"]
         _check_spec(spec, f"{where}.spec")
-        with _damaged(f"{where}.spec"), torch.device("meta"):
-            built = made.from_spec(spec)  # type: ignore[attr-defined]
-        assert isinstance(built, nn.Module)
-        return built
+        with naming(f"{where}.spec"), torch.device("meta"):
+            return kind.from_spec(spec)  # type: ignore[attr-defined, no-any-return]
     arguments = keys(entry, where, "class arguments")["arguments"]
-    keys(arguments, f"{where}.arguments", "", " ".join(_arguments(made)))
+    keys(arguments, f"{where}.arguments", "", " ".join(_arguments(kind)))
     decoded = {k: decode(v, f"{where}.arguments.{k}") for k, v in arguments.items()}
-    if type(decoded.get("num_layers", 1)) is not int or decoded.get("num_layers", 1) > _LAYERS:
+    layers = decoded.get("num_layers", 1)
+    if type(layers) is not int or layers > _LAYERS:
         raise ArtifactError(f"{where}.arguments.num_layers: more than {_LAYERS}")
-    with _damaged(f"{where}.arguments"), torch.device("meta"):
-        return made(**decoded)
+    with naming(f"{where}.arguments"), torch.device("meta"):
+        return kind(**decoded)
 
 
 def _check_spec(spec: Any, where: str) -> None:
     """Raise ArtifactError unless the arguments of one of our modules are of the right types."""
-    if type(spec) is not dict:
-        raise ArtifactError(f"{where}: expected an object, found {spec!r:.80}")
+    keys(spec, where, "", None)
     typed(spec, where, **{key: kind for key, kind in _SPEC.items() if key in spec})
     for key, value in spec.items():
         if key == "dtype" and not dtype_named(value, f"{where}.dtype").is_floating_point:
@@ -295,11 +309,11 @@ def _check_spec(spec: Any, where: str) -> None:
             raise ArtifactError(f"{where}.{key}: {value} is out of range")
 
 
-def _arguments(made: type[nn.Module]) -> list[str]:
-    """The constructor's arguments that a save may hold; tensors bring their device and dtype."""
+def _arguments(kind: type[nn.Module]) -> list[str]:
+    """Return the constructor's arguments that a save may hold; tensors have their own dtype."""
     return [
         key
-        for key, parameter in inspect.signature(made).parameters.items()
+        for key, parameter in inspect.signature(kind).parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         and not key.startswith("_")
         and key not in ("device", "dtype")
@@ -307,31 +321,31 @@ def _arguments(made: type[nn.Module]) -> list[str]:
 
 
 def _check_same(module: nn.Module, rebuilt: nn.Module, where: str) -> None:
-    """Raise ArtifactError unless the constructor's arguments say all that `module` does."""
-    parts, made = dict(module.named_modules()), dict(rebuilt.named_modules())
-    if {k: type(v) for k, v in parts.items()} != {k: type(v) for k, v in made.items()}:
-        raise ArtifactError(f"{where}: a {_class_name(module)} with its parts cannot be rebuilt")
+    """Raise ArtifactError unless `rebuilt` equals `module` in its parts, attributes and tensors."""
+    kind = class_name(type(module))
+    parts, new_parts = dict(module.named_modules()), dict(rebuilt.named_modules())
+    if {k: type(v) for k, v in parts.items()} != {k: type(v) for k, v in new_parts.items()}:
+        raise ArtifactError(f"{where}: a {kind} with its parts cannot be rebuilt")
     internal, missing = set(vars(nn.Module())), object()
-    for path, part in made.items():
-        for name, value in vars(part).items():
-            found = getattr(parts[path], name, missing)
-            if name not in internal and value is not found and value != found:
+    for path, part in new_parts.items():
+        for name, new in vars(part).items():
+            value = getattr(parts[path], name, missing)
+            if name not in internal and new is not value and new != value:
                 raise ArtifactError(
-                    f"{where}: attribute {name!r} of the {_class_name(module)} is {found!r:.80}, "
-                    f"but its constructor makes it {value!r:.80}"
+                    f"{where}: attribute {name!r} of the {kind} is {value!r:.80}, "
+                    f"but its constructor makes it {new!r:.80}"
                 )
-    expected, held = (
-        {name: tuple(tensor.shape) for name, tensor in _tensors(m)} for m in (rebuilt, module)
+    shapes, new_shapes = (
+        {name: tuple(tensor.shape) for name, tensor in _tensors(m)} for m in (module, rebuilt)
     )
-    if expected != held:
+    if shapes != new_shapes:
         raise ArtifactError(
-            f"{where}: the {_class_name(module)} holds tensors {held}, "
-            f"but its constructor makes {expected}"
+            f"{where}: the {kind} holds tensors {shapes}, but its constructor makes {new_shapes}"
         )
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, less those that our own constructors compute."""
+    """Yield parameters and buffers by name, except those that our own constructors compute."""
     yield from module.named_parameters(remove_duplicate=False)
     for name, value in module.named_buffers(remove_duplicate=False):
         owner, leaf = owner_of(module, name)
@@ -339,18 +353,13 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def _class_name(module: nn.Module) -> str:
-    return class_name(type(module))
-
-
-def _child(module: nn.Module, path: str) -> nn.Module:
-    """The module at `path`, made of plain containers where there is none."""
+def _make_module(module: nn.Module, path: str) -> nn.Module:
+    """Return the module at `path`, adding plain containers where there is none."""
     for part in path.split(".") if path else ():
         if part not in module._modules:
             if type(module) is not nn.Module:
-                raise ArtifactError(f"{path}: a {_class_name(module)} has no part {part!r}")
+                kind = class_name(type(module))
+                raise ArtifactError(f"{path}: a {kind} has no part {part!r}")
             module.add_module(part, nn.Module())
-        found = module._modules[part]
-        assert found is not None
-        module = found
+        module = module.get_submodule(part)
     return module

@@ -1,4 +1,4 @@
-"""What a converted model remembers of how it was made: enough to make it again of other weights."""
+"""Record how a converted model was made, so that it can be made again from other weights."""
 
 from __future__ import annotations
 
@@ -23,24 +23,37 @@ from tfmq_fx.core.reading import parse_json
 from .call_json import call_from_json
 from .fingerprints import Fingerprint, is_readable
 from .graph_json import from_json, to_json
-from .json_values import keys, typed
+from .json_values import fields, naming, words
 from .module_json import tensors_of
 from .module_settings import Behaviour, differences, explained, portable, restored
-from .saved_names import MODULES
-from .source_tensors import UnfusedAdapter, check_same_model, fill, shown, tensor_at, ties
+from .saved_names import is_own
+from .source_tensors import (
+    UnfusedAdapter,
+    changed_tensors,
+    check_same_model,
+    fill,
+    shown,
+    tensor_at,
+    ties,
+)
 
 Rows = Mapping[float, list[tuple[Tensor, ...]]]
 Seen = Mapping[str, Mapping[float, tuple[float, float]]]
-_FIELDS = """
-    graph obstacle call overrides timesteps visits fingerprints parameters ties merged calibrated
-    complex
-"""
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("graph", "obstacle"), str),
+    **dict.fromkeys(("overrides", "fingerprints", "merged"), dict),
+    **dict.fromkeys(("visits", "parameters", "ties", "complex"), list),
+    "timesteps": list | None,
+    "calibrated": bool,
+    **dict.fromkeys(("call", "behaviour"), object),  # checked by their own readers
+}
+_PLAIN = ("graph", "obstacle", "merged", "calibrated", "parameters", "ties", "steps")
 _CONSTANT, _SCALES, _RANGE, _SAMPLE = "constant/", "scales/", "range/", "sample/"
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a conversion read of its calibration.
+    """The part of calibration that a conversion read.
 
     seen: site -> timestep -> lowest and highest input.  rows: the samples of each timestep, on the
     CPU.  sampling: the calibration itself, where the recipe runs it again; it cannot be saved.
@@ -53,7 +66,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The captured model without its weights, and all else that a conversion depends on.
+    """The captured model without its weights, and everything else that a conversion depends on.
 
     graph: the captured graph as JSON, or "" where `obstacle` says why it cannot be written.
     timesteps: (K,) keys of the conversion if it had any, on the CPU.  visits: of each, by
@@ -86,7 +99,7 @@ class Provenance:
     steps: tuple[str, ...] = ()
 
     def captured(self, source: nn.Module) -> fx.GraphModule:
-        """The captured graph on the weights of `source`, whose memory it shares.
+        """Return the captured graph with the weights of `source`, whose memory it shares.
 
         Raises ConfigError, naming what differs, where `source` is another model, behaves otherwise
         than when it was captured, or has adapters that are not fused into its weights.
@@ -99,13 +112,11 @@ class Provenance:
                 f"the graph of this model cannot be kept ({self.obstacle}): prepare and convert "
                 "the source anew"
             )
-        graph = parse_json(self.graph, "the captured graph")
-        modules = graph.get("modules") if isinstance(graph, dict) else None
-        if not isinstance(modules, dict) or any(_is_own(entry) for entry in modules.values()):
+        gm = from_json(parse_json(self.graph, "the captured graph"))
+        if any(is_own(type(module)) for module in gm.modules()):
             raise ArtifactError("the captured graph is damaged: it holds layers of tfmq_fx")
-        gm = from_json(graph)
         fill(gm, source, self.constants)
-        check_same_model(graph["modules"], source, known=self.parameters, tied=self.ties)
+        check_same_model(source, known=self.parameters, tied=self.ties)
         if different := differences(self.behaviour, source):
             raise ConfigError(
                 f"this {type(source).__name__} behaves otherwise than the one that was captured: "
@@ -114,41 +125,30 @@ class Provenance:
         return gm
 
     def changed(self, source: nn.Module) -> list[str]:
-        """Names of the tensors and attributes of `source` that are not what the model was made
-        from, or gone."""
-        names = []
-        for name, fingerprint in self.fingerprints.items():
-            try:
-                value = tensor_at(source, name)
-            except UnfusedAdapter:
-                value = None
-            if value is None or not fingerprint.matches(value):
-                names.append(name)
-        return names + list(differences(self.behaviour, source))
+        """Return the names of the tensors and attributes of `source` that are gone or differ from
+        those that the model was made from."""
+        return [*changed_tensors(source, self.fingerprints), *differences(self.behaviour, source)]
 
     def portable(self) -> Provenance:
-        """Without what only lives in this process."""
-        if self.calibration is None:
-            return self
-        kept = dataclasses.replace(self.calibration, sampling=None)
-        return dataclasses.replace(self, calibration=kept)
+        """Return a copy without the parts that are valid in this process only."""
+        calibration = self.calibration and dataclasses.replace(self.calibration, sampling=None)
+        return dataclasses.replace(
+            self, calibration=calibration, behaviour=portable(self.behaviour)
+        )
 
     def to_parts(self, *, calibration: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """JSON-ready data and tensors for `from_parts`; calibration only where asked for."""
+        """Return JSON-ready data and tensors for `from_parts`.
+
+        calibration: whether to include the ranges and samples of calibration.
+        """
         data: dict[str, Any] = {
-            "graph": self.graph,
-            "obstacle": self.obstacle,
+            **{name: getattr(self, name) for name in _PLAIN},
             "call": self.call.to_dict(),
             "overrides": {name: to_dict(layer) for name, layer in self.overrides.items()},
             "timesteps": None if self.timesteps is None else self.timesteps.tolist(),
             "visits": [[step, count] for step, count in self.visits.items()],
             "fingerprints": {name: f.to_dict() for name, f in self.fingerprints.items()},
-            "parameters": list(self.parameters),
-            "ties": [list(names) for names in self.ties],
-            "merged": dict(self.merged),
-            "calibrated": self.calibrated,
             "behaviour": portable(self.behaviour),
-            "steps": list(self.steps),
         }
         tensors = {_CONSTANT + name: value for name, value in self.constants.items()}
         tensors |= {_SCALES + name: value for name, value in self.scales.items()}
@@ -169,54 +169,41 @@ class Provenance:
     def from_parts(
         cls, data: Any, tensors: Mapping[str, Tensor], outputs: Collection[type] = ()
     ) -> Self:
-        """What `to_parts` gave. Raises ArtifactError where it is damaged.  outputs: see
-        `call_json.call_from_json`."""
-        keys(data, "origin", _FIELDS, "samples behaviour steps")
-        typed(data, "origin", graph=str, obstacle=str, visits=list, calibrated=bool, complex=list)
-        typed(data, "origin", overrides=dict, fingerprints=dict, merged=dict, timesteps=list | None)
-        typed(data, "origin", parameters=list, ties=list)
-        call = call_from_json(data["call"], "origin.call", outputs)
-        _words([*data["merged"].values()], "origin.merged")
-        try:
+        """Restore what `to_parts` returned. Raises ArtifactError where it is damaged.
+
+        outputs: see `call_json.call_from_json`.
+        """
+        fields(data, "origin", "samples steps", **_FIELDS)
+        words([*data["merged"].values()], "origin.merged")
+        ties = [words(names, f"origin.ties[{i}]") for i, names in enumerate(data["ties"])]
+        with naming("origin"):
             pairs = {name: torch.view_as_complex(tensors[name]) for name in data["complex"]}
             tensors = {**tensors, **pairs}
+            prints = {n: Fingerprint.from_dict(v, n) for n, v in data["fingerprints"].items()}
             return cls(
                 graph=data["graph"],
                 obstacle=data["obstacle"],
-                call=call,
+                call=call_from_json(data["call"], "origin.call", outputs),
                 overrides={n: from_dict(v, LayerConfig) for n, v in data["overrides"].items()},
                 timesteps=_timesteps(data["timesteps"]),
                 visits={step: int(count) for step, count in data["visits"]},
-                fingerprints={
-                    n: Fingerprint.from_dict(v, n) for n, v in data["fingerprints"].items()
-                },
-                parameters=_words(data["parameters"], "origin.parameters"),
-                ties=tuple(
-                    _words(names, f"origin.ties[{i}]") for i, names in enumerate(data["ties"])
-                ),
+                fingerprints=prints,
+                parameters=words(data["parameters"], "origin.parameters"),
+                ties=tuple(ties),
                 merged=data["merged"],
                 constants=_under(tensors, _CONSTANT),
                 calibrated=data["calibrated"],
                 calibration=_calibration(data["samples"], tensors) if "samples" in data else None,
                 scales=_under(tensors, _SCALES),
-                behaviour=restored(data.get("behaviour", {}), "origin.behaviour"),
-                steps=_words(data.get("steps", []), "origin.steps"),
+                behaviour=restored(data["behaviour"], "origin.behaviour"),
+                steps=words(data.get("steps", []), "origin.steps"),
             )
-        except ArtifactError:
-            raise
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"what the model was made from is damaged: {type(error).__name__}: {error}"
-            ) from error
 
 
-def describe(
-    captured: fx.GraphModule, source: nn.Module
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What an `Provenance` says of a captured graph and of the model that it is the graph of, and
-    the tensors of the graph.
+def describe(captured: fx.GraphModule, source: nn.Module) -> dict[str, Any]:
+    """Return the fields of a `Provenance` that follow from a captured graph and its source model.
 
-    Every weight is read once, for its fingerprint, and none is kept.
+    Every weight is read once, for its fingerprint, and none is stored.
     """
     graph, obstacle, tensors = "", "", dict[str, Tensor]()
     try:
@@ -230,8 +217,8 @@ def describe(
     if baked:
         obstacle = f"{shown([*baked])}: its code computes constants of them that no graph follows"
     tensors |= {name: value for name, value in baked.items() if value is not None}
-    constants = [name for name in tensors if _is_made(source, name)]
-    found = {
+    constants = [name for name in tensors if _is_constant(source, name)]
+    return {
         "graph": graph,
         "obstacle": obstacle,
         "fingerprints": {
@@ -243,11 +230,10 @@ def describe(
         "ties": ties(source, set(tensors)),
         "constants": {name: tensors[name].detach().cpu().clone() for name in constants},
     }
-    return found, tensors
 
 
-def _is_made(source: nn.Module, name: str) -> bool:
-    """Whether a tensor of the graph is none of the model's, but was made while it was captured."""
+def _is_constant(source: nn.Module, name: str) -> bool:
+    """Whether a tensor of the graph is not the model's, but was made during capture."""
     try:
         return tensor_at(source, name) is None
     except UnfusedAdapter:
@@ -261,16 +247,6 @@ def _timesteps(values: list[Any] | None) -> Tensor | None:
         raise ArtifactError(f"origin.timesteps: {values!r:.80} are no timesteps")
     floating = any(isinstance(value, float) for value in values)
     return torch.tensor(values, dtype=torch.float64 if floating else torch.int64)
-
-
-def _words(values: list[Any], where: str) -> tuple[str, ...]:
-    if type(values) is not list or not all(type(value) is str for value in values):
-        raise ArtifactError(f"{where}: {values!r:.80} is no list of names")
-    return tuple(values)
-
-
-def _is_own(entry: Any) -> bool:
-    return "class" in entry and str(entry["class"]) in MODULES
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The names by which saved files call this library's classes and functions.
+"""Map this library's classes and functions to their names in saved files.
 
 They are no paths: a class may move to another module, and files that were saved before still load.
 A name that was written once stays in the table for good. Torch's own classes, and operators
@@ -36,7 +36,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "setitem_": setitem_,
     }
 )
-# What formats 1 to 4 called them: where they lay then. Names are only ever looked up here.
+# Their names in formats 3 and 4: where they lay then. Names are only ever looked up here.
 OLD_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "tfmq_fx.activation.QuantActivation": "QuantActivation",
@@ -54,12 +54,12 @@ _NAMES: dict[Any, str] = {value: name for name, value in {**MODULES, **FUNCTIONS
 
 
 def saved_name(value: Any) -> str | None:
-    """The name of one of our classes or functions in saved files; None for any other value."""
+    """Return the name of one of our classes or functions in saved files; None for another value."""
     return _NAMES.get(value)
 
 
 def class_name(kind: type) -> str:
-    """The name of a class in saved files: ours from the table, others' with their module."""
+    """Return the name of a class in saved files: ours from the table, others' with their module."""
     return saved_name(kind) or f"{kind.__module__}.{kind.__qualname__}"
 
 

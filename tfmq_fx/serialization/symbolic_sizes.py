@@ -1,4 +1,4 @@
-"""Saving and restoring abstract values, the nodes' meta["val"], with their symbolic sizes.
+"""Save and restore abstract values, the nodes' meta["val"], with their symbolic sizes.
 
 A size is saved as a number or as the text of an expression over s0, s1, ..., which the graph
 declares once. Loading gives it over fresh symbols of one ShapeEnv.
@@ -21,9 +21,9 @@ from torch._subclasses import FakeTensorMode
 
 from tfmq_fx.core.errors import ArtifactError
 
-from .json_values import decode, device_named, dtype_name, dtype_named, encode, keys, typed
+from .json_values import decode, device_named, dtype_name, dtype_named, encode, fields, typed
 
-# By the names that sympy prints and those of Python's syntax tree.
+# Functions by the names that sympy prints, and operators by those of Python's syntax tree.
 _EXPRESSIONS: dict[str, Callable[..., Any]] = {
     "Mod": operator.mod,
     "PythonMod": operator.mod,
@@ -62,7 +62,7 @@ _DIMS = 32
 
 
 def _parsed(text: str) -> ast.expr:
-    """The syntax tree of an expression as sympy prints it. Raises ValueError or SyntaxError."""
+    """Parse an expression as sympy prints it. Raises ValueError or SyntaxError."""
     place = count = 0
     while place < len(text):
         word = _WORD.match(text, place)
@@ -75,43 +75,39 @@ def _parsed(text: str) -> ast.expr:
 
 @functools.lru_cache(maxsize=4096)
 def _terms(text: str) -> int:
-    """How many terms the expression has when it is multiplied out, about. Raises ValueError where
-    these are too many, and as `_parsed`."""
+    """Estimate the number of terms that an expression has when multiplied out.
 
-    def terms(tree: ast.expr) -> int:
-        found: int
+    Raises ValueError where these are too many, and the errors of `_parsed`.
+    """
+
+    def terms(tree: ast.AST) -> int:
+        counts = [terms(part) for part in ast.iter_child_nodes(tree) if isinstance(part, ast.expr)]
         match tree:
-            case ast.BinOp(op=ast.Pow(), left=left, right=ast.Constant(value=power)):
-                nested = any(isinstance(part, ast.Pow) for part in ast.walk(left))
-                if nested or type(power) is not int or not 0 <= power <= _POWER:
+            case ast.BinOp(op=ast.Pow(), left=base, right=ast.Constant(value=int(power))):
+                nested = any(isinstance(part, ast.Pow) for part in ast.walk(base))
+                if nested or not 0 <= power <= _POWER:
                     raise ValueError(f"power in {text!r:.80}")
-                found = int(terms(left) ** power)
+                count = int(counts[0] ** power)
             case ast.BinOp(op=ast.Pow()):
                 raise ValueError(f"power in {text!r:.80}")
-            case ast.BinOp(op=ast.Add() | ast.Sub(), left=left, right=right):
-                found = terms(left) + terms(right)
-            case ast.BinOp(left=left, right=right):
-                found = terms(left) * terms(right)
-            case ast.Call(args=arguments):
-                found = 1
-                for argument in arguments:
-                    terms(argument)
-            case ast.UnaryOp(operand=operand):
-                found = terms(operand)
-            case ast.Compare(left=left, comparators=[right]):
-                found = terms(left) + terms(right)
+            case ast.BinOp(op=ast.Add() | ast.Sub()):
+                count = sum(counts)
+            case ast.Call():
+                count = 1
             case _:
-                found = 1
-        if found > _TERMS:
+                count = math.prod(counts)
+        if count > _TERMS:
             raise ValueError(f"too long an expression of sizes: {text!r:.80}")
-        return found
+        return count
 
     return terms(_parsed(text))
 
 
 def _evaluate(text: str, symbols: Mapping[str, Any]) -> Any:
-    """The value of an expression as sympy prints it, over `symbols`; sympy's own parser evaluates
-    code. Raises ValueError, KeyError or SyntaxError on what is not such an expression."""
+    """Evaluate an expression as sympy prints it, over `symbols`; sympy's own parser runs code.
+
+    Raises ValueError, KeyError or SyntaxError on any other text.
+    """
     _terms(text)
 
     def value(tree: ast.expr) -> Any:
@@ -121,18 +117,19 @@ def _evaluate(text: str, symbols: Mapping[str, Any]) -> Any:
             case ast.Name(id=name):
                 return symbols[name]
             case ast.BinOp(left=left, op=op, right=right):
-                found = _EXPRESSIONS[type(op).__name__](value(left), value(right))
-            case ast.UnaryOp(op=op, operand=operand):
-                return _EXPRESSIONS[type(op).__name__](value(operand))
+                name, operands = type(op).__name__, [left, right]
             case ast.Compare(left=left, ops=[op], comparators=[right]):
-                return _EXPRESSIONS[type(op).__name__](value(left), value(right))
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
-                found = _EXPRESSIONS[name](*map(value, arguments))
+                name, operands = type(op).__name__, [left, right]
+            case ast.UnaryOp(op=op, operand=operand):
+                name, operands = type(op).__name__, [operand]
+            case ast.Call(func=ast.Name(id=name), args=operands, keywords=[]):
+                pass
             case _:
                 raise ValueError(f"not an expression of sizes: {text!r:.80}")
-        if type(found) is int and found.bit_length() > 64:
+        result = _EXPRESSIONS[name](*map(value, operands))
+        if type(result) is int and result.bit_length() > 64:
             raise ValueError(f"too large a number in {text!r:.80}")
-        return found
+        return result
 
     return value(_parsed(text))
 
@@ -145,7 +142,7 @@ def _check_product(shape: list[Any], where: str) -> None:
 
 
 class SymbolWriter:
-    """Saves values, giving symbols their names s0, s1, ... in order of appearance."""
+    """Saves values, and names symbols s0, s1, ... in order of appearance."""
 
     def __init__(self) -> None:
         self.table: list[dict[str, Any]] = []  # declares s0, s1, ...
@@ -153,7 +150,7 @@ class SymbolWriter:
         self._saved: dict[Any, Any] = {}  # expression -> number or text
 
     def encode(self, value: Any, where: str) -> Any:
-        """A value made of tensors, symbolic numbers and plain data, as JSON-ready data."""
+        """Return a value made of tensors, symbolic numbers and plain data as JSON-ready data."""
 
         def abstract(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -175,23 +172,23 @@ class SymbolWriter:
         return data if stride == usual else data | {"stride": stride}
 
     def _number(self, value: Any) -> Any:
-        """A number, or the text of the expression that a SymInt, SymFloat or SymBool stands for."""
+        """Return a number, or the text of the expression of a SymInt, SymFloat or SymBool."""
         if isinstance(value, int):
             return value
         expression = value.node.expr
         if expression not in self._saved:
             kind = type(value).__name__.removeprefix("Sym").lower()
             constant = getattr(value.node, f"maybe_as_{kind}")()
-            found = self._text(expression, value.node.shape_env) if constant is None else constant
-            if found is None:
+            saved = self._text(expression, value.node.shape_env) if constant is None else constant
+            if saved is None:
                 # A symbol of its own: the relation to other sizes is lost, equal ones stay equal.
                 hint = value.node.hint if value.node.has_hint() else None
-                found = self._declare(value, kind, hint)
-            self._saved[expression] = found
+                saved = self._declare(value, kind, hint)
+            self._saved[expression] = saved
         return self._saved[expression]
 
     def _text(self, expression: Any, env: Any) -> str | None:
-        """The text of an expression; None if `_evaluate` would not give the same expression."""
+        """Return the text of an expression; None if `_evaluate` would give another expression."""
         import sympy  # type: ignore[import-untyped]
 
         symbols = sorted(expression.free_symbols, key=str)
@@ -206,8 +203,8 @@ class SymbolWriter:
         saved = {s: sympy.Symbol(self._saved[s], **s.assumptions0) for s in symbols}
         text = str(expression.xreplace(saved))
         try:
-            found = _evaluate(text, self._declared).node.expr
-            if found == expression or sympy.expand(found - expression) == 0:
+            restored = _evaluate(text, self._declared).node.expr
+            if restored == expression or sympy.expand(restored - expression) == 0:
                 return text
         except (AttributeError, ArithmeticError, KeyError, SyntaxError, TypeError, ValueError):
             pass  # a function this module does not know
@@ -237,7 +234,7 @@ class SymbolReader:
         self._evaluate = functools.cache(functools.partial(_evaluate, symbols=symbols))
 
     def decode(self, data: Any, where: str) -> Any:
-        """The value that `SymbolWriter.encode` saved, its tensors FakeTensors."""
+        """Return the value that `SymbolWriter.encode` saved, with FakeTensors for tensors."""
         return decode(data, where, {"tensor": self._tensor, "symbol": self._number})
 
     def _fresh(self, name: str, entry: Any) -> Any:
@@ -246,8 +243,7 @@ class SymbolReader:
         from torch.utils._sympy.numbers import int_oo
 
         where = f"symbols: {name}"
-        keys(entry, where, "kind hint range")
-        typed(entry, where, kind=str, hint=int | float | bool | None, range=list)
+        fields(entry, where, kind=str, hint=int | float | bool | None, range=list)
         kind, hint, limits = entry["kind"], entry["hint"], entry["range"]
         if kind not in _NUMBERS or len(limits) != 2:
             raise ArtifactError(f"{where}: no {kind!r:.40} of a range of {len(limits)}")
@@ -282,8 +278,7 @@ class SymbolReader:
             raise ArtifactError(f"{where}: {saved!r:.80} is no expression of sizes") from error
 
     def _tensor(self, data: Any) -> Tensor:
-        keys(data, "val", "shape dtype device", "stride")
-        typed(data, "val", shape=list)
+        fields(data, "val", "stride", shape=list, dtype=object, device=object)
         dtype, device = dtype_named(data["dtype"], "val"), device_named(data["device"], "val")
         shape = self._sizes(data["shape"])
         _check_product(data["shape"], "val")
@@ -298,7 +293,7 @@ class SymbolReader:
             return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     def _sizes(self, saved: list[Any]) -> list[Any]:
-        """Sizes or strides, whose product torch multiplies out."""
+        """Return the sizes or strides that were saved."""
         if len(saved) > _DIMS:
             raise ArtifactError(f"val: {len(saved)} dimensions")
         sizes = [self._number(n) for n in saved]
