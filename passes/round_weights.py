@@ -242,8 +242,8 @@ def _candidates(
             refine(part, start, gram, rows, sweeps=spec.refine)
             for start, (part, gram, rows) in zip(codes, parts, strict=True)
         ]
-        scales = torch.cat([part.grid.scale for part in refined])
-        codes = [part.codes for part in refined]
+        scales = torch.cat([fitted.scale for _, fitted in refined])
+        codes = [refined_codes for refined_codes, _ in refined]
         candidates["refined"] = torch.cat(codes), QParams(scales, grid.zero, grid.bits)
     return candidates, aligned
 

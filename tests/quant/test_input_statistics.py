@@ -87,7 +87,8 @@ def statistics(weights=None, seed=0, groups=2, width=4, out=3, rows=30):
     weight = torch.randn(groups, out, width, generator=generator)
     found = InputStatistics.empty(weight)
     for part in (slice(0, 10), slice(10, None)):
-        found.add(q[:, part], f[:, part], None if weights is None else weights[part])
+        some = None if weights is None else weights[part]
+        found.add_sums(found.sums(q[:, part], f[:, part], some))
     return found, q.double(), f.double(), weight.double()
 
 
@@ -139,15 +140,16 @@ def test_the_aligned_weight_is_the_damped_least_squares_solution(damping):
 def test_the_aligned_weight_is_the_weight_where_both_inputs_agree():
     _, q, _, w = statistics()
     same = InputStatistics.empty(w.float())
-    same.add(q.float(), q.float())
+    same.add_sums(same.sums(q.float(), q.float()))
     assert torch.equal(same.aligned_weight(0.01), w.float())
     nothing = InputStatistics.empty(w.float())
-    nothing.add(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4))
+    nothing.add_sums(nothing.sums(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4)))
     assert torch.equal(nothing.aligned_weight(0.0), w.float())
 
 
 def test_squares_beyond_float32_are_summed_in_float64():
     found = InputStatistics.empty(torch.ones(1, 1, 2))
-    found.add(torch.full((1, 3, 2), 1e25), torch.full((1, 3, 2), 1e25))
+    large = torch.full((1, 3, 2), 1e25)
+    found.add_sums(found.sums(large, large))
     expected = 3 * float(torch.tensor(1e25)) ** 2
     torch.testing.assert_close(found.gram, torch.full((1, 2, 2), expected, dtype=torch.float64))

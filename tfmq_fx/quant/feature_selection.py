@@ -1,4 +1,4 @@
-"""Disturbance-aware selection: which form each temporal feature takes, under a byte budget.
+"""Choose the form of each temporal feature under a byte budget (disturbance-aware selection).
 
 The journal extension of TFMQ-DM (arXiv 2407.19547) lets the temporal feature error choose between
 keeping the quantized block and looking rows up. Here each feature chooses between the block, exact
@@ -20,13 +20,13 @@ _TIE = 1e-6  # weight of all bytes against the largest error: prefers the smalle
 
 
 def cache_name(bits: int) -> str:
-    """The choice of rows cached at `bits` bits."""
+    """The name of the choice to cache rows at `bits` bits."""
     return f"cache{bits}"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One form of one feature: its mean relative error, and the bytes that it alone takes.
+    """A form that one feature can take: its mean relative error and its own size in bytes.
 
     For the block, bytes are 0 here: its layers are shared and counted by `module_bytes`.
     """
@@ -42,7 +42,7 @@ def select(
     module_bytes: Mapping[str, int],
     budget: int,
 ) -> dict[str, str]:
-    """The choice for each feature: the least total error within `budget` bytes, by integer program.
+    """The form of each feature with the least total error within `budget` bytes (integer program).
 
     candidates: feature -> choice -> (error, bytes).  uses: feature -> layers of the block that it
     needs while it stays in the block.  module_bytes: layer -> bytes, counted once while any feature
@@ -52,43 +52,40 @@ def select(
 
     choices = [(f, name) for f, options in candidates.items() for name in options]
     layers = sorted(set().union(*(uses[f] for f, name in choices if name == TIB)))
-    position = {layer: len(choices) + i for i, layer in enumerate(layers)}
-    size = len(choices) + len(layers)
-    errors, costs = np.zeros(size), np.zeros(size)
-    rows, lower, upper = [], [], []
-    for feature in candidates:  # exactly one choice each
-        rows.append([float(f == feature) for f, _ in choices] + [0.0] * len(layers))
-        lower.append(1.0)
-        upper.append(1.0)
+    none = [0.0] * len(layers)
+    errors = np.array([candidates[f][name].error for f, name in choices] + none)
+    costs = np.array(
+        [candidates[f][name].bytes for f, name in choices] + [module_bytes[n] for n in layers],
+        float,
+    )
+    one_each = [[float(f == feature) for f, _ in choices] + none for feature in candidates]
+    needs = []  # a feature in the block needs its layers
     for i, (feature, name) in enumerate(choices):
-        errors[i], costs[i] = candidates[feature][name].error, candidates[feature][name].bytes
-        for layer in uses[feature] if name == TIB else ():  # the block needs its layers
-            row = [0.0] * size
-            row[i], row[position[layer]] = 1.0, -1.0
-            rows.append(row)
-            lower.append(-np.inf)
-            upper.append(0.0)
-    for layer, i in position.items():
-        costs[i] = module_bytes[layer]
-    structure = LinearConstraint(np.array(rows), lower, upper)
+        for layer in uses[feature] if name == TIB else ():
+            row = np.zeros(len(costs))
+            row[i], row[len(choices) + layers.index(layer)] = 1.0, -1.0
+            needs.append(row)
+    lower = [1.0] * len(one_each) + [-np.inf] * len(needs)
+    upper = [1.0] * len(one_each) + [0.0] * len(needs)
+    structure = LinearConstraint(np.array([*one_each, *needs]), lower, upper)
     whole = {
-        "integrality": np.ones(size),
+        "integrality": np.ones(len(costs)),
         "bounds": Bounds(0, 1),
         "options": {"mip_rel_gap": 0},
     }
     # Scaled, since the solver's tolerances are absolute (about 1e-6).
     shares = costs / max(costs.max(), 1)
     room = LinearConstraint(shares[None], -np.inf, budget / max(costs.max(), 1))
-    found = milp(
+    solution = milp(
         errors / (errors.max() or 1) + _TIE * costs / max(costs.sum(), 1),
         constraints=[structure, room],
         **whole,
-    )
-    if found.x is None:
+    ).x
+    if solution is None:
         least = milp(shares, constraints=[structure], **whole)
         smallest = round(float(costs @ least.x.round()))
         raise ConfigError(
             f"temporal budget of {budget} bytes cannot be met: the smallest choice of features "
             f"takes {smallest} bytes. Raise TemporalSpec.budget to that or more."
         )
-    return {f: name for (f, name), x in zip(choices, found.x, strict=False) if x > 0.5}
+    return {f: name for (f, name), x in zip(choices, solution, strict=False) if x > 0.5}

@@ -1,4 +1,4 @@
-"""How weights are rounded to codes: to the nearest, and second-order rounding in closed form.
+"""Round weights to codes: to nearest, or second-order in closed form (GPTQ).
 
 Second-order rounding follows GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded in turn
 and the error of each is spread over the columns still to come, through the inverse of the Gram
@@ -6,8 +6,6 @@ matrix of the layer's inputs.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,16 +15,8 @@ from .affine import QParams, levels, quantize, to_fp8
 _BLOCK = 128  # columns rounded between two updates of the rest
 
 
-@dataclass(frozen=True, slots=True)
-class Refined:
-    """Codes (out, in) as floats holding integers, and the grid they are on."""
-
-    codes: Tensor
-    grid: QParams
-
-
 def round_nearest(weight: Tensor, grid: QParams) -> Tensor:
-    """Codes (out, in) nearest to `weight` (out, in) on `grid` (one row per channel), as floats."""
+    """Round `weight` (out, in) to the nearest codes on `grid`, as floats holding integers."""
     scale, zero = grid.over(weight.shape[1])
     if grid.format == "fp8":
         return to_fp8(weight / scale).to(weight.dtype)
@@ -34,8 +24,7 @@ def round_nearest(weight: Tensor, grid: QParams) -> Tensor:
 
 
 def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: float) -> Tensor:
-    """Codes (out, in) for `weight`, as floats holding integers, that minimise the layer's output
-    error to second order.
+    """Round `weight` to the codes (out, in), as floats, of least second-order output error.
 
     weight: (out, in) float.  gram: (in, in), Gram matrix of the inputs (any common factor).
     grid: scales and zero points of the output channels.  damping: share of the mean diagonal that
@@ -44,7 +33,7 @@ def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: 
     """
     order = torch.argsort(gram.diagonal(), descending=True)
     # Rows of this upper factor hold, for each column, how its error spreads over later columns.
-    spread = _inverse_root(_damped(gram[order][:, order], damping)).to(weight.dtype)
+    spread = _inverse_root(gram[order][:, order], damping).to(weight.dtype)
     work = weight[:, order].clone()
     codes = torch.empty_like(work)
     scale, zero = (part.to(work.dtype).expand_as(work)[:, order] for part in grid.over(len(order)))
@@ -64,8 +53,10 @@ def round_second_order(weight: Tensor, gram: Tensor, grid: QParams, *, damping: 
     return codes[:, torch.argsort(order)]
 
 
-def refine(weight: Tensor, codes: Tensor, gram: Tensor, grid: QParams, *, sweeps: int) -> Refined:
-    """Better codes and scales by coordinate descent on the layer's output error.
+def refine(
+    weight: Tensor, codes: Tensor, gram: Tensor, grid: QParams, *, sweeps: int
+) -> tuple[Tensor, QParams]:
+    """Improve codes and scales by coordinate descent on the layer's output error.
 
     weight: (out, in) float.  codes: (out, in) to start from.  gram: (in, in), Gram matrix of the
     inputs.  Minimises tr((What - W) gram (What - W)^T): each sweep gives every scale its least
@@ -95,31 +86,27 @@ def refine(weight: Tensor, codes: Tensor, gram: Tensor, grid: QParams, *, sweeps
                 codes[:, i], moved[:, i - start] = code, change
                 slope[:, i:stop] += change[:, None] * gram[i, i:stop]
             slope[:, stop:] += moved @ gram[start:stop, stop:]
-    return Refined(codes, QParams(scale, zero, grid.bits))
+    return codes, QParams(scale, zero, grid.bits)
 
 
 def _fitted_scale(weight: Tensor, offsets: Tensor, gram: Tensor, scale: Tensor) -> Tensor:
-    """The scale (out,) of integer `offsets` (out, in) that comes nearest to the weight's output."""
+    """The least-squares scale (out,) of codes less their zero point, `offsets` (out, in)."""
     seen = offsets @ gram
     power = (seen * offsets).sum(1)
     fitted = (seen * weight).sum(1) / power
     return torch.where((power > 0) & (fitted > 0) & torch.isfinite(fitted), fitted, scale)
 
 
-def _inverse_root(system: Tensor) -> Tensor:
-    """The upper triangular U with U^T U the inverse of `system`, positive definite; no more than
-    two further matrices of its size are held at once. Raises LinAlgError where it is not."""
-    factor = torch.linalg.cholesky(system)
-    inverse = torch.cholesky_inverse(factor)
-    del factor
-    root: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return root
+def _inverse_root(gram: Tensor, damping: float) -> Tensor:
+    """The upper triangular float64 U with U^T U the inverse of the damped `gram`.
 
-
-def _damped(gram: Tensor, damping: float) -> Tensor:
-    """`gram` in float64 with the damping on its diagonal; never singular."""
+    Holds at most three matrices of its size at once, since they may be large.
+    """
     system = gram.double().clone()
     mean = float(system.diagonal().mean())
     # relative to the mean even where damping is 0: float64 inverts what is 1e-8 from singular
     system.diagonal().add_(max(damping, 1e-8) * mean if mean > 0 else 1.0)
-    return system
+    system = torch.linalg.cholesky(system)
+    system = torch.cholesky_inverse(system)
+    root: Tensor = torch.linalg.cholesky(system, upper=True)
+    return root

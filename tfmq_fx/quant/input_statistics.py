@@ -1,6 +1,6 @@
-"""Statistics of a layer's inputs over calibration: Gram matrices and means, from sampled rows.
+"""Accumulate statistics of a layer's inputs: Gram matrices and sums over sampled rows.
 
-A row is what one output position of the layer reads: the features of a linear layer, or the patch
+A row is the input of one output position of the layer: the features of a linear layer, or the patch
 under a convolution's kernel, in the order of the flattened weight.
 """
 
@@ -19,16 +19,16 @@ from .quant_layer import QuantLayer
 
 
 def input_rows(layer: QuantLayer, x: Tensor, picks: Tensor | None = None) -> Tensor:
-    """Rows (groups, n, in) of an input x of `layer`.
+    """The rows (groups, n, in) of an input x of `layer`.
 
-    picks: (n,) indices of the rows wanted, of the batch times the output positions; all by default.
+    picks: (n,) indices into the batch times the output positions; all rows by default.
     """
     if not isinstance(layer, QuantConv):
         rows = x.reshape(-1, x.shape[-1])
         return (rows if picks is None else rows[picks])[None]
     kernel = layer.weight_shape[2:]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, [width for pair in reversed(layer.borders()) for width in pair], mode=mode)
+    x = F.pad(x, layer.pad_widths, mode=mode)
     for i, (size, stride, dilation) in enumerate(
         zip(kernel, layer.stride, layer.dilation, strict=True)
     ):
@@ -45,20 +45,16 @@ def input_rows(layer: QuantLayer, x: Tensor, picks: Tensor | None = None) -> Ten
 
 
 def row_count(layer: QuantLayer, x: Tensor) -> int:
-    """How many rows `input_rows` finds in x."""
-    if not isinstance(layer, QuantConv):
-        return x[..., 0].numel()
-    count = x.shape[0]
-    for i, (before, after) in enumerate(layer.borders()):
-        reach = layer.dilation[i] * (layer.weight_shape[2 + i] - 1) + 1
-        count *= (x.shape[2 + i] + before + after - reach) // layer.stride[i] + 1
-    return count
+    """The number of rows that `input_rows` returns for x."""
+    weight = torch.empty(layer.weight_shape, device="meta")
+    outputs = layer.apply_op(torch.empty(x.shape, device="meta"), weight, None)
+    return outputs.numel() // layer.weight_shape[0]
 
 
 @dataclass(slots=True)
 class InputStatistics:
-    """Sums over rows q of the inputs of one layer, as it sees them, and f, as full precision has
-    them, each row times its weight (1 by default).
+    """Weighted sums over the input rows of one layer: q in the quantized model, f in the
+    full-precision one.
 
     weight: (groups, out, in) float, W of the full-precision layer.  gram: (groups, in, in), sum of
     q q^T.  gap: (groups, out, in), sum of W (f - q) q^T.  sum_q, sum_f: (groups, in).  rows: the
@@ -74,18 +70,15 @@ class InputStatistics:
 
     @classmethod
     def empty(cls, weight: Tensor) -> InputStatistics:
-        """Statistics of no rows, for a layer of `weight`."""
+        """Statistics of no rows, for a layer with this weight."""
         groups, _, width = weight.shape
         flat = torch.zeros(groups, width, dtype=torch.float64, device=weight.device)
         square = flat.new_zeros(groups, width, width)
         return cls(weight.float(), square, flat.new_zeros(weight.shape), flat, flat.clone())
 
-    def add(self, quantized: Tensor, full: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows (groups, n, in) of both models; weights: (n,) of each row."""
-        self.add_sums(self.sums(quantized, full, weights))
-
     def sums(self, quantized: Tensor, full: Tensor, weights: Tensor | None = None) -> Iterator[Any]:
-        """What such rows add to `gram`, `gap`, `sum_q`, `sum_f` and `rows`, in turn."""
+        """The contributions of rows (groups, n, in) of both models to `gram`, `gap`, `sum_q`,
+        `sum_f` and `rows`, in turn; weights: (n,), one for each row."""
         q, f = quantized.float(), full.float()
         seen = q if weights is None else q * weights[:, None]
         yield _product(seen.mT, q)
@@ -96,13 +89,13 @@ class InputStatistics:
         yield q.shape[1] if weights is None else float(weights.double().sum())
 
     def add_sums(self, sums: Iterator[Any]) -> None:
-        """Add what `sums` gave, here or in another process; one of them is in memory at a time."""
+        """Add contributions from `sums`, of this process or another; one is in memory at a time."""
         for total in (self.gram, self.gap, self.sum_q, self.sum_f):
             total += next(sums)
         self.rows += next(sums)
 
     def center_(self) -> None:
-        """Take the sums about the means: what is left for weights where a bias takes up the mean.
+        """Centre `gram` and `gap` on the means, for a layer whose bias corrects the mean error.
 
         `sum_q` and `sum_f` stay as they are.
         """
@@ -112,26 +105,26 @@ class InputStatistics:
         self.gap.baddbmm_(lacking, mean, alpha=-1)
 
     def aligned_weight(self, damping: float) -> Tensor:
-        """The weight (groups, out, in) that best gives W f from q: the What that minimises
+        """The weight (groups, out, in) that reproduces W f best from q: the What that minimises
         sum |What q - W f|^2 + damping mean(diag gram) |What - W|^2, in closed form.
 
         Raises torch.linalg.LinAlgError where the damped Gram matrix is not positive definite.
         """
         changes = []
         for gram, gap in zip(self.gram, self.gap, strict=True):
-            diagonal, given = gram.diagonal(), gram.diagonal().clone()
-            mean = float(given.mean())
-            # in place, and back: a Gram matrix is the largest thing there is
+            diagonal, undamped = gram.diagonal(), gram.diagonal().clone()
+            mean = float(undamped.mean())
+            # in place, and back: a copy of a Gram matrix may not fit into memory
             diagonal += max(damping, 1e-8) * mean if mean > 0 else 1.0
             try:
                 factor = torch.linalg.cholesky(gram)
             finally:
-                diagonal.copy_(given)
+                diagonal.copy_(undamped)
             changes.append(torch.cholesky_solve(gap.T, factor).T.to(self.weight))
         return self.weight + torch.stack(changes)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, or in float64 where that overflows."""
-    found = a @ b
-    return found if bool(torch.isfinite(found).all()) else a.double() @ b.double()
+    product = a @ b
+    return product if bool(torch.isfinite(product).all()) else a.double() @ b.double()

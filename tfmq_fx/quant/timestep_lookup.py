@@ -1,4 +1,4 @@
-"""The look-up of a table's row by timestep, as an operator of torch, with the rules of its keys.
+"""Look up a table row by timestep, as a torch operator, and check a table's timesteps.
 
 `torch.ops.tfmq_fx.timestep_row` is one node in an fx graph and in an exported one, and plain aten
 operators under AOTAutograd, so that Inductor can fuse it.
@@ -24,25 +24,30 @@ _SHOWN = 8  # values listed in an error message
 
 
 def timestep_index(keys: Tensor, t: Tensor) -> Tensor:
-    """Row of each timestep: (B,) int64, -1 where `t` is not one of `keys`.
+    """The row of each timestep: (B,) int64, -1 where `t` is not one of `keys`.
 
     keys: (K,), ascending and unique, K >= 1.  t: (B,) or (), then B = 1.
     Values are compared exactly: as int64 if both are integers, else as float64.  NaN is no key.
     """
     wide = _wide(keys.dtype, t.dtype)
-    known, wanted = keys.to(wide), t.reshape(-1).to(wide).contiguous()
+    known, sought = keys.to(wide), t.reshape(-1).to(wide).contiguous()
     # searchsorted alone would hand an unknown timestep the row of its neighbour
-    row = torch.searchsorted(known, wanted).clamp(max=known.shape[0] - 1)
-    return torch.where(known[row] == wanted, row, -1)
+    row = torch.searchsorted(known, sought).clamp(max=known.shape[0] - 1)
+    return torch.where(known[row] == sought, row, -1)
 
 
 def _timestep_row(table: Tensor, keys: Tensor, t: Tensor) -> Tensor:
     if not (table.is_floating_point() or table.is_complex()):
         raise TypeError(f"timestep_row: table must hold floating-point rows, not {table.dtype}")
     index = timestep_index(keys, t)
-    if _in_eager_on_cpu(index):
+    # Tracers (Dynamo, AOTAutograd, export, FakeTensor propagation) pass subclasses or set the flag.
+    is_eager = type(index) is Tensor and not torch.compiler.is_compiling()
+    if is_eager and index.device.type == "cpu":
         if bool((index < 0).any()):
-            raise InputError(_unknown_message(keys, t))
+            raise InputError(
+                f"no table row for timestep {_show(find_unknown(keys, t))}; "
+                f"the table knows {len(keys)} timesteps: {_show(keys.tolist())}"
+            )
         return table.index_select(0, index)
     rows = table.index_select(0, index.clamp(min=0))
     hit = (index >= 0).view(-1, *[1] * (table.dim() - 1))
@@ -62,35 +67,35 @@ timestep_row.stage = Stage.FOLDED  # type: ignore[attr-defined]
 
 
 def find_unknown(keys: Tensor, t: Tensor) -> list[int | float]:
-    """The values in `t` that are no key, ascending and each once; waits for the device."""
+    """The distinct values in `t` that are no key, ascending; synchronises with the device."""
     flat = t.detach().reshape(-1)
     missing = timestep_index(keys, flat) < 0
-    if not bool(missing.any()):  # the usual case waits once, and for little
+    if not bool(missing.any()):  # the usual case synchronises once
         return []
     values: list[int | float] = flat[missing].unique().tolist()
     return values
 
 
 def check_timesteps(values: Tensor | Sequence[int | float], dtype: torch.dtype) -> Tensor:
-    """The keys for a model that receives its timestep as `dtype`: (K,) ascending int64 or float64.
+    """The keys (K,) of a model that receives timesteps as `dtype`: ascending int64 or float64.
 
     values: the finite set, one-dimensional, in any order.  They are rounded to `dtype` first, since
     keys are the values that the model receives.  Raises ConfigError if the set is empty, holds NaN
     or Inf, holds a value twice (after rounding), or holds one that an integer `dtype` cannot.
     """
     # as numpy reads it: torch would round Python's floats to the default dtype
-    given = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).detach()
-    if given.dim() != 1:
-        raise ConfigError(f"timesteps must be one-dimensional, got shape {tuple(given.shape)}")
-    if len(given) == 0:
+    exact = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).detach()
+    if exact.dim() != 1:
+        raise ConfigError(f"timesteps must be one-dimensional, got shape {tuple(exact.shape)}")
+    if len(exact) == 0:
         raise ConfigError("timesteps are empty: a table needs at least one row")
-    if given.is_complex() or given.dtype == torch.bool:
-        raise ConfigError(f"timesteps must be integers or floats, got {given.dtype}")
-    if given.is_floating_point() and not bool(torch.isfinite(given).all()):
+    if exact.is_complex() or exact.dtype == torch.bool:
+        raise ConfigError(f"timesteps must be integers or floats, got {exact.dtype}")
+    if exact.is_floating_point() and not bool(torch.isfinite(exact).all()):
         raise ConfigError("timesteps hold NaN or Inf")
-    received = given.to(dtype)
+    received = exact.to(dtype)
     if not dtype.is_floating_point:
-        if lost := given[received.to(given.dtype) != given].tolist():
+        if lost := exact[received.to(exact.dtype) != exact].tolist():
             raise ConfigError(f"the model takes {dtype} timesteps, which cannot hold {_show(lost)}")
     elif not bool(torch.isfinite(received).all()):
         raise ConfigError(f"timesteps overflow {dtype}, in which the model takes them")
@@ -102,20 +107,6 @@ def check_timesteps(values: Tensor | Sequence[int | float], dtype: torch.dtype) 
 
 def _wide(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if any(d.is_floating_point for d in dtypes) else torch.int64
-
-
-def _in_eager_on_cpu(value: Tensor) -> bool:
-    # Tracers (Dynamo, AOTAutograd, export, FakeTensor propagation) pass subclasses or set the flag.
-    return (
-        value.device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling()
-    )
-
-
-def _unknown_message(keys: Tensor, t: Tensor) -> str:
-    return (
-        f"no table row for timestep {_show(find_unknown(keys, t))}; "
-        f"the table knows {len(keys)} timesteps: {_show(keys.tolist())}"
-    )
 
 
 def _show(values: Sequence[int | float]) -> str:

@@ -1,7 +1,7 @@
-"""Temporal features as integers: TFMQ-DM's cache-based maintenance (arXiv 2407.19547).
+"""Store temporal features as integers: TFMQ-DM's cache-based maintenance (arXiv 2407.19547).
 
-The abstract says that quantized features are looked up instead of computed; how they are quantized
-is ours: one scale and zero point for each timestep and feature, by search.
+The paper's abstract only says that quantized features are looked up instead of computed. The way
+they are quantized is ours: one scale and zero point for each timestep and feature, by search.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.stages import Stage
 
 from .affine import levels
-from .base import FixedDtypeModule
+from .base import FixedDtypeModule, plain_spec
 from .packing import pack
 from .timestep_lookup import timestep_index, timestep_row
 
@@ -28,7 +28,7 @@ _LEAST = 0.3  # share of the range that the tightest candidate keeps
 
 
 def cache_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and zero point of rows of one feature.
+    """Quantize the rows of one feature: codes, scale and zero point.
 
     rows: (K, F), one row for each timestep.  codes: (K, F) uint8 in [0, 2**bits - 1].  scale, zero:
     (K,) float32; the value of code q is scale * (q - zero), and zero need not be an integer, as
@@ -37,25 +37,47 @@ def cache_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if bits not in BITS:
         raise ConfigError(f"rows can be cached at 4 or 8 bits, not {bits}")
-    values = rows.detach().double()
+    values, top = rows.detach().double(), levels(bits)
     low, high = values.amin(1), values.amax(1)
     middle, span = (low + high) / 2, high - low
+    is_varied = span > 0
+
+    def codes_on(scale: Tensor, zero: Tensor) -> Tensor:
+        return torch.round(values / scale[:, None] + zero[:, None]).clamp(0, top)
+
+    def loss_of(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        # with the float32 parameters that will be stored
+        restored = (codes - zero.float().double()[:, None]) * scale.float().double()[:, None]
+        return (restored - values).square().sum(1)
+
     # A constant row is stored exactly: as code 0 on a grid of scale 1.
-    best = _Grid.over(low, torch.where(span > 0, span, levels(bits)), bits)
-    codes = best.codes(values)
-    loss = best.loss(values, codes)
+    scale = torch.where(is_varied, span, top) / top
+    zero = -low / scale
+    codes = codes_on(scale, zero)
+    loss = loss_of(codes, scale, zero)
     for i in range(_CANDIDATES):
         share = 1 - (1 - _LEAST) * i / (_CANDIDATES - 1)
-        width = torch.where(span > 0, span * share, levels(bits))
-        trial = _Grid.over(middle - width / 2, width, bits)
-        trial = trial.refit(values, trial.codes(values))
-        trial_codes = trial.codes(values)
-        trial_loss = trial.loss(values, trial_codes)
+        width = torch.where(is_varied, span * share, top)
+        trial = width / top, -(middle - width / 2) / (width / top)
+        trial = _refit(values, codes_on(*trial), *trial)
+        trial_codes = codes_on(*trial)
+        trial_loss = loss_of(trial_codes, *trial)
         better = trial_loss < loss
         loss = torch.where(better, trial_loss, loss)
-        best = best.where(better, trial)
+        scale, zero = torch.where(better, trial[0], scale), torch.where(better, trial[1], zero)
         codes = torch.where(better[:, None], trial_codes, codes)
-    return codes.to(torch.uint8), best.scale.float(), best.zero.float()
+    return codes.to(torch.uint8), scale.float(), zero.float()
+
+
+def _refit(values: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point per row that fit `values` best with these codes, by linear regression;
+    the present ones where there is no fit."""
+    mean, center = values.mean(1), codes.mean(1)
+    spread = codes - center[:, None]
+    slope = (spread * values).sum(1) / spread.square().sum(1)
+    usable = torch.isfinite(slope) & (slope > 0)
+    fitted = torch.where(usable, slope, scale)
+    return fitted, torch.where(usable, center - mean / fitted, zero)
 
 
 def restore_rows(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -70,46 +92,12 @@ def cache_error(rows: Tensor, bits: int) -> Tensor:
     return torch.where(norm > 0, error / norm, error).float()
 
 
-class _Grid:
-    """Scale and zero point per row, (K,) float64 each."""
-
-    def __init__(self, scale: Tensor, zero: Tensor, bits: int) -> None:
-        self.scale, self.zero, self.bits = scale, zero, bits
-
-    @classmethod
-    def over(cls, low: Tensor, span: Tensor, bits: int) -> Self:
-        scale = span / levels(bits)
-        return cls(scale, -low / scale, bits)
-
-    def codes(self, values: Tensor) -> Tensor:
-        shifted = torch.round(values / self.scale[:, None] + self.zero[:, None])
-        return shifted.clamp(0, levels(self.bits))
-
-    def loss(self, values: Tensor, codes: Tensor) -> Tensor:
-        # judged with the float32 parameters that will be stored
-        scale, zero = self.scale.float().double(), self.zero.float().double()
-        return ((codes - zero[:, None]) * scale[:, None] - values).square().sum(1)
-
-    def refit(self, values: Tensor, codes: Tensor) -> _Grid:
-        """The grid that fits `values` best with these codes: linear regression on the codes."""
-        mean, center = values.mean(1), codes.mean(1)
-        spread = codes - center[:, None]
-        scale = (spread * values).sum(1) / spread.square().sum(1)
-        usable = torch.isfinite(scale) & (scale > 0)
-        scale = torch.where(usable, scale, self.scale)
-        return _Grid(scale, torch.where(usable, center - mean / scale, self.zero), self.bits)
-
-    def where(self, better: Tensor, other: _Grid) -> _Grid:
-        scale = torch.where(better, other.scale, self.scale)
-        return _Grid(scale, torch.where(better, other.zero, self.zero), self.bits)
-
-
 class QuantTimestepTable(FixedDtypeModule):
-    """Look-up by timestep of features stored as integers: t (B,) -> (B, F) in `dtype`.
+    """Look up features stored as integers by timestep: t (B,) -> (B, F) in `dtype`.
 
     F is the sum of `widths`, one for each feature, in order.  Buffers: `keys` (K,) int64 or
     float64; `codes` (K, bytes) uint8, two 4-bit codes in a byte, the first one lowest; `scale`,
-    `zero` (K, features) float32.  An unknown timestep is met as in `timestep_lookup.timestep_row`.
+    `zero` (K, features) float32.  Unknown timesteps: see `timestep_lookup.timestep_row`.
     """
 
     stage = Stage.FOLDED
@@ -144,8 +132,8 @@ class QuantTimestepTable(FixedDtypeModule):
 
     @classmethod
     def from_rows(cls, keys: Tensor, features: Sequence[Tensor], *, bits: int) -> Self:
-        """The table of `features`, each (K, width) in the compute dtype, on their device."""
-        made = cls(
+        """Create the table of `features`, each (K, width) in the compute dtype, on their device."""
+        table = cls(
             rows=len(keys),
             widths=[rows.shape[1] for rows in features],
             bits=bits,
@@ -153,20 +141,20 @@ class QuantTimestepTable(FixedDtypeModule):
             dtype=features[0].dtype,
         ).to(features[0].device)
         codes, scales, zeros = zip(*(cache_rows(rows, bits) for rows in features), strict=True)
-        made.scale, made.zero = torch.stack(scales, 1), torch.stack(zeros, 1)
-        made.keys = keys.clone()  # not shared: savers refuse tensors that share memory
+        table.scale, table.zero = torch.stack(scales, 1), torch.stack(zeros, 1)
+        table.keys = keys.clone()  # not shared: savers refuse tensors that share memory
         fused = torch.cat(codes, 1)
         padding = -fused.shape[1] % (8 // bits)  # each row starts a byte
         fused = nn.functional.pad(fused, (0, padding))
-        made.codes = pack(fused, bits).view(len(keys), -1)
-        return made
+        table.codes = pack(fused, bits).view(len(keys), -1)
+        return table
 
     def columns(self) -> Tensor:
-        """(F,) int64, the feature of each column."""
+        """The feature index of each column: (F,) int64."""
         return torch.repeat_interleave(torch.tensor(self.widths), output_size=sum(self.widths))
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B, F) for t (B,) or (), then B = 1."""
+        """The features (B, F) for timesteps t (B,) or (), then B = 1."""
         # the scales go through the operator for its treatment of unknown timesteps
         scale = timestep_row(self.scale, self.keys, t)
         row = timestep_index(self.keys, t).clamp(min=0)
@@ -179,17 +167,15 @@ class QuantTimestepTable(FixedDtypeModule):
         return values.to(self.dtype)
 
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
+        """The size of codes, scales and zero points in bytes."""
         return self.codes.nbytes + self.scale.nbytes + self.zero.nbytes
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready constructor arguments; `from_spec` builds the module, empty, from them."""
+        """The constructor arguments, JSON-ready, for `from_spec`."""
         return {
             "rows": len(self.keys),
-            "widths": list(self.widths),
-            "bits": self.bits,
             "integer_keys": not self.keys.is_floating_point(),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            **plain_spec(self, "widths", "bits", "dtype"),
         }
 
     def extra_repr(self) -> str:
