@@ -1,9 +1,9 @@
-"""What was put in the place of a layer's own code: patched forwards, hooks, parametrizations."""
+"""Detect replaced code of a layer: patched forwards, hooks, parametrizations."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,49 +15,57 @@ from .errors import CaptureError
 from .padding import functional_widths, padding_widths
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_OF_CLASSES = ("forward", "_conv_forward")  # what layers of torch.nn compute with
+_OF_CLASSES = ("forward", "_conv_forward")  # methods in which torch.nn layers compute
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _DIFFUSERS = "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(module).remove_hook"
 
 
 def replaced_forward(layer: nn.Module) -> str | None:
-    """Why the forward of a layer is not the one of its class in torch; None where it is, and for
-    layers of other classes, whose forward is their own."""
+    """The reason why a torch layer does not run its class's forward, or None.
+
+    None for layers of other classes too, whose forward is their own.
+    """
     if "forward" in replaced_methods(layer):
         return "its forward was replaced on the instance"
-    if _is_torchs_class(layer) and not _is_torchs(type(layer).forward):
+    if type(layer).__module__.startswith("torch.nn.") and not _is_torchs(type(layer).forward):
         return f"the forward of {type(layer).__name__} was replaced"
     return None
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether functions run before or after a layer."""
+    """Whether forward hooks or pre-hooks are registered on a layer."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer of torch.nn computes what its class and its settings say.
 
-    Not so where a method was replaced on it or on its class, where a weight is computed at each
-    call (parametrizations), or where its padding was changed after it was made.  Hooks are not
-    looked at, but for those that compute a weight.
+    False where a method was replaced on the layer or its class, where a weight is computed at each
+    call (parametrizations), or where the padding was changed after construction.  Hooks are
+    ignored, except those that compute a weight.
     """
     return not (
         bool(replaced_methods(layer))
         or any(not _is_torchs(getattr(type(layer), name, None)) for name in _OF_CLASSES)
         or parametrize.is_parametrized(layer)
-        or any(type(hook).__module__.startswith("torch.nn.utils.") for hook in _pre_hooks(layer))
+        or any(
+            type(hook).__module__.startswith("torch.nn.utils.")
+            for hook in layer._forward_pre_hooks.values()
+        )
         or not _pads_as_made(layer)
     )
 
 
 def refuse_hooks(model: nn.Module) -> None:
-    """Raise CaptureError, naming it and how to remove it, for a hook that no graph can hold: one
-    for all modules of the process, one that keeps state between calls, moves weights or casts them.
+    """Raise CaptureError, with the remedy, for a hook that cannot be captured in a graph.
+
+    These are hooks for all modules of the process, and those that keep state between calls, move
+    weights or cast them.
     """
     for hook in (hook for name in _GLOBAL for hook in getattr(_module, name).values()):
+        name = getattr(hook, "__qualname__", type(hook).__name__)
         raise CaptureError(
-            f"the hook {_name(hook)} is registered for all modules of this process "
+            f"the hook {name} is registered for all modules of this process "
             "(torch.nn.modules.module.register_module_forward_hook or _pre_hook), those of the "
             "converted model too, on whose layers it would act again: call .remove() on the "
             "handle that registering gave, or register it on the modules that it is for"
@@ -68,7 +76,8 @@ def refuse_hooks(model: nn.Module) -> None:
         for name, hook in getattr(registry, "hooks", {}).items():
             if reason := _obstacle(hook):
                 raise CaptureError(f"{where}: its hook {name!r} ({type(hook).__name__}) {reason}")
-        for hook in _accelerates(vars(part).get("_hf_hook")):
+        accelerate = vars(part).get("_hf_hook")  # one hook, or several in sequence
+        for hook in getattr(accelerate, "hooks", (accelerate,)):
             if getattr(hook, "offload", False):
                 raise CaptureError(
                     f"{where}: its hook {type(hook).__name__} keeps the weights elsewhere between "
@@ -78,20 +87,19 @@ def refuse_hooks(model: nn.Module) -> None:
 
 
 def replaced_methods(layer: nn.Module) -> list[str]:
-    """Names of the methods of a layer in whose place the instance has something else; one that was
-    put back is the method of its class again."""
-    found = []
+    """The names of the methods that the instance overrides; a restored method does not count."""
+    names = []
     for name, value in vars(layer).items():
         own = getattr(type(layer), name, None)
         if callable(value) and callable(own):
             restored = getattr(value, "__func__", None) is own
             if not (restored and getattr(value, "__self__", None) is layer):
-                found.append(name)
-    return found
+                names.append(name)
+    return names
 
 
 def _obstacle(hook: Any) -> str:
-    """Why a hook of diffusers cannot be captured, and what to do; "" where it can."""
+    """The reason why a hook of diffusers cannot be captured, with the remedy, or ""."""
     kind = type(hook).__name__
     if kind == "LayerwiseCastingHook":
         return (
@@ -111,18 +119,8 @@ def _obstacle(hook: Any) -> str:
     return ""
 
 
-def _accelerates(hook: Any) -> Iterator[Any]:
-    """A hook of accelerate, or the hooks that it consists of."""
-    if hook is not None:
-        yield from getattr(hook, "hooks", (hook,))
-
-
-def _pre_hooks(layer: nn.Module) -> Iterator[Any]:
-    yield from layer._forward_pre_hooks.values()
-
-
 def _pads_as_made(layer: nn.Module) -> bool:
-    """Whether a convolution pads as its `padding` says, in a mode other than zeros too."""
+    """Whether a convolution's precomputed padding, for modes other than zeros, fits `padding`."""
     widths = getattr(layer, "_reversed_padding_repeated_twice", None)
     if widths is None or getattr(layer, "padding_mode", "zeros") == "zeros":
         return True
@@ -131,19 +129,11 @@ def _pads_as_made(layer: nn.Module) -> bool:
     return tuple(widths) == functional_widths(expected)
 
 
-def _is_torchs_class(layer: nn.Module) -> bool:
-    return type(layer).__module__.startswith("torch.nn.")
-
-
 def _is_torchs(function: Callable[..., Any] | None) -> bool:
-    """Whether a method is as torch wrote it; what wraps one is not."""
+    """Whether a method is the original one of torch, not a wrapper of it."""
     while function is not None:
         code = getattr(function, "__code__", None)
         if code is None or not code.co_filename.startswith(_TORCH):
             return False
         function = getattr(function, "__wrapped__", None)
     return True
-
-
-def _name(hook: Any) -> str:
-    return str(getattr(hook, "__qualname__", type(hook).__name__))

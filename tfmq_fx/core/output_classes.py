@@ -1,8 +1,7 @@
-"""The classes of results that a saved model may name, and how one is found without running more
-than the library that defines it.
+"""Find the output classes that a saved model names, without running code of anyone else.
 
-A saved model is data from somewhere else. What it may name are the output classes of diffusers and
-transformers, by rule, and those that the caller of `load` hands over.
+A saved model is untrusted data. It may name the output classes of diffusers and transformers, by
+rule, and classes that the caller of `load` passes in.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 from .errors import ArtifactError
 
-# Modules of a library that may hold output classes, and the base of all of these.
+# For each library: modules that may hold output classes, and the base class of these.
 _LIBRARIES = {
     "diffusers": (
         re.compile(
@@ -41,22 +40,21 @@ def class_name(cls: type) -> str:
 
 
 def output_class(name: str, fields: Collection[str], given: Collection[type] = ()) -> type:
-    """The class of that name, which takes exactly these fields.
+    """The output class called `name`, provided that it takes exactly `fields`.
 
-    given: classes from the caller, which may be named as well.  Raises ArtifactError.
+    given: further classes, from the caller.  Raises ArtifactError.
     """
-    found = next((cls for cls in given if class_name(cls) == name), None)
-    if found is None:
-        found = _library_class(name)
-    takes, needs = _fields(found)
+    cls = next((each for each in given if class_name(each) == name), None) or _library_class(name)
+    takes, needs = _fields(cls)
     if not needs <= set(fields) <= takes:
         raise ArtifactError(
             f"the output type {name} takes the fields {sorted(takes)}, not {sorted(fields)}"
         )
-    return found
+    return cls
 
 
 def _library_class(name: str) -> type:
+    """The output class of diffusers or transformers called `name`."""
     module, _, qualname = name.partition(":")
     rule, base = _LIBRARIES.get(module.partition(".")[0], (None, None))
     if rule is None or base is None or not rule.fullmatch(module) or not _NAME.fullmatch(qualname):
@@ -65,15 +63,15 @@ def _library_class(name: str) -> type:
             "yours, give it by hand: load(path, outputs=[YourClass])"
         )
     root = _imported(base[0], name)
-    found = vars(_imported(module, name)).get(qualname)
-    if not isinstance(found, type) or not issubclass(found, getattr(root, base[1])):
+    cls = vars(_imported(module, name)).get(qualname)
+    is_output = isinstance(cls, type) and issubclass(cls, getattr(root, base[1]))
+    if not is_output or cls.__module__ != module or not dataclasses.is_dataclass(cls):
         raise ArtifactError(f"{name} is not an output type")
-    if found.__module__ != module or not dataclasses.is_dataclass(found):
-        raise ArtifactError(f"{name} is not an output type")
-    return found
+    return cls
 
 
 def _imported(module: str, name: str) -> Any:
+    """Import a module of an installed library, for the output class `name`."""
     if module not in sys.modules:
         _check_installed(module.partition(".")[0], name)
     try:
@@ -83,8 +81,10 @@ def _imported(module: str, name: str) -> Any:
 
 
 def _check_installed(package: str, name: str) -> None:
-    """Raise ArtifactError where importing `package` would not run the installed library: a folder
-    of that name in the working directory comes first in many an interpreter."""
+    """Raise ArtifactError unless importing `package` would run the installed library.
+
+    A folder of that name in the working directory often comes first on the import path.
+    """
     if package in sys.modules:
         return
     try:
@@ -101,12 +101,12 @@ def _check_installed(package: str, name: str) -> None:
 
 
 def _fields(cls: type) -> tuple[set[str], set[str]]:
-    """The fields that a dataclass or named tuple takes, and those that it cannot do without."""
+    """All fields of a dataclass or named tuple, and the required ones."""
     if dataclasses.is_dataclass(cls):
-        taken = [f for f in dataclasses.fields(cls) if f.init]
-        default = dataclasses.MISSING
-        lacking = [f for f in taken if f.default is default and f.default_factory is default]
-        return {f.name for f in taken}, {f.name for f in lacking}
+        fields = [f for f in dataclasses.fields(cls) if f.init]
+        none = dataclasses.MISSING
+        required = {f.name for f in fields if f.default is none and f.default_factory is none}
+        return {f.name for f in fields}, required
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
         names = set(cls._fields)
         return names, names - set(getattr(cls, "_field_defaults", {}))

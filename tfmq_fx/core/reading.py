@@ -1,17 +1,19 @@
-"""Files that somebody else may have written: read without hanging, parsed without surprises.
+"""Read and parse untrusted files safely: no hanging, no unbounded work.
 
-What a file costs to refuse is bounded by its size: its kind is checked before it is opened, its
+The cost of refusing a file is bounded by its size: its type is checked before it is opened, its
 nesting and its numbers before or while it is parsed.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
@@ -28,7 +30,7 @@ _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
 
 
 def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
-    """The file at `path`, open for reading; links are followed.
+    """Open the regular file at `path` for reading; links are followed.
 
     Raises ArtifactError where it is a pipe, a device or a directory, where it is mostly holes, or
     where it has more than `limit` bytes, and OSError where it cannot be opened.
@@ -37,12 +39,12 @@ def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     file: BufferedReader = os.fdopen(descriptor, "rb")
     try:
-        found = os.fstat(file.fileno())
-        _check_regular(path, found.st_mode)
-        if limit is not None and found.st_size > limit:
-            raise ArtifactError(f"{path} has {found.st_size} bytes, and at most {limit} are read")
-        if found.st_size > 1 << 24 and _data_bytes(file.fileno()) * _HOLLOW < found.st_size:
-            raise ArtifactError(f"{path} claims {found.st_size} bytes, but nearly all are holes")
+        info = os.fstat(file.fileno())
+        _check_regular(path, info.st_mode)
+        if limit is not None and info.st_size > limit:
+            raise ArtifactError(f"{path} has {info.st_size} bytes, and at most {limit} are read")
+        if info.st_size > 1 << 24 and _data_bytes(file.fileno()) * _HOLLOW < info.st_size:
+            raise ArtifactError(f"{path} claims {info.st_size} bytes, but nearly all are holes")
     except BaseException:
         file.close()
         raise
@@ -50,14 +52,16 @@ def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
 
 
 def read_json(path: Path, limit: int = JSON_BYTES, *, nan: bool = False) -> Any:
-    """The JSON value in the file at `path`. Raises ArtifactError naming the file, and OSError where
-    it cannot be opened."""
+    """Read the JSON value in the file at `path`.
+
+    Raises ArtifactError, naming the file, and OSError where it cannot be opened.
+    """
     with open_regular(path, limit) as file:
         return parse_json(file.read(), str(path), nan=nan)
 
 
 def parse_json(content: bytes | str, where: str, *, nan: bool = False) -> Any:
-    """The value of a JSON text as Python's own `json` writes it, in UTF-8.
+    """Parse a JSON text as Python's own `json` writes it, in UTF-8.
 
     nan: whether NaN and Infinity are numbers.  Raises ArtifactError, naming `where`, on anything
     else: a key given twice, a number that no 64 bits hold, nesting deeper than 128.
@@ -83,12 +87,11 @@ def parse_json(content: bytes | str, where: str, *, nan: bool = False) -> Any:
         raise ArtifactError(f"{where}: {text} is not JSON")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise ArtifactError(f"{where}: the key {twice!r:.80} is given twice")
-        return made
+        return value
 
     try:
         return json.loads(
@@ -103,7 +106,7 @@ def parse_json(content: bytes | str, where: str, *, nan: bool = False) -> Any:
 
 
 def check_depth(data: bytes, where: str) -> None:
-    """Raise ArtifactError where a JSON text is nested deeper than 128 levels."""
+    """Raise ArtifactError for a JSON text nested deeper than 128 levels."""
     brackets = _STRING.sub(b"", data).translate(None, _OTHERS)
     deepest: Iterable[int] = itertools.accumulate(map(_BRACKETS.__getitem__, brackets))
     if max(deepest, default=0) > DEPTH:
@@ -111,22 +114,26 @@ def check_depth(data: bytes, where: str) -> None:
 
 
 def _check_regular(path: Path, mode: int) -> None:
+    """Raise ArtifactError unless `mode` is that of a regular file."""
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a directory", stat.S_IFSOCK: "a socket"}
         raise ArtifactError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, no file")
 
 
 def _data_bytes(descriptor: int) -> int:
-    """Bytes of a file that are not holes, or about as many; holes are not known everywhere."""
-    size, place, found = os.fstat(descriptor).st_size, 0, 0
+    """The bytes of a file that are not holes (at least enough to decide), or its size where the
+    system does not know."""
+    size, place, data = os.fstat(descriptor).st_size, 0, 0
     try:
-        while place < size and found * _HOLLOW < size:
+        while place < size and data * _HOLLOW < size:
             start = os.lseek(descriptor, place, os.SEEK_DATA)
             place = os.lseek(descriptor, start, os.SEEK_HOLE)
-            found += place - start
-    except (AttributeError, OSError) as error:
-        if not isinstance(error, OSError) or error.errno != 6:  # ENXIO: no data from here on
+            data += place - start
+    except AttributeError:
+        return size
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # else: no data from here on
             return size
     finally:
         os.lseek(descriptor, 0, os.SEEK_SET)
-    return found
+    return data

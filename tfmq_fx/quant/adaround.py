@@ -1,6 +1,6 @@
 """AdaRound: learn for each weight whether to round up or down (Nagel et al., arXiv 2004.10568).
 
-A layer that is being learnt stands in for a quantized layer during reconstruction.
+During reconstruction an `AdaRoundLayer` replaces the quantized layer that is learnt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WARM_UP = 0.2  # share of the steps without regularization
 
 
 class SoftRounding:
-    """AdaRound's variables for one layer: a weight between floor and ceiling, learnt, then decided.
+    """The learnable rounding of one weight: between floor and ceiling, learnt, then decided.
 
     target: (out, in), the values to round (the weight, or a point near given codes).  Start: the
     soft weight equals `target`, so that deciding at once gives nearest rounding of it.
@@ -45,12 +45,12 @@ class SoftRounding:
         return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def soft(self) -> Tensor:
-        """The weight as it stands, (out, in), differentiable in alpha."""
-        return self._value(self.share())
+        """The present weight (out, in), differentiable in alpha."""
+        return (self._codes(self.share()) - self._zero) * self._scale
 
     def codes(self) -> Tensor:
         """The decided codes: rounded up where alpha >= 0."""
-        return self._clamped((self.alpha >= 0).to(self._floor.dtype))
+        return self._codes((self.alpha >= 0).to(self._floor.dtype))
 
     def regularization(self, beta: float) -> Tensor:
         """Mean over weights of 1 - |2 h - 1|^beta: 0 when all are decided."""
@@ -62,16 +62,14 @@ class SoftRounding:
             share = self.share()
             return float(((share < 0.01) | (share > 0.99)).float().mean())
 
-    def _clamped(self, share: Tensor) -> Tensor:
+    def _codes(self, share: Tensor) -> Tensor:
+        """Codes that lie the fraction `share` above the floor of the target."""
         return (self._floor + share + self._zero).clamp(0, levels(self.grid.bits))
-
-    def _value(self, share: Tensor) -> Tensor:
-        return (self._clamped(share) - self._zero) * self._scale
 
 
 def annealed_beta(step: int, steps: int) -> float | None:
-    """AdaRound's exponent at `step` of `steps`: None (no regularization) during the warm-up, then
-    20 falling linearly to 2 (released settings of TFMQ-DM)."""
+    """AdaRound's exponent at `step` of `steps`, falling linearly from 20 to 2 (released settings of
+    TFMQ-DM); None, for no regularization, during the warm-up."""
     begin = _WARM_UP * steps
     if step < begin:
         return None
@@ -80,11 +78,11 @@ def annealed_beta(step: int, steps: int) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs of a block, and what its outputs should be: each (samples, ...) or (n samples, ...).
+    """Inputs of a block and the targets of its outputs: each (samples, ...) or (n samples, ...).
 
-    weights: (samples,) of each sample's squared error; None is the same for all.
-    share: how much of a batch that processes have split these samples are; 0 where there were too
-    few, and these only stand in.
+    weights: (samples,) of each sample's squared error; None weights all alike.
+    share: the fraction of a batch, split among processes, that these samples are; 0 where there
+    were too few samples for this process, and these are placeholders.
     """
 
     inputs: tuple[Any, ...]
@@ -93,27 +91,26 @@ class Batch:
     share: float = 1.0
 
     def residuals(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """outputs - targets in float32, each sample times the root of its weight."""
+        """The errors outputs - targets in float32, each sample times the root of its weight."""
         return [
             self._weighted(out.float() - target.float())
             for out, target in zip(outputs, self.targets, strict=True)
         ]
 
     def power(self) -> list[Tensor]:
-        """Sum of the squares of each target, samples weighted: float64, 0-d."""
+        """The weighted sum of squares of each target: float64, 0-d."""
         return [sum_of_squares(self._weighted(target.float())) for target in self.targets]
 
     def _weighted(self, value: Tensor) -> Tensor:
         if self.weights is None or not value.dim() or len(value) % len(self.weights):
             return value
-        root = (
-            self.weights.to(value.device).sqrt().repeat_interleave(len(value) // len(self.weights))
-        )
+        root = self.weights.to(value.device).sqrt()
+        root = root.repeat_interleave(len(value) // len(root))
         return value * root.view(-1, *[1] * (value.dim() - 1))
 
 
 def sum_of_squares(value: Tensor) -> Tensor:
-    """Sum of squares in float64, 0-d: squares of float32 overflow beyond 1e19."""
+    """The sum of squares in float64, 0-d: squares of float32 overflow beyond 1e19."""
     norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.float64)
     return norm.square()
 
@@ -147,23 +144,23 @@ class AdaRoundLayer(nn.Module):
         return self.layer.apply_op(x, weight.to(x.dtype), bias)
 
     def decided(self) -> QuantLayer:
-        """A new quantized layer with the rounding learnt and the bias learnt."""
-        made = copy.deepcopy(self.layer)
+        """A new quantized layer with the learnt rounding and bias."""
+        layer = copy.deepcopy(self.layer)
         if self.rounding is not None:
             codes = self.rounding.codes().detach().view(self.shape)
-            made.set_weight(codes, self.rounding.grid)
+            layer.set_weight(codes, self.rounding.grid)
         if self.bias is not None:
-            made.bias = self.bias.detach().to(made.dtype).clone()
-        return made
+            layer.bias = self.bias.detach().to(layer.dtype).clone()
+        return layer
 
 
 def start_of(layer: QuantLayer, weight: Tensor) -> Tensor:
-    """Where soft rounding of `layer` starts.
+    """The values (out, ...) at which soft rounding of `layer` starts.
 
-    A layer rounded to nearest starts at its float weight, as AdaRound does.  A layer that was
-    rounded by something better starts a tenth of a step from its codes, on the side of the float
-    weight: deciding at once gives the codes back, and learning may flip what does not fit.
-    fp8 weights, which are not learnt, stay what their codes stand for.
+    A layer rounded to nearest starts at its float weight, as AdaRound does.  A layer rounded by
+    a better method starts a tenth of a step from its codes, towards the float weight: deciding at
+    once returns these codes, and learning may flip those that do not fit.
+    fp8 weights are not learnt: the values of their codes.
     """
     if layer.weight_format == "fp8":
         return layer.weight
@@ -172,25 +169,25 @@ def start_of(layer: QuantLayer, weight: Tensor) -> Tensor:
     codes = layer.weight_codes().float().flatten(1) + zero
     if torch.equal(codes, round_nearest(rows, layer.grid())):
         return weight.detach().float()
-    given, step = layer.weight.flatten(1), 0.1 * scale
-    return (given + torch.where(rows > given, step, -step)).view(weight.shape)
+    values, step = layer.weight.flatten(1), 0.1 * scale
+    return (values + torch.where(rows > values, step, -step)).view(weight.shape)
 
 
 def nearest_of(layer: QuantLayer, weight: Tensor, bias: Tensor | None) -> QuantLayer:
-    """A new layer on the grid of `layer`: `weight` rounded to nearest, and `bias`."""
-    made, grid = copy.deepcopy(layer), layer.grid()
+    """A copy of `layer` with `bias`, and `weight` rounded to nearest on the layer's grid."""
+    nearest, grid = copy.deepcopy(layer), layer.grid()
     codes = round_nearest(weight.detach().float().flatten(1), grid)
-    made.set_weight(codes.view(weight.shape), grid)
-    made.bias = None if bias is None else bias.detach().to(layer.dtype).clone()
-    return made
+    nearest.set_weight(codes.view(weight.shape), grid)
+    nearest.bias = None if bias is None else bias.detach().to(layer.dtype).clone()
+    return nearest
 
 
 def with_float_inputs(layer: QuantLayer) -> QuantLayer:
-    """A layer that shares the tensors of `layer` and takes its input as it comes, unrounded."""
-    made = copy.copy(layer)
-    made._buffers = dict(layer._buffers)
-    made.act_bits = None
-    return made
+    """A layer that shares the tensors of `layer` and does not quantize its input."""
+    shared = copy.copy(layer)
+    shared._buffers = dict(layer._buffers)
+    shared.act_bits = None
+    return shared
 
 
 def learn(
@@ -207,13 +204,13 @@ def learn(
 ) -> str | None:
     """Learn the rounding of `layers` so that forward(*inputs) gives the targets of `batches`.
 
-    before: the relative squared error of the rounding that there is.  Loss: relative squared error
-    over `before`, plus regularization times the mean rounding term: both of order 1, whatever the
-    unit's size and however good the start.
-    split: whether each process has its share of every batch; all take the steps of one, up to the
-    order of sums, and hold the same rounding.
-    Returns None, or why it stopped early: the loss was NaN or Inf, and what `layers` hold is of no
-    use.
+    before: the relative squared error of the present rounding.  Loss: relative squared error over
+    `before`, plus regularization times the mean rounding term: both of order 1, whatever the size
+    of the block and the quality of the start.
+    split: whether each process has its share of every batch; all take the steps that one process
+    would take, up to the order of sums, and hold the same rounding.
+    Returns None, or the reason for stopping early: the loss was NaN or Inf, and `layers` are
+    unusable.
     """
     roundings = [layer.rounding for layer in layers if layer.rounding is not None]
     alphas = [rounding.alpha for rounding in roundings]
@@ -255,7 +252,7 @@ def learn(
 
 
 def _sum_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
-    """The loss of all processes; every gradient becomes the sum of theirs."""
+    """Sum the gradients of all processes in place; returns the sum of their losses."""
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     joined = torch.cat([loss.to(gradients[0])[None], *(g.flatten() for g in gradients)])
     total: Tensor
@@ -266,13 +263,12 @@ def _sum_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
 
 
 def _root_mean_square(batches: Sequence[Batch], split: bool) -> list[float]:
-    """Root mean square of each target over all batches, never 0."""
+    """The root mean square of each target over all batches, never 0."""
     powers: list[list[Tensor]] = []
     for batch in batches:
         sizes = [target.numel() for target in batch.targets]
         powers.append([p / n * batch.share for p, n in zip(batch.power(), sizes, strict=True)])
-    found = torch.tensor(powers, dtype=torch.float64)
+    squares = torch.tensor(powers, dtype=torch.float64)
     if split:
-        found = torch.stack(exchange(found, "powers of targets")).sum(0)
-    means = found.mean(0).sqrt()
-    return [max(float(mean), 1e-6) for mean in means]
+        squares = torch.stack(exchange(squares, "powers of targets")).sum(0)
+    return [max(root, 1e-6) for root in squares.mean(0).sqrt().tolist()]

@@ -1,4 +1,4 @@
-"""Affine quantization: parameters, rounding to codes and back. Pure functions on tensors.
+"""Quantize tensors affinely: scales and zero points, rounding to codes and back.
 
 Codes of b bits run over [0, 2**b - 1]; the value of code q is scale * (q - zero). Codes of format
 "fp8" are e4m3 floats, whose zero point is 0.
@@ -54,42 +54,42 @@ def levels(bits: int) -> int:
 
 
 def to_fp8(x: Tensor) -> Tensor:
-    """The nearest e4m3 float of every value, beyond the largest that; NaN stays NaN."""
+    """Round every value to the nearest e4m3 float, saturating; NaN stays NaN."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def rounded_to_fp8(x: Tensor) -> Tensor:
     """`to_fp8` in x's own dtype, with the gradient of clipping: straight through the rounding."""
-    found = to_fp8(x).to(x.dtype)
+    nearest = to_fp8(x).to(x.dtype)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return found
+        return nearest
     clipped = x.clamp(-FP8_MAX, FP8_MAX)
-    return found.detach() + (clipped - clipped.detach())
+    return nearest.detach() + (clipped - clipped.detach())
 
 
 def symmetric_steps(bits: int, format: Format) -> float:
-    """Steps from 0 to the bound of a symmetric range: its bound over this is its scale."""
+    """The number of steps from 0 to the bound of a symmetric range; scale = bound / steps."""
     return FP8_MAX if format == "fp8" else 2.0 ** (bits - 1) - 1
 
 
 def dynamic_scale(x: Tensor, dims: tuple[int, ...], steps: float) -> Tensor:
-    """The scale of a symmetric range that x has by itself: float32, of size 1 in `dims`.
+    """The scale of the symmetric range of x: float32, of size 1 in `dims`.
 
-    steps: from 0 to its largest magnitude, see `symmetric_steps`.
+    steps: from `symmetric_steps`.
     """
     largest = x.detach().float().abs().amax(dims, keepdim=True)
     return (largest / steps).clamp(min=TINY_SCALE)
 
 
 def rounded(x: Tensor) -> Tensor:
-    """round(x), with the gradient of x: straight through."""
+    """Round x, with a straight-through gradient."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.round()
     return x + (x.round() - x).detach()  # exactly round(x)
 
 
 def finite_only(codes: Tensor, x: Tensor) -> Tensor:
-    """`codes`, but NaN where x is NaN or infinite: no code stands for either."""
+    """Replace `codes` by NaN where x is NaN or infinite, which no code can represent."""
     return codes + (x - x).detach()
 
 
@@ -118,12 +118,12 @@ def symmetric_qparams(bound: Tensor, *, bits: int) -> QParams:
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes of `x` as floats holding integers in [0, 2**bits - 1]; scale, zero broadcast to x."""
+    """Round `x` to codes in [0, 2**bits - 1], as floats; scale and zero broadcast to x."""
     return (torch.round(x / scale) + zero).clamp(0, levels(bits))
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Values of `codes`, in the dtype of `scale`."""
+    """The values of `codes`, in the dtype of `scale`."""
     return (codes - zero) * scale
 
 
@@ -172,7 +172,7 @@ def weight_qparams(weight: Tensor, spec: WeightSpec) -> QParams:
 
 
 def weight_groups(shape: Sequence[int], spec: WeightSpec) -> int:
-    """How many scales each output channel of a weight (out, in, ...) has under `spec`."""
+    """The number of scales of each output channel of a weight (out, in, ...) under `spec`."""
     size = spec.group_size
     return 1 if size is None or shape[1] % size else shape[1] // size
 
@@ -186,9 +186,9 @@ def _search_loss(rows: Tensor, grid: QParams) -> Tensor:
 def activation_scales(
     low: Tensor, high: Tensor, *, bits: int, format: Format = "int"
 ) -> tuple[Tensor, int]:
-    """Scales (K,) of an input with ranges low, high (K,), and the zero point that they share.
+    """The scales (K,) of an input with ranges low, high (K,), and their common zero point.
 
-    fp8: the largest magnitude / 448, zero point 0; an empty range takes the median of the others.
+    fp8: the largest magnitude / 448, zero point 0; an empty range gets the median of the others.
     """
     if format == "int":
         return shared_zero_scales(low, high, bits=bits)
@@ -200,13 +200,13 @@ def activation_scales(
 
 
 def shared_zero_scales(low: Tensor, high: Tensor, *, bits: int) -> tuple[Tensor, int]:
-    """Per-timestep scales under one zero point: (scale (K,), zero).
+    """The scales (K,) of all timesteps under one zero point, and that zero point.
 
     low, high: (K,) range at each timestep, widened to contain 0.
     s[t] = max(-low[t] / z, high[t] / (2**bits - 1 - z)); z minimises the relative rounding error,
     sum_t (s[t] / span[t])^2.  One z for all t keeps zero-padded borders exact in integer
     kernels.
-    A timestep whose range is empty takes the median scale of the others (1 if there is none).
+    A timestep whose range is empty gets the median scale of the others (1 if there is none).
     """
     top = levels(bits)
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
@@ -226,8 +226,8 @@ def shared_zero_scales(low: Tensor, high: Tensor, *, bits: int) -> tuple[Tensor,
 
 
 def _zero_candidates(low: Tensor, high: Tensor, top: int) -> Tensor:
-    """Zero points worth trying: the whole grid for small bit widths, else the ideal ones and 257
-    spread over the grid, for timesteps that disagree and for ideals that an end rules out."""
+    """The zero points to try: the whole grid for small bit widths, else the ideal one of each
+    timestep and 257 spread over the grid."""
     candidates = torch.linspace(
         0, top, min(top, 256) + 1, dtype=torch.float64, device=low.device
     ).round()

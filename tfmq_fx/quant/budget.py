@@ -1,4 +1,4 @@
-"""Limits that a choice of bits must keep: bytes of the model, or time of its layers."""
+"""Parse the budget of a bit plan: bytes of the model, or time of its layers."""
 
 from __future__ import annotations
 
@@ -29,32 +29,34 @@ _HELP = (
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """bytes: of all parameters and buffers, at most.  micros: of all planned layers in one call, at
-    most, in microseconds.  inf is no limit."""
+    """The limits of a bit plan; inf is no limit.
+
+    bytes: of all parameters and buffers.  micros: microseconds of one call of all planned layers.
+    """
 
     bytes: float = math.inf
     micros: float = math.inf
 
 
-def read_budget(given: object, *, float_bytes: int, float_micros: float) -> Budget:
-    """The limits that `given` means, see the error's text for what may be given.
+def read_budget(budget: object, *, float_bytes: int, float_micros: float) -> Budget:
+    """Parse a budget; `_HELP` lists the accepted forms.
 
-    float_bytes: of the model in floating point.  float_micros: of its layers there.
+    float_bytes, float_micros: size of the model and time of its layers in floating point.
     Raises ConfigError for anything else, and for limits that are not positive.
     """
-    if isinstance(given, Sequence) and not isinstance(given, str):
+    if isinstance(budget, Sequence) and not isinstance(budget, str):
         parts = [
-            read_budget(each, float_bytes=float_bytes, float_micros=float_micros) for each in given
+            read_budget(each, float_bytes=float_bytes, float_micros=float_micros) for each in budget
         ]
         if not parts:
             raise ConfigError(f"budget is empty; give {_HELP}")
         return Budget(min(p.bytes for p in parts), min(p.micros for p in parts))
-    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
-        return Budget(bytes=given)
-    found = _NUMBER.fullmatch(given) if isinstance(given, str) else None
-    if found is None or float(found[1]) == 0:
-        raise ConfigError(f"budget {given!r} is not understood; give {_HELP}")
-    amount, unit, timed = float(found[1]), found[2].lower(), found[3] is not None
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return Budget(bytes=budget)
+    match = _NUMBER.fullmatch(budget) if isinstance(budget, str) else None
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"budget {budget!r} is not understood; give {_HELP}")
+    amount, unit, timed = float(match[1]), match[2].lower(), match[3] is not None
     if unit == "x":
         if timed:
             return Budget(micros=amount * float_micros)
@@ -63,13 +65,13 @@ def read_budget(given: object, *, float_bytes: int, float_micros: float) -> Budg
         return Budget(micros=amount * _TIMES[unit])
     if unit in _UNITS and not timed:
         return Budget(bytes=math.floor(amount * _UNITS[unit]))
-    raise ConfigError(f"budget {given!r} is not understood; give {_HELP}")
+    raise ConfigError(f"budget {budget!r} is not understood; give {_HELP}")
 
 
-def asks_for_time(given: object) -> bool:
+def asks_for_time(budget: object) -> bool:
     """Whether a budget limits time, so that layers must be timed."""
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return any(map(asks_for_time, given))
-    return isinstance(given, str) and math.isfinite(
-        read_budget(given, float_bytes=1, float_micros=1.0).micros
+    if isinstance(budget, Sequence) and not isinstance(budget, str):
+        return any(map(asks_for_time, budget))
+    return isinstance(budget, str) and math.isfinite(
+        read_budget(budget, float_bytes=1, float_micros=1.0).micros
     )
