@@ -1,7 +1,7 @@
-"""A value of the graph rounded to integers and back, where no layer's weights go with it.
+"""Quantize a value between layers, such as the operands of attention's products.
 
-Stands in front of the products of attention. Reference semantics in floating point; gradients pass
-straight through the rounding, so that layers in front of it can be learnt.
+Reference semantics in floating point; gradients pass straight through the rounding, so that layers
+in front can be learnt.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ Grid = Literal["uniform", "log2", "adaptive"]
 
 
 class QuantActivation(RangedModule):
-    """The nearest value of x on its grid, in x's shape and dtype: (x), (x, scale) or, with an
-    adaptive grid, (x, scale, log2).
+    """Round x to a grid, keeping its shape and dtype.
+
+    Arguments: (x), (x, scale) or, with an adaptive grid, (x, scale, log2).
 
     grid "uniform": scale * (q - zero), q in [0, 2**bits - 1], as in QuantLayer.
     grid "log2", for x >= 0: scale * 2**-q with q = clip(round(-log2(x / scale)), 0, 2**bits - 1),
-    but that the largest code stands for 0, which all values that round to it become: masked
-    probabilities stay 0.  Negative values become 0.
+    except that the largest code stands for 0: masked probabilities stay 0.  Negative values
+    become 0.
     grid "adaptive": log2 for the samples whose flag is set, uniform (zero point 0) for the others.
-    Buffers: `act_scale`, `act_zero`, 0-d float32 and int32: the static range, or the shared zero
-    point where scales come per timestep.
     """
 
     stage = Stage.QUANTIZED
@@ -46,8 +45,10 @@ class QuantActivation(RangedModule):
         self.register_range()
 
     def forward(self, x: Tensor, scale: Tensor | None = None, log2: Tensor | None = None) -> Tensor:
-        """x: (n B, ...), sample by sample; scale: (B,) where given per timestep; log2: (B,), not 0
-        where the grid is logarithmic."""
+        """Round x (n B, ...), sample by sample.
+
+        scale: (B,), with a scale per timestep.  log2: (B,), not 0 where the grid is logarithmic.
+        """
         spread = self.spread(x, scale) if self.per_timestep else self.act_scale
         if self.grid == "uniform":
             return self.uniform(x, spread).to(x.dtype)
@@ -66,7 +67,7 @@ class QuantActivation(RangedModule):
         return finite_only(codes - zero, x.float()) * scale
 
     def logarithmic(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The nearest power of two times `scale`, judged by logarithms, or 0; in float32."""
+        """The nearest power of two times `scale`, by logarithm, or 0; in float32."""
         top = levels(self.bits)
         share = x.float() / scale
         # bounded below: the gradient of log2 at 0 is infinite, and no smaller code is of use
@@ -75,7 +76,7 @@ class QuantActivation(RangedModule):
         return finite_only(torch.where(empty, 0.0, torch.exp2(-codes) * scale), x.float())
 
     def spread(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """`rows` (B,), each repeated for the rows of x (n B, ...) that are its sample's."""
+        """Repeat each of `rows` (B,) for the rows of x (n B, ...) of its sample."""
         if rows is None:
             raise ConfigError("this value is quantized per timestep: it needs a row for each")
         if not torch.compiler.is_compiling() and x.shape[0] % rows.shape[0]:
@@ -84,11 +85,11 @@ class QuantActivation(RangedModule):
         return rows[:, None].expand(-1, times).reshape(-1, *[1] * (x.dim() - 1))
 
     def range_kind(self) -> str:
-        """How x is ranged: "static" or "per timestep"."""
+        """The kind of range of x: "static" or "per timestep"."""
         return "per timestep" if self.per_timestep else "static"
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready constructor arguments; `from_spec` builds the module, empty, from them."""
+        """The constructor arguments, JSON-ready, for `from_spec`."""
         return plain_spec(self, "bits", "grid", "per_timestep")
 
     def extra_repr(self) -> str:

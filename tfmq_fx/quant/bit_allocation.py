@@ -1,8 +1,9 @@
-"""Which option each site takes: the least noise within limits, by integer programme.
+"""Choose a format for each layer: the least noise within limits, by integer programming.
 
-Noise of different sites adds up at the model's output, step by step. What is least is the mean over
-steps of its logarithm, which is the output SQNR; each programme is linear, with every step weighted
-by one over the noise that the last solution left there, until the solution stays.
+The noise of different layers adds up at the model's output, step by step. The objective is the mean
+over steps of its logarithm, which is the output SQNR. It is minimised by a series of linear
+programmes, each with every step weighted by one over the noise that the last solution left there,
+until the solution stays the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Array = NDArray[np.float64]
 
 _ROUNDS = 20  # of weighting the steps anew; it settles in three to five
 _TIE = 1e-6  # weight of all costs against all noise: prefers the cheaper of equals
-_MOST = 1e6
+_MOST = 1e6  # bound of the coefficients
 _SLACK = 1e-9  # of a limit, for rounding in the solver
 
 
@@ -27,10 +28,10 @@ def allocate(
     limits: Sequence[float],
     rest: Array,
 ) -> list[int] | None:
-    """The option of each site, or None where no choice keeps all limits.
+    """The index of the option of each site, or None where no choice keeps all limits.
 
     noise: for each site (options, K).  costs: for each limit, for each site (options,).
-    limits: what the costs of all sites may add up to; inf is no limit.
+    limits: upper bounds of the sums of costs; inf is no limit.
     rest: (K,), noise that no choice changes. Steps where it is NaN were not measured and do not
     count; all else is finite.
     """
@@ -53,25 +54,23 @@ def allocate(
     cheap = sum((p / max(p.sum(), 1e-300) for p in prices), np.zeros(size))
 
     def solve(weights: Array) -> list[int] | None:
-        # of all noise that is left, one; a solver cannot weigh what is far beyond
+        # relative to the noise left, clipped: the solver cannot handle much larger coefficients
         values = np.minimum(flat @ weights / len(weights), _MOST)
-        found = milp(
+        solution = milp(
             values + _TIE * cheap,
             constraints=constraints,
             integrality=np.ones(size),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 1e-8, "time_limit": 60.0},
-        )
-        if found.x is None:
-            return None
-        return [int(i) for i in np.flatnonzero(found.x > 0.5) - starts]
+        ).x
+        return None if solution is None else (np.flatnonzero(solution > 0.5) - starts).tolist()
 
     def left(chosen: Sequence[int]) -> Array:
-        """(K',): the noise of a choice."""
+        """The noise of a choice at each measured step: (K',)."""
         total: Array = flat[starts + np.array(chosen)].sum(0) + rest[seen]
         return total
 
-    floor = 1e-30  # exact throughout: any weights will do
+    floor = 1e-30  # without any noise, any weights will do
     best = solve(1 / np.maximum(rest[seen] + flat.mean(0), floor))
     for _ in range(_ROUNDS if best is not None else 0):
         assert best is not None

@@ -1,4 +1,4 @@
-"""Factors by which the input channels of a layer are divided, and its weights multiplied."""
+"""Compute factors that divide the input channels of a layer and multiply its weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from torch import Tensor
 
 from tfmq_fx.core.errors import ConfigError
 
-_FLOOR = 0.01  # percentile of a timestep's peaks below which a peak counts as that percentile
-_WIDEST = (
-    2.0**13
-)  # smoothing factors stay within 1 / this and this: normal numbers in half precision
+_FLOOR = 0.01  # quantile of a timestep's peaks to which lower peaks are raised
+_WIDEST = 2.0**13  # bound of smoothing factors and their inverses: normal in half precision
 
 
 def tcr_factors(peaks: Tensor, *, limit: float) -> Tensor:
-    """Factors r of TCAQ-DM's timestep-channel joint reparameterisation (TCR): (C,) in [1, limit].
+    """The factors r of TCAQ-DM's timestep-channel reparameterisation (TCR): (C,) in [1, limit].
 
     peaks: (K, C), largest |x| of each channel at each of K timesteps.  limit: at least 1.
     r[t,d] = p[t,d] / min_d p[t,d], averaged over t by weights p[t,d]; TCAQ-DM (arXiv 2412.16700).
@@ -41,8 +39,8 @@ def tcr_factors(peaks: Tensor, *, limit: float) -> Tensor:
 
 
 def smoothing_factors(peaks: Tensor, weights: Sequence[Tensor], *, alpha: float) -> Tensor:
-    """SmoothQuant's factors max|X_j|^alpha / max|W_j|^(1 - alpha), jointly for layers that read one
-    input: (C,).
+    """SmoothQuant's factors (C,), max|X_j|^alpha / max|W_j|^(1 - alpha), for layers that share an
+    input.
 
     peaks: (K, C), largest |x| of each channel; the largest of K counts.  weights: of each of those
     layers, (out, C, ...).  alpha: 0 to 1; 1 moves all of the difficulty into the weights.
@@ -71,7 +69,7 @@ def smoothing_factors(peaks: Tensor, weights: Sequence[Tensor], *, alpha: float)
 
 
 def _peaks(peaks: Tensor) -> Tensor:
-    """Peaks as float64; raises ConfigError where they are none."""
+    """Convert peaks to float64; raises ConfigError unless they are finite and not negative."""
     if peaks.dim() != 2 or peaks.shape[0] == 0:
         raise ConfigError(f"peaks must be (timesteps, channels), got {tuple(peaks.shape)}")
     wide = peaks.detach().double()
@@ -81,4 +79,5 @@ def _peaks(peaks: Tensor) -> Tensor:
 
 
 def _float(peaks: Tensor) -> torch.dtype:
+    """The dtype of factors for these peaks: float32, or float64 if they are."""
     return torch.float64 if peaks.dtype == torch.float64 else torch.float32

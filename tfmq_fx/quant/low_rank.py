@@ -1,4 +1,4 @@
-"""A low-rank branch beside a layer, in 16 bits, and the factors that make it (SVDQuant)."""
+"""Run a 16-bit low-rank branch beside a layer, and compute its factors (SVDQuant)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _STORED = (torch.float16, torch.bfloat16)
 
 
 def low_rank_factors(weight: Tensor, importance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """down (rank, in, ...) and up (out, rank), float64, whose product is near `weight`.
+    """The factors down (rank, in, ...) and up (out, rank), float64, whose product approximates
+    `weight`.
 
     weight: (out, in, ...).  importance: (in,), >= 0, the root mean square of each input channel.
     up @ down is the rank-`rank` matrix L that minimises |(W - L) diag(s)|: the truncated SVD of
@@ -44,7 +45,7 @@ def low_rank_factors(weight: Tensor, importance: Tensor, rank: int) -> tuple[Ten
 
 
 class LowRank(FixedDtypeModule):
-    """up(down(x)) without bias: x (B, ..., in) -> (B, ..., out), or a convolution of (B, in, ...).
+    """Compute up(down(x)) without bias: (B, ..., in) -> (B, ..., out), or convolve (B, in, ...).
 
     `down` (rank, in, *kernel) is a layer like the one it stands beside, `up` (out, rank) mixes the
     channels of its result.  Both are frozen parameters of 16 bits: float16 unless the model itself
@@ -66,7 +67,7 @@ class LowRank(FixedDtypeModule):
         padding_mode: str = "zeros",
         dtype: torch.dtype = torch.float16,
     ) -> None:
-        """kernel_size: () makes a linear layer, 1 to 3 sizes a convolution."""
+        """Create a linear layer for kernel_size (), a convolution for 1 to 3 sizes."""
         super().__init__()
         self.kernel_size, self.stride = tuple(kernel_size), tuple(stride)
         self.padding = padding if isinstance(padding, str) else tuple(padding)
@@ -78,23 +79,23 @@ class LowRank(FixedDtypeModule):
 
     @classmethod
     def from_layer(cls, layer: Any, down: Tensor, up: Tensor) -> Self:
-        """The branch beside `layer` with these factors, rounded to 16 bits."""
+        """Create the branch beside `layer` from its factors, rounded to 16 bits."""
         dtype = layer.weight.dtype if layer.weight.dtype in _STORED else torch.float16
         settings: dict[str, Any] = {}
         if not isinstance(layer, nn.Linear):
             settings = {name: getattr(layer, name) for name in _CONVOLUTION_SETTINGS}
-        made = cls(
+        branch = cls(
             rank=len(down),
             in_channels=down.shape[1],
             out_channels=len(up),
             **settings,
             dtype=dtype,
         ).to(down.device)
-        made.down.data, made.up.data = down.to(dtype).contiguous(), up.to(dtype).contiguous()
-        return made.train(layer.training)
+        branch.down.data, branch.up.data = down.to(dtype).contiguous(), up.to(dtype).contiguous()
+        return branch.train(layer.training)
 
     def product(self) -> Tensor:
-        """The weight that the branch stands for: (out, in, *kernel), float64."""
+        """The weight of up and down combined: (out, in, *kernel), float64."""
         product = self.up.double() @ self.down.double().flatten(1)
         return product.view(-1, *self.down.shape[1:])
 
@@ -112,7 +113,7 @@ class LowRank(FixedDtypeModule):
         return convolution(h, up.view(*up.shape, *[1] * len(self.kernel_size)))
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready constructor arguments; `from_spec` builds the module, its factors 0."""
+        """The constructor arguments, JSON-ready, for `from_spec`, which leaves the factors 0."""
         return {
             "rank": len(self.down),
             "in_channels": self.down.shape[1],

@@ -1,4 +1,4 @@
-"""Quantized linear and convolution layers: the one canonical, saved form."""
+"""Define the quantized linear and convolution layers, in the form that is saved."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class QuantLinear(QuantLayer):
 
 
 class QuantConv(QuantLayer):
-    """Common part of quantized convolutions; weights are (out, in / groups, *kernel)."""
+    """The base class of quantized convolutions; weights are (out, in / groups, *kernel)."""
 
     convolution: Callable[..., Tensor]
     settings = (
@@ -86,7 +86,7 @@ class QuantConv(QuantLayer):
         return (-1, *[1] * (len(self.weight_shape) - 2))
 
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
-        """x padded by a mode that convolutions do not have, and the padding left to do."""
+        """Pad x by a mode other than zeros; returns it and the padding left to the convolution."""
         if self.padding_mode == "zeros":
             return x, self.padding
         return F.pad(x, self.pad_widths, mode=self.padding_mode), (0,) * (x.dim() - 2)
@@ -131,12 +131,15 @@ QUANTIZED: dict[type[nn.Module], type[QuantLinear] | type[QuantConv]] = {
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
 }
-"""The quantized class for each layer class that has one; subclasses are matched by `kind_of`."""
+"""The quantized class for each layer class that has one; `kind_of` matches subclasses."""
 
 
 def kind_of(layer: nn.Module) -> type[QuantLinear] | type[QuantConv] | None:
-    """The quantized class for `layer`, or None where there is none: for transposed convolutions,
-    and for a layer that computes something else than its class and its settings say."""
+    """The quantized class for `layer`, or None if it cannot be quantized.
+
+    None for transposed convolutions, and for layers that do not compute what their class and
+    settings say.
+    """
     for kind, quantized in QUANTIZED.items():
         if isinstance(layer, kind) and type(layer).forward is kind.forward:
             return quantized if is_plain(layer) else None

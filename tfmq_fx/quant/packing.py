@@ -1,4 +1,4 @@
-"""Weights as dense bit fields: how codes of fewer than 8 bits lie in memory and on disk.
+"""Pack codes of fewer than 8 bits densely, in memory and on disk.
 
 Codes follow one another without gaps, the first in the lowest bits, in words of whole bytes: two
 4-bit codes in one byte, eight 3-bit codes in three.
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes of `count` codes of `bits` bits, 1 to 8: of all their bits, rounded up."""
+    """The size in bytes of `count` packed codes of `bits` bits, 1 to 8."""
     return -(-count * bits // 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (any shape, integers in [0, 2**bits - 1]) as a flat uint8 tensor, first code lowest."""
+    """Pack codes (any shape, in [0, 2**bits - 1]) into a flat uint8 tensor, first code lowest."""
     flat = codes.flatten().to(torch.uint8)
     if bits == 8:
         return flat
@@ -32,7 +32,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The uint8 codes that `pack` was given, in `shape`."""
+    """Unpack the uint8 codes that `pack` stored, in `shape`."""
     if bits == 8:
         return packed.view(shape)
     per_word, width = _word(bits)
@@ -47,10 +47,11 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Te
 
 
 def _word(bits: int) -> tuple[int, int]:
-    """How many codes share how many whole bytes."""
+    """The number of codes in one word, and the bytes of that word."""
     shared = math.gcd(bits, 8)
     return 8 // shared, bits // shared
 
 
 def _dtype(width: int) -> torch.dtype:
+    """The dtype that holds words of `width` bytes."""
     return torch.uint8 if width == 1 else torch.int64

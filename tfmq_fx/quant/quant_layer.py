@@ -1,9 +1,9 @@
-"""The base class of quantized layers: integer buffers, reference semantics in eager.
+"""Define the base class of quantized layers, with their reference semantics in eager mode.
 
-A layer holds weight codes (packed), a scale and zero point per output channel, and says how its
-input is quantized: not at all, with one static range, with a scale per timestep that arrives as an
-argument, or with ranges measured at every call. Backends replace these modules by their own;
-results are compared with these.
+A layer holds packed weight codes and a scale and zero point per output channel. Its input is not
+quantized, or with one static range, with a scale per timestep that is passed as an argument, or
+with ranges measured at every call. Backends replace these modules by their own, whose results are
+compared with these.
 """
 
 from __future__ import annotations
@@ -34,15 +34,13 @@ from .packing import pack, packed_size, unpack
 
 
 class QuantLayer(RangedModule):
-    """Common part of quantized linear and convolution layers.
+    """The base class of quantized linear and convolution layers.
 
     weight_format, act_format: "int", or "fp8" (float8_e4m3fn, 8 bits).  dynamic: whether the
     input's range is measured at every call, instead of one static range or one per timestep.
     Buffers: `codes` uint8, packed (see `packing`; of fp8 the bits); `weight_scale` float32 and
     `weight_zero` uint8, (out,), or (out, weight_groups) where runs of input channels have their
-    own; `bias` (out,) in the model's dtype, or None; `act_scale`, `act_zero`, 0-d float32 and
-    int32: the static input range, or the zero point of all ranges where they come per timestep or
-    are dynamic.
+    own; `bias` (out,) in the model's dtype, or None; `act_scale`, `act_zero`: see `RangedModule`.
     """
 
     stage = Stage.QUANTIZED
@@ -107,12 +105,12 @@ class QuantLayer(RangedModule):
         fits = tuple(codes.shape) == self.weight_shape and grid.scale.shape[1:].numel() == (
             self.weight_groups
         )
-        found = _number(grid.bits, grid.format)
-        wanted = _number(self.weight_bits, self.weight_format)
-        if not fits or found != wanted:
+        actual = _number(grid.bits, grid.format)
+        expected = _number(self.weight_bits, self.weight_format)
+        if not fits or actual != expected:
             raise ConfigError(
-                f"codes of shape {tuple(codes.shape)} at {found} do not fit a layer of "
-                f"shape {self.weight_shape} at {wanted} (scales "
+                f"codes of shape {tuple(codes.shape)} at {actual} do not fit a layer of "
+                f"shape {self.weight_shape} at {expected} (scales "
                 f"{tuple(grid.scale.shape)}, {self.weight_groups} for each channel)"
             )
         if self.weight_format == "fp8":
@@ -122,13 +120,15 @@ class QuantLayer(RangedModule):
         self.weight_zero = grid.zero.detach().to(torch.uint8)
 
     def grid(self) -> QParams:
-        """Scales and zero points of the weight."""
+        """The scales and zero points of the weight."""
         zero = self.weight_zero.float()
         return QParams(self.weight_scale, zero, self.weight_bits, self.weight_format)
 
     def weight_codes(self) -> Tensor:
-        """Codes less their zero points: (out, ...) int8, every bit width included, or of fp8
-        float8_e4m3fn, sharing memory with `codes`."""
+        """The codes less their zero points: (out, ...) int8 at every bit width.
+
+        fp8: float8_e4m3fn, sharing memory with `codes`.
+        """
         if self.weight_format == "fp8":
             return self.codes.view(FP8).view(self.weight_shape)
         codes = unpack(self.codes, self.weight_bits, self.weight_shape).to(torch.int16).flatten(1)
@@ -137,7 +137,7 @@ class QuantLayer(RangedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The weight these codes stand for: (out, ...) float32."""
+        """The dequantized weight: (out, ...) float32."""
         codes = self.weight_codes().float().flatten(1)
         scale, _ = self.grid().over(codes.shape[1])
         return (codes * scale).view(self.weight_shape)
@@ -145,7 +145,7 @@ class QuantLayer(RangedModule):
     # ------------------------------------------------------------------ activations
 
     def input_codes(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Input codes less the zero point, as float32; `scale` broadcasts to x.
+        """The codes of x less the zero point, as float32; `scale` broadcasts to x.
 
         Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale; gradients pass
         straight through it, within the range.  NaN and infinities are NaN.
@@ -159,7 +159,7 @@ class QuantLayer(RangedModule):
         return finite_only(codes - zero, x)
 
     def broadcast_scale(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """`scale` (B,) shaped to multiply x (B, ...), or the scales x has by itself."""
+        """The scale of x (B, ...), shaped to multiply it; scale: (B,), with one per timestep."""
         if self.dynamic:
             return self.measured_scale(x)
         if not self.per_timestep:
@@ -169,26 +169,28 @@ class QuantLayer(RangedModule):
         return scale.view(-1, *[1] * (x.dim() - 1))
 
     def measured_scale(self, x: Tensor) -> Tensor:
-        """The dynamic scale of each token or sample of x, float32, shaped to multiply it: the
-        largest magnitude over 2**(bits - 1) - 1, or over 448 in fp8."""
+        """The dynamic scale of each token or sample of x, float32, shaped to multiply it.
+
+        It is the largest magnitude over 2**(bits - 1) - 1, or over 448 in fp8.
+        """
         assert self.act_bits is not None
         return dynamic_scale(x, self.ranged_dims, symmetric_steps(self.act_bits, self.act_format))
 
     @property
     def ranged_dims(self) -> tuple[int, ...]:
-        """The dimensions of x that share a dynamic scale: those of a linear layer's token, its
-        last, or of a convolution's sample, its channels and positions."""
+        """The dimensions of x that share a dynamic scale: the last of a linear layer's input, the
+        channels and positions of a convolution's."""
         return tuple(range(1 - len(self.weight_shape), 0))
 
     def quantized_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What the layer sees of x, in x's dtype: x itself, or its nearest representable value."""
+        """Round x to the layer's input grid, in x's dtype; x itself if inputs are not quantized."""
         if self.act_bits is None:
             return x
         broadcast = self.broadcast_scale(x, scale)
         return (self.input_codes(x, broadcast) * broadcast).to(x.dtype)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The layer's output on x (B, ...), in x's dtype; scale: (B,) where given per timestep."""
+        """The layer's output on x (B, ...), in x's dtype; scale: (B,), with one per timestep."""
         if self.act_bits is None:
             return self.apply_op(x, self.weight.to(x.dtype), self.bias)
         broadcast = self.broadcast_scale(x, scale)
@@ -220,7 +222,7 @@ class QuantLayer(RangedModule):
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
-        """Shape in which a bias is added to the output."""
+        """The shape in which a bias broadcasts to the output."""
         return (-1,)
 
     # ------------------------------------------------------------------ plumbing
@@ -230,7 +232,7 @@ class QuantLayer(RangedModule):
         return torch.Size(self.weight_shape).numel()
 
     def range_kind(self) -> str:
-        """How the input is ranged: "none", "static", "per timestep" or "dynamic"."""
+        """The kind of input range: "none", "static", "per timestep" or "dynamic"."""
         if self.act_bits is None:
             return "none"
         if self.dynamic:
@@ -238,7 +240,7 @@ class QuantLayer(RangedModule):
         return "per timestep" if self.per_timestep else "static"
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready constructor arguments; `from_spec` builds the module, empty, from them."""
+        """The constructor arguments, JSON-ready, for `from_spec`."""
         return {
             **plain_spec(
                 self,
@@ -273,4 +275,5 @@ class QuantLayer(RangedModule):
 
 
 def _number(bits: int, format: Format) -> str:
+    """The number format as text."""
     return "fp8" if format == "fp8" else f"{bits} bits"

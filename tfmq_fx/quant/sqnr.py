@@ -1,4 +1,4 @@
-"""Energy of a signal and of its error, and their ratio in decibels (SQNR)."""
+"""Measure the signal-to-quantization-noise ratio (SQNR) in decibels."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from torch import Tensor
 from tfmq_fx.core.errors import ConfigError
 
 
-def energies(expected: Tensor, found: Tensor, samples: int) -> Tensor:
-    """Squares of `expected` and of its error in `found`, summed for each sample: (2, samples),
-    float64.
+def energies(expected: Tensor, actual: Tensor, samples: int) -> Tensor:
+    """The sums of squares of `expected` and of the error of `actual`: (2, samples), float64.
 
-    expected, found: one shape, (n samples, ...), sample by sample; where the first dimension is no
-    multiple of `samples`, each gets an equal share of everything.
+    expected, actual: the same shape (n samples, ...), sample by sample; where the first dimension
+    is no multiple of `samples`, each sample gets an equal share of everything.
     """
-    return torch.stack([squares(expected, samples), squares(expected - found, samples)])
+    return torch.stack([squares(expected, samples), squares(expected - actual, samples)])
 
 
 def squares(x: Tensor, samples: int) -> Tensor:
-    """Squares of `x` (n samples, ...) summed for each sample: (samples,), float64."""
+    """The sum of squares of each sample of `x` (n samples, ...): (samples,), float64."""
     batched = x.dim() > 0 and len(x) > 0 and len(x) % samples == 0
     rows = x.detach().reshape(samples if batched else 1, -1)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
@@ -29,8 +28,10 @@ def squares(x: Tensor, samples: int) -> Tensor:
 
 
 def decibels(energy: Tensor) -> Tensor:
-    """Signal to noise in dB of `energies` (2, ...): (...), inf without error, -inf for an error
-    with no signal, nan where either is nan."""
+    """The signal-to-noise ratio in dB of `energies` (2, ...): (...).
+
+    inf without error, -inf for an error without signal, nan where either is nan.
+    """
     signal, error = energy
     # two logarithms: the quotient itself could overflow or vanish
     ratio: Tensor = 10 * (signal.log10() - error.log10())
@@ -38,11 +39,12 @@ def decibels(energy: Tensor) -> Tensor:
 
 
 def pooled(energy: Tensor) -> float:
-    """Signal to noise in dB of `energies` (2, samples), summed over all samples."""
+    """The signal-to-noise ratio in dB of `energies` (2, samples), summed over all samples."""
     return float(decibels(energy.sum(1)))
 
 
 def same_shape(a: Tensor, b: Tensor) -> None:
+    """Raise ConfigError unless both tensors have the same shape and some elements."""
     if a.shape != b.shape:
         raise ConfigError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
     if a.numel() == 0:
@@ -50,12 +52,12 @@ def same_shape(a: Tensor, b: Tensor) -> None:
 
 
 def _energies(reference: Tensor, estimate: Tensor) -> Tensor:
-    """Squares summed of the reference and of the error: (2, 1), the difference in float64 too."""
+    """The sums of squares of reference and error, (2, 1), computed in float64."""
     return energies(reference.detach().double(), estimate.detach().double(), 1)
 
 
 def sqnr(reference: Tensor, estimate: Tensor) -> float:
-    """Signal to quantization noise in dB: 10 log10(sum f^2 / sum (f - fhat)^2) over all elements.
+    """The SQNR in dB: 10 log10(sum f^2 / sum (f - fhat)^2) over all elements.
 
     reference, estimate: one shape, any real dtype, summed in float64. inf where they are equal,
     -inf where only the reference is zero, nan where either has a nan. Raises ConfigError for
@@ -67,7 +69,7 @@ def sqnr(reference: Tensor, estimate: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSqnr:
-    """Signal to quantization noise of a denoiser's outputs along a trajectory, in dB.
+    """The SQNR of a denoiser's outputs along a trajectory, in dB.
 
     per_step: one ratio for each denoising step, over all images.
     mean: their arithmetic mean; inf as soon as one step is exact.
@@ -80,7 +82,7 @@ class OutputSqnr:
 
 
 def output_sqnr(reference_outputs: Tensor, outputs: Tensor) -> OutputSqnr:
-    """Noise ratios in dB of outputs (steps, n, ...) against the full-precision ones.
+    """The SQNR of outputs (steps, n, ...) against the full-precision ones.
 
     Each step: 10 log10(sum f^2 / sum (f - fhat)^2) over the n images and their elements, as in
     `sqnr`. Raises ConfigError for unequal, empty or one-dimensional shapes.
