@@ -1,4 +1,4 @@
-"""What every part of the library uses: configuration, errors, stages, files, processes.
+"""Provide the basics of every part of the library: configuration, errors, stages, files, processes.
 
 Public face: Config and its specs, the errors, PRESETS, Stage, distributed.alone.
 

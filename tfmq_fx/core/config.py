@@ -1,4 +1,4 @@
-"""Frozen configuration values: what is quantized, to how many bits, and how it is reconstructed.
+"""Define the configuration of a conversion as frozen values: formats, bits, reconstruction.
 
 Every value checks itself when it is made, prints as the call that makes it, and changes with
 `dataclasses.replace`. `config_json` converts it to plain dicts and back.
@@ -24,14 +24,14 @@ OnMiss = Literal["compute", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemporalSpec:
-    """What becomes of the temporal information block (everything that depends on t alone).
+    """The form of the temporal information block (TIB: everything that depends on t alone).
 
     mode: "table" stores exact rows, "cache" stores rows as integers of `cache_bits`, "tib" keeps
     the block as quantized modules reconstructed over every timestep (TIAR), "select" chooses per
     feature by measured disturbance under `budget` (TFMQ-DM's journal extension).
     budget: bytes for tables and kept weights together; None is the size of the quantized block,
     so that a table is never chosen where it outweighs the weights it replaces.
-    tiar_iters: Adam steps of temporal information aware reconstruction; 0 rounds to nearest.
+    tiar_iters: Adam steps of temporal information aware reconstruction (TIAR); 0 rounds to nearest.
     """
 
     mode: TemporalMode = "select"
@@ -50,17 +50,17 @@ class TemporalSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewriteSpec:
-    """Rewrites of quantized layers that change nothing before they are quantized.
+    """Rewrites of layers before quantization, which do not change what the model computes.
 
-    split_concat: the parts of a channel concatenation get layers, and so ranges, of their own
+    split_concat: each part of a channel concatenation gets a layer, and so a range, of its own
     (Q-Diffusion).
     tcr: timestep-channel joint reparameterisation of convolutions and linear layers (TCAQ-DM):
-    input channels are divided by a factor between 1 and this limit; None leaves it out.
-    smooth: exponent alpha of SmoothQuant's factors for linear layers, 0 to 1; None leaves it out.
+    input channels are divided by a factor between 1 and this limit; None omits it.
+    smooth: exponent alpha of SmoothQuant's factors for linear layers, 0 to 1; None omits it.
     rotate: channels in each Hadamard block that rotates the input of linear layers (a power of
-    two); layers it does not divide take the largest power of two that does. None leaves it out.
-    low_rank: rank of a 16-bit branch beside each layer, of whose weight the rest is quantized
-    (SVDQuant); 0 leaves it out.
+    two); layers it does not divide take the largest power of two that does. None omits it.
+    low_rank: rank of a 16-bit branch beside each layer, whose remaining weight is quantized
+    (SVDQuant); 0 omits it.
     """
 
     split_concat: bool = False
@@ -87,13 +87,12 @@ class RewriteSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """Quantized attention: both matrix products of activations, q.k and softmax.v.
+    """The quantization of attention's matrix products of activations, q.k and softmax.v.
 
-    Fused attention never forms what this quantizes, so it is written out as products and a softmax;
-    no integer kernel runs it yet.
-    activations: of queries, keys and values.  probabilities_bits: of the softmax's result.
-    probabilities: their grid: "uniform", or "log2", which measured better at 4 bits and worse at 8
-    (docs/quality.md).
+    Fused attention is replaced by two products and a softmax; no integer kernel runs them yet.
+    activations: format of queries, keys and values.  probabilities_bits: bits of the softmax's
+    result.  probabilities: its grid: "uniform", or "log2", which measured better at 4 bits and
+    worse at 8 (docs/quality.md).
     """
 
     activations: ActivationSpec = field(default_factory=ActivationSpec)
@@ -115,7 +114,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionSpec:
-    """How weights are rounded outside the temporal block.
+    """The rounding of weights outside the temporal block.
 
     rounding: "nearest", or "second-order": column-wise rounding against the Gram matrix of the
     layer's inputs (GPTQ), in execution order.
@@ -174,12 +173,12 @@ class ReconstructionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One whole recipe.
+    """The whole recipe of a conversion.
 
     layers: every convolution and linear layer outside the temporal block (and, for weights, in it).
-    first, last: what the first and last layer get instead; None treats them like the rest.
+    first, last: configuration of the first and last layer; None treats them like the rest.
     rewrites: of the layers, before they are quantized.
-    attention: how attention's own products are quantized; None leaves them fused and in float.
+    attention: quantization of attention's own products; None leaves them fused and in float.
     correction: per-timestep correction of the output against full precision, measured on
     calibration samples: "bias" subtracts the mean error of each channel; "noise" is PTQD's model of
     it, a factor and a mean.
@@ -212,14 +211,14 @@ class Config:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrologueSpec:
-    """How values that a request fixes are computed before its steps, and kept.
+    """The computation of values that are the same in all steps of a request.
 
-    conditions: inputs that are fixed for a request, by name, dotted path or placeholder; None is
-    all but the sample, the timestep and what another network adds at every step.
-    steps: timesteps of a request, about; decides which values are worth storing. None is as many as
-    the model was made for, or 50.
-    capacity: conditions kept at once; the least recently used goes first.
-    offload: what becomes of weights that no step reads once the values are there: "cpu" moves them
+    conditions: inputs that are fixed for a request, by name, dotted path or placeholder; None means
+    all except the sample, the timestep and the values that another network adds at every step.
+    steps: approximate number of timesteps of a request, which decides what is worth storing; None
+    is the number that the model was prepared for, or 50.
+    capacity: sets of conditions cached at once; the least recently used is dropped first.
+    offload: treatment of weights that no step reads once the values are computed: "cpu" moves them
     off the accelerator, "disk" maps them from a temporary file that memory need not hold.
     on_miss: a timestep outside the schedule is computed, or is an error.
     """

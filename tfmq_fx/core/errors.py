@@ -1,4 +1,4 @@
-"""The exception types users meet. Every message names the node, module or argument concerned."""
+"""Define the exceptions and warnings of the library, which name the node, module or argument."""
 
 
 class TfmqError(Exception):
@@ -14,15 +14,15 @@ class CaptureError(TfmqError, RuntimeError):
 
 
 class StateError(CaptureError):
-    """One call of the model changes the next: no graph of it can be right."""
+    """A call of the model changes the result of the next one, so no graph of it can be right."""
 
 
 class InputError(TfmqError, ValueError):
-    """A call with inputs that the captured graph was not made for (shape, dtype, timestep)."""
+    """A call has inputs that the captured graph does not support (shape, dtype, timestep)."""
 
 
 class StaleError(TfmqError, RuntimeError):
-    """The model that a converted one was made from holds other weights by now."""
+    """The weights of the source model have changed since its conversion."""
 
 
 class CalibrationError(TfmqError, RuntimeError):
@@ -38,7 +38,7 @@ class ArtifactError(TfmqError, RuntimeError):
 
 
 class CoverageWarning(UserWarning):
-    """Much of a model stays in floating point though its recipe asks for integers."""
+    """Much of a model stays in floating point although its recipe quantizes it."""
 
 
 class BackendError(TfmqError, RuntimeError):
@@ -46,5 +46,5 @@ class BackendError(TfmqError, RuntimeError):
 
 
 class BackendWarning(UserWarning):
-    """A backend does not answer as the reference does, and another one runs the model; or it could
+    """A backend's results differ from the reference, so another one runs the model; or they could
     not be compared."""

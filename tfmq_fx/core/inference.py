@@ -1,4 +1,4 @@
-"""Leave torch's inference mode, in which no gradient is learnt and no graph is traced."""
+"""Leave torch's inference mode, in which gradients and tracing do not work."""
 
 from __future__ import annotations
 

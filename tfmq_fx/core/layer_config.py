@@ -1,4 +1,4 @@
-"""How one layer is quantized: its weight and its input."""
+"""Define the quantization of one layer: its weight and its input."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ RangeEstimator = Literal["minmax", "mse"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpec:
-    """Weights as integers or 8-bit floats, one scale (and zero point) per output channel or per
-    group of it.
+    """The format of a weight: integers or 8-bit floats, scaled per output channel or per group.
 
     format: "int", or "fp8": e4m3 floats with scale amax / 448 per output channel. These are
     rounded to nearest whatever the reconstruction says (second-order rounding still aligns the
@@ -51,7 +50,7 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSpec:
-    """Activations as integers or 8-bit floats, one range per tensor or measured at run time.
+    """The format of a layer's input: integers or 8-bit floats, calibrated or ranged at run time.
 
     format: "int", or "fp8": e4m3 floats, whose scale is the largest magnitude / 448.
     bits: 4 to 8, or 16.
@@ -101,7 +100,7 @@ class ActivationSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerConfig:
-    """What becomes of one convolution or linear layer; None keeps that side in floating point."""
+    """The formats of weight and input of one layer; None keeps that side in floating point."""
 
     weights: WeightSpec | None = None
     activations: ActivationSpec | None = None
@@ -122,6 +121,6 @@ class LayerConfig:
 
     @property
     def calibrated(self) -> ActivationSpec | None:
-        """The activations, where calibration is to find their range: neither float nor dynamic."""
+        """The format of activations that need calibration; None if they are float or dynamic."""
         acts = self.activations
         return None if acts is None or acts.dynamic else acts

@@ -33,7 +33,7 @@ def _with_activations(config: Config, **changes: Any) -> Config:
 
 
 def _plain(name: str, weights: int, activations: int | None) -> Config:
-    """8-bit first and last weights, and 16 bits for what enters the first layer.
+    """A recipe with 8-bit first and last weights, and a 16-bit input of the first layer.
 
     The noisy sample spans the noise range, and the step of an 8-bit grid over it is coarser than
     what the last steps must resolve; it feeds a handful of channels, so 16 bits there cost nothing.
@@ -50,8 +50,10 @@ def _plain(name: str, weights: int, activations: int | None) -> Config:
 
 
 def _fp8(name: str) -> Config:
-    """e4m3 weights and inputs; the first layer as in "w8a8": 3 bits of mantissa would blur the
-    noisy sample itself."""
+    """A recipe with e4m3 weights and inputs, except that the first layer is as in "w8a8".
+
+    3 bits of mantissa would blur the noisy sample itself.
+    """
     fp8 = LayerConfig(weights=WeightSpec(format="fp8"), activations=ActivationSpec(format="fp8"))
     return replace(_plain(name, 8, 8), layers=fp8, last=fp8)
 

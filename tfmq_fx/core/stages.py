@@ -1,4 +1,4 @@
-"""The stages of a graph, and what each allows."""
+"""Define the stages of a graph, and the nodes that each allows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import fx
 
-REPLACED = "replaced"  # node.meta: why what a layer does is not taken as that of its class
+REPLACED = "replaced"  # node.meta: the reason why a layer does not compute what its class does
 
 
 class Stage(enum.Enum):
-    """How far a graph has come. Values are the names used in saved files."""
+    """The stage of a graph in the conversion. Values are the names used in saved files."""
 
     CAPTURED = "captured"  # torch-level ops and leaf torch.nn modules
     OBSERVED = "observed"  # + observers in front of quantizable layers
@@ -20,7 +20,7 @@ class Stage(enum.Enum):
     LOWERED = "lowered"  # + modules written for one backend
 
     def allows(self, other: Stage) -> bool:
-        """Whether what `other` introduced may stand in a graph of this stage."""
+        """Whether nodes introduced by stage `other` are allowed in a graph of this stage."""
         return other in _ALLOWED[self]
 
 
@@ -34,7 +34,7 @@ _ALLOWED = {
 
 
 def stage_of(gm: fx.GraphModule) -> Stage:
-    """The stage a graph is marked with; a graph without a mark counts as CAPTURED."""
+    """The stage recorded in a graph's meta; CAPTURED if there is none."""
     stage = gm.meta.get("stage", Stage.CAPTURED)
     assert isinstance(stage, Stage)
     return stage

@@ -1,4 +1,4 @@
-"""The arithmetic and the modules of quantization; knows no graph.
+"""Provide the arithmetic and the modules of quantization, without any graph.
 
 Public face: affine, gptq, adaround; QuantLinear, QuantConv2d, QuantTimestepTable, BitPlan.
 
