@@ -39,12 +39,12 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def output_class(name: str, fields: Collection[str], given: Collection[type] = ()) -> type:
+def output_class(name: str, fields: Collection[str], extra: Collection[type] = ()) -> type:
     """The output class called `name`, provided that it takes exactly `fields`.
 
-    given: further classes, from the caller.  Raises ArtifactError.
+    extra: further classes, from the caller.  Raises ArtifactError.
     """
-    cls = next((each for each in given if class_name(each) == name), None) or _library_class(name)
+    cls = next((each for each in extra if class_name(each) == name), None) or _library_class(name)
     takes, needs = _fields(cls)
     if not needs <= set(fields) <= takes:
         raise ArtifactError(

@@ -128,11 +128,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def weight_qparams(weight: Tensor, spec: WeightSpec) -> QParams:
-    """Parameters for a weight (channels, in, ...) by search over clipped ranges, per output channel
-    or, where `spec.group_size` divides the input channels, per group of them.
+    """Choose scales and zero points of a weight (channels, in, ...) by search over clipped ranges.
 
-    The search keeps, per channel, the candidate that minimises sum |w - what|^2.4. All-zero and
-    constant channels are fine: they get scale 1 (all zero) or a grid that holds their value.
+    There is one of each per output channel or, where `spec.group_size` divides the input channels,
+    per group of them.  The search keeps, per channel, the candidate that minimises
+    sum |w - what|^2.4.  All-zero channels get scale 1, constant ones a grid that holds their value.
     8 bits and `spec.symmetric` give symmetric grids.  fp8 has scale amax / 448, without a search.
     """
     rows = weight.detach().flatten(1).float()
@@ -158,11 +158,8 @@ def weight_qparams(weight: Tensor, spec: WeightSpec) -> QParams:
     best = candidate(1.0)
     scale, zero = best.scale.clone(), best.zero.clone()
     loss = _search_loss(rows, best)
-    for i in range(1, spec.search):
-        share = 1.0 - i * _SHRINK
-        if share <= 0:
-            break
-        trial = candidate(share)
+    for i in range(1, min(spec.search, 100)):  # the range vanishes at 100 times _SHRINK
+        trial = candidate(1.0 - i * _SHRINK)
         trial_loss = _search_loss(rows, trial)
         better = trial_loss < loss
         loss = torch.where(better, trial_loss, loss)
