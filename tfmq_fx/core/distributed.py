@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -155,13 +155,7 @@ def gather_to_first(value: T, what: str) -> list[T]:
 
 def from_first(value: T, what: str) -> T:
     """The value of the first process in all of them; the others' values are ignored."""
-    if world() == 1:
-        return value
-    packed = [pack(value) if rank() == 0 else b""]
-    _meet(what)
-    dist.broadcast_object_list(packed, src=0)
-    first: T = value if rank() == 0 else unpack(packed[0])
-    return first
+    return exchange(value if rank() == 0 else cast(T, None), what)[0]
 
 
 def all_reduce_sum(value: Tensor, what: str) -> Tensor:

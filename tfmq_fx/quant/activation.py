@@ -58,13 +58,8 @@ class QuantActivation(RangedModule):
         return torch.where(chosen, self.logarithmic(x, spread), self.uniform(x, spread)).to(x.dtype)
 
     def uniform(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The nearest uniform value in float32; `scale` broadcasts to x.
-
-        Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale.
-        """
-        zero = self.act_zero.to(torch.float32)
-        codes = (rounded(x.float() * (1.0 / scale)) + zero).clamp(0, levels(self.bits))
-        return finite_only(codes - zero, x.float()) * scale
+        """The nearest uniform value in float32; `scale` broadcasts to x."""
+        return self.integer_codes(x.float(), scale, self.bits) * scale
 
     def logarithmic(self, x: Tensor, scale: Tensor) -> Tensor:
         """The nearest power of two times `scale`, by logarithm, or 0; in float32."""

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from tfmq_fx.core.layer_config import Format, WeightSpec
 
-from .base import TINY_SCALE as TINY_SCALE
-
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest e4m3 float
+TINY_SCALE = 2.0**-126  # the least scale of an input: 1 / it is finite
 SEARCH_POWER = 2.4  # exponent of the range search in TFMQ-DM's released settings
 _SHRINK = 0.01  # each further candidate of the search clips one hundredth of the range more
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-TINY_SCALE = 2.0**-126  # the least scale of an input: 1 / it is finite
+from .affine import TINY_SCALE, finite_only, levels, rounded
 
 
 class FixedDtypeModule(nn.Module):
@@ -54,6 +54,16 @@ class RangedModule(FixedDtypeModule):
         """Use one range for every timestep (or, with per_timestep, the shared zero point)."""
         self.act_scale = torch.full_like(self.act_scale, max(float(scale), TINY_SCALE))
         self.act_zero = torch.full_like(self.act_zero, int(zero))
+
+    def integer_codes(self, x: Tensor, scale: Tensor, bits: int) -> Tensor:
+        """The codes of float32 x less the zero point; `scale` broadcasts to x.
+
+        Rounds x * (1 / scale), as integer kernels do, not x / scale; gradients pass straight
+        through within the range.  NaN and infinities become NaN.
+        """
+        zero = self.act_zero.to(torch.float32)
+        codes = (rounded(x * (1.0 / scale)) + zero).clamp(0, levels(bits))
+        return finite_only(codes - zero, x)
 
 
 def plain_spec(module: Any, *names: str) -> dict[str, Any]:

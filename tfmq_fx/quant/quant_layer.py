@@ -23,8 +23,6 @@ from .affine import (
     QParams,
     dynamic_scale,
     finite_only,
-    levels,
-    rounded,
     rounded_to_fp8,
     symmetric_steps,
     to_fp8,
@@ -145,18 +143,12 @@ class QuantLayer(RangedModule):
     # ------------------------------------------------------------------ activations
 
     def input_codes(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The codes of x less the zero point, as float32; `scale` broadcasts to x.
-
-        Rounding is of x * (1 / scale), as integer kernels do it, not of x / scale; gradients pass
-        straight through it, within the range.  NaN and infinities are NaN.
-        """
+        """The codes of x less the zero point, as float32: see `integer_codes`."""
         assert self.act_bits is not None
         x = x.float()  # half precision holds neither all codes nor a product with 1 / scale
         if self.act_format == "fp8":
             return finite_only(rounded_to_fp8(x * (1.0 / scale)), x)
-        zero = self.act_zero.to(torch.float32)
-        codes = (rounded(x * (1.0 / scale)) + zero).clamp(0, levels(self.act_bits))
-        return finite_only(codes - zero, x)
+        return self.integer_codes(x, scale, self.act_bits)
 
     def broadcast_scale(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """The scale of x (B, ...), shaped to multiply it; scale: (B,), with one per timestep."""
