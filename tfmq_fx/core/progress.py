@@ -13,11 +13,9 @@ from .distributed import rank
 T = TypeVar("T")
 
 
-def progress_bar(
-    items: Iterable[T], description: str, *, enabled: bool, total: int | None = None
-) -> Iterable[T]:
+def progress_bar(items: Iterable[T], description: str, *, enabled: bool) -> Iterable[T]:
     """Iterate over `items`, with a progress bar on the first process's stderr where enabled."""
     if not enabled or rank():
         return items
-    bar: Iterable[T] = tqdm(items, desc=description, total=total, file=sys.stderr, leave=False)
+    bar: Iterable[T] = tqdm(items, desc=description, file=sys.stderr, leave=False)
     return bar
