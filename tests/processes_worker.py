@@ -30,7 +30,6 @@ from tfmq_fx.calibration.observers import RangeObserver, SampleCache
 from tfmq_fx.capture.capture import capture
 from tfmq_fx.core import distributed
 from tfmq_fx.core.presets import resolve
-from tfmq_fx.evaluation.compare import compare
 from tfmq_fx.passes import round_weights
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.quant.sqnr import sqnr
@@ -272,19 +271,6 @@ def images(folder):
 
 def vars_of(path):
     return path.timesteps, path.inputs, path.outputs
-
-
-def compared(folder):
-    """Two denoisers compared image by image, each batch by one process."""
-    one, other = toy(), seeded(ToyUNet, seed=1).eval()
-    source = DDIMScheduler(), SHAPE
-    settings = {"samples": 5, "batch_size": 2, "num_inference_steps": 2, "progress": False}
-    many = compare(one, other, source=source, parallel=True, out=folder / "many", **settings)
-    alone = compare(one, other, source=source, **settings)
-    assert repr(many.per_image) == repr(alone.per_image)
-    assert (many.floor, many.worst) == (alone.floor, alone.worst)
-    assert all(torch.equal(a, b) for a, b in zip(many.pair, alone.pair, strict=True))
-    assert list((folder / "many").iterdir())
 
 
 def exchanged(folder):

@@ -16,7 +16,6 @@ from tfmq_fx.core.distributed import pack, unpack
 FAST = (
     "exchanged",
     "images",
-    "compared",
     "by_inputs",
     "by_scheduler",
     "second_order",

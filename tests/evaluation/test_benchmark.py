@@ -16,7 +16,7 @@ from tfmq_fx.evaluation import image_metrics
 from tfmq_fx.evaluation.benchmark import Benchmark, QualityMeter, seeds_of, whole_batches
 from tfmq_fx.evaluation.image_quality import extract_features
 from tfmq_fx.evaluation.recipes import nearest
-from tfmq_fx.evaluation.subjects import called
+from tfmq_fx.evaluation.subjects import as_function
 from tfmq_fx.quant import sqnr
 from tfmq_fx.serialization.artifact import saved_bytes
 
@@ -85,7 +85,7 @@ def test_full_precision_is_judged_by_its_images_alone(judge):
 
 def test_an_exact_model_has_no_noise(judge):
     converted, seconds = judge.bench.quantize(EXACT, 0)
-    figures, images = judge.judge(converted, seconds)
+    figures, images = judge.measure(converted, seconds)
     # batches of rows add up in another order than rows of the table: float32 leaves 120 dB
     assert min(figures.sqnr, figures.sqnr_pooled, figures.pairs.psnr) > 120
     assert figures.pairs.ssim == pytest.approx(1) and figures.pairs.feature_distance < 1e-5
@@ -95,9 +95,8 @@ def test_an_exact_model_has_no_noise(judge):
 
 def test_figures_of_a_coarse_model_are_what_its_parts_say(judge, coarse, tmp_path):
     converted, seconds = coarse
-    stages = []
-    figures, images = judge.judge(converted, seconds, stages.append)
-    assert stages == ["measuring", "sampling"] and figures.quantize_seconds == seconds
+    figures, images = judge.measure(converted, seconds)
+    assert figures.quantize_seconds == seconds
     trajectory = judge.bench.trajectory(judge.sample_seed)
     expected = judge.reference.images
     torch.testing.assert_close(trajectory.inputs[0], ddim.initial_noise((8, 3, 8, 8), seed=3))
@@ -108,7 +107,7 @@ def test_figures_of_a_coarse_model_are_what_its_parts_say(judge, coarse, tmp_pat
     assert figures.sqnr == pytest.approx(sum(figures.sqnr_by_step) / STEPS)
     assert 0 < figures.temporal_mean <= figures.temporal_worst < 1
     assert (figures.weights, figures.inputs) == (1, 1)
-    drawn = judge.bench.sample(called(converted), 16, judge.sample_seed)
+    drawn = judge.bench.sample(as_function(converted), 16, judge.sample_seed)
     assert torch.equal(drawn[:BATCH], images)
     assert figures.pairs.psnr == pytest.approx(float(image_metrics.psnr(expected, drawn).mean()))
     save(converted, tmp_path / "model")
@@ -122,7 +121,7 @@ def test_where_nothing_compiles_it_samples_eagerly_and_says_why(bench, judge, co
     monkeypatch.setattr("tfmq_fx.api.compile", refuse)
     other = QualityMeter(bench, judge.real, seed=1, samples=16, backend="inductor")
     other.reference = judge.reference
-    figures, _ = other.judge(*coarse)
+    figures, _ = other.measure(*coarse)
     assert figures.backend == "eager"
     assert figures.backend_note == "BackendError: backend 'inductor': no compiler"
 
@@ -143,7 +142,7 @@ def test_output_sqnr_is_that_of_the_eager_reference_whatever_samples(
     monkeypatch.setattr("tfmq_fx.api.compile", lambda model, backend: Louder(model))
     other = QualityMeter(bench, judge.real, seed=1, samples=16, backend="inductor")
     other.reference = judge.reference
-    figures, _ = other.judge(*coarse)
-    plain, _ = judge.judge(*coarse)
+    figures, _ = other.measure(*coarse)
+    plain, _ = judge.measure(*coarse)
     assert figures.backend == "inductor" and figures.sqnr == plain.sqnr
     assert figures.pairs.psnr < plain.pairs.psnr

@@ -17,7 +17,7 @@ from tfmq_fx.evaluation import output_files
 from tfmq_fx.evaluation.benchmark import Benchmark
 from tfmq_fx.evaluation.cli import main
 from tfmq_fx.evaluation.evaluate import evaluate
-from tfmq_fx.evaluation.plots import draw_grid, draw_quality
+from tfmq_fx.evaluation.plots import draw_grid
 from tfmq_fx.evaluation.recipes import recipe
 from tfmq_fx.evaluation.result_store import FULL_PRECISION
 
@@ -38,13 +38,12 @@ def coarse(bench):
 def quick_figures(monkeypatch, bench):
     """Without what takes long and is tested by itself or cannot be seen: intervals, captures,
     pictures, and the collection of garbage."""
-    monkeypatch.setattr("tfmq_fx.evaluation.run_cell.free", lambda: None)
+    monkeypatch.setattr("tfmq_fx.evaluation.run_cell.free_memory", lambda: None)
     monkeypatch.setattr(
         "tfmq_fx.evaluation.image_quality.bootstrap_interval", lambda *args, **options: (0.5, 1.5)
     )
     monkeypatch.setattr(Benchmark, "graph", bench.graph)
-    for name in ("draw_grid", "draw_quality"):
-        monkeypatch.setattr(output_files, name, lambda *args: None)
+    monkeypatch.setattr(output_files, "draw_grid", lambda *args: None)
 
 
 class Given(list):
@@ -215,15 +214,13 @@ def test_learning_steps_are_capped_or_as_published(clock, tmp_path):
 
 def test_everything_is_written(clock, tmp_path, monkeypatch):
     monkeypatch.setattr(output_files, "draw_grid", draw_grid)
-    monkeypatch.setattr(output_files, "draw_quality", draw_quality)
     said = []
     run(tmp_path, ["nearest", "best"], ["w4a8", "w8a8"], samples=10, seeds=[0, 1], say=said.append)
     assert said[0] == "10 samples are rounded up to 16, whole batches of 8"
     assert len(said) == 11 and said[1].startswith("tiny full precision seed 0: FID ")
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["cells", "grid-tiny.png", "quality-tiny.png", "table.json", "table.md"]
-    for name in ("grid-tiny.png", "quality-tiny.png"):
-        assert (tmp_path / name).read_bytes().startswith(PNG)
+    assert files == ["cells", "grid-tiny.png", "table.json", "table.md"]
+    assert (tmp_path / "grid-tiny.png").read_bytes().startswith(PNG)
     table = (tmp_path / "table.md").read_text()
     for fact in (
         "tfmq_fx.evaluation.evaluate.evaluate",
@@ -290,8 +287,8 @@ def test_a_recipe_samples_compiled(tmp_path):
         (["--models", "cats"], "unknown model 'cats'; there are digits, glyphs-dit, glyphs-unet"),
         (["--recipes", "bst"], "unknown recipe 'bst'; there are nearest, brecq"),
         (["--bits", "4-8"], "bits are written as in 'w4a8', got '4-8'; usual: w8a8, w4a8"),
-        (["--samples", "1"], "samples must be a whole number of at least 2, got 1"),
-        (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),
+        (["--samples", "1"], "samples must be a whole number, at least 2, got 1"),
+        (["--steps", "0"], "steps must be a whole number, at least 1, got 0"),
         (["--seeds", "1", "1"], "seeds must be different numbers of at least 0, got [1, 1]"),
         (["--learning", "fast"], "learning must be 'published' or a whole number of steps"),
         (["--learning", "equal-time"], "learning must be 'published' or a whole number of steps"),

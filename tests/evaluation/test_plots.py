@@ -1,4 +1,4 @@
-"""charts: pictures are drawn and whole; scales suit the values."""
+"""Pictures of results are drawn and whole."""
 
 from __future__ import annotations
 
@@ -8,24 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tfmq_fx.evaluation.plots import Point, draw_curves, draw_grid, draw_quality
+from tfmq_fx.evaluation.plots import draw_curves, draw_grid
 
 
 def picture(path):
     image = Image.open(io.BytesIO(path.read_bytes()))
     image.load()
     return image
-
-
-def point(recipe, bits, fid=10.0, sqnr=30.0, seconds=20.0):
-    return Point(
-        recipe=recipe,
-        bits=bits,
-        fid=(fid, fid - 1, fid + 1),
-        sqnr=(sqnr, sqnr, sqnr),
-        kib=1000.0,
-        seconds=seconds,
-    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -40,10 +29,3 @@ def test_a_grid_has_a_row_for_each_name_and_may_have_few_images(tmp_path, channe
 def test_curves_of_exact_variants_are_named_and_not_drawn(tmp_path):
     draw_curves([0, 50], {"exact": [0.0, 0.0], "rough": [0.1, 0.2]}, tmp_path / "curves.png")
     assert picture(tmp_path / "curves.png").width > 500
-
-
-@pytest.mark.parametrize("count", [1, 45])
-def test_quality_is_drawn_for_one_point_and_for_many(tmp_path, count):
-    points = [point(f"r{i % 9}", f"w{i % 5}a8", fid=2.0**i, seconds=1.0 + i) for i in range(count)]
-    draw_quality("tiny", points, None if count == 1 else 3.0, tmp_path / "quality.png")
-    assert picture(tmp_path / "quality.png").size == (1320, 960)

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from tfmq_fx.core.config import Config
-from tfmq_fx.core.config_json import to_dict
 from tfmq_fx.evaluation.result_store import Cell, Cells, machine
 
 CELL = Cell(
     model="tiny",
     recipe="best",
     bits="w4a8",
-    config=to_dict(Config(name="best-w4a8")),
+    config=Config(name="best-w4a8"),
     contents="0" * 16,
     reference="48 random images",
     seed=0,
@@ -55,7 +54,7 @@ def test_a_failure_needs_no_images(cells):
     "change",
     [
         {"model": "other"},
-        {"config": to_dict(Config(name="best-w4a8", correction="bias"))},
+        {"config": Config(name="best-w4a8", correction="bias")},
         {"config": None},
         {"contents": "1" * 16},
         {"reference": "other images"},

@@ -16,11 +16,11 @@ from tests import zoo
 from tests.toys import seeded
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.evaluation.seeded_sampling import (
-    Wanted,
-    by_pipeline,
-    by_scheduler,
+    DrawPlan,
+    pipeline_sampler,
+    plan_images,
+    scheduler_sampler,
     to_tensor,
-    wanted_images,
 )
 
 SHAPE = (3, 8, 8)
@@ -54,8 +54,8 @@ class Told(diffusers.DiffusionPipeline):
         return types.SimpleNamespace(images=torch.stack(noise).sigmoid().numpy())
 
 
-def images(samples: int = 5, seed: int = 0, steps: int = 3, **arguments: Any) -> Wanted:
-    return wanted_images(arguments, samples=samples, seed=seed, steps=steps, shared=())
+def images(samples: int = 5, seed: int = 0, steps: int = 3, **arguments: Any) -> DrawPlan:
+    return plan_images(arguments, samples=samples, seed=seed, steps=steps, shared=())
 
 
 def in_batches(draw: Any, samples: int, size: int) -> Tensor:
@@ -86,8 +86,8 @@ def test_an_image_does_not_depend_on_its_batch(kind: str, seed: int) -> None:
     def make(first: int, samples: int) -> Any:
         wanted = images(samples, seed=first)
         if kind in PIPELINES:
-            return by_pipeline(PIPELINES[kind](), wanted)
-        return by_scheduler(Gain(), (getattr(diffusers, kind)(), SHAPE), wanted)
+            return pipeline_sampler(PIPELINES[kind](), wanted)
+        return scheduler_sampler(Gain(), (getattr(diffusers, kind)(), SHAPE), wanted)
 
     whole = in_batches(make(seed, 5), 5, 5)
     assert whole.shape == (5, *SHAPE) and whole.dtype == torch.float32
@@ -104,7 +104,7 @@ def test_an_image_does_not_depend_on_its_batch(kind: str, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["ddpm", "ddim"])
 def test_pipelines_start_from_the_noise_of_the_seed(kind: str) -> None:
     pipeline = PIPELINES[kind]()
-    in_batches(by_pipeline(pipeline, images(3, seed=7, steps=2)), 3, 2)
+    in_batches(pipeline_sampler(pipeline, images(3, seed=7, steps=2)), 3, 2)
     first, _, last, _ = pipeline.unet.seen  # two batches of two steps
     for i, row in enumerate([*first, *last]):
         expected = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7 + i))
@@ -112,8 +112,8 @@ def test_pipelines_start_from_the_noise_of_the_seed(kind: str) -> None:
 
 
 def test_a_pipeline_and_its_scheduler_draw_the_same() -> None:
-    by_hand = by_scheduler(Gain(), (diffusers.DDPMScheduler(), SHAPE), images())
-    drawn = by_pipeline(PIPELINES["ddpm"](), images())(range(5))
+    by_hand = scheduler_sampler(Gain(), (diffusers.DDPMScheduler(), SHAPE), images())
+    drawn = pipeline_sampler(PIPELINES["ddpm"](), images())(range(5))
     # The pipeline halves, shifts and clamps; undoing that costs a rounding of 6e-8 or two.
     torch.testing.assert_close(drawn, by_hand(range(5)), rtol=0, atol=3e-7)
 
@@ -130,32 +130,12 @@ def test_noise_that_a_pipeline_takes_from_nowhere_is_the_images_own(
         zoo.model("dit-xl-2"), vae.eval(), diffusers.DDPMScheduler(), id2label=None
     )
     wanted = images(3, class_labels=[1, 207, 360])
-    draw = by_pipeline(pipeline, wanted)
+    draw = pipeline_sampler(pipeline, wanted)
     whole = draw(range(3))
     # Float32 sums of other batch sizes are ordered otherwise: some 1e-6, where noise is 0.1.
     torch.testing.assert_close(in_batches(draw, 3, 1), whole, rtol=0, atol=1e-4)
     torch.testing.assert_close(in_batches(draw, 3, 2), whole, rtol=0, atol=1e-4)
     assert float((whole[0] - whole[1]).abs().max()) > 0.01
-
-
-class DrawsGlobally(diffusers.DDIMScheduler):
-    def step(self, model_output, timestep, sample, return_dict=True):
-        previous = super().step(model_output, timestep, sample, return_dict=False)[0]
-        return (previous + 0.1 * torch.randn_like(previous),)
-
-
-def test_noise_from_torchs_own_generator_is_paired_and_leaves_no_trace() -> None:
-    draw = by_scheduler(Gain(), (DrawsGlobally(), SHAPE), images())
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    first = draw(range(5))
-    torch.rand(3)
-    assert torch.equal(draw(range(5)), first)
-    torch.manual_seed(5)
-    assert torch.equal(torch.get_rng_state(), before)
-    draw(range(5))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(draw(range(1, 2))[0], first[1])  # as documented
 
 
 # ---------------------------------------------------------------- arguments
@@ -187,12 +167,12 @@ def test_rows_are_split_and_the_rest_is_shared() -> None:
 
 
 def test_shared_lists_stay_whole() -> None:
-    wanted = wanted_images({"w": [1.0, 2.0]}, samples=2, seed=0, steps=1, shared=("w",))
+    wanted = plan_images({"w": [1.0, 2.0]}, samples=2, seed=0, steps=1, shared=("w",))
     assert wanted.arguments(range(1)) == {"w": [1.0, 2.0]}
 
 
 def test_rows_say_how_many_images() -> None:
-    found = functools.partial(wanted_images, samples=None, seed=0, steps=1, shared=())
+    found = functools.partial(plan_images, samples=None, seed=0, steps=1, shared=())
     assert found({"prompt": ["a", "b", "c"]}).samples == 3
     assert found({"prompt": "a"}).samples == found({}).samples == 8
 
@@ -205,17 +185,18 @@ def test_rows_say_how_many_images() -> None:
         ({"prompt": []}, None, (), "nothing to draw: prompt is empty"),
         ({"generator": None}, 2, (), "generator cannot be given: every image has one of its own"),
         ({"num_images_per_prompt": 2}, 2, (), "cannot be given: repeat the prompts"),
+        ({"parallel": True}, 2, (), "parallel cannot be given: each process compares by itself"),
         ({"prompt": "a"}, 2, ("w",), "shared names 'w', which is none of the arguments"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, samples, shared, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        wanted_images(arguments, samples=samples, seed=0, steps=1, shared=shared)
+        plan_images(arguments, samples=samples, seed=0, steps=1, shared=shared)
 
 
 def test_each_call_is_told_its_own_prompts() -> None:
     pipeline = Told(Gain(), diffusers.DDIMScheduler())
-    draw = by_pipeline(pipeline, images(3, prompt=["a", "b", "c"], strength=0.5))
+    draw = pipeline_sampler(pipeline, images(3, prompt=["a", "b", "c"], strength=0.5))
     in_batches(draw, 3, 2)
     more = {"strength": 0.5}
     assert pipeline.unet.seen == [(["a", "b"], 3, "np", more), (["c"], 3, "np", more)]
@@ -229,16 +210,16 @@ def test_the_pipeline_stays_as_it_is() -> None:
     pipeline.set_progress_bar_config(desc="mine")
     pipeline.scheduler.set_timesteps(7)
     before = dict(vars(pipeline)), dict(vars(pipeline.scheduler))
-    by_pipeline(pipeline, images(), denoiser=Gain())(range(2))
+    pipeline_sampler(pipeline, images(), denoiser=Gain())(range(2))
     for old, new in zip(before, (vars(pipeline), vars(pipeline.scheduler)), strict=True):
         assert old.keys() == new.keys() and all(new[name] is value for name, value in old.items())
 
 
 def test_another_denoiser_takes_the_place_of_the_pipelines() -> None:
     pipeline, other = PIPELINES["ddim"](), Gain()
-    by_pipeline(pipeline, images(), denoiser=other)(range(2))
+    pipeline_sampler(pipeline, images(), denoiser=other)(range(2))
     assert other.seen and not pipeline.unet.seen
-    by_pipeline(pipeline, images(), denoiser=other, component="unet")(range(2))
+    pipeline_sampler(pipeline, images(), denoiser=other, component="unet")(range(2))
     assert not pipeline.unet.seen
 
 
@@ -305,8 +286,8 @@ def test_pipelines_that_cannot_be_compared_are_refused() -> None:
         ),
     ):
         with pytest.raises(ConfigError, match=message):
-            by_pipeline(pipeline, wanted, **options)
-    by_pipeline(Two(Gain(), Gain(), scheduler), told)  # as it is, it needs no name
+            pipeline_sampler(pipeline, wanted, **options)
+    pipeline_sampler(Two(Gain(), Gain(), scheduler), told)  # as it is, it needs no name
 
 
 class Fewer(Told):
@@ -317,10 +298,10 @@ class Fewer(Told):
 def test_what_a_pipeline_draws_is_looked_at() -> None:
     pipeline = Fewer(Gain(), diffusers.DDIMScheduler())
     with pytest.raises(ConfigError, match="this Fewer drew 1 images where 2 were due"):
-        by_pipeline(pipeline, images(prompt="a"))(range(2))
+        pipeline_sampler(pipeline, images(prompt="a"))(range(2))
     frames = types.SimpleNamespace(frames=[])
     with pytest.raises(ConfigError, match=r"must draw images \(n, .*, got NoneType"):
-        by_pipeline(pipeline, images(prompt="a", answer=frames))(range(2))
+        pipeline_sampler(pipeline, images(prompt="a", answer=frames))(range(2))
 
 
 # ---------------------------------------------------------------- images

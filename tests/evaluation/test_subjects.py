@@ -9,7 +9,7 @@ import torch
 
 from tests.subjects import denoiser, tiny_subject
 from tfmq_fx.core.errors import ConfigError
-from tfmq_fx.evaluation.subjects import SUBJECTS, called, contents, find_subjects
+from tfmq_fx.evaluation.subjects import SUBJECTS, as_function, contents, find_subjects
 
 
 def test_what_ships_is_found_by_name_and_subjects_are_themselves():
@@ -40,7 +40,9 @@ def test_a_shipped_model_takes_its_example_and_its_classifier_takes_what_it_draw
     model, classifier = subject.load(), subject.classifier()
     with torch.no_grad():
         drawn = model(**example).sample
-        same = called(model)(example[subject.sample_name], torch.tensor(1), **subject.conditions(2))
+        same = as_function(model)(
+            example[subject.sample_name], torch.tensor(1), **subject.conditions(2)
+        )
         assert drawn.shape == (2, *subject.shape) and torch.equal(drawn, same)
         assert classifier(drawn).shape == (2, 10)
         assert classifier.feature_map(drawn).shape == (2, 64, 4, 4)

@@ -1,4 +1,4 @@
-"""Inputs on which a model is compared with its reference, drawn from a seed."""
+"""Draw random inputs, from a seed, on which a model is compared with its reference."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _CASTS = ("long", "int", "short")
 _REWRITES = (torch.narrow, torch.unflatten, torch.flatten, torch.mul, torch.matmul)
 
 
-class Draw:
-    """Draws placeholder values of `model`, a graph that is called by `call`, over `timesteps` (K,).
+class RandomInputs:
+    """Random placeholder values for `model`, a graph that is called by `call`, over `timesteps`
+    (K,).
 
     The batch is 1 where it is free, other free sizes are those of the capture.  Floats are standard
     normal, integers uniform over the rows of the embedding that looks them up, 0 where none is
@@ -34,8 +35,8 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
         nodes = dict(zip(call.names, model.graph.find_nodes(op="placeholder"), strict=True))
         self.sizes = {spec.name: _sizes(spec, nodes[spec.name]) for spec in call.inputs}
-        self.spread = {
-            name: _spread([s for s in input_scales(model, node) if len(s) == len(timesteps)])
+        self.widths = {
+            name: relative_widths(model, node, len(timesteps))
             for name, node in nodes.items()
             if name not in call.conditions
         }
@@ -44,25 +45,21 @@ class Draw:
     def example(self, step: int, given: Mapping[str, Tensor]) -> Example:
         """Values at the timestep at position `step` of the set.  given: the conditions.
 
-        Where the model has ranges per timestep for what the placeholder holds, it is narrower than
-        standard normal wherever its range is narrower than the widest one, in proportion: images
-        with little noise do not span what pure noise does, and no model is to be judged by what it
-        clips there.
+        Floats are as wide as `relative_widths` says: images with little noise do not span what pure
+        noise does, and no model is to be judged by what it clips there.
         """
         values = []
         for spec in self.call.inputs:
             if spec.name == self.call.timestep:
                 count = spec.shape[0] if isinstance(spec.shape[0], int) else 1
                 t = self.timesteps[step]
-                value = t.to(device=spec.device, dtype=spec.dtype).repeat(count)
+                values.append(t.to(device=spec.device, dtype=spec.dtype).repeat(count))
             elif spec.name in given:
-                value = given[spec.name]
+                values.append(given[spec.name])
             else:
-                spread = self.spread.get(spec.name)
-                value = self.value(spec)
-                if spread is not None and spec.dtype.is_floating_point:
-                    value = value * spread[step].to(value)
-            values.append(value)
+                value, widths = self.value(spec), self.widths.get(spec.name)
+                floating = widths is not None and spec.dtype.is_floating_point
+                values.append(value * widths[step].to(value) if floating else value)
         return values
 
     def conditions(self) -> dict[str, Tensor]:
@@ -82,17 +79,17 @@ class Draw:
         return made.to(device=spec.device, dtype=spec.dtype)
 
 
-def draw_examples(draw: Draw, *, conditions: int, every: bool) -> list[Example]:
+def draw_examples(draw: RandomInputs, *, conditions: int, every: bool) -> list[Example]:
     """Examples over all timesteps.
 
     conditions: how many values are drawn of the inputs besides sample and timestep; the timesteps
     take them in turn, or, where `every`, there is an example for each timestep and each of them.
     """
-    given = [draw.conditions() for _ in range(conditions if draw.call.conditions else 1)]
+    drawn = [draw.conditions() for _ in range(conditions if draw.call.conditions else 1)]
     steps = range(len(draw.timesteps))
     if every:
-        return [draw.example(step, found) for found in given for step in steps]
-    return [draw.example(step, given[step % len(given)]) for step in steps]
+        return [draw.example(step, each) for each in drawn for step in steps]
+    return [draw.example(step, drawn[step % len(drawn)]) for step in steps]
 
 
 def join(call: CallSpec, examples: Sequence[Example]) -> Example | None:
@@ -112,28 +109,28 @@ def join(call: CallSpec, examples: Sequence[Example]) -> Example | None:
 
 def batches(call: CallSpec, examples: Sequence[Example], size: int) -> list[Example]:
     """The examples in order, at most `size` joined where they can be."""
-    found: list[Example] = []
+    result: list[Example] = []
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         joined = join(call, part)
-        found += part if joined is None else [joined]
-    return found
+        result += part if joined is None else [joined]
+    return result
 
 
 def rows_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
-    """How many rows the embedding has that looks up `node`, perhaps through views and casts; the
-    smallest of several, None where there is none."""
-    found: list[int] = []
+    """The number of rows of the embedding that looks up `node`, perhaps through views and casts;
+    the smallest of several, None where there is none."""
+    counts: list[int] = []
     for user in node.users:
         if user.op == "call_module":
             module = gm.get_submodule(str(user.target))
-            found += [module.num_embeddings] if isinstance(module, nn.Embedding) else []
+            counts += [module.num_embeddings] if isinstance(module, nn.Embedding) else []
         elif op_name(user) == "embedding":
             weights = [n for n in user.all_input_nodes if n.op == "get_attr" and n is not node]
-            found += [len(operator.attrgetter(str(n.target))(gm)) for n in weights]
+            counts += [len(operator.attrgetter(str(n.target))(gm)) for n in weights]
         elif (is_view(user) or op_name(user) in _CASTS) and user.all_input_nodes[:1] == [node]:
-            found += [rows for rows in [rows_of(gm, user)] if rows]
-    return min(found, default=None)
+            counts += [rows for rows in [rows_of(gm, user)] if rows]
+    return min(counts, default=None)
 
 
 def _sizes(spec: Input, node: fx.Node) -> list[int]:
@@ -144,27 +141,25 @@ def _sizes(spec: Input, node: fx.Node) -> list[int]:
     ]
 
 
-def _spread(scales: Sequence[Tensor]) -> Tensor | None:
-    """How wide a value is at each timestep, as a share of the widest, by the scales (K,) of the
-    layers that read it: (K,), at most 1."""
-    shares = [s / s.max() for s in scales if bool((torch.isfinite(s) & (s > 0)).all())]
-    return torch.stack(shares).amax(0) if shares else None
+def relative_widths(
+    model: fx.GraphModule, placeholder: fx.Node, timesteps: int
+) -> Tensor | None:
+    """The width of an input at each timestep relative to the widest, (K,), at most 1.
 
-
-def input_scales(model: fx.GraphModule, placeholder: fx.Node) -> list[Tensor]:
-    """The scales (K,) of each layer that reads a placeholder, as it is or rewritten."""
-    found = []
+    It is the largest among the scales of the layers that read the input, as it is or rewritten;
+    None where none of them has a scale for each of K timesteps.
+    """
+    widths = []
     for node in model.graph.find_nodes(op="call_module"):
         x, *scales = node.args
         while isinstance(x, fx.Node) and x.target in _REWRITES:
-            x, *others = x.all_input_nodes
-            if any(other.op != "get_attr" for other in others):
-                break  # it is no rewrite
-        scale = scales[0] if scales else None
-        if x is placeholder and isinstance(scale, fx.Node) and scale.target is operator.getitem:
-            row, place = scale.args
-            if isinstance(row, fx.Node) and is_timestep_row(row) and isinstance(place, tuple):
-                (table, *_), (_, column) = row.all_input_nodes, place
-                assert isinstance(column, int)
-                found.append(model.get_buffer(str(table.target))[:, column])
-    return found
+            x = x.all_input_nodes[0]
+        if x is not placeholder or not scales:
+            continue
+        row, (_, column) = scales[0].args  # an element of the row of a table
+        table = model.get_buffer(str(row.args[0].target)) if is_timestep_row(row) else None
+        if table is not None and len(table) == timesteps:
+            scale = table[:, column]
+            if bool((scale.isfinite() & (scale > 0)).all()):
+                widths.append(scale / scale.max())
+    return torch.stack(widths).amax(0) if widths else None

@@ -1,4 +1,4 @@
-"""The main job end to end: quantize the digits model four ways, sample, compare, draw."""
+"""Quantize the digits model four ways, sample from each, compare, draw."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tfmq_fx.core.presets import PRESETS
 from tfmq_fx.diagnostics.feature_errors import temporal_errors
 
 from .benchmark import BATCH, STEPS, Benchmark, QualityMeter, whole_batches
-from .evaluate import make_folder, told
+from .evaluate import result_line
 from .image_quality import Figures, extract_features
-from .output_files import table_facts, write_tables
+from .output_files import make_folder, table_facts, write_tables
 from .plots import draw_curves, draw_grid
 from .recipes import nearest
 from .result_store import DONE, FULL_PRECISION, machine
@@ -30,8 +30,9 @@ COMPILED = ("W8A8", "W4A8 everything")
 
 
 def recipes() -> list[Config]:
-    """What the demo compares: exact tables alone, the preset W8A8, W4A8 as a plain quantizer does
-    it, and W4A8 with every pass on, block reconstruction on top of second-order rounding too."""
+    """The recipes that the demo compares: exact tables alone, the preset W8A8, W4A8 as a plain
+    quantizer does it, and W4A8 with every pass on, block reconstruction after second-order rounding
+    too."""
     w4a8 = PRESETS["w4a8"]
     plain, learnt = nearest("w4a8"), dataclasses.replace(w4a8.reconstruction, iters=60)
     # as many images as the others calibrate with
@@ -54,14 +55,14 @@ def run(
     """Quantize the digits model four ways; the rows of the table, full precision first.
 
     out: gets table.md, table.json, samples.png, temporal-error.png, and the models as `save` writes
-    them.  samples: images drawn for each Frechet distance, rounded up to whole batches.  say: where
-    lines of text go.
+    them.  samples: images drawn for each Frechet distance, rounded up to whole batches.  say:
+    prints a line of text.
     Of many processes all call this; they share the work, and the first one writes.
     """
     started, subject, folder = time.perf_counter(), SUBJECTS["digits"], make_folder(out)
     first, count = rank() == 0, whole_batches(samples, BATCH)
     bench = Benchmark(subject, steps=STEPS, batch=BATCH, progress=progress)
-    judge = QualityMeter(
+    meter = QualityMeter(
         bench, extract_features(subject.classifier(), subject.images()), seed=0, samples=count
     )
     rows: list[Row] = []
@@ -79,24 +80,24 @@ def run(
         }
         rows.append(Row(model=subject.name, recipe=name, bits="", results={0: result}))
         if first:
-            say(told(name, result))
+            say(result_line(name, result))
 
-    keep(FULL_PRECISION, *judge.full_precision(), None)
+    keep(FULL_PRECISION, *meter.full_precision(), None)
     for config in recipes():
         # the others are drawn too few images of to make up for what compiling them takes
-        judge.backend = "inductor" if config.name in COMPILED else "eager"
-        converted, seconds = bench.quantize(config, judge.calibration_seed)
+        meter.backend = "inductor" if config.name in COMPILED else "eager"
+        converted, seconds = bench.quantize(config, meter.calibration_seed)
         saved = folder / config.name.replace(" ", "-").lower()
         api.save(converted, saved)
-        figures, images = judge.judge(converted, seconds, saved=saved)
+        figures, images = meter.measure(converted, seconds, saved=saved)
         curves[config.name] = figures.temporal_by_step or []
         keep(config.name, figures, images, config.reconstruction.iters)
-    curves |= dict(other_forms(bench, judge.calibration_seed))
+    curves |= dict(other_forms(bench, meter.calibration_seed))
     if first:
         facts = table_facts(rows, samples=count, steps=STEPS, batch=BATCH, command="tfmq-fx demo")
         write_tables(folder, rows, facts)
         draw_grid(pictures, folder / "samples.png")
-        steps = judge.trajectory.timesteps.flip(0).tolist()
+        steps = meter.trajectory.timesteps.flip(0).tolist()
         draw_curves(steps, curves, folder / "temporal-error.png")
         say(f"\n{markdown(rows, facts)}")
         say(f"Tables, models, samples.png and temporal-error.png: {folder}")

@@ -1,4 +1,4 @@
-"""A picture of two images and of what sets them apart, as PNG.
+"""Draw two images and their difference as PNG.
 
 Pillow is imported when first needed; diffusers brings it, and so does `pip install
 "tfmq_fx[demo]"`.
@@ -19,7 +19,7 @@ _PANEL = 160  # pixels; smaller images are enlarged by whole numbers to at least
 
 
 def pillow(name: str) -> Any:
-    """The module `name` of Pillow; the ImportError without it tells how to install it."""
+    """The module `name` of Pillow; the ImportError without it says how to install it."""
     try:
         return importlib.import_module(f"PIL.{name}")
     except ImportError as error:
@@ -28,8 +28,8 @@ def pillow(name: str) -> Any:
 
 
 def amplification(reference: Tensor, image: Tensor) -> int:
-    """The largest power of two by which the absolute difference of two images in [-1, 1], halved,
-    can be multiplied and stay within [0, 1]; 1 where they are equal or not finite."""
+    """The largest power of two that keeps the absolute difference of two images in [-1, 1], halved
+    and multiplied by it, within [0, 1]; 1 where they are equal or not finite."""
     most = float((reference - image).abs().max()) / 2
     return 2 ** math.floor(-math.log2(most)) if 0 < most <= 1 else 1
 

@@ -1,8 +1,7 @@
-"""Recipes side by side on the shipped models: every figure, over seeds, with what it cost."""
+"""Compare recipes on the shipped models: every figure, over seeds, with what it cost."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,16 +10,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tfmq_fx.core.arguments import check_many, path_of
+from tfmq_fx.core.arguments import check_many, check_whole, path_of
 from tfmq_fx.core.config import Config
-from tfmq_fx.core.config_json import to_dict
 from tfmq_fx.core.distributed import alone, exchange, from_first, rank, shard_indices, together
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
 
-from .benchmark import BATCH, STEPS, Benchmark, QualityMeter, whole_batches
+from .benchmark import BATCH, STEPS, Benchmark, QualityMeter, seeds_of, whole_batches
 from .image_quality import ImageFeatures, extract_features
-from .output_files import write_files
+from .output_files import make_folder, write_files
 from .recipes import FEW, Baseline, baselines
 from .result_store import DONE, FAILED, FULL_PRECISION, Cell, Cells
 from .run_cell import compute_cell
@@ -59,7 +57,7 @@ def evaluate(
     say: Callable[[str], None] = print,
     command: str = "tfmq_fx.evaluation.evaluate.evaluate",
 ) -> list[Row]:
-    """Quantize, sample and judge: a row for each model and recipe, full precision first.
+    """Quantize, sample and measure: a row for each model and recipe, full precision first.
 
     models: names of `subjects.SUBJECTS`, or Subjects; None is all.  recipes: names of
     `recipes.NAMES`, each at all `bits` ("w4a8"; None is all of `recipes.BITS`), or Configs;
@@ -70,9 +68,9 @@ def evaluate(
     which leaves them as they are.
     backend: what samples, "inductor" (eager where that fails, and the result says so) or "eager".
     device: "cpu" or "cuda".  batch: images at a time; one batch is also paired for the grids.
-    out: gets cells/, table.md, table.json, quality-MODEL.png and grid-MODEL.png. Results
-    that are there are not computed again, failed ones only with `retry`; compute=False computes
-    nothing.  say: where lines of text go.  command: stated in the table.
+    out: gets cells/, table.md, table.json and grid-MODEL.png. Results that are there are not
+    computed again, failed ones only with `retry`; compute=False computes nothing.  say: prints a
+    line of text.  command: stated in the table.
 
     Of many processes (`torchrun`) each computes whole results, every n-th; the files are shared.
     A recipe that fails is a row with its error. An interrupted run writes the tables of what there
@@ -104,30 +102,20 @@ def evaluate(
     return rows
 
 
-def make_folder(out: str | Path) -> Path:
-    """`out`, a directory from now on. Raises ConfigError where it can be none."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out must be a directory that can be made: {error}") from error
-    return folder
-
-
 def plan(
     subject: Subject, chosen: Sequence[Baseline], *, seeds: Sequence[int], **usual: Any
 ) -> list[Cell]:
-    """All cells of a model in the order of the table, seed by seed; each is independent of the
-    others. usual: the rest of a Cell, the same for all."""
+    """The cells of a model in the order of the table, seed by seed; each is independent of the
+    others. usual: the other fields of a Cell, the same for all."""
     weights = contents(subject.load(), subject.classifier())
-    recipes: list[tuple[str, str, dict[str, Any] | None]] = [(FULL_PRECISION, "", None)]
-    recipes += [(b.name, b.bits, to_dict(b.config)) for b in chosen]
+    recipes: list[tuple[str, str, Config | None]] = [(FULL_PRECISION, "", None)]
+    recipes += [(baseline.name, baseline.bits, baseline.config) for baseline in chosen]
     return [
         Cell(
             model=subject.name,
             recipe=name,
             bits=bits,
-            config=None if config is None else json.loads(json.dumps(config)),
+            config=config,
             contents=weights,
             reference=subject.reference,
             seed=seed,
@@ -144,8 +132,8 @@ def _compute_missing(
     """Compute the cells that have no result, each process its share. usual: as for `_compute`."""
 
     def missing(cell: Cell) -> bool:
-        found = cells.read(cell)
-        return found is None or (retry and found["status"] == FAILED)
+        result = cells.read(cell)
+        return result is None or (retry and result["status"] == FAILED)
 
     with together("evaluation"):
         todo = from_first([i for i, cell in enumerate(planned) if missing(cell)], "cells")
@@ -163,8 +151,8 @@ def _compute(
     progress: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Compute cells and keep each as soon as it is done: by model and seed, and none that another
-    run has finished meanwhile."""
+    """Compute cells and keep each as soon as it is done, except those that another run has finished
+    meanwhile. todo: seed by seed within a model."""
     real: dict[str, ImageFeatures] = {}  # two models share their reference images
     with tqdm(total=len(todo), disable=not progress, file=sys.stderr, leave=False) as bar:
         for subject in subjects:
@@ -176,21 +164,23 @@ def _compute(
             bench = Benchmark(subject, steps=first.steps, batch=first.batch, device=first.device)
             if subject.reference not in real:
                 real[subject.reference] = extract_features(subject.classifier(), subject.images())
-            for seed in dict.fromkeys(cell.seed for cell in own):
-                judge = QualityMeter(
-                    bench,
-                    real[subject.reference],
-                    seed=seed,
-                    samples=first.samples,
-                    backend=first.backend,
-                )
-                for cell in (c for c in own if c.seed == seed):
-                    if missing(cell):
-                        result, images = compute_cell(cell, judge, bar.set_description)
-                        cells.write(cell, result, images)
-                        with tqdm.external_write_mode(file=sys.stderr):
-                            say(told(cell.title, result))
-                    bar.update()
+            features, meter = real[subject.reference], None
+            for cell in own:
+                if missing(cell):
+                    if meter is None or meter.calibration_seed != seeds_of(cell.seed)[0]:
+                        meter = QualityMeter(
+                            bench,
+                            features,
+                            seed=cell.seed,
+                            samples=cell.samples,
+                            backend=cell.backend,
+                        )
+                    bar.set_description(cell.title)
+                    result, images = compute_cell(cell, meter)
+                    cells.write(cell, result, images)
+                    with tqdm.external_write_mode(file=sys.stderr):
+                        say(result_line(cell.title, result))
+                bar.update()
 
 
 def gather(planned: Sequence[Cell], cells: Cells) -> list[Row]:
@@ -209,8 +199,8 @@ def gather(planned: Sequence[Cell], cells: Cells) -> list[Row]:
     ]
 
 
-def told(title: str, result: Mapping[str, Any]) -> str:
-    """A result in one line that begins with what it is of."""
+def result_line(title: str, result: Mapping[str, Any]) -> str:
+    """A result in one line that begins with `title`."""
     if result["status"] != DONE:
         return f"{title}: failed: {result['error']}"
     figures = result["figures"]
@@ -227,10 +217,10 @@ def told(title: str, result: Mapping[str, Any]) -> str:
 def _check(
     samples: int, seeds: Sequence[int], steps: int, batch: int, backend: str, device: str
 ) -> None:
-    """Raise ConfigError for what cannot be used."""
-    for name, value, least in (("samples", samples, 2), ("steps", steps, 1), ("batch", batch, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    """Raise ConfigError for arguments that cannot be used."""
+    check_whole(samples, "samples", 2)
+    check_whole(steps, "steps", 1)
+    check_whole(batch, "batch", 2)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigError(f"seeds must be different numbers of at least 0, got {list(seeds)}")
     if backend not in BACKENDS:

@@ -1,5 +1,4 @@
-"""Images compared pair by pair: the figures of each, all of them as text and JSON, the worst one as
-a picture."""
+"""Measure images pair by pair, and report the figures as text, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ _SHOWN = 5  # worst images that the text lists
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageComparison:
-    """One image of the candidate against the reference's of the same seed.
+    """The figures of one candidate image against the reference's image of the same seed.
 
     psnr: dB, inf where they are equal.  ssim: at most 1.  feature_distance: of their features, the
     norm of the difference over the norm of the reference's; None where there are no features.
@@ -41,7 +40,7 @@ class ImageComparison:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Comparison:
-    """What `compare` found. `str()` is for reading, `to_dict()` for programs.
+    """The result of `compare`. `str()` is for reading, `to_dict()` for programs.
 
     per_image: in the order of the seeds.
     floor: PSNR in dB of the reference against itself on the same seeds, over the first batch, the
@@ -65,16 +64,12 @@ class Comparison:
     def summary(self) -> dict[str, dict[str, float] | None]:
         """Mean, median and worst of psnr (its mean is inf as soon as one image is equal), ssim and
         feature_distance (None without features); nan as soon as one image has a nan."""
-        found: dict[str, dict[str, float] | None] = {
+        distances = [d for each in self.per_image if (d := each.feature_distance) is not None]
+        return {
             "psnr": _summary([each.psnr for each in self.per_image], min),
             "ssim": _summary([each.ssim for each in self.per_image], min),
-            "feature_distance": None,
+            "feature_distance": _summary(distances, max) if distances else None,
         }
-        distances = [each.feature_distance for each in self.per_image]
-        known = [value for value in distances if value is not None]
-        if known:
-            found["feature_distance"] = _summary(known, max)
-        return found
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, JSON-ready; inf and nan are strings, which float() reads."""
@@ -120,9 +115,9 @@ class Comparison:
             "seeds; differences near that are its own",
             f"{'':<9}{'PSNR dB':>10}{'SSIM':>10}{'features':>10}",
         ]
-        found = self.summary
+        columns = self.summary.values()
         for name in ("mean", "median", "worst"):
-            lines.append(_line(name, *(row[name] if row else None for row in found.values())))
+            lines.append(_line(name, *(column and column[name] for column in columns)))
         lines.append("worst images, lowest SSIM first:")
         for each in sorted(images, key=quality)[:_SHOWN]:
             lines.append(_line(f"seed {each.seed}", each.psnr, each.ssim, each.feature_distance))
@@ -150,7 +145,7 @@ def _line(name: str, decibels: float | None, similar: float | None, distance: fl
 
 
 def quality(image: ImageComparison) -> tuple[float, float]:
-    """What `Comparison.worst` goes by: lowest for the worst image."""
+    """The key by which `Comparison.worst` is chosen: lowest for the worst image."""
     if math.isnan(image.ssim) or math.isnan(image.psnr):
         return -math.inf, -math.inf
     return image.ssim, image.psnr
@@ -158,18 +153,18 @@ def quality(image: ImageComparison) -> tuple[float, float]:
 
 def measure(
     expected: Tensor,
-    found: Tensor,
+    drawn: Tensor,
     seeds: Sequence[int],
     features: Callable[[Tensor], Tensor] | None,
 ) -> list[ImageComparison]:
-    """Each image of `found` against that of `expected`: both (n, channels, height, width) in
-    [-1, 1], of the seeds (n,).
+    """The figures of each image of `drawn` against that of `expected`, both (n, channels, height,
+    width) in [-1, 1], with the seeds (n,).
 
     features: images to features (n, d), which are compared too. Raises ConfigError where it answers
     with anything else.
     """
-    distances = _distances(features, expected, found) if features else [None] * len(seeds)
-    decibels, similar = psnr(expected, found).tolist(), ssim(expected, found).tolist()
+    distances = _distances(features, expected, drawn) if features else [None] * len(seeds)
+    decibels, similar = psnr(expected, drawn).tolist(), ssim(expected, drawn).tolist()
     return [
         ImageComparison(seed=seed, psnr=a, ssim=b, feature_distance=c)
         for seed, a, b, c in zip(seeds, decibels, similar, distances, strict=True)
@@ -178,11 +173,11 @@ def measure(
 
 @torch.no_grad()
 def _distances(
-    features: Callable[[Tensor], Tensor], expected: Tensor, found: Tensor
+    features: Callable[[Tensor], Tensor], expected: Tensor, drawn: Tensor
 ) -> Sequence[float]:
     """Relative distance of the features of each image, 0 where they are equal."""
     both = []
-    for images in (expected, found):
+    for images in (expected, drawn):
         values = features(images)
         if not isinstance(values, Tensor) or values.dim() != 2 or len(values) != len(images):
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__

@@ -1,12 +1,15 @@
-"""One result of an evaluation, kept under a name that says what it is of: an interrupted run goes
-on, runs may go side by side, and nothing that changed takes a stale result."""
+"""Keep each result of an evaluation in a file named by everything it depends on.
+
+So an interrupted run goes on, runs may share a directory, and nothing takes a stale result.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from tfmq_fx.core.config import Config
 from tfmq_fx.core.errors import ArtifactError
 from tfmq_fx.core.files import write_whole
 from tfmq_fx.core.reading import open_regular, read_json
@@ -28,19 +32,19 @@ DONE, FAILED, NOT_RUN = "done", "failed", "not run"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """What one result is of.
+    """Everything that one result depends on.
 
-    model, recipe, bits: names; `bits` is "" for full precision and for a recipe that has none.
-    config: the recipe as JSON-ready values; None is full precision.
-    contents: digest of the denoiser's and the classifier's weights.  reference: what images the
-    statistics are taken against.  seed: see `benchmark.seeds_of`.  samples: images drawn.  steps:
+    model, recipe, bits: names; `bits` is "" for full precision and for a recipe without any.
+    config: the recipe; None is full precision.
+    contents: digest of the denoiser's and the classifier's weights.  reference: the images of the
+    reference statistics, in words.  seed: see `benchmark.seeds_of`.  samples: images drawn.  steps:
     of DDIM.  batch: images at a time.  backend, device: where it samples.
     """
 
     model: str
     recipe: str
     bits: str
-    config: Mapping[str, Any] | None
+    config: Config | None
     contents: str
     reference: str
     seed: int
@@ -52,18 +56,19 @@ class Cell:
 
     @property
     def subject(self) -> dict[str, Any]:
-        """All of it, JSON-ready, with the versions that results depend on."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return values | {"format": FORMAT, "version": __version__}
+        """All fields as JSON gives them back, with the versions that results depend on."""
+        fields = asdict(self) | {"format": FORMAT, "version": __version__}
+        plain: dict[str, Any] = json.loads(json.dumps(fields))
+        return plain
 
     @property
     def key(self) -> str:
-        """Sixteen hex digits that stand for all of it."""
+        """Sixteen hex digits, a digest of all fields: the name of the result's files."""
         return digest(self.subject)[:16]
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The model, recipe and seed, for people."""
         recipe = self.recipe if self.recipe.endswith(self.bits) else f"{self.recipe}-{self.bits}"
         return f"{self.model} {recipe} seed {self.seed}"
 
@@ -78,17 +83,12 @@ class Cells:
         """The result of `cell`: its `status`, "done" with `figures` or "failed" with `error`. None
         where there is none, or a damaged one."""
         try:
-            found = read_json(self.folder / f"{cell.key}.json")
-            whole = json.loads(json.dumps(cell.subject)) == found["subject"]
-            if found["status"] == DONE:
-                whole = (
-                    whole and isinstance(found["figures"], dict) and self.images(cell) is not None
-                )
-            else:
-                whole = whole and found["status"] == FAILED and isinstance(found["error"], str)
+            result = read_json(self.folder / f"{cell.key}.json")
+            same = result["subject"] == cell.subject
+            done = result["status"] == DONE
         except (ArtifactError, OSError, ValueError, KeyError, TypeError):
             return None
-        return found if whole else None
+        return result if same and not (done and self.images(cell) is None) else None
 
     def images(self, cell: Cell) -> Tensor | None:
         """The first images of `cell`, (n, channels, height, width) in [-1, 1], at 256 levels; None
@@ -97,8 +97,6 @@ class Cells:
             open_regular(self.folder / f"{cell.key}.safetensors").close()
             levels = load_file(self.folder / f"{cell.key}.safetensors")["images"]
         except Exception:  # missing or damaged: safetensors has errors of its own kind
-            return None
-        if levels.dim() != 4 or levels.dtype != torch.uint8:
             return None
         return levels.float() / 127.5 - 1
 
@@ -114,16 +112,13 @@ class Cells:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What this runs on: processor, threads, versions."""
-    name = platform.processor() or platform.machine()
+    """The processor, the number of threads and the version of torch that this runs with."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
+        name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
-        pass  # not Linux: what the platform says
-    found = {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        name = None  # not Linux
+    cpu = name[1] if name else platform.processor() or platform.machine()
+    facts = {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if torch.device(device).type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts

@@ -1,49 +1,40 @@
-"""The work for one result of an evaluation: quantize, sample, judge."""
+"""Compute one result of an evaluation: quantize, sample, measure."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 import traceback
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import Tensor
 
 from tfmq_fx.core.config import Config
-from tfmq_fx.core.config_json import from_dict
 
-from .benchmark import Benchmark, QualityMeter, Stage, free, seeds_of
+from .benchmark import Benchmark, QualityMeter
 from .recipes import MIXED
 from .result_store import DONE, FAILED, Cell, machine
 
 
-def compute_cell(
-    cell: Cell, judge: QualityMeter, stage: Stage = lambda _: None
-) -> tuple[dict[str, Any], Tensor | None]:
+def compute_cell(cell: Cell, meter: QualityMeter) -> tuple[dict[str, Any], Tensor | None]:
     """The result of `cell`, JSON-ready but for infinities, and its first images.
 
-    judge: of its model and seed.  stage: told what is being done.
-    Whatever goes wrong becomes the result, as `error`, but for a missing package (ImportError),
-    which would go wrong in every cell.
+    meter: of its model and seed.  Any failure becomes the result, as `error`, except a missing
+    package (ImportError), which would fail in every cell.
     """
-
-    def within(what: str) -> None:
-        stage(f"{cell.title}: {what}")
-
     facts: dict[str, Any] = {}
     images = None
     try:
         if cell.config is None:
-            within("sampling")
-            figures, images = judge.full_precision()
+            figures, images = meter.full_precision()
         else:
-            config = from_dict(dict(cell.config))
-            facts["steps"] = config.reconstruction.iters
-            within("quantizing")
-            seed = seeds_of(cell.seed)[0]
-            budget = uniform_bytes(judge.bench, config, seed) if cell.recipe == MIXED else None
-            converted, seconds = judge.bench.quantize(config, seed, budget=budget)
-            figures, images = judge.judge(converted, seconds, within)
+            facts["steps"] = cell.config.reconstruction.iters
+            bench, seed = meter.bench, meter.calibration_seed
+            budget = uniform_bytes(bench, cell.config, seed) if cell.recipe == MIXED else None
+            figures, images = meter.measure(*bench.quantize(cell.config, seed, budget=budget))
         facts |= {"status": DONE, "figures": dataclasses.asdict(figures)}
     except ImportError:
         raise
@@ -51,7 +42,7 @@ def compute_cell(
         text = str(error).strip().partition("\n")[0]
         facts |= {"status": FAILED, "error": f"{type(error).__name__}: {text}"}
         facts["traceback"] = traceback.format_exc(limit=-8)
-    free()
+    free_memory()
     return facts | {"machine": machine(cell.device), "date": time.strftime("%Y-%m-%d")}, images
 
 
@@ -60,3 +51,11 @@ def uniform_bytes(bench: Benchmark, config: Config, seed: int) -> int:
     spec = dataclasses.replace(config.reconstruction, rounding="nearest", refine=0, iters=0)
     plain = dataclasses.replace(config, reconstruction=spec)
     return bench.quantize(plain, seed)[0].nbytes()
+
+
+def free_memory() -> None:
+    """Release compiled code, and cycles that hold tensors."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

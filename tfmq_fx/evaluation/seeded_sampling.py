@@ -1,19 +1,17 @@
-"""Images drawn from a seed each, so that an image is the same in any batch and on its own.
+"""Draw each image from a seed of its own, so that it is the same in any batch and on its own.
 
 A pipeline, or a scheduler with a denoiser, becomes a function from rows to images. The noise of
 image i comes from a generator of its own on the CPU, seeded `seed + i`: the initial noise and what
-the scheduler adds at each step. Nothing here touches the pipeline it is given, its scheduler or
-torch's global random state.
+the scheduler adds at each step. The pipeline and its scheduler stay as they are.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +23,23 @@ from tfmq_fx.calibration.ddim import denoised
 from tfmq_fx.calibration.sampling_pass import takes_batch_size, with_denoiser
 from tfmq_fx.core.errors import ConfigError
 
-Draw = Callable[[range], Tensor]
+Sampler = Callable[[range], Tensor]  # rows -> images (n, channels, height, width) in [-1, 1]
 
-_OF_ALL = ("timesteps", "sigmas", "callback_on_step_end_tensor_inputs")
+_WHOLE = ("timesteps", "sigmas", "callback_on_step_end_tensor_inputs")  # lists, but not by row
 _DEFAULT_SAMPLES = 8
+_REFUSED = {
+    "generator": "every image has one of its own, give seed=",
+    "num_images_per_prompt": "repeat the prompts",
+    "parallel": "each process compares by itself",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What images to draw.
+class DrawPlan:
+    """The images to draw and the arguments they are drawn with.
 
-    samples: how many.  seed: of the first; image i has seed + i.  steps: of the denoising loop.
-    each: arguments with a row for each image.  common: those that all images share.
+    samples: number of images.  seed: of the first; image i has seed + i.  steps: of the denoising
+    loop.  each: arguments with a row for each image.  common: those that all images share.
     """
 
     samples: int
@@ -46,7 +49,7 @@ class Wanted:
     common: Mapping[str, Any]
 
     def generators(self, rows: range) -> list[torch.Generator]:
-        """A generator for each of these images, on the CPU."""
+        """A generator on the CPU for each of these images."""
         return [torch.Generator().manual_seed(self.seed + i) for i in rows]
 
     def arguments(self, rows: range) -> dict[str, Any]:
@@ -55,15 +58,15 @@ class Wanted:
         return {**self.common, **own}
 
 
-def wanted_images(
+def plan_images(
     arguments: Mapping[str, Any],
     *,
     samples: int | None,
     seed: int,
     steps: int,
     shared: Collection[str],
-) -> Wanted:
-    """`samples` images, drawn with these arguments of a pipeline or a denoiser.
+) -> DrawPlan:
+    """A plan for `samples` images, drawn with these arguments of a pipeline or a denoiser.
 
     A list, and a tensor or array with dimensions, has a row for each image; tuples, numbers,
     strings and all else are for all of them, and so is what `shared` names. A prompt in one string
@@ -71,16 +74,17 @@ def wanted_images(
     Raises ConfigError for numbers of rows that differ, an unknown name in `shared`, and arguments
     that would give an image other noise than its seed's.
     """
-    for name, why in (
-        ("generator", "every image has one of its own, give seed="),
-        ("num_images_per_prompt", "repeat the prompts"),
-    ):
+    for name, why in _REFUSED.items():
         if name in arguments:
             raise ConfigError(f"{name} cannot be given: {why}")
     if unknown := sorted(set(shared) - set(arguments)):
         raise ConfigError(f"shared names {unknown[0]!r}, which is none of the arguments given")
-    whole = {*shared, *_OF_ALL}
-    each = {n: v for n, v in arguments.items() if n not in whole and _has_rows(v)}
+    each = {
+        name: value
+        for name, value in arguments.items()
+        if name not in (*shared, *_WHOLE)
+        and (isinstance(value, list) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim))
+    }
     if samples is None:
         samples = min((len(v) for v in each.values()), default=_DEFAULT_SAMPLES)
     for name, value in each.items():
@@ -91,35 +95,28 @@ def wanted_images(
             )
     if samples < 1:
         raise ConfigError(f"nothing to draw: {next(iter(each))} is empty")
-    common = {n: v for n, v in arguments.items() if n not in each}
-    for name in [n for n, v in common.items() if isinstance(v, str) and _is_prompt(n)]:
-        each[name] = [common.pop(name)] * samples
-    return Wanted(samples=samples, seed=seed, steps=steps, each=each, common=common)
-
-
-def _has_rows(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0)
-
-
-def _is_prompt(name: str) -> bool:
-    return re.fullmatch(r"(negative_)?prompt(_\d)?", name) is not None
+    common = {name: value for name, value in arguments.items() if name not in each}
+    for name, value in list(common.items()):
+        if isinstance(value, str) and re.fullmatch(r"(negative_)?prompt(_\d)?", name):
+            each[name] = [common.pop(name)] * samples
+    return DrawPlan(samples=samples, seed=seed, steps=steps, each=each, common=common)
 
 
 # ---------------------------------------------------------------------------- pipelines
 
 
-def by_pipeline(
+def pipeline_sampler(
     pipeline: Any,
-    wanted: Wanted,
+    plan: DrawPlan,
     *,
     denoiser: nn.Module | None = None,
     component: str | None = None,
-) -> Draw:
-    """How a copy of the diffusers pipeline `pipeline` draws the images of `wanted`.
+) -> Sampler:
+    """A function that draws the images of `plan` with a copy of a diffusers pipeline.
 
-    denoiser: what takes the place of the pipeline's own.  component: the name of the one that is
+    denoiser: takes the place of the pipeline's own.  component: the name of the one that is
     replaced; None finds it.  Raises ConfigError where the pipeline has no denoiser or several,
-    takes no generator, or is not told how many images to draw.
+    takes no generator, or lacks the arguments that set the number of images.
     """
     kind = type(pipeline).__name__
     modules = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
@@ -128,16 +125,16 @@ def by_pipeline(
         raise ConfigError(
             f"this {kind} has no {missing} (components: {', '.join(pipeline.components)})"
         )
-    taken = inspect.signature(pipeline.__call__).parameters
-    if "generator" not in taken:
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if "generator" not in parameters:
         raise ConfigError(f"this {kind} takes no generator, so its noise cannot be chosen")
     counted = takes_batch_size(pipeline)
-    if not (counted or wanted.each):
+    if not (counted or plan.each):
         raise ConfigError(
             f"this {kind} draws an image for each prompt, label or embedding; give "
             "compare() some, by name, as the pipeline takes them"
         )
-    if wanted.common.get("output_type", "np") == "latent":
+    if plan.common.get("output_type", "np") == "latent":
         raise ConfigError('output_type="latent" gives no images to compare; use "np" or "pil"')
     replaced = next(iter(modules.values()))
     if denoiser is not None:
@@ -150,18 +147,17 @@ def by_pipeline(
                 )
     own = with_denoiser(pipeline, replaced, replaced if denoiser is None else denoiser)
     own.set_progress_bar_config(disable=True)
-    lent: list[torch.Generator] = []
-    _lend(own.scheduler, lent)
-    fixed = {"output_type": "np"} if "output_type" in taken else {}
+    generators = _share_generators(own.scheduler)
+    fixed = {"output_type": "np"} if "output_type" in parameters else {}
 
     def draw(rows: range) -> Tensor:
-        lent[:] = wanted.generators(rows)
-        given = {**fixed, **wanted.arguments(rows), "num_inference_steps": wanted.steps}
+        generators[:] = plan.generators(rows)
+        arguments = {**fixed, **plan.arguments(rows), "num_inference_steps": plan.steps}
         if counted:
-            given["batch_size"] = len(rows)
-        with _global_seed(wanted.seed + rows.start):
-            found = own(**given, generator=list(lent))
-        images = to_tensor(found[0] if isinstance(found, tuple) else getattr(found, "images", None))
+            arguments["batch_size"] = len(rows)
+        answer = own(**arguments, generator=list(generators))
+        first = answer[0] if isinstance(answer, tuple) else getattr(answer, "images", None)
+        images = to_tensor(first)
         if len(images) != len(rows):
             raise ConfigError(f"this {kind} drew {len(images)} images where {len(rows)} were due")
         return images
@@ -176,48 +172,38 @@ def _denoiser_name(modules: Mapping[str, nn.Module], component: str | None, kind
         raise ConfigError(
             f"component={component!r} is no module of this {kind}; it has {', '.join(modules)}"
         )
-    found = [name for name in modules if name.startswith(("unet", "transformer"))]
-    if len(found) == 1:
-        return found[0]
+    names = [name for name in modules if name.startswith(("unet", "transformer"))]
+    if len(names) == 1:
+        return names[0]
     raise ConfigError(
         f"cannot tell which part of this {kind} the candidate replaces; pass component=<one of "
-        f"{', '.join(found or modules)}>"
+        f"{', '.join(names or modules)}>"
     )
 
 
-def _lend(scheduler: Any, lent: list[torch.Generator]) -> None:
-    """Have `scheduler.step` draw row i's noise from generator i of `lent`, the list as it is then,
-    where its caller names none (as DiTPipeline does not).
+def _share_generators(scheduler: Any) -> list[torch.Generator]:
+    """A list whose generator i, at the time of a step, draws row i's noise in `scheduler.step`.
 
-    A batch for guidance has the images several times over.
+    That holds where the caller names no generator, as DiTPipeline does. A batch for guidance has
+    the images several times over.
     """
-    step = scheduler.step
+    step, generators = scheduler.step, list[torch.Generator]()
     if "generator" not in inspect.signature(step).parameters:
-        return
+        return generators
 
     @functools.wraps(step)
     def seeded(model_output: Any, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args and kwargs.get("generator") is None and len(sample) % len(lent) == 0:
-            kwargs["generator"] = lent * (len(sample) // len(lent))
+        if not args and kwargs.get("generator") is None and len(sample) % len(generators) == 0:
+            kwargs["generator"] = generators * (len(sample) // len(generators))
         return step(model_output, timestep, sample, *args, **kwargs)
 
     scheduler.step = seeded
-
-
-@contextlib.contextmanager
-def _global_seed(seed: int) -> Iterator[None]:
-    """torch's own generators seeded, and as they were afterwards: for schedulers that draw from
-    them (of those, images are paired, but depend on how they are batched)."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed_all(seed)
-        yield
+    return generators
 
 
 def to_tensor(images: Any) -> Tensor:
-    """Images as pipelines give them as one tensor (n, channels, height, width), float32 in [-1, 1].
+    """Images of any form that pipelines return, as one tensor (n, channels, height, width), float32
+    in [-1, 1].
 
     images: a list of PIL images, an array (n, height, width, channels) or a tensor (n, channels,
     height, width) or a list of their rows, floats in [0, 1] or bytes. Raises ConfigError for
@@ -230,9 +216,9 @@ def to_tensor(images: Any) -> Tensor:
         images = torch.from_numpy(images[..., None] if images.ndim == 3 else images)  # grey
         images = images.movedim(-1, 1) if images.dim() == 4 else images
     if not isinstance(images, Tensor) or images.dim() != 4:
-        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ConfigError(
-            f"the pipeline must draw images (n, channels, height, width), got {found}"
+            f"the pipeline must draw images (n, channels, height, width), got {shape}"
         )
     levels = 255 if images.dtype == torch.uint8 else 1
     images = images.detach().to("cpu", torch.float32) / levels
@@ -248,36 +234,33 @@ def to_tensor(images: Any) -> Tensor:
 # ---------------------------------------------------------------------------- schedulers
 
 
-def by_scheduler(
-    denoiser: Callable[..., Any], source: tuple[Any, Sequence[int]], wanted: Wanted
-) -> Draw:
-    """How `denoiser` and a copy of a scheduler draw the images of `wanted`.
+def scheduler_sampler(
+    denoiser: Callable[..., Any], source: tuple[Any, Sequence[int]], plan: DrawPlan
+) -> Sampler:
+    """A function that draws the images of `plan` with `denoiser` and a copy of a scheduler.
 
     source: the scheduler, and the shape of one image: (channels, height, width).
     denoiser(x, t, **arguments): x is (batch, *shape) float32, t (batch,); it answers with a tensor,
     a tuple that starts with one, or an object with `.sample`. The images are clamped to [-1, 1].
     """
-    scheduler, shape = source
-    own = copy.deepcopy(scheduler)
-    lent: list[torch.Generator] = []
-    _lend(own, lent)
+    scheduler, shape = copy.deepcopy(source[0]), source[1]
+    generators = _share_generators(scheduler)
     device = getattr(denoiser, "device", "cpu")
 
     @torch.no_grad()
     def draw(rows: range) -> Tensor:
-        lent[:] = wanted.generators(rows)
-        given = {
-            n: v.to(device) if isinstance(v, Tensor) else v
-            for n, v in wanted.arguments(rows).items()
+        generators[:] = plan.generators(rows)
+        arguments = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in plan.arguments(rows).items()
         }
-        own.set_timesteps(wanted.steps, device=device)
-        noise = [torch.randn(1, *shape, dtype=torch.float32, generator=each) for each in lent]
-        with _global_seed(wanted.seed + rows.start):
-            x = denoised(
-                lambda x, t: denoiser(x, t.expand(len(x)), **given),
-                own,
-                torch.cat(noise).to(device),
-            )
+        scheduler.set_timesteps(plan.steps, device=device)
+        noise = [torch.randn(1, *shape, dtype=torch.float32, generator=g) for g in generators]
+        x = denoised(
+            lambda x, t: denoiser(x, t.expand(len(x)), **arguments),
+            scheduler,
+            torch.cat(noise).to(device),
+        )
         return x.float().cpu().clamp(-1, 1)
 
     return draw

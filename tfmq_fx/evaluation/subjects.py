@@ -1,4 +1,4 @@
-"""The models that ship, each with what it takes to sample from it and to judge its samples."""
+"""The shipped models, each with its scheduler, classifier and reference images."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Subject:
     classes: int | None = None
 
     def conditions(self, samples: int) -> dict[str, Tensor]:
-        """The further inputs of `samples` samples: the classes in turn, where there are any."""
+        """The further inputs for `samples` images: the classes in turn, where there are any."""
         if self.classes is None:
             return {}
         return {"class_labels": torch.arange(samples) % self.classes}
 
     def example(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Inputs by name for two samples."""
+        """Example inputs by name, for two images."""
         generator = torch.Generator().manual_seed(0)
         inputs = {
             self.sample_name: torch.randn(2, *self.shape, dtype=torch.float32, generator=generator),
@@ -59,18 +59,10 @@ class Subject:
         return {name: value.to(device) for name, value in inputs.items()}
 
 
-def _train_digits() -> Tensor:
-    return digits.load_images("train")[0]
-
-
-def _train_glyphs() -> Tensor:
-    return glyphs.make_images(GLYPH_IMAGES, seed=0)[0]
-
-
 _GLYPHS: dict[str, Any] = {
     "scheduler": glyphs.make_scheduler,
     "classifier": glyphs.load_classifier,
-    "images": _train_glyphs,
+    "images": lambda: glyphs.make_images(GLYPH_IMAGES, seed=0)[0],
     "reference": "the 20,000 glyphs trained on",
     "shape": (3, glyphs.IMAGE_SIZE, glyphs.IMAGE_SIZE),
     "classes": glyphs.CLASSES,
@@ -84,7 +76,7 @@ SUBJECTS = {
             load=digits.load_unet,
             scheduler=digits.make_scheduler,
             classifier=digits.load_classifier,
-            images=_train_digits,
+            images=lambda: digits.load_images("train")[0],
             reference="the 1,497 digits trained on",
             shape=(1, digits.IMAGE_SIZE, digits.IMAGE_SIZE),
         ),
@@ -96,34 +88,34 @@ SUBJECTS = {
 
 
 def find_subjects(models: Iterable[str | Subject] | None) -> list[Subject]:
-    """The subjects of these names, or given as values; None is all that ship.
+    """The subjects with these names; Subjects pass through, None is all that ship.
 
     Raises ConfigError for an unknown name, for none, and for one twice.
     """
     if isinstance(models, (str, Subject)):
         models = [models]
-    found = []
+    subjects = []
     for each in SUBJECTS.values() if models is None else models:
         if not isinstance(each, Subject) and each not in SUBJECTS:
             raise ConfigError(f"unknown model {each!r}; there are {', '.join(SUBJECTS)}")
-        found.append(each if isinstance(each, Subject) else SUBJECTS[each])
-    names = [each.name for each in found]
-    if not found or len(set(names)) < len(names):
+        subjects.append(each if isinstance(each, Subject) else SUBJECTS[each])
+    names = [each.name for each in subjects]
+    if not subjects or len(set(names)) < len(names):
         raise ConfigError(f"give each model once, at least one; got {', '.join(names) or 'none'}")
-    return found
+    return subjects
 
 
-def called(model: Any) -> Callable[..., Tensor]:
-    """`model` as a function of a sample, one timestep for all, and conditions by name, to a
-    tensor: the `prediction` in its answer."""
+def as_function(model: Any) -> Callable[..., Tensor]:
+    """`model` as a function from a sample, one timestep for all rows, and conditions by name to the
+    tensor that it predicts."""
 
+    @torch.no_grad()
     def call(x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        with torch.no_grad():
-            return prediction(model(x, t.expand(len(x)), **conditions))
+        return prediction(model(x, t.expand(len(x)), **conditions))
 
     return call
 
 
 def contents(*modules: nn.Module) -> str:
-    """Sixteen hex digits that tell these modules' weights and buffers from any others."""
+    """A digest of these modules' weights and buffers: sixteen hex digits."""
     return digest([dict(module.state_dict()) for module in modules])[:16]

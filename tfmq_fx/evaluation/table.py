@@ -1,22 +1,22 @@
-"""Rows of an evaluation, each a recipe over its seeds, as Markdown and JSON; none is left out."""
+"""Rows of an evaluation, each one recipe over its seeds, as Markdown and JSON; none is left out."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tfmq_fx.serialization.json_values import without_infinities
 
 from .result_store import DONE, FAILED, NOT_RUN
 
 _LONGEST = 120  # characters of an error in a table
+_TEXTS = ("backend", "backend_note", "sqnr_by_step", "temporal_by_step")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """A figure over the seeds that have it."""
+class Spread(NamedTuple):
+    """The mean, lowest and highest value of a figure over the seeds that have it."""
 
     mean: float
     low: float
@@ -25,9 +25,9 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One recipe on one model.
+    """The results of one recipe on one model.
 
-    model, recipe, bits: as in `result_store.Cell`.  results: by seed, what `Cells.read` answers;
+    model, recipe, bits: as in `result_store.Cell`.  results: by seed, as `Cells.read` returns them;
     None is not run.
     """
 
@@ -38,14 +38,14 @@ class Row:
 
     @property
     def done(self) -> list[Mapping[str, Any]]:
-        """Results with figures."""
+        """The results with figures."""
         return [each for each in self.results.values() if each and each["status"] == DONE]
 
     @property
     def failed(self) -> dict[int, str]:
-        """Errors by seed."""
-        found = self.results.items()
-        return {seed: str(r["error"]) for seed, r in found if r and r["status"] == FAILED}
+        """The errors by seed."""
+        results = self.results.items()
+        return {seed: str(r["error"]) for seed, r in results if r and r["status"] == FAILED}
 
     @property
     def status(self) -> str:
@@ -58,39 +58,30 @@ class Row:
         return ", ".join(f"{count} {name}" for name, count in present.items())
 
     def values(self, name: str) -> list[float]:
-        """A figure by seed; those that have none are left out."""
-        flat = [_flat(each["figures"]) | {"steps": each.get("steps")} for each in self.done]
-        return [float(each[name]) for each in flat if each.get(name) is not None]
+        """The values of one figure, of each seed that has it."""
+        figures = [_flat(each["figures"]) | {"steps": each.get("steps")} for each in self.done]
+        return [float(each[name]) for each in figures if each.get(name) is not None]
 
     def spread(self, name: str) -> Spread | None:
-        """Mean, lowest and highest of a figure over seeds; None where no seed has it."""
-        found = self.values(name)
-        if not found:
-            return None
-        return Spread(mean=statistics.fmean(found), low=min(found), high=max(found))
+        """The spread of a figure over the seeds; None where no seed has it."""
+        values = self.values(name)
+        return Spread(statistics.fmean(values), min(values), max(values)) if values else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: names, status, each figure's spread, and the results by seed."""
+        """The row as JSON-ready data: names, status, each figure's spread, and results by seed."""
         names = {name for each in self.done for name in _flat(each["figures"])}
-        spreads = {name: self.spread(name) for name in sorted(names) if name not in _TEXTS}
-        found: dict[str, Any] = without_infinities(
+        spreads = {name: self.spread(name) for name in sorted(names.difference(_TEXTS))}
+        data: dict[str, Any] = without_infinities(
             {
                 "model": self.model,
                 "recipe": self.recipe,
                 "bits": self.bits,
                 "status": self.status,
-                "figures": {
-                    name: {"mean": s.mean, "low": s.low, "high": s.high}
-                    for name, s in spreads.items()
-                    if s is not None
-                },
+                "figures": {name: s._asdict() for name, s in spreads.items() if s is not None},
                 "seeds": {str(seed): result for seed, result in self.results.items()},
             }
         )
-        return found
-
-
-_TEXTS = ("backend", "backend_note", "sqnr_by_step", "temporal_by_step")
+        return data
 
 
 def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,91 +95,47 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
-        lines += ["", f"## {model}", "", *_images(own), "", *_models(own)]
-        if notes := _notes(own):
+        lines += ["", f"## {model}", "", *_table(own, _IMAGES), "", *_table(own, _MODELS)]
+        notes = dict.fromkeys(  # why something did not sample on the backend asked for
+            f"- {f'{row.recipe} {row.bits}'.rstrip()} sampled in eager mode: {note}"
+            for row in own
+            for result in row.done
+            if (note := result["figures"]["backend_note"])
+        )
+        if notes:
             lines += ["", *notes]
     return "\n".join(lines) + "\n"
 
 
-def _images(rows: Sequence[Row]) -> list[str]:
-    asked = any(row.spread("class_agreement") for row in rows)
-    names = ["", "bits", "FID", "95 %", "sFID", "IS", *(["class asked for"] if asked else [])]
-    names += ["confident", "precision", "recall", "PSNR dB", "SSIM", "feature distance", "seeds"]
-    lines = _head(names)
-    for row in rows:
-        texts = [
-            _spread(row, "fid", 2),
-            _interval(row),
-            _spread(row, "sfid", 2),
-            _spread(row, "inception_score", 2),
-            *([_share(row, "class_agreement")] if asked else []),
-            _share(row, "confident"),
-            _share(row, "precision"),
-            _share(row, "recall"),
-            _spread(row, "psnr", 1),
-            _spread(row, "ssim", 4),
-            _spread(row, "feature_distance", 3),
-        ]
-        lines.append(_line([row.recipe, row.bits, *texts, _state(row)]))
-    return lines
+Column = Callable[[Row], str]
 
 
-def _models(rows: Sequence[Row]) -> list[str]:
-    names = ["", "bits", "steps a block", "output SQNR dB", "pooled", "temporal error mean"]
-    names += ["worst", "KiB", "weights", "inputs", "quantize s", "sample s", "sampled on"]
-    lines = _head(names)
-    for row in rows:
-        size = row.spread("bytes")
-        backends = dict.fromkeys(str(r["figures"]["backend"]) for r in row.done)
-        texts = [
-            _spread(row, "steps", 0),
-            _spread(row, "sqnr", 1),
-            _spread(row, "sqnr_pooled", 1),
-            _spread(row, "temporal_mean", 4),
-            _spread(row, "temporal_worst", 4),
-            f"{size.mean / 1024:.0f}" if size else "",
-            _share(row, "weights"),
-            _share(row, "inputs"),
-            _spread(row, "quantize_seconds", 0),
-            _spread(row, "sample_seconds", 0),
-            ", ".join(backends),
-        ]
-        lines.append(_line([row.recipe, row.bits, *texts]))
-    return lines
+def _table(rows: Sequence[Row], columns: Mapping[str, Column]) -> list[str]:
+    """One table; a figure that no row has gets no column."""
+    texts = {name: [column(row) for row in rows] for name, column in columns.items()}
+    shown = {name: column for name, column in texts.items() if any(column)}
+    lines = [["", "bits", *shown]]
+    for row, *values in zip(rows, *shown.values(), strict=True):
+        lines.append([row.recipe, row.bits, *values])
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return [head, "|" + "---|" * (len(shown) + 2), *body]
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    """Why something did not sample on the backend asked for."""
-    found: dict[str, None] = {}
-    for row in rows:
-        for each in row.done:
-            if note := each["figures"]["backend_note"]:
-                found[f"- {row.recipe} {row.bits}".rstrip() + f" sampled in eager mode: {note}"] = (
-                    None
-                )
-    return list(found)
+def _figure(name: str, digits: int, scale: float = 1.0, unit: str = "") -> Column:
+    """A column with the mean of a figure and, over several seeds, the lowest and the highest."""
+
+    def text(row: Row) -> str:
+        spread = row.spread(name)
+        if spread is None:
+            return ""
+        mean, low, high = (f"{scale * value:.{digits}f}" for value in spread)
+        return f"{mean}{unit} ({low} to {high})" if low != high else f"{mean}{unit}"
+
+    return text
 
 
-def _head(names: Sequence[str]) -> list[str]:
-    return [_line(names), "|" + "---|" * len(names)]
-
-
-def _line(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
-
-
-def _spread(row: Row, name: str, digits: int, scale: float = 1.0, unit: str = "") -> str:
-    """Mean and, over several seeds, lowest to highest."""
-    found = row.spread(name)
-    if found is None:
-        return ""
-    mean, low, high = (f"{scale * v:.{digits}f}" for v in (found.mean, found.low, found.high))
-    several = len(row.values(name)) > 1 and low != high
-    return f"{mean}{unit} ({low} to {high})" if several else f"{mean}{unit}"
-
-
-def _share(row: Row, name: str) -> str:
-    return _spread(row, name, 1, 100, " %")
+def _share(name: str) -> Column:
+    return _figure(name, 1, 100, " %")
 
 
 def _interval(row: Row) -> str:
@@ -197,13 +144,50 @@ def _interval(row: Row) -> str:
     return f"{min(low):.2f} to {max(high):.2f}" if low else ""
 
 
-def _state(row: Row) -> str:
-    """How many seeds, or what became of them."""
+def _kib(row: Row) -> str:
+    size = row.spread("bytes")
+    return f"{size.mean / 1024:.0f}" if size else ""
+
+
+def _backends(row: Row) -> str:
+    return ", ".join(dict.fromkeys(str(each["figures"]["backend"]) for each in row.done))
+
+
+def _seeds(row: Row) -> str:
+    """The number of seeds where all are done, else how many are not, and the first error."""
     if row.status == DONE:
         return str(len(row.results))
-    errors = list(dict.fromkeys(row.failed.values()))
     text = row.status
-    if errors:
-        shown = " ".join(errors[0].split()).replace("|", "/")
+    for error in list(row.failed.values())[:1]:
+        shown = " ".join(error.split()).replace("|", "/")
         text += f": {shown[:_LONGEST]}" + ("..." if len(shown) > _LONGEST else "")
     return f"**{text}**"
+
+
+_IMAGES: dict[str, Column] = {
+    "FID": _figure("fid", 2),
+    "95 %": _interval,
+    "sFID": _figure("sfid", 2),
+    "IS": _figure("inception_score", 2),
+    "class asked for": _share("class_agreement"),
+    "confident": _share("confident"),
+    "precision": _share("precision"),
+    "recall": _share("recall"),
+    "PSNR dB": _figure("psnr", 1),
+    "SSIM": _figure("ssim", 4),
+    "feature distance": _figure("feature_distance", 3),
+    "seeds": _seeds,
+}
+_MODELS: dict[str, Column] = {
+    "steps a block": _figure("steps", 0),
+    "output SQNR dB": _figure("sqnr", 1),
+    "pooled": _figure("sqnr_pooled", 1),
+    "temporal error mean": _figure("temporal_mean", 4),
+    "worst": _figure("temporal_worst", 4),
+    "KiB": _kib,
+    "weights": _share("weights"),
+    "inputs": _share("inputs"),
+    "quantize s": _figure("quantize_seconds", 0),
+    "sample s": _figure("sample_seconds", 0),
+    "sampled on": _backends,
+}
