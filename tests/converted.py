@@ -14,7 +14,7 @@ from tfmq_fx import convert
 from tfmq_fx.capture.capture import capture
 from tfmq_fx.conversion.models import Converted
 from tfmq_fx.core.presets import resolve
-from tfmq_fx.diagnostics.random_inputs import Draw, Example, batches, draw_examples
+from tfmq_fx.diagnostics.random_inputs import Example, RandomInputs, batches, draw_examples
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 KEYS = torch.tensor(TIMES)
@@ -42,7 +42,7 @@ def examples(model: Converted, count: int = 8) -> list[Example]:
     """What `verify` compares the toy on, several draws of it, in batches."""
     made: list[Example] = []
     for seed in range(count):
-        draw = Draw(model.gm, model.call, KEYS, seed=seed)
+        draw = RandomInputs(model.gm, model.call, KEYS, seed=seed)
         made += draw_examples(draw, conditions=1, every=False)
     return batches(model.call, made, 8)
 

@@ -29,7 +29,7 @@ import tfmq_fx
 from tests.bench.bench_cpu import interleaved, nearest
 from tfmq_fx.capture.capture import capture
 from tfmq_fx.capture.inputs import find_timestep, named_inputs
-from tfmq_fx.diagnostics.meta_model import skeleton
+from tfmq_fx.diagnostics.meta_model import meta_model
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.split_prologue import split_prologue
 from tfmq_fx.prologue.weight_offload import give_back
@@ -264,7 +264,7 @@ FULL = ("dit-xl-2", "pixart-alpha-1024", "sd35-medium", "flux-dev", "sdxl", "adm
 
 def full(name: str, steps: int) -> str:
     """One row of what a prologue takes from a model of full size; no weights are made."""
-    model = skeleton(CONFIGS / f"{name}.json").half()
+    model = meta_model(CONFIGS / f"{name}.json").half()
     inputs = named_inputs(model, None)
     captured = capture(model, inputs, timestep=find_timestep(inputs, None))
     gm = merge_duplicates(captured.gm).gm

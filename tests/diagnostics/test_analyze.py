@@ -207,7 +207,7 @@ def test_what_suffixes_say_is_written(tmp_path, dit, monkeypatch):
         dit.save(tmp_path / "a.png")
     with pytest.raises(ConfigError, match=r"nowhere/a.txt cannot be written: .*No such file"):
         dit.save(str(tmp_path / "nowhere" / "a.txt"))
-    with pytest.raises(ConfigError, match="depth must be a whole number of at least 1, got 0"):
+    with pytest.raises(ConfigError, match="depth must be a whole number, at least 1, got 0"):
         dit.save(tmp_path / "b.svg", depth=0)
     assert not (tmp_path / "b.svg").exists()
 
@@ -225,7 +225,7 @@ def test_inputs_in_doubt_are_refused():
     with pytest.raises(ConfigError, match="example_inputs cannot be derived for ToyUNet"):
         analyze(seeded(ToyUNet))
     for steps in (0, 2.5, True):
-        with pytest.raises(ConfigError, match="steps must be a whole number of at least 1, got"):
+        with pytest.raises(ConfigError, match="steps must be a whole number, at least 1, got"):
             analyze(tiny_unet2d(), steps=steps)
     with pytest.raises(ConfigError, match="no input named 'tau'"):
         analyze(tiny_unet2d(), timestep="tau")

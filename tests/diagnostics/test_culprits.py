@@ -1,7 +1,6 @@
-"""culprits: what is broken comes first, then ranges that stand out, then the worst."""
+"""Culprits: what is broken comes first, then the worst."""
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -50,35 +49,18 @@ def test_nothing_is_changed_by_looking(coarse):
     assert list(before) == list(coarse.state_dict())
 
 
-def test_what_is_broken_comes_first_by_its_noise_then_ranges_that_stand_out():
+def test_what_is_broken_comes_first_by_its_noise():
     model = copy.deepcopy(lossy())
     spoil(model, "up1.conv2", "weight", 2.0)
     spoil(model, "attention.qkv", "weight", 2.0)
-    spoil(model, "mid1.conv1", "input", 2.0)
     (node,) = [n for n in model.gm.graph.nodes if n.meta.get("feature") == "up2.time"]
     place = node.args[1][1]
     model.gm.temporal_table[1, place] = lossy().gm.temporal_table[2, place]
     found = culprits(model)
     assert {each.name for each in found[:3]} == {"up1.conv2", "attention.qkv", "up2.time"}
     assert [each.broken for each in found[:4]] == [True, True, True, False]
-    assert found[3].name == "mid1.conv1" and found[3].suspect
-    assert found[3].note.startswith("its input range is 2")
     row = next(each for each in found if each.kind == "feature")
     assert row.timestep == 250 and row.note == "at t=250 it has the row of t=999"
-
-
-def test_what_stands_out_more_comes_before_what_is_worse():
-    sites = site_errors(captured(), lossy().gm, examples(lossy(), 4))
-    sites[3] = dataclasses.replace(sites[3], input_ratio=1 / 3)
-    sites[5] = dataclasses.replace(sites[5], input_ratio=2.0)
-    sites[7] = dataclasses.replace(sites[7], gain=math.nan)
-    found = culprits(lossy(), sites)
-    assert [each.name for each in found[:3]] == [sites[i].name for i in (7, 3, 5)]
-    assert [(each.broken, each.suspect) for each in found[:3]] == [
-        (True, False),
-        (False, True),
-        (False, True),
-    ]
 
 
 def test_of_sound_layers_the_worst_come_first():

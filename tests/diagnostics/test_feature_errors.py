@@ -34,7 +34,7 @@ def test_exact_rows_have_no_error():
     assert list(found) == [f.name for f in block.features] and len(found) == FEATURES
     for each, row in zip(found.values(), compute_rows(block.graph, KEYS), strict=True):
         assert not each.broken and each.note(KEYS) == ""
-        assert torch.equal(each.rows, row) and torch.equal(each.found, row)
+        assert torch.equal(each.rows, row) and torch.equal(each.actual, row)
         assert each.errors.tolist() == [0, 0, 0] and each.stored is each.rows
 
 
@@ -43,7 +43,7 @@ def test_cached_rows_have_the_error_of_their_bits():
         bits = 8 if each.errors.max() < 0.02 else 4  # half a step of 15 or 255
         assert not each.broken
         torch.testing.assert_close(each.errors, cache_error(each.rows.flatten(1), bits))
-        assert torch.equal(each.found, each.stored)
+        assert torch.equal(each.actual, each.stored)
 
 
 def test_what_layers_compute_is_judged_by_the_layers():
@@ -122,7 +122,7 @@ def test_features_of_more_dimensions_are_compared_too():
     for held in (gm, folded):
         (each,) = feature_errors(gm, held, KEYS)
         assert each.rows.shape == (3, 8) or each.rows.shape == (3, 2, 4)
-        assert torch.equal(each.found, each.rows) and each.worst == 0 and not each.broken
+        assert torch.equal(each.actual, each.rows) and each.worst == 0 and not each.broken
     assert feature_errors(captured(), gm, KEYS) == []  # a model that has none of the features
 
 

@@ -51,7 +51,7 @@ def test_sound_layers_are_found_sound(config):
     # the time embedding of q-diffusion is quantized like the rest
     assert len(found) == LAYERS + len(products) + (8 if products else 0)
     assert not [name for name, each in found.items() if each.broken]
-    assert not [each.note for each in found.values() if each.excess == math.inf or each.drawn]
+    assert not [each.note for each in found.values() if each.excess == math.inf or each.untrusted]
     assert all(15 < each.pooled < 60 for each in found.values())
     # far from where blame begins
     assert all(each.excess < FAR - 6 and 0.95 < each.gain < 1.05 for each in found.values())
@@ -84,7 +84,7 @@ def test_figures_are_those_of_the_layer_alone_and_as_the_model_runs(sound):
         with torch.no_grad():
             alone.append(part.part(*given)[0])
         running.append(mine[part.nodes[0].name])
-        assert torch.equal(part.wanted(*given)[0], value)
+        assert torch.equal(part.original(*given)[0], value)
     # float32 differences of the two ways to sum
     assert each.pooled == pytest.approx(sqnr(torch.cat(expected), torch.cat(alone)), abs=1e-4)
     first = expected[0][:1], running[0][:1]
@@ -105,30 +105,22 @@ def test_a_weight_scale_off_by_two_is_broken_and_no_other(sound, site, factor):
     assert [figures(found[n]) for n in others] == [figures(sound[n]) for n in others]
 
 
-@pytest.mark.parametrize("factor", [2.0, 0.5])
-@pytest.mark.parametrize("site", ["conv_in", "down2.conv1", "attention.qkv"])
-def test_an_input_scale_off_by_two_stands_out(sound, site, factor):
+@pytest.mark.parametrize("site", ["down2.conv1", "attention.qkv"])
+def test_an_input_scale_that_is_far_too_wide_is_broken(sound, site):
     model = copy.deepcopy(lossy())
-    spoil(model, site, "input", factor)
+    spoil(model, site, "input", 64.0)  # a quarter of 8 bits is left
     found = errors(model)
-    assert found[site].suspect or found[site].broken
-    ratio = found[site].input_ratio / sound[site].input_ratio
-    # the median of the layers moves a little with one of them
-    assert ratio == pytest.approx(factor, rel=0.1)
-    assert not [n for n, each in found.items() if n != site and (each.broken or each.suspect)]
+    assert [name for name, each in found.items() if each.broken] == [site]
+    assert found[site].excess > FAR > sound[site].excess + 6
 
 
 @pytest.mark.parametrize("config", ["best-w4a6", "q-diffusion-w8a8"])
-@pytest.mark.parametrize("what", ["weight", "input"])
-@pytest.mark.parametrize("factor", [2.0, 0.5])
+@pytest.mark.parametrize("what, factor", [("weight", 2.0), ("weight", 0.5), ("input", 1 / 16)])
 def test_faults_are_found_in_rewritten_and_in_static_layers(config, what, factor):
     site = "up2.conv1"  # split at its concatenation, and with a branch, in "best"
     model = copy.deepcopy(lossy(config))
     spoil(model, site, what, factor)
-    found = errors(model)
-    assert found[site].broken if what == "weight" else found[site].suspect
-    ranks = sorted(found, key=lambda n: -abs(math.log(found[n].input_ratio)))
-    assert what == "weight" or ranks[0] == site
+    assert [name for name, each in errors(model).items() if each.broken] == [site]
 
 
 def test_a_range_that_clips_everything_is_broken(sound):
@@ -206,14 +198,14 @@ def test_layers_of_conditions_drawn_from_no_data_are_judged_by_their_weights_alo
     far += far.sign()  # in every sample
     given = [[torch.randn(4, 8), torch.full((4,), int(t)), far] for t in KEYS]
     for drawn, broken in (((), {"text", "both"}), (("text",), set())):
-        found = {e.name: e for e in site_errors(gm, model, given, drawn=drawn)}
+        found = {e.name: e for e in site_errors(gm, model, given, random_conditions=drawn)}
         assert {n for n, e in found.items() if e.broken} >= broken
         assert not drawn or not [n for n in ("text", "both") if found[n].broken]
         assert found["text"].pooled < 3  # clipped all the same
     assert found["text"].note.startswith("it reads a condition drawn at random")
     assert not found["first"].note
     model.get_submodule("text").weight_scale.mul_(2)
-    found = {e.name: e for e in site_errors(gm, model, given, drawn=("text",))}
+    found = {e.name: e for e in site_errors(gm, model, given, random_conditions=("text",))}
     assert found["text"].broken and not found["both"].broken
 
 
@@ -221,7 +213,6 @@ def test_ratios_are_judged_by_the_middle_between_right_and_off_by_two(sound):
     each = sound["conv_out"]
     for ratio, broken in ((OFF * 0.99, False), (OFF * 1.01, True), (1.01 / OFF, False)):
         assert dataclasses.replace(each, gain=ratio).broken is broken
-        assert dataclasses.replace(each, input_ratio=ratio).suspect is broken
     assert dataclasses.replace(each, gain=math.nan).broken
     assert dataclasses.replace(each, excess=10.1).broken
     assert not dataclasses.replace(each, excess=9.9).broken

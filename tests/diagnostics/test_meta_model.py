@@ -8,7 +8,7 @@ import torch
 
 from tests.toys import tiny_unet2d
 from tfmq_fx.core.errors import ConfigError
-from tfmq_fx.diagnostics.meta_model import skeleton
+from tfmq_fx.diagnostics.meta_model import meta_model
 
 CONFIG = {"_class_name": "UNet2DModel", **dict(tiny_unet2d().config)}
 
@@ -22,7 +22,7 @@ def written(path, content):
 def test_files_and_directories_are_built_without_weights(tmp_path):
     file = written(tmp_path / "pipe" / "unet" / "config.json", CONFIG)
     for path in (file, str(file), file.parent, file.parent.parent):
-        model = skeleton(path)
+        model = meta_model(path)
         assert type(model).__name__ == "UNet2DModel" and not model.training
         assert all(p.device.type == "meta" for p in [*model.parameters(), *model.buffers()])
         assert {n: p.shape for n, p in model.named_parameters()} == {
@@ -50,23 +50,23 @@ def test_files_and_directories_are_built_without_weights(tmp_path):
 def test_other_files_are_refused_by_name(tmp_path, content, message):
     file = written(tmp_path / "config.json", content)
     with pytest.raises(ConfigError, match=message) as caught:
-        skeleton(file)
+        meta_model(file)
     assert str(file) in str(caught.value)
 
 
 def test_directories_in_doubt_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="there is no such file or directory"):
-        skeleton(tmp_path / "nothing")
+        meta_model(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"holds no config.json, and no unet, transformer"):
-        skeleton(tmp_path)
+        meta_model(tmp_path)
     for name in ("unet", "prior"):
         written(tmp_path / name / "config.json", CONFIG)
     with pytest.raises(ConfigError, match=r"holds several denoisers; choose from .*unet, .*prior"):
-        skeleton(tmp_path)
+        meta_model(tmp_path)
 
 
 def test_diffusers_missing_is_said(tmp_path, monkeypatch):
     file = written(tmp_path / "config.json", CONFIG)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match="install diffusers to build it"):
-        skeleton(file)
+        meta_model(file)

@@ -14,11 +14,11 @@ from tests.passes.test_quantize_layers import W8A8, quantize
 from tests.toys import ToyDiT, seeded
 from tfmq_fx.capture.capture import capture
 from tfmq_fx.diagnostics.random_inputs import (
-    Draw,
+    RandomInputs,
     batches,
     draw_examples,
-    input_scales,
     join,
+    relative_widths,
     rows_of,
 )
 
@@ -67,7 +67,7 @@ def node(gm, name):
 
 
 def drawn(found, keys=KEYS, seed=0):
-    draw = Draw(found.gm, found.call, keys, seed=seed)
+    draw = RandomInputs(found.gm, found.call, keys, seed=seed)
     draw.rows = {
         n.target: rows
         for n in found.gm.graph.find_nodes(op="placeholder")
@@ -117,7 +117,7 @@ def test_timesteps_take_conditions_in_turn_or_each(dit):
 
 def test_models_without_conditions_have_one():
     model = lossy()
-    draw = Draw(model.gm, model.call, KEYS, seed=0)
+    draw = RandomInputs(model.gm, model.call, KEYS, seed=0)
     assert len(draw_examples(draw, conditions=3, every=True)) == 3
 
 
@@ -140,14 +140,16 @@ def test_samples_are_as_wide_as_their_ranges_relative_to_the_widest():
     scales[:, 0] = torch.tensor([0.5, 2.0, 1.0])  # conv_in reads the sample, and comes first
     x = [
         e[0]
-        for e in draw_examples(Draw(model.gm, model.call, KEYS, seed=0), conditions=1, every=False)
+        for e in draw_examples(
+            RandomInputs(model.gm, model.call, KEYS, seed=0), conditions=1, every=False
+        )
     ]
     generator = torch.Generator().manual_seed(0)
     plain = [torch.randn(1, 3, 8, 8, generator=generator) for _ in KEYS]
     for value, normal, share in zip(x, plain, (0.25, 1.0, 0.5), strict=True):
         assert torch.equal(value, normal * share)
     scales[1, 0] = float("nan")  # ranges that tell nothing
-    draw = Draw(model.gm, model.call, KEYS, seed=0)
+    draw = RandomInputs(model.gm, model.call, KEYS, seed=0)
     assert torch.equal(draw.example(0, {})[0], plain[0])
 
 
@@ -178,11 +180,12 @@ def test_batches_keep_the_order_and_leave_apart_what_cannot_be_joined(looks):
     assert torch.equal(torch.cat([v[0] for v in found]), torch.cat([e[0] for e in examples]))
 
 
-def test_scales_of_what_reads_an_input_are_found_by_the_layers():
+def test_widths_come_from_the_scales_of_the_layers_that_read_an_input():
     model = lossy()
     (sample, _) = model.gm.graph.find_nodes(op="placeholder")
-    (scales,) = input_scales(model.gm, sample)
-    assert torch.equal(scales, model.gm.activation_scales[:, 0])
+    scales = model.gm.activation_scales[:, 0]
+    assert torch.equal(relative_widths(model.gm, sample, len(KEYS)), scales / scales.max())
+    assert relative_widths(model.gm, sample, 2) is None  # a table of another set
 
 
 def test_scales_of_what_reads_an_input_rewritten_count_as_its_own():
@@ -198,5 +201,6 @@ def test_scales_of_what_reads_an_input_rewritten_count_as_its_own():
     batches = [(torch.randn(4, 8), torch.full((4,), int(t))) for t in KEYS]
     model = quantize(gm, W8A8, batches, KEYS).gm
     x, t = model.graph.find_nodes(op="placeholder")
-    (scales,) = input_scales(model, x)
-    assert torch.equal(scales, model.activation_scales[:, 0]) and input_scales(model, t) == []
+    scales = model.activation_scales[:, 0]
+    assert torch.equal(relative_widths(model, x, len(KEYS)), scales / scales.max())
+    assert relative_widths(model, t, len(KEYS)) is None

@@ -93,7 +93,6 @@ def test_plain_data_is_json_with_names_for_what_is_not_finite():
                 "sqnr": 3.25,
                 "timestep": 999.0,
                 "broken": True,
-                "suspect": False,
                 "note": "why",
             },
             {
@@ -102,7 +101,6 @@ def test_plain_data_is_json_with_names_for_what_is_not_finite():
                 "sqnr": 21.5,
                 "timestep": 250.0,
                 "broken": False,
-                "suspect": False,
                 "note": "",
             },
         ],

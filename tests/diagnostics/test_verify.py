@@ -136,12 +136,12 @@ def test_a_scale_off_by_two_is_caught_and_its_layer_named_first(toy, lossy, loss
     assert after[:place] == before[:place] and after[place][1] < before[place][1] - 10
 
 
-def test_an_input_scale_off_by_two_is_named_first(toy, lossy):
+def test_an_input_range_that_clips_is_caught_and_its_layer_named_first(toy, lossy):
     faulty = copy.deepcopy(lossy)
-    spoil(faulty, "down2.conv1", "input", 2.0)
-    first = verify(toy, faulty).culprits[0]
-    assert first.name == "down2.conv1" and (first.suspect or first.broken)
-    assert "its input range is " in first.note
+    spoil(faulty, "down2.conv1", "input", 1 / 16)
+    found = verify(toy, faulty)
+    assert not found.ok and [each.name for each in found.culprits if each.broken] == ["down2.conv1"]
+    assert found.culprits[0].note.endswith("dB more noise than its rounding explains")
 
 
 # ---------------------------------------------------------------------------- lossy models

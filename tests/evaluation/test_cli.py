@@ -80,7 +80,7 @@ def test_analyze_tells_what_is_wrong(tmp_path, capsys):
         ([str(tmp_path / "nothing")], "there is no such file or directory"),
         ([config, "--condition", "text"], "no input 'text' for a condition; choose from sample"),
         ([config, "--timestep", "tau"], "no input named 'tau'"),
-        ([config, "--steps", "0"], "steps must be a whole number of at least 1, got 0"),
+        ([config, "--steps", "0"], "steps must be a whole number, at least 1, got 0"),
     ):
         assert main(["analyze", *arguments]) == 1
         out, err = capsys.readouterr()

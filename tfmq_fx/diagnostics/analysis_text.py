@@ -1,4 +1,4 @@
-"""The analysis of a model in words: binding times, the temporal block, conditions."""
+"""Print the analysis of a model: binding times, the temporal block, conditions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LISTED = 24  # features named one by one; more are counted by kind
 
 
 def summary(data: Mapping[str, Any]) -> str:
-    """Aligned text for the data of an Analysis."""
+    """Aligned text from the data of an Analysis."""
     return "\n".join([*_head(data), *_block(data), *_conditioned(data)])
 
 
@@ -116,7 +116,7 @@ def _tuple(shape: Iterable[int | str]) -> str:
 
 
 def _by_kind(features: Iterable[tuple[str, Sequence[int]]]) -> list[str]:
-    """One line for all features whose names differ in their numbers only and that have one shape:
+    """Lines that count features of one shape whose names differ in their numbers only, such as
     "blocks.*.modulation (192,), 28 times"."""
     kinds = Counter((re.sub(r"(?<=\.)\d+", "*", name), tuple(shape)) for name, shape in features)
     return [

@@ -1,19 +1,21 @@
-"""What could be done to a model, without doing it: binding times, the temporal block, bytes."""
+"""Analyze a model without changing it: binding times, the temporal block, bytes and operations."""
 
 from __future__ import annotations
 
 import json
+import math
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tfmq_fx.capture.capture import Captured, capture
 from tfmq_fx.capture.inputs import find_timestep, named_inputs
-from tfmq_fx.core.arguments import check_many
+from tfmq_fx.core.arguments import check_many, check_whole
 from tfmq_fx.core.errors import ConfigError, InputError
 from tfmq_fx.core.files import write_whole
 from tfmq_fx.core.inference import outside_inference_mode
@@ -27,7 +29,7 @@ from .analysis_text import summary
 from .flops import node_flops
 from .graph_boxes import NAMES, plain_ops
 from .graph_drawing import Drawing
-from .meta_model import skeleton
+from .meta_model import meta_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,21 @@ class Analysis:
     drawing: Drawing
 
     def dot(self, depth: int = 2) -> str:
-        """Graphviz text. depth: parts of the module paths drawn; deeper modules are in a box."""
-        return self.drawing.dot(_checked_depth(depth))
+        """Graphviz text of the graph.
+
+        depth: parts of the module paths drawn; deeper modules are in a box.
+        """
+        check_whole(depth, "depth", 1)
+        return self.drawing.dot(depth)
 
     def svg(self, depth: int = 2) -> str:
         """A self-contained SVG picture of the modules down to `depth`."""
-        return self.drawing.svg(_checked_depth(depth))
+        check_whole(depth, "depth", 1)
+        return self.drawing.svg(depth)
 
     def save(self, path: str | Path, depth: int = 2) -> None:
-        """Write what the suffix says: .json, .txt, .dot or .svg. The file appears complete."""
+        """Write the analysis as the suffix says: .json, .txt, .dot or .svg. The file appears
+        complete."""
         write: dict[str, Callable[[], str]] = {
             ".json": lambda: json.dumps(self.data, indent=2) + "\n",
             ".txt": lambda: f"{self}\n",
@@ -78,19 +86,18 @@ def analyze(
     conditions: Sequence[str] | None = None,
     steps: int = 50,
 ) -> Analysis:
-    """Binding times of a model and what tables would save; nothing is changed or computed.
+    """Find the binding times of a model and what tables would save; nothing is changed or computed.
 
     model: a module, on the meta device too; or the path of a diffusers config or model directory,
     of which no weights are read.  example_inputs, timestep: as for `prepare`.  conditions: inputs
     that are fixed for a request (class labels, text), by name, dotted path or placeholder; left
     out, all but the sample, the timestep and what another network adds at every step.  steps: K,
-    the size of the set for which bytes and operations are told.
+    the size of the set for which bytes and operations are counted.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"steps must be a whole number of at least 1, got {steps!r}")
+    check_whole(steps, "steps", 1)
     check_many(conditions, "conditions", "names")
     if isinstance(model, (str, Path)):
-        model = skeleton(model)
+        model = meta_model(model)
     inputs = named_inputs(model, example_inputs)
     captured = capture(model, inputs, timestep=find_timestep(inputs, timestep))
     gm, call = merge_duplicates(captured.gm).gm, captured.call
@@ -113,7 +120,6 @@ def analyze(
         }
         for b in Binding
     }
-    features: dict[fx.Node, str] = {feature.node: feature.name for feature in block.features}
     data = {
         "model": type(model).__name__,
         "parameters": parameters,
@@ -135,11 +141,13 @@ def analyze(
         "flops": sum(flops.values()),
         "unused_parameters": parameters - sum(sizes.values()),
         "bindings": rows,
-        "block": _block(gm, block, owners, flops, steps),
-        "conditioned": _conditioned(
-            gm, times, owners, flops, {spec.name: spec.path for spec in call.inputs}, steps
-        ),
+        "block": _block_facts(gm, block, owners, flops, steps),
+        "conditioned": {
+            "conditions": [spec.path for spec in call.inputs if spec.name in times.conditions],
+            **_conditioned(gm, times, owners, flops, steps),
+        },
     }
+    features = {feature.node: feature.name for feature in block.features}
     ops = plain_ops(gm, times, sizes, flops, features)
     return Analysis(data, Drawing(type(model).__name__, ops))
 
@@ -148,8 +156,8 @@ def analyze(
 
 
 def _shapes(captured: Captured, inputs: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """The shapes of the example inputs; those of the capture, where the graph is not for them (a
-    batch of one, which capture doubles, and a model that treats it apart)."""
+    """The shapes of the example inputs, or those of the capture where the graph does not take them
+    (a batch of one, which capture doubles, and a model that treats it apart)."""
     try:
         values = captured.call.bind((), dict(inputs))[0]
     except InputError:
@@ -166,16 +174,16 @@ Owner = tuple[frozenset[fx.Node], nn.Parameter, Binding]
 
 
 def _owners(gm: fx.GraphModule, times: BindingTimes) -> list[Owner]:
-    """Each parameter once: the nodes that use it, and the latest binding time among them.
+    """Each parameter once, with the nodes that use it, and the latest binding time among them.
 
     A constant made from parameters by light operations (a position table, reshaped) is no work
     saved, so its parameters count where the constant is used.
     """
     carried: dict[fx.Node, list[nn.Parameter]] = {}
-    found: dict[int, Owner] = {}
+    owners: dict[int, Owner] = {}
     for node in gm.graph.nodes:
         if node.op == "get_attr":
-            value = _attribute(gm, str(node.target))
+            value = operator.attrgetter(str(node.target))(gm)
             carried[node] = [value] if isinstance(value, nn.Parameter) else []
             continue
         used = [p for source in node.all_input_nodes for p in carried.get(source, ())]
@@ -185,27 +193,22 @@ def _owners(gm: fx.GraphModule, times: BindingTimes) -> list[Owner]:
             carried[node] = used
             continue
         for parameter in used:
-            users, _, binding = found.get(id(parameter), (frozenset(), parameter, times[node]))
-            found[id(parameter)] = (users | {node}, parameter, binding.join(times[node]))
-    return list(found.values())
-
-
-def _attribute(gm: fx.GraphModule, path: str) -> Tensor | None:
-    owner, _, name = path.rpartition(".")
-    value: Tensor | None = getattr(gm.get_submodule(owner), name, None)
-    return value
+            users, _, binding = owners.get(id(parameter), (frozenset(), parameter, times[node]))
+            owners[id(parameter)] = (users | {node}, parameter, binding.join(times[node]))
+    return list(owners.values())
 
 
 # ---------------------------------------------------------------------------- what is saved
 
 
-def _block(
+def _block_facts(
     gm: fx.GraphModule,
     block: TemporalBlock,
     owners: Sequence[Owner],
     flops: Mapping[fx.Node, int],
     steps: int,
 ) -> dict[str, Any]:
+    """The facts about the temporal block: its features, and what their table takes and saves."""
     left = _left(gm, [feature.node for feature in block.features])
     dropped = [p for users, p, _ in owners if not users & left]
     row = sum(f.width * f.dtype.itemsize for f in block.features)
@@ -225,10 +228,10 @@ def _conditioned(
     times: BindingTimes,
     owners: Sequence[Owner],
     flops: Mapping[fx.Node, int],
-    paths: Mapping[str, str],
     steps: int,
 ) -> dict[str, Any]:
-    """What would be stored, in fp16, were the conditions fixed as well as the timesteps."""
+    """The values that tables would hold, in fp16, if the conditions were fixed too, and the
+    parameters and operations that a step would do without."""
     cut = temporal_cut(gm, times, upto=Binding.TC) if times.conditions else ()
     left = _left(gm, cut)
     rows: dict[str, Any] = {}
@@ -238,11 +241,10 @@ def _conditioned(
             for node in cut
             if times[node] is binding
         ]
-        row = sum(2 * _numel(shape) for _, shape in features)
+        row = sum(2 * math.prod(shape) for _, shape in features)
         repeated = 1 if binding is Binding.C else steps
         rows[NAMES[binding]] = {"features": features, "row_bytes": row, "bytes": row * repeated}
     return {
-        "conditions": [path for name, path in paths.items() if name in times.conditions],
         "rows": rows,
         "parameters": sum(p.numel() for users, p, _ in owners if not users & left),
         "flops": sum(n for node, n in flops.items() if node not in left),
@@ -250,19 +252,6 @@ def _conditioned(
 
 
 def _left(gm: fx.GraphModule, stored: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes still computed in every call once the values of `stored` are given."""
-    given = [*gm.graph.find_nodes(op="placeholder"), *stored]
-    return set(extract_nodes(gm, list(gm.graph.find_nodes(op="output")), given))
-
-
-def _numel(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _checked_depth(depth: int) -> int:
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ConfigError(f"depth must be a whole number of at least 1, got {depth!r}")
-    return depth
+    """The nodes still computed in every call when the values of `stored` are known."""
+    known = [*gm.graph.find_nodes(op="placeholder"), *stored]
+    return set(extract_nodes(gm, list(gm.graph.find_nodes(op="output")), known))

@@ -62,7 +62,9 @@ def find_culprits(
             root_mean_square = float(each.errors.norm()) / math.sqrt(len(timesteps))
             ranked.append((_decibels(root_mean_square), culprit))
     # NaN is noise without signal
-    ranked.sort(key=lambda each: (not each[1].broken, -math.inf if math.isnan(each[0]) else each[0]))
+    ranked.sort(
+        key=lambda each: (not each[1].broken, -math.inf if math.isnan(each[0]) else each[0])
+    )
     return [culprit for _, culprit in ranked[:MOST]]
 
 

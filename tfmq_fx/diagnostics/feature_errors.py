@@ -1,4 +1,4 @@
-"""Temporal features of a model against rows recomputed from its reference."""
+"""Compare the temporal features of a model with rows recomputed from its reference."""
 
 from __future__ import annotations
 
@@ -20,24 +20,22 @@ _ROUNDING = 16  # of the dtype's eps: what another machine's order of additions 
 
 @dataclass(frozen=True, slots=True)
 class FeatureError:
-    """One temporal feature over the set of K timesteps.
+    """The error of one temporal feature over the set of K timesteps.
 
-    rows: the reference's, (K, ...).  stored: what a sound model has in their place; None where its
-    layers compute them.  found: what this one has.  errors: |found - rows| / |rows|, (K,).
+    rows: the reference's, (K, ...).  stored: a sound model's; None where its layers compute them.
+    actual: this model's.  errors: |actual - rows| / |rows|, (K,).
     """
 
     name: str
     rows: Tensor
     stored: Tensor | None
-    found: Tensor
+    actual: Tensor
     errors: Tensor
 
     @property
     def wrong(self) -> Tensor:
-        """The timesteps whose row is not what its form explains: (K,) bool.
-
-        Features that layers compute are judged by those.
-        """
+        """The timesteps whose row its number of bits does not explain, (K,) bool; none where layers
+        compute the rows, which are judged themselves."""
         if self.stored is None:
             return torch.zeros(len(self.errors), dtype=torch.bool)
         (sound,) = relative_errors((self.stored,), (self.rows,))
@@ -52,29 +50,29 @@ class FeatureError:
 
     @property
     def worst(self) -> int:
-        """The row that is furthest off, of the wrong ones where there are any."""
+        """The index of the row that is furthest off, among the wrong ones where there are any."""
         errors = self.errors.nan_to_num(nan=math.inf)
         return int((errors.masked_fill(~self.wrong, -1.0) if self.broken else errors).argmax())
 
     def note(self, timesteps: Tensor) -> str:
-        """What is wrong with it, in words."""
+        """The fault in words."""
         wrong, row = self.wrong, self.worst
         if self.stored is None or not self.broken:
             return ""
-        found = []
+        faults = []
         if wrong.sum() > 1:
-            found.append(f"wrong at {int(wrong.sum())} of {len(wrong)} timesteps")
-        twins = [i for i, each in enumerate(self.stored) if torch.equal(each, self.found[row])]
+            faults.append(f"wrong at {int(wrong.sum())} of {len(wrong)} timesteps")
+        twins = [i for i, each in enumerate(self.stored) if torch.equal(each, self.actual[row])]
         if twins:  # not the row itself, which would not be wrong
             there, other = float(timesteps[row]), float(timesteps[twins[0]])
-            found.append(f"at t={there:g} it has the row of t={other:g}")
-        return "; ".join(found)
+            faults.append(f"at t={there:g} it has the row of t={other:g}")
+        return "; ".join(faults)
 
 
 def feature_errors(
     reference: fx.GraphModule, model: fx.GraphModule, timesteps: Tensor
 ) -> list[FeatureError]:
-    """Each temporal feature of `reference` that `model` still has.
+    """The error of each temporal feature of `reference` that `model` still has.
 
     reference: the captured graph.  model: folded or quantized from it.  timesteps: (K,).
     """
@@ -90,28 +88,29 @@ def feature_errors(
     graph = extract(model, list(nodes.values()), [timestep_node(model)])
     result = []
     for (name, node), values in zip(nodes.items(), compute_rows(graph, timesteps), strict=True):
-        found = values.view_as(rows[name])
-        (errors,) = relative_errors((found,), (rows[name],))
+        actual = values.view_as(rows[name])
+        (errors,) = relative_errors((actual,), (rows[name],))
         stored = _stored(model, node, rows[name])
-        result.append(FeatureError(name, rows[name], stored, found, errors.cpu()))
+        result.append(FeatureError(name, rows[name], stored, actual, errors.cpu()))
     return result
 
 
 def temporal_errors(
     reference: fx.GraphModule, model: fx.GraphModule, timesteps: Tensor
 ) -> tuple[list[str], Tensor]:
-    """Names of the temporal features and their relative error in `model`: (features, K).
+    """The names of the temporal features and their relative errors in `model`, (features, K).
 
     reference: the captured graph.  model: folded or quantized from it.
     """
-    found = feature_errors(reference, model, timesteps)
-    if not found:
+    features = feature_errors(reference, model, timesteps)
+    if not features:
         return [], torch.zeros(0, len(timesteps), dtype=torch.float32)
-    return [f.name for f in found], torch.stack([f.errors for f in found])
+    return [f.name for f in features], torch.stack([f.errors for f in features])
 
 
 def _stored(model: fx.GraphModule, node: fx.Node, rows: Tensor) -> Tensor | None:
-    """What a sound model holds of rows (K, ...): these themselves, or as integers, or nothing."""
+    """The rows (K, ...) as a sound model holds them: exact, or rounded to its bits; None where
+    layers compute them."""
     row = node.args[0] if FEATURE in node.meta else None
     if not isinstance(row, fx.Node):
         return None

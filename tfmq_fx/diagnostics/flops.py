@@ -1,4 +1,4 @@
-"""Floating-point operations of each node of a graph, counted by torch on fake tensors."""
+"""Count the floating-point operations of each node of a graph, with torch on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Shape = tuple[int, ...]
 
 
 def node_flops(gm: fx.GraphModule, shapes: Sequence[Shape]) -> dict[fx.Node, int]:
-    """Operations of every node that has any, for inputs of these shapes, in placeholder order.
+    """The number of operations of every node that has any, for inputs of these shapes, in
+    placeholder order.
 
     Counted: matrix products, convolutions and attention, two for each multiply-add; element-wise
     operations, norms and embedding look-ups count as none, as is usual.  Nothing is computed.

@@ -1,4 +1,4 @@
-"""An analysed graph as plain data, and the boxes it is drawn with: modules down to a depth."""
+"""Turn an analysed graph into plain data, and that into boxes: modules down to a depth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """A node of a graph, without the graph.
+    """A node of a graph as plain data.
 
     kind: "input", "output" or "op".  stack: the modules it was recorded in, outermost first, as
     (path, class name).  reads: places of the nodes whose values it takes.  features: names of the
@@ -49,8 +49,10 @@ class Op:
 
 @dataclass(slots=True)
 class Box:
-    """What is drawn as one: an input, an output, a call of a module, or operations in a row that
-    belong to no module drawn as one. path: of the module, or of the one whose operations they are.
+    """One box of the drawing: an input, an output, a call of a module, or successive operations
+    that belong to no module drawn as one.
+
+    path: of the module, or of the one whose operations they are.
     """
 
     kind: str
@@ -72,7 +74,7 @@ class Box:
         return [name for op in self.ops for name in op.features]
 
     def mix(self) -> dict[Binding, float]:
-        """The share of each binding time, earliest first: in parameters, where there are none in
+        """The share of each binding time, earliest first, in parameters; where there are none in
         operations, of which constants do not count beside others."""
         count: Counter[Binding] = Counter()
         for op in self.ops:
@@ -84,15 +86,6 @@ class Box:
         return {b: n / count.total() for b, n in sorted(count.items()) if n}
 
 
-@dataclass(frozen=True, slots=True)
-class Boxes:
-    """Boxes in an order in which they can be computed, and the edges between them by place:
-    (from, to) -> the shape of the value that is passed."""
-
-    boxes: tuple[Box, ...]
-    edges: Mapping[tuple[int, int], str]
-
-
 def plain_ops(
     gm: fx.GraphModule,
     times: BindingTimes,
@@ -102,7 +95,7 @@ def plain_ops(
 ) -> tuple[Op, ...]:
     """The nodes worth drawing, in graph order: no sizes, and no parameters that are only read."""
     place: dict[fx.Node, int] = {}
-    found: list[Op] = []
+    ops: list[Op] = []
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         if node.op == "get_attr" or not (
@@ -110,15 +103,15 @@ def plain_ops(
         ):
             continue
         stack = tuple(
-            (path, getattr(made, "__name__", str(made)))
-            for path, made in (node.meta.get("nn_module_stack") or {}).values()
+            (path, getattr(kind, "__name__", str(kind)))
+            for path, kind in (node.meta.get("nn_module_stack") or {}).values()
             if path
         )
         if node.op == "call_module" and (not stack or stack[-1][0] != str(node.target)):
             name = type(gm.get_submodule(str(node.target))).__name__
             stack = (*stack, (str(node.target), name))
-        place[node] = len(found)
-        found.append(
+        place[node] = len(ops)
+        ops.append(
             Op(
                 name=str(node.target) if node.op == "placeholder" else op_name(node) or node.op,
                 kind={"placeholder": "input", "output": "output"}.get(node.op, "op"),
@@ -132,7 +125,7 @@ def plain_ops(
                 features=(features[node],) if node in features else (),
             )
         )
-    return tuple(found)
+    return tuple(ops)
 
 
 def _shape(value: object) -> str:
@@ -143,8 +136,9 @@ def _shape(value: object) -> str:
     return ""
 
 
-def collapse(ops: Sequence[Op], depth: int) -> Boxes:
-    """The boxes for modules whose paths have `depth` parts; deeper ones are inside those.
+def collapse(ops: Sequence[Op], depth: int) -> tuple[list[Box], dict[tuple[int, int], str]]:
+    """The boxes for modules whose paths have `depth` parts, in an order in which they can be
+    computed, and the edges between them: (from, to) by place -> the shape of the value passed.
 
     A path counts as "down_blocks.0.resnets.1" -> 4 parts.  Where the module at that depth is only a
     container that is never called, the first called one below it is drawn.  Views of one value
@@ -155,7 +149,7 @@ def collapse(ops: Sequence[Op], depth: int) -> Boxes:
     parents = {path.rpartition(".")[0] for path in called} | {
         outer for op in ops for (outer, _), _ in itertools.pairwise(op.stack)
     }
-    shown = _shown(ops)
+    times = _drawn_times(ops)
     boxes: list[Box] = []
     where: list[int] = []  # op -> box
     last: tuple[object, ...] | None = None
@@ -171,7 +165,7 @@ def collapse(ops: Sequence[Op], depth: int) -> Boxes:
                 boxes[source].ops.append(op)
                 continue
         # Runs in graph order: their contraction cannot make a cycle, that of any others can.
-        key = (op.kind, path, own and shown[i], op.kind == "op" or i)
+        key = (op.kind, path, own and times[i], op.kind == "op" or i)
         if key != last:
             title = path if op.kind == "op" and not own else op.name
             boxes.append(Box("ops" if own else op.kind, title, path, name))
@@ -187,11 +181,11 @@ def collapse(ops: Sequence[Op], depth: int) -> Boxes:
             box.title = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         elif box.kind == "op":
             box.kind = "module"
-    return Boxes(tuple(boxes), edges)
+    return boxes, edges
 
 
 def _module(op: Op, depth: int, parents: set[str]) -> tuple[str, str]:
-    """Path and class of the module that stands for `op`; for an operation of a module that is
+    """The path and class of the module that stands for `op`; for an operation of a module that is
     drawn in parts, that module's path and no class."""
     for path, name in op.stack:
         if path.count(".") + 1 >= depth:
@@ -201,11 +195,11 @@ def _module(op: Op, depth: int, parents: set[str]) -> tuple[str, str]:
     return op.path, ""
 
 
-def _shown(ops: Sequence[Op]) -> list[Binding]:
-    """Binding times, with constants counted to what reads them first."""
-    shown = [op.binding for op in ops]
+def _drawn_times(ops: Sequence[Op]) -> list[Binding]:
+    """The binding time of each operation; a constant gets that of its first reader."""
+    times = [op.binding for op in ops]
     for i in reversed(range(len(ops))):
         for j in ops[i].reads:
             if ops[j].binding is Binding.CONSTANT:
-                shown[j] = shown[i]
-    return shown
+                times[j] = times[i]
+    return times

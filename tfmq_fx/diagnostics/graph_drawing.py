@@ -1,4 +1,4 @@
-"""A picture of an analysed model: Graphviz text, and the SVG that Graphviz makes of it.
+"""Draw an analysed model: Graphviz text, and the SVG that Graphviz makes from it.
 
 pygraphviz, whose wheels bring Graphviz along, is imported when first needed; it comes with
 `pip install "tfmq_fx[draw]"`.
@@ -14,7 +14,7 @@ from typing import cast
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.ir.binding_times import Binding
 
-from .graph_boxes import NAMES, Box, Boxes, Op, collapse
+from .graph_boxes import NAMES, Box, Op, collapse
 
 COLOURS = {
     Binding.CONSTANT: "#d4d4d4",
@@ -27,7 +27,7 @@ COLOURS = {
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """What is needed to draw a model at any depth. ops: as `plain_ops` gives them."""
+    """The drawing of a model at any depth. ops: as `plain_ops` returns them."""
 
     model: str
     ops: tuple[Op, ...]
@@ -35,11 +35,11 @@ class Drawing:
     def dot(self, depth: int = 2) -> str:
         """Graphviz text: clusters by module path, colours by binding time."""
         total = Box("model", self.model, "", "", [op for op in self.ops if op.kind == "op"])
-        return _dot(total, collapse(self.ops, depth))
+        return _dot(total, *collapse(self.ops, depth))
 
     def svg(self, depth: int = 2) -> str:
-        """A self-contained picture; pointing at a box or a line tells what it is. Raises
-        ConfigError without pygraphviz."""
+        """A self-contained picture with a tooltip at each box and line. Raises ConfigError without
+        pygraphviz."""
         try:
             graphs = importlib.import_module("pygraphviz")
         except ImportError as error:
@@ -52,8 +52,7 @@ class Drawing:
 
 
 def number(count: float, unit: str = "") -> str:
-    """Three digits and a prefix for powers of a thousand: number(1234567, "FLOPs") is
-    "1.23 MFLOPs"."""
+    """A number with three digits and a prefix: number(1234567, "FLOPs") is "1.23 MFLOPs"."""
     prefixes = iter(("", "k", "M", "G", "T"))
     prefix = next(prefixes)
     while abs(count) >= 999.5 and prefix != "T":
@@ -92,7 +91,7 @@ def _details(box: Box) -> str:
     return "\n".join(lines)
 
 
-def _dot(total: Box, drawn: Boxes) -> str:
+def _dot(total: Box, boxes: Sequence[Box], edges: Mapping[tuple[int, int], str]) -> str:
     parameters, flops = number(total.parameters), number(total.flops, "FLOPs")
     head = f"{total.title}: {parameters} parameters, {flops} a call"
     lines = [
@@ -104,11 +103,11 @@ def _dot(total: Box, drawn: Boxes) -> str:
         *_legend(total),
     ]
     tree: dict[str, list[int]] = {}
-    for i, box in enumerate(drawn.boxes):
+    for i, box in enumerate(boxes):
         around = box.path if box.kind == "ops" else box.path.rpartition(".")[0]
         tree.setdefault(around, []).append(i)
-    lines += _cluster("", tree, drawn.boxes, "  ")
-    for (source, target), shape in drawn.edges.items():
+    lines += _cluster("", tree, boxes, "  ")
+    for (source, target), shape in edges.items():
         lines.append(f"  b{source} -> b{target} [tooltip={_quoted(shape)}];")
     return "\n".join([*lines, "}", ""])
 

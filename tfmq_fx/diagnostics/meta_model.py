@@ -1,4 +1,4 @@
-"""Models from their configuration alone: on the meta device, without weights."""
+"""Build diffusers models from their configuration alone, on the meta device, without weights."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tfmq_fx.core.errors import ConfigError
 _DENOISERS = ("unet", "transformer", "prior")  # components of a pipeline directory
 
 
-def skeleton(path: str | Path) -> nn.Module:
+def meta_model(path: str | Path) -> nn.Module:
     """The diffusers model that a config file describes, on the meta device and in eval mode.
 
     path: a config.json, a model directory with one, or a pipeline directory with one denoiser.
     Raises ConfigError where the file cannot be read, names no diffusers model, or does not fit it.
     """
     file = _config_file(Path(path))
-    made, config = described(file)
+    kind, config = read_config(file)
     try:
         with torch.device("meta"):
-            model: nn.Module = made.from_config(config)  # type: ignore[attr-defined]
-    except Exception as error:  # whatever the constructor makes of a config that does not fit it
+            model: nn.Module = kind.from_config(config)  # type: ignore[attr-defined]
+    except Exception as error:  # constructors fail in many ways on a config that does not fit
         raise ConfigError(
-            f"{file}: {made.__name__} cannot be built: {type(error).__name__}: {error}"
+            f"{file}: {kind.__name__} cannot be built: {type(error).__name__}: {error}"
         ) from error
     return model.to("meta").eval()  # buffers made through numpy are not on it yet
 
@@ -40,17 +40,17 @@ def _config_file(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path / "config.json"
     inside = [path / name / "config.json" for name in _DENOISERS]
-    found = [file for file in inside if file.is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(str(file.parent) for file in found)
+    files = [file for file in inside if file.is_file()]
+    if len(files) == 1:
+        return files[0]
+    if files:
+        names = ", ".join(str(file.parent) for file in files)
         raise ConfigError(f"{path} holds several denoisers; choose from {names}")
     raise ConfigError(f"{path} holds no config.json, and no {', '.join(_DENOISERS)} with one")
 
 
-def described(file: Path) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The class of diffusers that a config.json names, and what is in the file.
+def read_config(file: Path) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The diffusers class that a config.json names, and the content of the file.
 
     Raises ConfigError where the file cannot be read or names no model of diffusers.
     """
@@ -69,9 +69,9 @@ def described(file: Path) -> tuple[type[nn.Module], dict[str, Any]]:
         raise ConfigError(
             f"{file} describes a diffusers model; install diffusers to build it"
         ) from error
-    made = getattr(diffusers, name, None)
-    if made is None:
+    kind = getattr(diffusers, name, None)
+    if kind is None:
         raise ConfigError(f"{file}: diffusers {diffusers.__version__} has no class {name!r}")
-    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ConfigError(f"{file}: {name} is no model")
-    return made, config
+    return kind, config

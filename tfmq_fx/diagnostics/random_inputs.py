@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -141,9 +142,7 @@ def _sizes(spec: Input, node: fx.Node) -> list[int]:
     ]
 
 
-def relative_widths(
-    model: fx.GraphModule, placeholder: fx.Node, timesteps: int
-) -> Tensor | None:
+def relative_widths(model: fx.GraphModule, placeholder: fx.Node, timesteps: int) -> Tensor | None:
     """The width of an input at each timestep relative to the widest, (K,), at most 1.
 
     It is the largest among the scales of the layers that read the input, as it is or rewritten;
@@ -151,15 +150,15 @@ def relative_widths(
     """
     widths = []
     for node in model.graph.find_nodes(op="call_module"):
-        x, *scales = node.args
+        x, scale = node.args[0], node.args[1] if len(node.args) > 1 else None
         while isinstance(x, fx.Node) and x.target in _REWRITES:
             x = x.all_input_nodes[0]
-        if x is not placeholder or not scales:
+        if x is not placeholder or not isinstance(scale, fx.Node):
             continue
-        row, (_, column) = scales[0].args  # an element of the row of a table
-        table = model.get_buffer(str(row.args[0].target)) if is_timestep_row(row) else None
-        if table is not None and len(table) == timesteps:
-            scale = table[:, column]
-            if bool((scale.isfinite() & (scale > 0)).all()):
-                widths.append(scale / scale.max())
+        row, place = scale.args if scale.target is operator.getitem else (None, None)
+        if isinstance(row, fx.Node) and is_timestep_row(row) and isinstance(place, tuple):
+            table = model.get_buffer(str(row.all_input_nodes[0].target))
+            column = table[:, cast(int, place[1])]
+            if len(column) == timesteps and bool((column.isfinite() & (column > 0)).all()):
+                widths.append(column / column.max())
     return torch.stack(widths).amax(0) if widths else None

@@ -1,4 +1,4 @@
-"""What was done to a model, layer by layer and feature by feature: JSON-ready and as text."""
+"""Report what was done to a model, layer by layer and feature by feature, as data and as text."""
 
 from __future__ import annotations
 
@@ -33,24 +33,17 @@ class Report:
         return sum(s["act_bits"] is not None for s in sites) / len(sites) if sites else 0.0
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                *self._head(),
-                "",
-                *self._temporal(),
-                *self._prologue(),
-                "",
-                *self._sites(),
-                "",
-                *self._steps(),
-                *self._passes(),
-            ]
-        )
+        middle = [*self._temporal(), *self._prologue()]
+        end = [*self._steps(), *self._passes()]
+        return "\n".join([*self._head(), "", *middle, "", *self._sites(), "", *end])
 
     def _head(self) -> list[str]:
         d = self.data
         capture = d["capture"]
         guards = "; ".join(capture.get("guards", [])) or "none"
+        interpolated = ""
+        if count := d.get("interpolated", 0):
+            interpolated = f" ({count} between those of calibration: scales interpolated)"
         lines = [
             f"recipe {d['recipe']}: {d['bytes'] / 1024:.1f} KiB, "
             f"float {d['float_bytes'] / 1024:.1f} KiB "
@@ -58,11 +51,16 @@ class Report:
             f"captured by {capture.get('route', '?')} in {capture.get('seconds', 0):.1f} s, "
             f"{capture.get('nodes', 0)} nodes; guards: {guards}",
             *(f"  {note}" for note in capture.get("notes", [])),
-            f"timesteps: {d['timesteps']}{_interpolated(d)}",
+            f"timesteps: {d['timesteps']}{interpolated}",
             f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
             f"{100 * self.activation_coverage:.1f} % of layer inputs are quantized",
-            *_parameters(d),
         ]
+        if (counts := d.get("parameters")) is not None:
+            lines.append(
+                f"parameters of the model: {counts['model']:,}: {counts['quantized']:,} quantized, "
+                f"{counts['float']:,} in floating point, {counts['tables']:,} replaced by tables, "
+                f"{counts['unused']:,} unused; constants of the graph: {counts['constants']:,}"
+            )
         samples = d.get("samples", {"used": 0})
         if samples["used"] and samples["used"] < samples["asked"]:
             lines.append(
@@ -76,8 +74,8 @@ class Report:
                 f"({plan.sqnr:.1f} dB by the measured noises)"
             )
         if merged := capture.get("merged", {}):
-            first, kept = next(iter(merged.items()))
-            lines.append(f"merged with equal ones: {len(merged)} layers ({first} with {kept}, ...)")
+            first, twin = next(iter(merged.items()))
+            lines.append(f"merged with equal ones: {len(merged)} layers ({first} with {twin}, ...)")
         if (compiled := d.get("compiled")) is not None:
             checked = compiled["check"] or "not compared with the reference"
             lines.append(f"backend {compiled['backend']}: {checked}")
@@ -104,15 +102,15 @@ class Report:
         return lines
 
     def _prologue(self) -> list[str]:
-        found = self.data.get("prologue")
-        if found is None:
+        prologue = self.data.get("prologue")
+        if prologue is None:
             return []
         lines = [
             "",
-            f"prologue: {found['freed_bytes'] / 1024:.1f} KiB of weights that no step reads "
-            f"(offload: {found['offload']})",
+            f"prologue: {prologue['freed_bytes'] / 1024:.1f} KiB of weights that no step reads "
+            f"(offload: {prologue['offload']})",
         ]
-        for part in found["parts"]:
+        for part in prologue["parts"]:
             what = ", ".join(part["conditions"]) or "the timestep alone"
             when = "a step" if part["stepped"] else "a request"
             lines.append(
@@ -122,7 +120,7 @@ class Report:
             if part["interpolated"]:
                 lines.append(f"    {part['interpolated']} ranges interpolated for new timesteps")
         return lines + [
-            f"  computed at every step: {site}: {why}" for site, why in found["declined"]
+            f"  computed at every step: {site}: {why}" for site, why in prologue["declined"]
         ]
 
     def _sites(self) -> list[str]:
@@ -160,52 +158,33 @@ class Report:
 
 
 def _number(site: Mapping[str, Any], side: str) -> str:
-    """Bits of the weights or inputs of a layer, or what they are instead."""
+    """The bits of a layer's weights or inputs, or "fp8" or "float"."""
     if site.get(f"{side}_format") == "fp8":
         return "fp8"
     return str(site[f"{side}_bits"] or "float")
 
 
-def _parameters(data: Mapping[str, Any]) -> list[str]:
-    """Where the parameters of the model ended up."""
-    if (found := data.get("parameters")) is None:
-        return []
-    return [
-        f"parameters of the model: {found['model']:,}: {found['quantized']:,} quantized, "
-        f"{found['float']:,} in floating point, {found['tables']:,} replaced by tables, "
-        f"{found['unused']:,} unused; constants of the graph: {found['constants']:,}"
-    ]
-
-
-def _interpolated(data: Mapping[str, Any]) -> str:
-    """How many timesteps have scales that calibration did not measure."""
-    count = data.get("interpolated", 0)
-    return f" ({count} between those of calibration: scales interpolated)" if count else ""
-
-
-def _compiled(model: Compiled) -> dict[str, Any]:
-    """What became of a model on its backend."""
-    check = model.check
-    return {
-        "backend": model.backend,
-        "check": None if check is None else str(check),
-        "steps": [] if check is None else [dataclasses.asdict(step) for step in check.steps],
-        "declined": model.declined,
-    }
-
-
 def report(model: Converted | Compiled) -> Report:
-    """What was done to `model`, and why not elsewhere."""
+    """The report on what was done to `model`, and why not elsewhere."""
     if not isinstance(model, (Converted, Compiled)):
         raise ConfigError(f"report() takes a converted model, not a {type(model).__name__}")
     keys = model.timesteps
     span = "none" if keys is None else f"{len(keys)} from {keys[0].item()} to {keys[-1].item()}"
+    compiled = None
+    if isinstance(model, Compiled):
+        check = model.check
+        compiled = {
+            "backend": model.backend,
+            "check": None if check is None else str(check),
+            "steps": [] if check is None else [dataclasses.asdict(step) for step in check.steps],
+            "declined": model.declined,
+        }
     return Report(
         {
             "recipe": model.recipe.name,
             "bytes": model.nbytes(),
             "timesteps": span,
-            "compiled": _compiled(model) if isinstance(model, Compiled) else None,
+            "compiled": compiled,
             "prologue": model.prologue.summary() if isinstance(model, Bound) else None,
             **model.record,
         }

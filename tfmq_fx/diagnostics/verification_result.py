@@ -1,4 +1,4 @@
-"""What a comparison of a model with its reference found, as text and as plain data."""
+"""The result of comparing a model with its reference, as text and as plain data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXACT_ELSEWHERE = 1e-5  # relative difference that float reassociation leaves at
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found. `str()` is for reading, `to_dict()` for programs.
+    """The result of `verify`. `str()` is for reading, `to_dict()` for programs.
 
     exact: whether the model claims to be exact (nothing in it is quantized).  equal: whether every
     output was equal bit for bit, at batch 1 where it claims to be.  difference: the largest
@@ -33,7 +33,7 @@ class Verification:
     the model runs, errors from before each included; in execution order.
     culprits: at most ten layers and features, what is broken first, and why.
     changed: parameters in floating point that are not the reference's, at most ten.
-    threshold: the pooled SQNR in dB that was asked for.
+    threshold: the pooled SQNR in dB that the model must reach.
     """
 
     exact: bool
@@ -50,8 +50,11 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """An exact model is equal at batch 1 and within 1e-5 elsewhere.  A lossy one is finite, and
-        reaches the threshold; without one, nothing in it is broken, or was another's to begin with.
+        """Whether the model passes.
+
+        An exact model is equal at batch 1 and within 1e-5 elsewhere.  A lossy one is finite, and
+        reaches the threshold; without one, nothing in it is broken, and its parameters are the
+        reference's.
         """
         if self.exact:
             return self.equal and self.difference[1] <= EXACT_ELSEWHERE
@@ -63,6 +66,10 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready data; numbers that are not finite are "inf", "-inf", "nan"."""
+
+        def site(error: tuple[str, float, float]) -> dict[str, Any]:
+            return dict(zip(("name", "sqnr", "timestep"), error, strict=True))
+
         data = {
             "ok": self.ok,
             "exact": self.exact,
@@ -72,11 +79,11 @@ class Verification:
             "threshold": self.threshold,
             "steps": [{"timestep": t, "sqnr": value} for t, value in self.steps.items()],
             "features": [
-                {"name": name, "mean": mean, "worst": worst, "timestep": t}
-                for name, mean, worst, t in self.features
+                dict(zip(("name", "mean", "worst", "timestep"), feature, strict=True))
+                for feature in self.features
             ],
-            "sites": [{"name": name, "sqnr": v, "timestep": t} for name, v, t in self.sites],
-            "running": [{"name": name, "sqnr": v, "timestep": t} for name, v, t in self.running],
+            "sites": list(map(site, self.sites)),
+            "running": list(map(site, self.running)),
             "culprits": [dataclasses.asdict(each) for each in self.culprits],
             "changed": list(self.changed),
         }
@@ -95,7 +102,7 @@ class Verification:
 
     def __str__(self) -> str:
         kind = "exact" if self.exact else "lossy"
-        asked = "" if self.threshold is None else f", asked for {self.threshold:g}"
+        threshold = "" if self.threshold is None else f", asked for {self.threshold:g}"
         count = f"{len(self.steps)} timestep{'' if len(self.steps) == 1 else 's'}"
         most, relative = (f"{value:.3g}" for value in self.difference)
         alone = "equal bit for bit" if self.equal else f"differs by {most}"
@@ -106,7 +113,7 @@ class Verification:
         if self.pooled != math.inf:
             worst = sorted(self.steps.items(), key=lambda item: item[1])[:5]
             steps = ", ".join(f"t={t:g} {v:.1f}" for t, v in worst)
-            lines.append(f"output SQNR {self.pooled:.1f} dB{asked}; worst steps: {steps}")
+            lines.append(f"output SQNR {self.pooled:.1f} dB{threshold}; worst steps: {steps}")
         if self.running:
             name, value, t = min(self.running, key=lambda site: (not math.isnan(site[1]), site[1]))
             lines.append(f"as the model runs, {name} is furthest off: {value:.1f} dB at t={t:g}")
@@ -118,8 +125,6 @@ class Verification:
         for each in self.culprits:
             kind = "layer" if each.kind == "site" else "feature"
             state = "BROKEN" if each.broken else ""
-            lines.append(
-                f"{kind:7} {each.name:{width}} {state:6} {each.sqnr:7.1f} {each.timestep:5g}  "
-                f"{each.note}"
-            )
+            figures = f"{each.sqnr:7.1f} {each.timestep:5g}"
+            lines.append(f"{kind:7} {each.name:{width}} {state:6} {figures}  {each.note}")
         return "\n".join(line.rstrip() for line in lines)

@@ -1,4 +1,5 @@
-"""Is it still the same model? Exact parts proved equal, lossy parts measured, culprits named."""
+"""Compare a converted model with its reference: prove exact parts equal, measure lossy ones, name
+culprits."""
 
 from __future__ import annotations
 
@@ -29,10 +30,10 @@ from tfmq_fx.quant.timestep_table import QuantTimestepTable
 from .culprits import find_culprits, worst
 from .feature_errors import FeatureError, feature_errors
 from .layer_errors import site_errors
-from .random_inputs import Draw, Example, batches, draw_examples, join, rows_of
+from .random_inputs import Example, RandomInputs, batches, draw_examples, join, rows_of
 from .verification_result import Verification
 
-_CHANGED = 10  # names of parameters told
+_CHANGED = 10  # names of changed parameters in the result
 _SITES, _BATCH = 64, 8  # examples that layers are measured on, and how many at once
 
 
@@ -51,7 +52,7 @@ def verify(
     """Compare `model` with the model it was made from, over its whole set of timesteps.
 
     inputs: (sample, timestep, ...) tuples to compare on, placeholder by placeholder; left out, they
-    are drawn (see `random_inputs.Draw`), one for each timestep.
+    are drawn (see `random_inputs.RandomInputs`), one for each timestep.
     batch: examples at once; an exact model is given each of them alone as well.
     conditions: how many values are drawn (3) of the inputs besides sample and timestep; an exact
     model is compared at every timestep with each, a lossy one takes them in turn.
@@ -74,71 +75,85 @@ def verify(
     check_number(threshold, "threshold")
     check_many(inputs, "inputs", "tuples of tensors")
     keys, lossy = _timesteps(model), _is_lossy(model)
-    draw = Draw(model.gm, model.call, keys, seed=seed)
+    draw = RandomInputs(model.gm, model.call, keys, seed=seed)
     full = _captured(reference, model, draw.example(0, draw.conditions()))
-    examples = [_example(model.call, given) for given in inputs] if inputs is not None else []
-    if inputs is not None and not examples:
-        raise ConfigError("inputs are empty: leave them out to have some drawn")
     if inputs is None:
         named = {str(n.target): n for n in full.graph.find_nodes(op="placeholder")}
         draw.rows = {name: rows for name, n in named.items() if (rows := rows_of(full, n))}
         examples = draw_examples(draw, conditions=conditions, every=not lossy)
-    outputs = _compared(full, model, examples, batch, lossy, progress)
+    elif not (examples := [_example(model.call, values) for values in inputs]):
+        raise ConfigError("inputs are empty: leave them out to have some drawn")
+    outputs = _compare_outputs(full, model, examples, batch, lossy, progress)
     full = merge_duplicates(full).gm  # as conversion did: values are found by name
-    found = _diagnosed(full, model, examples, keys, drawn=inputs is None)
-    changed = _changed(full, graph_of(model))
-    return Verification(exact=not lossy, changed=changed, threshold=threshold, **outputs, **found)
+    causes = _diagnose(full, model, examples, keys, random=inputs is None)
+    mine = dict(graph_of(model).named_parameters())
+    changed = [
+        name
+        for name, value in full.named_parameters()
+        if name in mine and value.is_floating_point() and not torch.equal(value, mine[name])
+    ]
+    return Verification(
+        exact=not lossy, changed=changed[:_CHANGED], threshold=threshold, **outputs, **causes
+    )
 
 
-def _diagnosed(
+def _diagnose(
     full: fx.GraphModule,
     model: Converted | Compiled,
     examples: Sequence[Example],
     keys: Tensor,
-    drawn: bool,
+    random: bool,
 ) -> dict[str, Any]:
-    """How features and layers differ: the fields of Verification that tell."""
+    """The fields of Verification on features and layers.  random: whether examples are no data."""
     if not isinstance(model, Converted):
         return {"features": [], "sites": []}
     call, gm = model.call, graph_of(model)
-    few = batches(call, _spread_out(examples, _SITES), _BATCH)
+    places = torch.linspace(0, len(examples) - 1, min(len(examples), _SITES)).round().long()
+    few = batches(call, [examples[place] for place in places.tolist()], _BATCH)
     steps = torch.cat([values[call.names.index(call.timestep)] for values in few])
     floating = {spec.name for spec in call.inputs if spec.dtype.is_floating_point}
-    unknown = floating.intersection(call.conditions) if drawn else ()  # no data was asked for them
     features = feature_errors(full, gm, keys)
-    layers = site_errors(full, gm, few, drawn=unknown)
+    layers = site_errors(
+        full, gm, few, random_conditions=floating.intersection(call.conditions) if random else ()
+    )
     alone = [(each.name, *worst(each.alone, steps)) for each in layers]
     return {
-        "features": [_told(feature, keys) for feature in features],
+        "features": [_summary(feature, keys) for feature in features],
         "sites": sorted(alone, key=lambda site: (not math.isnan(site[1]), site[1])),
         "running": [(each.name, *worst(each.running, steps)) for each in layers],
         "culprits": find_culprits(layers, features, steps=steps, timesteps=keys),
     }
 
 
-def _example(call: CallSpec, given: Any) -> Example:
-    """One of the inputs to compare on. Raises ConfigError unless there is one for each placeholder
-    that fits it."""
-    if not isinstance(given, (tuple, list)) or len(given) != len(call.names):
-        found = f"{len(given)} values" if isinstance(given, (tuple, list)) else repr(given)
-        raise ConfigError(f"inputs must be tuples ({', '.join(call.names)}), got {found:.80}")
-    for spec, value in zip(call.inputs, given, strict=True):
+def _summary(feature: FeatureError, timesteps: Tensor) -> tuple[str, float, float, float]:
+    """Its name, mean and worst error, and the timestep of the worst."""
+    errors = feature.errors
+    place = int(errors.nan_to_num(nan=math.inf).argmax())
+    return feature.name, float(errors.mean()), float(errors[place]), float(timesteps[place])
+
+
+def _example(call: CallSpec, values: Any) -> Example:
+    """One of the inputs to compare on. Raises ConfigError unless there is one value for each
+    placeholder that fits it."""
+    if not isinstance(values, (tuple, list)) or len(values) != len(call.names):
+        count = f"{len(values)} values" if isinstance(values, (tuple, list)) else repr(values)
+        raise ConfigError(f"inputs must be tuples ({', '.join(call.names)}), got {count:.80}")
+    for spec, value in zip(call.inputs, values, strict=True):
         if not isinstance(value, Tensor) or value.dim() != len(spec.shape):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(f"inputs: {spec.path} must be a tensor {spec.shape}, got {shape}")
-    return list(given)
+    return list(values)
 
 
 def graph_of(model: Converted | Compiled) -> fx.GraphModule:
-    """The graph of `model` as one, in which verification finds layers and features; weights that
-    are away are there again."""
+    """The whole graph of `model`; weights that were offloaded are restored."""
     if isinstance(model, Bound) and model.prologue.offloaded.is_away:
         model.prologue.restore()
     return model.gm
 
 
 def _timesteps(model: Converted | Compiled) -> Tensor:
-    """The set to verify over, (K,): the one of the model's tables, or of its schedule."""
+    """The timesteps to verify over, (K,): those of the model's tables, or of its schedule."""
     keys = model.timesteps
     if keys is None and isinstance(model, Bound) and model.prologue.schedule:
         (spec,) = (spec for spec in model.call.inputs if spec.name == model.call.timestep)
@@ -179,7 +194,7 @@ def _captured(
 
 
 @torch.no_grad()
-def _compared(
+def _compare_outputs(
     reference: fx.GraphModule,
     model: Converted | Compiled,
     examples: Sequence[Example],
@@ -187,20 +202,20 @@ def _compared(
     lossy: bool,
     progress: bool,
 ) -> dict[str, Any]:
-    """How the outputs differ: the fields of Verification that tell."""
+    """The fields of Verification on how the outputs differ."""
     position = model.call.names.index(model.call.timestep)
     equal, most, relative = True, 0.0, 0.0
     energy: dict[float, Tensor] = {}
     first = batches(model.call, examples, batch) if lossy else examples
     for values in progress_bar(first, "outputs", enabled=progress):
-        expected, found = reference(*values), model.run(values)
+        expected, outputs = reference(*values), model.run(values)
         steps = values[position].tolist()
-        _check_alike(expected, found, steps)
-        for a, b in zip(expected, found, strict=True):
+        _check_alike(expected, outputs, steps)
+        for a, b in zip(expected, outputs, strict=True):
             equal &= torch.equal(a, b)
             most = max(most, float((a - b).abs().max()))
             relative = max(relative, _relative(a, b) if lossy else 0.0)
-        for t, each in zip(steps, energies(expected[0], found[0], len(steps)).T, strict=True):
+        for t, each in zip(steps, energies(expected[0], outputs[0], len(steps)).T, strict=True):
             energy[float(t)] = energy.get(float(t), 0) + each
     for start in range(0, 0 if lossy else len(examples), batch):
         part = list(examples[start : start + batch])
@@ -217,14 +232,14 @@ def _compared(
     }
 
 
-def _relative(expected: Tensor, found: Tensor) -> float:
-    return float((expected - found).norm() / expected.norm().clamp(min=1e-12))
+def _relative(expected: Tensor, output: Tensor) -> float:
+    return float((expected - output).norm() / expected.norm().clamp(min=1e-12))
 
 
 def _check_alike(
-    expected: Sequence[Tensor], found: Sequence[Tensor], steps: Sequence[float]
+    expected: Sequence[Tensor], outputs: Sequence[Tensor], steps: Sequence[float]
 ) -> None:
-    shapes = [[tuple(value.shape) for value in values] for values in (expected, found)]
+    shapes = [[tuple(value.shape) for value in values] for values in (expected, outputs)]
     if shapes[0] != shapes[1]:
         raise ConfigError(
             f"the reference gives outputs of shapes {shapes[0]}, the model of {shapes[1]}: "
@@ -235,28 +250,3 @@ def _check_alike(
             f"the reference itself gives NaN or Inf at t={steps[0]:g}: there is nothing to compare "
             "with. Give inputs= that it is used on, or check its weights."
         )
-
-
-def _spread_out(examples: Sequence[Example], most: int) -> list[Example]:
-    """At most that many examples, evenly spread, the first and the last among them."""
-    if len(examples) <= most:
-        return list(examples)
-    places = torch.linspace(0, len(examples) - 1, most).round().long().tolist()
-    return [examples[place] for place in places]
-
-
-def _told(feature: FeatureError, timesteps: Tensor) -> tuple[str, float, float, float]:
-    errors = feature.errors
-    worst = int(errors.nan_to_num(nan=math.inf).argmax())
-    return feature.name, float(errors.mean()), float(errors[worst]), float(timesteps[worst])
-
-
-def _changed(reference: fx.GraphModule, model: fx.GraphModule) -> list[str]:
-    """Parameters in floating point of both that differ, the first ten."""
-    mine = dict(model.named_parameters())
-    names = [
-        name
-        for name, value in reference.named_parameters()
-        if name in mine and value.is_floating_point() and not torch.equal(value, mine[name])
-    ]
-    return names[:_CHANGED]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tfmq_fx.core.errors import ConfigError
-from tfmq_fx.diagnostics.meta_model import described
+from tfmq_fx.diagnostics.meta_model import read_config
 
 from .digits import UNET_FOLDER
 from .glyphs import DIT_FOLDER
@@ -32,14 +32,14 @@ def load_reference(name: str, dtype: torch.dtype) -> nn.Module:
             f"{path} is neither {' nor '.join(SHIPPED)}, nor a directory with the config.json that "
             "save_pretrained of a diffusers model writes"
         )
-    made, _ = described(file)
+    kind, _ = read_config(file)
     options = {"local_files_only": True, "low_cpu_mem_usage": False, "torch_dtype": dtype}
     try:
-        loaded = cast(Any, made).from_pretrained(path, **options)
-    except Exception as error:  # whatever diffusers makes of files that do not fit
+        loaded = cast(Any, kind).from_pretrained(path, **options)
+    except Exception as error:  # diffusers fails in many ways on files that do not fit
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{path}: {made.__name__} cannot be loaded: {type(error).__name__}: {reason}"
+            f"{path}: {kind.__name__} cannot be loaded: {type(error).__name__}: {reason}"
         ) from error
     for tensor in (*loaded.parameters(), *loaded.buffers()):
         tensor.data = tensor.data.clone()  # in the file they start at any byte, see artifact.py
