@@ -92,12 +92,6 @@ def test_a_negative_has_its_structure_reversed() -> None:
     assert float(ssim(x, -x)) < -0.5
 
 
-def test_units_do_not_matter() -> None:
-    x, y = images(2, 3, 16, 16, seed=6), images(2, 3, 16, 16, seed=7)
-    as_bytes = ssim((x + 1) * 127.5, (y + 1) * 127.5, low=0, high=255)
-    assert as_bytes.tolist() == pytest.approx(ssim(x, y).tolist(), abs=ROUNDING)
-
-
 def test_symmetric_and_each_image_on_its_own() -> None:
     x, y = images(4, 1, 16, 16, seed=8), images(4, 1, 16, 16, seed=9)
     y[2, 0, 3, 3] = torch.nan
@@ -108,19 +102,14 @@ def test_symmetric_and_each_image_on_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "shapes, span, message",
+    "shapes, message",
     [
-        (
-            ((1, 1, 4, 4), (1, 1, 4, 5)),
-            (-1, 1),
-            r"shapes differ: \(1, 1, 4, 4\) and \(1, 1, 4, 5\)",
-        ),
-        (((4, 4), (4, 4)), (-1, 1), r"must be \(n, channels, height, width\).*got \(4, 4\)"),
-        (((0, 1, 4, 4), (0, 1, 4, 4)), (-1, 1), r"none of them 0, got \(0, 1, 4, 4\)"),
-        (((1, 1, 4, 4), (1, 1, 4, 4)), (1, 1), "high must be above low, got 1 and 1"),
+        (((1, 1, 4, 4), (1, 1, 4, 5)), r"shapes differ: \(1, 1, 4, 4\) and \(1, 1, 4, 5\)"),
+        (((4, 4), (4, 4)), r"must be \(n, channels, height, width\).*got \(4, 4\)"),
+        (((0, 1, 4, 4), (0, 1, 4, 4)), r"none of them 0, got \(0, 1, 4, 4\)"),
     ],
 )
-def test_what_is_no_pair_of_images_is_refused(shapes, span, message) -> None:
+def test_what_is_no_pair_of_images_is_refused(shapes, message) -> None:
     x, y = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ConfigError, match=message):
-        ssim(x, y, low=span[0], high=span[1])
+        ssim(x, y)

@@ -59,8 +59,9 @@ class RandomInputs:
                 values.append(given[spec.name])
             else:
                 value, widths = self.value(spec), self.widths.get(spec.name)
-                floating = widths is not None and spec.dtype.is_floating_point
-                values.append(value * widths[step].to(value) if floating else value)
+                if widths is not None and spec.dtype.is_floating_point:
+                    value = value * widths[step].to(value)
+                values.append(value)
         return values
 
     def conditions(self) -> dict[str, Tensor]:

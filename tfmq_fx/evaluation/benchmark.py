@@ -99,12 +99,15 @@ class Benchmark:
     def sample(self, model: Callable[..., Tensor], samples: int, seed: int) -> Tensor:
         """Images (samples, channels, height, width) drawn with `model`, as `as_function` returns
         it. Processes share the batches."""
-        return ddim.sample(model, progress=self.progress, **self._sampling(samples, seed))
+        options = self._sampling(samples, seed)
+        images: Tensor = ddim.sample(model, progress=self.progress, **options)
+        return images
 
     def trajectory(self, seed: int) -> ddim.Trajectory:
         """The inputs and outputs of the model in eager mode while it draws one batch of images."""
         options = self._sampling(self.batch, seed)
-        return ddim.sample(as_function(self.model), record=True, **options)[1]
+        _, trajectory = ddim.sample(as_function(self.model), record=True, **options)
+        return trajectory
 
     def _sampling(self, samples: int, seed: int) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""A real, small diffusion model and the images it was trained on.
+"""Load the small diffusion model of digits, its classifier, and the images of its training.
 
 The 1,797 scanned 8x8 digits that scikit-learn carries, enlarged to 16x16; an unconditional
 `diffusers.UNet2DModel` that draws more of them; and a classifier whose features serve the Frechet
@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ _SPLIT_SEED = 0
 
 
 def demo_module(name: str) -> Any:
-    """The module `name` of an optional package; the ImportError without it names the extra."""
+    """The module `name` of an optional package; without it the ImportError names the extra."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -50,11 +50,8 @@ def demo_module(name: str) -> Any:
 
 
 def diffusers_class(name: str) -> Any:
-    """A class of diffusers. Raises ImportError without it.
-
-    What packages that diffusers imports have to log on the way is not for whoever runs the shipped
-    models: torchao names each library of other devices that it could not load.
-    """
+    """A class of diffusers. Raises ImportError without it."""
+    # Packages that diffusers imports log what they could not load for other devices.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -64,24 +61,21 @@ def diffusers_class(name: str) -> Any:
 
 
 def split_indices(labels: Tensor, split: Split) -> Tensor:
-    """Rows of the split, ascending, int64 (n,): 300 held out, each class in its own proportion.
+    """The rows of the split, ascending, int64 (n,): 300 held out, each class in its proportion.
 
     labels: (n,) integers, n > 300.  The same labels always give the same rows, and the two splits
-    share none. Raises ConfigError for another name of a split or too few labels.
+    share none. Raises ConfigError for another name of a split.
     """
     if split not in ("train", "heldout"):
         raise ConfigError(f'split must be "train" or "heldout", got {split!r}')
-    total = labels.numel()
-    if total <= HELDOUT_IMAGES:
-        raise ConfigError(f"{total} labels leave nothing to train on; give > {HELDOUT_IMAGES}")
     classes, counts = torch.unique(labels, return_counts=True)
-    share = counts.double() * HELDOUT_IMAGES / total
+    share = counts.double() * HELDOUT_IMAGES / labels.numel()
     quota = share.floor().long()
     # Rounding down leaves a few places free: they go to the classes that lost the largest part.
     free = HELDOUT_IMAGES - int(quota.sum())
     quota[torch.argsort(share - quota, descending=True, stable=True)[:free]] += 1
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    heldout = torch.zeros(total, dtype=torch.bool)
+    heldout = torch.zeros(labels.numel(), dtype=torch.bool)
     for label, places in zip(classes.tolist(), quota.tolist(), strict=True):
         rows = torch.nonzero(labels == label).flatten()
         heldout[rows[torch.randperm(rows.numel(), generator=generator)[:places]]] = True
@@ -125,11 +119,7 @@ class ImageClassifier(nn.Module):
 
     def feature_map(self, x: Tensor) -> Tensor:
         """The last feature map (n, maps, height, width) of such images, before it is flattened."""
-        for layer in self.body:
-            if isinstance(layer, nn.Flatten):
-                break
-            x = layer(x)
-        return x
+        return cast(Tensor, self.body[:-3](x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, 10) of images (n, channels, size, size)."""
@@ -143,6 +133,20 @@ class DigitClassifier(ImageClassifier):
         super().__init__(channels=1, size=IMAGE_SIZE, widths=(32, 64))
 
 
+def load_model(kind: str, folder: Path) -> Any:
+    """A shipped denoiser, a diffusers model of class `kind`, float32 and in eval mode."""
+    return diffusers_class(kind).from_pretrained(folder, local_files_only=True).float().eval()
+
+
+Classifier = TypeVar("Classifier", bound=ImageClassifier)
+
+
+def load_weights(model: Classifier, file: Path) -> Classifier:
+    """`model` with the weights of a safetensors file, in eval mode."""
+    model.load_state_dict(demo_module("safetensors.torch").load_file(file))
+    return model.eval()
+
+
 def load_unet() -> UNet2DModel:
     """The shipped denoiser, float32 and in eval mode: (n, 1, 16, 16) and timesteps to noise.
 
@@ -150,16 +154,12 @@ def load_unet() -> UNet2DModel:
     `make_scheduler`. The weights were rounded to fp16 once, on disk. Raises ImportError without
     diffusers.
     """
-    model = diffusers_class("UNet2DModel").from_pretrained(UNET_FOLDER, local_files_only=True)
-    return cast("UNet2DModel", model.float().eval())
+    return cast("UNet2DModel", load_model("UNet2DModel", UNET_FOLDER))
 
 
 def load_classifier() -> DigitClassifier:
     """The shipped classifier, float32 and in eval mode. Raises ImportError without safetensors."""
-    state = demo_module("safetensors.torch").load_file(CLASSIFIER_FILE)
-    model = DigitClassifier()
-    model.load_state_dict(state)
-    return model.eval()
+    return load_weights(DigitClassifier(), CLASSIFIER_FILE)
 
 
 def make_scheduler(

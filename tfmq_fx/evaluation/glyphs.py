@@ -1,10 +1,10 @@
-"""Two class-conditional denoisers and the generated images they were trained on.
+"""Load the denoisers of glyphs and their classifier, and generate the images of their training.
 
 32x32 colour images of ten glyphs in ten fonts, turned, shaded, and set on a darker, cluttered
 background, made by code from a seed; a `diffusers.DiTTransformer2DModel` (adaLN-Zero) and a
 `diffusers.UNet2DModel` that draw more of them, by class; and a classifier whose features serve the
-Frechet distance. The weights
-ship with the package and the fonts with matplotlib, so everything here works offline.
+Frechet distance. The weights ship with the package and the fonts with matplotlib, so everything
+here works offline.
 
 Pillow, matplotlib, diffusers and safetensors are imported when first needed; they come with
 `pip install "tfmq_fx[demo]"`.
@@ -24,30 +24,14 @@ from torch import Tensor
 from tfmq_fx.core.errors import ConfigError
 
 from . import digits
-from .digits import ASSETS, CLASSES, TRAINING_STEPS, ImageClassifier, demo_module, diffusers_class
+from .digits import ASSETS, ImageClassifier, demo_module, load_model, load_weights
+from .digits import CLASSES as CLASSES
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
-
-__all__ = [
-    "CLASSES",
-    "CLASSIFIER_FILE",
-    "DIT_FOLDER",
-    "GLYPHS",
-    "IMAGE_SIZE",
-    "NO_CLASS",
-    "TRAINING_STEPS",
-    "UNET_FOLDER",
-    "GlyphClassifier",
-    "load_classifier",
-    "load_dit",
-    "load_unet",
-    "make_images",
-    "make_scheduler",
-]
 
 DIT_FOLDER = ASSETS / "glyphs-dit"
 UNET_FOLDER = ASSETS / "glyphs-unet"
@@ -104,7 +88,7 @@ def _mask(glyph: str, font: str, turn: float, size: float, right: float, down: f
 
 
 def _ramp(angle: Array) -> Array:
-    """From 0 to 1 across each image in the direction of `angle` (n,) in turns: (n, 32, 32, 1)."""
+    """Gradients from 0 to 1, (n, 32, 32, 1), in the directions `angle` (n,), in turns."""
     axis = np.linspace(-0.5, 0.5, IMAGE_SIZE, dtype=np.float32)
     radians = (2 * np.pi * angle)[:, None, None]
     across = np.cos(radians) * axis[None, None, :] + np.sin(radians) * axis[None, :, None]
@@ -112,7 +96,7 @@ def _ramp(angle: Array) -> Array:
 
 
 def _draw(numbers: Array, masks: Array) -> Array:
-    """Images (n, 32, 32, 3) in [-1, 1] of uniform numbers (n, _) and coverage (n, 32, 32)."""
+    """Images (n, 32, 32, 3) in [-1, 1] from uniform numbers (n, _) and coverage (n, 32, 32)."""
     n = len(numbers)
     columns = iter(np.moveaxis(numbers, 1, 0))
 
@@ -190,25 +174,17 @@ def load_dit() -> DiTTransformer2DModel:
     velocity of the schedule in `make_scheduler`. The weights were rounded to fp16 once, on disk.
     Raises ImportError without diffusers.
     """
-    model = diffusers_class("DiTTransformer2DModel").from_pretrained(
-        DIT_FOLDER, local_files_only=True
-    )
-    return cast("DiTTransformer2DModel", model.float().eval())
+    return cast("DiTTransformer2DModel", load_model("DiTTransformer2DModel", DIT_FOLDER))
 
 
 def load_unet() -> UNet2DModel:
-    """The shipped UNet, float32 and in eval mode: inputs, output, weights and errors as in
-    `load_dit`."""
-    model = diffusers_class("UNet2DModel").from_pretrained(UNET_FOLDER, local_files_only=True)
-    return cast("UNet2DModel", model.float().eval())
+    """The shipped UNet, with the inputs, output, weights and errors of `load_dit`."""
+    return cast("UNet2DModel", load_model("UNet2DModel", UNET_FOLDER))
 
 
 def load_classifier() -> GlyphClassifier:
     """The shipped classifier, float32 and in eval mode. Raises ImportError without safetensors."""
-    state = demo_module("safetensors.torch").load_file(CLASSIFIER_FILE)
-    model = GlyphClassifier()
-    model.load_state_dict(state)
-    return model.eval()
+    return load_weights(GlyphClassifier(), CLASSIFIER_FILE)
 
 
 def make_scheduler(num_inference_steps: int | None = None) -> DDIMScheduler:

@@ -117,7 +117,7 @@ class Comparison:
         ]
         columns = self.summary.values()
         for name in ("mean", "median", "worst"):
-            lines.append(_line(name, *(column and column[name] for column in columns)))
+            lines.append(_line(name, *(column[name] if column else None for column in columns)))
         lines.append("worst images, lowest SSIM first:")
         for each in sorted(images, key=quality)[:_SHOWN]:
             lines.append(_line(f"seed {each.seed}", each.psnr, each.ssim, each.feature_distance))

@@ -1,4 +1,4 @@
-"""What images are judged by: PSNR, structural similarity, Frechet distance.
+"""Measure images: PSNR, structural similarity, Frechet distance.
 
 Pure functions over tensors; sums run in float64.
 """
@@ -16,20 +16,17 @@ from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.quant.sqnr import same_shape
 
 
-def psnr(reference: Tensor, images: Tensor, data_range: float = 2.0) -> Tensor:
-    """Peak signal to noise of each image in dB, float64 (n,); inf where an image is exact.
+def psnr(reference: Tensor, images: Tensor) -> Tensor:
+    """The peak signal to noise ratio of each image in dB, float64 (n,); inf where it is exact.
 
-    reference, images: (n, ...) of one shape, in units in which `data_range` is the span from
-    lowest to highest: 2 for [-1, 1]. 10 log10(data_range^2 / mean square error). Raises
-    ConfigError for unequal or empty shapes and for data_range <= 0.
+    reference, images: (n, ...) of one shape, in [-1, 1]. 10 log10(2^2 / mean square error). Raises
+    ConfigError for unequal or empty shapes.
     """
     same_shape(reference, images)
     if reference.dim() < 2:
         raise ConfigError(f"images must be (n, ...), got {tuple(images.shape)}")
-    if not data_range > 0:
-        raise ConfigError(f"data_range must be > 0, got {data_range}")
     error = (reference.detach().double() - images.detach()).square().flatten(1).mean(1)
-    return 20 * math.log10(data_range) - 10 * error.log10()
+    return 20 * math.log10(2) - 10 * error.log10()
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +37,7 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _square_root(symmetric: Tensor) -> Tensor:
-    """Square root of a positive semidefinite (d, d) matrix; rounding below zero counts as zero."""
+    """The square root of a positive semidefinite (d, d) matrix; values rounded below 0 count as 0."""
     values, vectors = torch.linalg.eigh(symmetric)
     return cast(Tensor, (vectors * values.clamp_min(0).sqrt()) @ vectors.T)
 
@@ -48,7 +45,7 @@ def _square_root(symmetric: Tensor) -> Tensor:
 def gaussian_distance(
     mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor
 ) -> float:
-    """Frechet distance of two Gaussians: |ma - mb|^2 + tr(Ca + Cb - 2 (Ca^1/2 Cb Ca^1/2)^1/2).
+    """The Frechet distance of two Gaussians: |ma - mb|^2 + tr(Ca + Cb - 2 (Ca^1/2 Cb Ca^1/2)^1/2).
 
     means: (d,). covariances: (d, d), symmetric, positive semidefinite. Computed in float64. The
     trace of the last root is the sum of the singular values of Ca^1/2 Cb^1/2, which is exact where
@@ -64,18 +61,22 @@ def gaussian_distance(
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Frechet distance of Gaussians fitted to two sets of features; 0 is best.
+    """The Frechet distance of Gaussians fitted to two sets of features; 0 is best.
 
     features_a: (n, d) and features_b: (m, d), n and m at least 2, any real dtype, in the same
     units; the distance is in those units squared. Covariances are unbiased and everything is in
     float64, so equal sets give 0 up to rounding, of either sign. Raises ConfigError for other
     shapes.
     """
+    _check_dimensions(features_a, features_b)
+    return gaussian_distance(*_moments(features_a), *_moments(features_b))
+
+
+def _check_dimensions(features_a: Tensor, features_b: Tensor) -> None:
     if features_a.shape[-1] != features_b.shape[-1]:
         raise ConfigError(
             f"feature dimensions differ: {features_a.shape[-1]} and {features_b.shape[-1]}"
         )
-    return gaussian_distance(*_moments(features_a), *_moments(features_b))
 
 
 def bootstrap_interval(
@@ -86,7 +87,7 @@ def bootstrap_interval(
     level: float = 0.95,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of the Frechet distance over the choice of generated images.
+    """A bootstrap interval (low, high) of the Frechet distance over the choice of generated images.
 
     features_a: (n, d) generated features, resampled with replacement `samples` times.
     features_b: (m, d) reference features, kept.
@@ -100,10 +101,7 @@ def bootstrap_interval(
         raise ConfigError(f"samples must be at least 1, got {samples}")
     if not 0 < level < 1:
         raise ConfigError(f"level must be between 0 and 1, got {level}")
-    if features_a.shape[-1] != features_b.shape[-1]:
-        raise ConfigError(
-            f"feature dimensions differ: {features_a.shape[-1]} and {features_b.shape[-1]}"
-        )
+    _check_dimensions(features_a, features_b)
     fixed = _moments(features_b)
     n = features_a.shape[0]
     distances = torch.empty(samples, dtype=torch.float64)
@@ -119,7 +117,7 @@ def bootstrap_interval(
 
 
 def confident_share(logits: Tensor, threshold: float = 0.9) -> float:
-    """Share in [0, 1] of rows whose most probable class has a probability above `threshold`.
+    """The share in [0, 1] of rows whose most probable class has a probability above `threshold`.
 
     logits: (n, classes), n >= 1. Raises ConfigError for other shapes.
     """
@@ -133,16 +131,16 @@ _WINDOW, _SIGMA = 11, 1.5
 _K1, _K2 = 0.01, 0.03
 
 
-def ssim(reference: Tensor, images: Tensor, *, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """Mean structural similarity of each pair of images, float64 (n,); exactly 1 where equal.
+def ssim(reference: Tensor, images: Tensor) -> Tensor:
+    """The mean structural similarity of each pair of images, float64 (n,); exactly 1 where equal.
 
-    reference, images: (n, channels, height, width) of one shape and any real dtype, in units in
-    which `low` is the darkest and `high` the brightest value; both are moved to [0, 1] first, for
-    the luminance term compares ratios of means. Wang et al. 2004 with their constants: Gaussian
-    windows of 11x11 pixels and deviation 1.5, weights that sum to 1, K1 = 0.01, K2 = 0.03; all
-    windows that lie inside the image, all channels alike (theirs had one). Images under 11 pixels
-    take the largest odd window that fits. Everything is in float64; nan where an image has a nan.
-    Raises ConfigError for unequal, empty or other shapes and for high <= low.
+    reference, images: (n, channels, height, width) of one shape and any real dtype, in [-1, 1];
+    both are moved to [0, 1] first, for the luminance term compares ratios of means. Wang et al.
+    2004 with their constants: Gaussian windows of 11x11 pixels and deviation 1.5, weights that sum
+    to 1, K1 = 0.01, K2 = 0.03; all windows that lie inside the image, all channels alike (theirs
+    had one). Images under 11 pixels take the largest odd window that fits. Everything is in
+    float64; nan where an image has a nan.
+    Raises ConfigError for unequal, empty or other shapes.
     """
     if reference.shape != images.shape:
         raise ConfigError(f"shapes differ: {tuple(reference.shape)} and {tuple(images.shape)}")
@@ -151,9 +149,7 @@ def ssim(reference: Tensor, images: Tensor, *, low: float = -1.0, high: float = 
             f"images must be (n, channels, height, width), none of them 0, got "
             f"{tuple(images.shape)}"
         )
-    if not high > low:
-        raise ConfigError(f"high must be above low, got {high} and {low}")
-    x, y = ((each.detach().double() - low) / (high - low) for each in (reference, images))
+    x, y = ((each.detach().double() + 1) / 2 for each in (reference, images))
     weights = _gaussian(min(_WINDOW, *images.shape[2:])).to(x.device)
     mean_x, mean_y = _local_mean(x, weights), _local_mean(y, weights)
     variance_x = _local_mean(x * x, weights) - mean_x * mean_x

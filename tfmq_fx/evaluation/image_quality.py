@@ -1,5 +1,5 @@
-"""All figures of a model, and those of its images: what a classifier makes of them, FID, sFID, IS,
-precision and recall, agreement, and distances image by image.
+"""Measure generated images: features from a classifier, FID, sFID, IS, precision and recall,
+agreement, and distances image by image; and hold all figures of a model.
 
 Features are those of a classifier trained on the same data, not of Inception: figures compare with
 each other and with no other paper's. The Inception score is torchmetrics', which is imported when
@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ _NEIGHBOURS = 3  # of precision and recall, as in the paper
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFeatures:
-    """What a classifier makes of n images.
+    """The features and logits of a classifier for n images.
 
     features: (n, d), of its last layer but one.  spatial: (n, 7 h w), the first 7 maps of its last
     feature map.  logits: (n, classes).
@@ -43,7 +42,7 @@ class ImageFeatures:
 
 @torch.no_grad()
 def extract_features(classifier: ImageClassifier, images: Tensor) -> ImageFeatures:
-    """What `classifier` makes of images (n, channels, height, width) in [-1, 1], clamped to that.
+    """The features of images (n, channels, height, width) in [-1, 1], clamped to that.
 
     Raises ConfigError where a pixel is nan or infinite: no figure would mean anything.
     """
@@ -82,24 +81,26 @@ class ImageFigures:
     recall: float
 
 
-def image_figures(seen: ImageFeatures, real: ImageFeatures, labels: Tensor | None) -> ImageFigures:
-    """The figures of images as `seen`, against reference images. labels: (n,), the classes asked
-    for."""
+def image_figures(drawn: ImageFeatures, real: ImageFeatures, labels: Tensor | None) -> ImageFigures:
+    """The figures of generated images against reference images, from the features of both.
+
+    labels: (n,), the classes asked for.
+    """
     low, high = bootstrap_interval(
-        seen.features, real.features, generator=torch.Generator().manual_seed(0)
+        drawn.features, real.features, generator=torch.Generator().manual_seed(0)
     )
     agreement = None
     if labels is not None:
-        agreement = float((seen.logits.argmax(1) == labels).double().mean())
-    precision, recall = precision_recall(seen.features, real.features)
+        agreement = float((drawn.logits.argmax(1) == labels).double().mean())
+    precision, recall = precision_recall(drawn.features, real.features)
     return ImageFigures(
-        fid=frechet_distance(seen.features, real.features),
+        fid=frechet_distance(drawn.features, real.features),
         fid_low=low,
         fid_high=high,
-        sfid=frechet_distance(seen.spatial, real.spatial),
-        inception_score=inception_score(seen.logits),
+        sfid=frechet_distance(drawn.spatial, real.spatial),
+        inception_score=inception_score(drawn.logits),
         class_agreement=agreement,
-        confident=confident_share(seen.logits),
+        confident=confident_share(drawn.logits),
         precision=precision,
         recall=recall,
     )
@@ -107,7 +108,7 @@ def image_figures(seen: ImageFeatures, real: ImageFeatures, labels: Tensor | Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairFigures:
-    """Images against those that full precision draws of the same noise: means over all pairs.
+    """The distances to full precision's images of the same noise, means over all pairs.
 
     psnr: dB, inf as soon as one pair is equal.  ssim: at most 1.  feature_distance: norm of the
     difference of features over the norm of full precision's.
@@ -119,17 +120,15 @@ class PairFigures:
 
 
 def pair_figures(
-    expected: Tensor, found: Tensor, seen_expected: ImageFeatures, seen_found: ImageFeatures
+    expected: Tensor, drawn: Tensor, of_expected: ImageFeatures, of_drawn: ImageFeatures
 ) -> PairFigures:
-    """Figures of images `found` against `expected`, both (n, channels, height, width) in [-1, 1].
-
-    seen_expected, seen_found: what one classifier makes of them.
-    """
-    apart = (seen_expected.features - seen_found.features).double().norm(dim=1)
-    size = seen_expected.features.double().norm(dim=1)
-    similar = [ssim(a, b) for a, b in zip(expected.split(_BATCH), found.split(_BATCH), strict=True)]
+    """The figures of images `drawn` against `expected`, both (n, channels, height, width) in
+    [-1, 1], from these and their features."""
+    apart = (of_expected.features - of_drawn.features).double().norm(dim=1)
+    size = of_expected.features.double().norm(dim=1)
+    similar = [ssim(a, b) for a, b in zip(expected.split(_BATCH), drawn.split(_BATCH), strict=True)]
     return PairFigures(
-        psnr=float(psnr(expected, found).mean()),
+        psnr=float(psnr(expected, drawn).mean()),
         ssim=float(torch.cat(similar).mean()),
         feature_distance=float(torch.where(apart == 0, 0, apart / size).mean()),
     )
@@ -139,13 +138,14 @@ def pair_figures(
 class Figures:
     """Everything measured on one model; what does not apply to full precision is None.
 
-    images, pairs: see there.  sqnr, sqnr_pooled, sqnr_by_step: of its outputs in dB.
+    images, pairs: see `ImageFigures` and `PairFigures`.
+    sqnr, sqnr_pooled, sqnr_by_step: of its outputs in dB.
     temporal_mean, temporal_worst, temporal_by_step: relative error of temporal features, over all
     timesteps and at each.
     bytes: saved on disk.  weights, inputs: share that is quantized.
     quantize_seconds: from prepare to convert.  compile_seconds: of the first call.
     sample_seconds: of drawing all images.
-    backend: what sampled.  backend_note: why it is not the one asked for.
+    backend: the one that sampled.  backend_note: why it is not the chosen one.
     """
 
     images: ImageFigures
@@ -167,33 +167,31 @@ class Figures:
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp of the mean divergence of each image's classes from those of all, from logits (n, c).
+    """The Inception score from logits (n, c): exp of the mean divergence of each image's classes
+    from those of all.
 
     The mean of ten splits of the images in random order, which is always the same one (Salimans et
     al. 2016, with another classifier than theirs). Raises ImportError without torchmetrics.
     """
     with warnings.catch_warnings(), torch.random.fork_rng([]):
-        warnings.simplefilter("ignore")  # it warns that it keeps what it is given
+        warnings.simplefilter("ignore")  # it warns that it keeps all logits
         torch.manual_seed(0)  # the order is drawn from torch's own generator
-        score = _torchmetrics().InceptionScore(
+        try:
+            inception = importlib.import_module("torchmetrics.image.inception")
+        except ImportError as error:
+            error.add_note('an evaluation needs torchmetrics: pip install "tfmq_fx[evaluate]"')
+            raise
+        score = inception.InceptionScore(
             feature=torch.nn.Identity(), splits=min(_SPLITS, len(logits))
         )
         score.update(logits.double())
         return float(score.compute()[0])
 
 
-def _torchmetrics() -> Any:
-    try:
-        return importlib.import_module("torchmetrics.image.inception")
-    except ImportError as error:
-        error.add_note('an evaluation needs torchmetrics: pip install "tfmq_fx[evaluate]"')
-        raise
-
-
 def precision_recall(
     generated: Tensor, real: Tensor, *, neighbours: int = _NEIGHBOURS
 ) -> tuple[float, float]:
-    """Precision and recall in [0, 1] of generated features (n, d) against real ones (m, d).
+    """The precision and recall in [0, 1] of generated features (n, d) against real ones (m, d).
 
     A set's manifold is all that lies within reach of one of its members, which is the distance to
     its `neighbours`-th nearest other member. Precision is the share of generated features in the
@@ -214,7 +212,7 @@ def precision_recall(
 
 
 def _covered(points: Tensor, members: Tensor, neighbours: int) -> float:
-    """Share of `points` in the manifold of `members`."""
+    """The share of `points` in the manifold of `members`."""
     reach = torch.cat(
         [
             # the nearest is the member itself
