@@ -43,8 +43,8 @@ class RandomInputs:
         }
         self.rows: Mapping[str, int] = {}
 
-    def example(self, step: int, given: Mapping[str, Tensor]) -> Example:
-        """Values at the timestep at position `step` of the set.  given: the conditions.
+    def example(self, step: int, conditions: Mapping[str, Tensor]) -> Example:
+        """The placeholder values at the timestep at position `step` of the set.
 
         Floats are as wide as `relative_widths` says: images with little noise do not span what pure
         noise does, and no model is to be judged by what it clips there.
@@ -55,8 +55,8 @@ class RandomInputs:
                 count = spec.shape[0] if isinstance(spec.shape[0], int) else 1
                 t = self.timesteps[step]
                 values.append(t.to(device=spec.device, dtype=spec.dtype).repeat(count))
-            elif spec.name in given:
-                values.append(given[spec.name])
+            elif spec.name in conditions:
+                values.append(conditions[spec.name])
             else:
                 value, widths = self.value(spec), self.widths.get(spec.name)
                 if widths is not None and spec.dtype.is_floating_point:
@@ -71,14 +71,14 @@ class RandomInputs:
 
     def value(self, spec: Input) -> Tensor:
         """A value of one placeholder."""
-        sizes, made = self.sizes[spec.name], torch.zeros((), dtype=torch.float32)
+        sizes = self.sizes[spec.name]
         if spec.dtype.is_floating_point:
-            made = torch.randn(sizes, dtype=torch.float32, generator=self.generator)
+            value = torch.randn(sizes, dtype=torch.float32, generator=self.generator)
         elif spec.dtype == torch.bool or ("mask" in spec.path and spec.name not in self.rows):
-            made = torch.ones(sizes, dtype=torch.float32)
+            value = torch.ones(sizes, dtype=torch.float32)
         else:
-            made = torch.randint(self.rows.get(spec.name, 1), sizes, generator=self.generator)
-        return made.to(device=spec.device, dtype=spec.dtype)
+            value = torch.randint(self.rows.get(spec.name, 1), sizes, generator=self.generator)
+        return value.to(device=spec.device, dtype=spec.dtype)
 
 
 def draw_examples(draw: RandomInputs, *, conditions: int, every: bool) -> list[Example]:

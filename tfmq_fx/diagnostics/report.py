@@ -20,15 +20,15 @@ class Report:
 
     @property
     def weight_coverage(self) -> float:
-        """Share of convolution and linear weights in the graph that are quantized, those that no
-        pass can quantize counted as well."""
+        """The share of convolution and linear weights in the graph that are quantized, where those
+        that no pass can quantize count too."""
         sites = self.data["sites"].values()
         total = sum(s["weights"] for s in sites) + self.data.get("left_weights", 0)
         return sum(s["weights"] for s in sites if s["weight_bits"]) / total if total else 0.0
 
     @property
     def activation_coverage(self) -> float:
-        """Share of convolution and linear layers in the graph whose input is quantized."""
+        """The share of convolution and linear layers in the graph whose input is quantized."""
         sites = self.data["sites"].values()
         return sum(s["act_bits"] is not None for s in sites) / len(sites) if sites else 0.0
 

@@ -65,7 +65,7 @@ class Verification:
         return not self.changed and not any(culprit.broken for culprit in self.culprits)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready data; numbers that are not finite are "inf", "-inf", "nan"."""
+        """The result as JSON-ready data; numbers that are not finite are "inf", "-inf", "nan"."""
 
         def site(error: tuple[str, float, float]) -> dict[str, Any]:
             return dict(zip(("name", "sqnr", "timestep"), error, strict=True))

@@ -53,7 +53,7 @@ def verify(
 
     inputs: (sample, timestep, ...) tuples to compare on, placeholder by placeholder; left out, they
     are drawn (see `random_inputs.RandomInputs`), one for each timestep.
-    batch: examples at once; an exact model is given each of them alone as well.
+    batch: examples at once; an exact model is also called with each of them alone.
     conditions: how many values are drawn (3) of the inputs besides sample and timestep; an exact
     model is compared at every timestep with each, a lossy one takes them in turn.
     threshold: the output SQNR in dB, pooled over all examples, that a lossy model must reach.
@@ -84,7 +84,7 @@ def verify(
     elif not (examples := [_example(model.call, values) for values in inputs]):
         raise ConfigError("inputs are empty: leave them out to have some drawn")
     outputs = _compare_outputs(full, model, examples, batch, lossy, progress)
-    full = merge_duplicates(full).gm  # as conversion did: values are found by name
+    full = merge_duplicates(full).gm  # as conversion did: values are looked up by name
     causes = _diagnose(full, model, examples, keys, random=inputs is None)
     mine = dict(graph_of(model).named_parameters())
     changed = [
@@ -126,7 +126,7 @@ def _diagnose(
 
 
 def _summary(feature: FeatureError, timesteps: Tensor) -> tuple[str, float, float, float]:
-    """Its name, mean and worst error, and the timestep of the worst."""
+    """A feature's name, mean and worst error, and the timestep of the worst."""
     errors = feature.errors
     place = int(errors.nan_to_num(nan=math.inf).argmax())
     return feature.name, float(errors.mean()), float(errors[place]), float(timesteps[place])
@@ -164,7 +164,7 @@ def _timesteps(model: Converted | Compiled) -> Tensor:
 
 
 def _is_lossy(model: Converted | Compiled) -> bool:
-    """Whether a model does not claim to be exact."""
+    """Whether anything in a model is rounded or corrected."""
     rounded = (QuantLayer, QuantActivation, QuantTimestepTable)
     return (
         isinstance(model, Compiled)

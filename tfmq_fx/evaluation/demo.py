@@ -84,7 +84,7 @@ def run(
 
     keep(FULL_PRECISION, *meter.full_precision(), None)
     for config in recipes():
-        # the others are drawn too few images of to make up for what compiling them takes
+        # the other models draw too few images to make up for the time of compiling
         meter.backend = "inductor" if config.name in COMPILED else "eager"
         converted, seconds = bench.quantize(config, meter.calibration_seed)
         saved = folder / config.name.replace(" ", "-").lower()
@@ -107,17 +107,17 @@ def run(
 
 def other_forms(bench: Benchmark, seed: int) -> Iterator[tuple[str, list[float]]]:
     """The error of temporal features by timestep in forms that none of the recipes chooses, by
-    name; all are made of one calibration."""
+    name; one calibration serves all."""
     recipe = PRESETS["w4a8"]
     plain = dataclasses.replace(recipe.reconstruction, rounding="nearest", iters=0)
     prepared = bench.calibrated(dataclasses.replace(recipe, reconstruction=plain), seed)
-    given = prepared.recipe
+    original = prepared.recipe
     for name, form in {
         "W4 block after TIAR": dataclasses.replace(recipe.temporal, mode="tib"),
         "int8 cache": dataclasses.replace(recipe.temporal, mode="cache", cache_bits=(8,)),
         "int4 cache": dataclasses.replace(recipe.temporal, mode="cache", cache_bits=(4,)),
     }.items():
-        prepared.recipe = dataclasses.replace(given, temporal=form)
+        prepared.recipe = dataclasses.replace(original, temporal=form)
         converted = api.convert(prepared, progress=bench.progress)
         assert converted.timesteps is not None
         _, errors = temporal_errors(bench.graph, converted.gm, converted.timesteps)

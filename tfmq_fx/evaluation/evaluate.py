@@ -64,7 +64,7 @@ def evaluate(
     None is all.
     samples: images for each Frechet distance, rounded up to whole batches.  seeds: each stands for
     one seed of calibration and one of sampling.  steps: of DDIM.
-    learning: for recipes that learn by gradient steps: the most steps a block, or "published",
+    learning: for recipes that learn by gradient steps, the most steps a block, or "published",
     which leaves them as they are.
     backend: what samples, "inductor" (eager where that fails, and the result says so) or "eager".
     device: "cpu" or "cuda".  batch: images at a time; one batch is also paired for the grids.

@@ -62,8 +62,8 @@ class Comparison:
 
     @property
     def summary(self) -> dict[str, dict[str, float] | None]:
-        """Mean, median and worst of psnr (its mean is inf as soon as one image is equal), ssim and
-        feature_distance (None without features); nan as soon as one image has a nan."""
+        """The mean, median and worst of psnr (its mean is inf if any image is equal), ssim and
+        feature_distance (None without features); nan if any image has a nan."""
         distances = [d for each in self.per_image if (d := each.feature_distance) is not None]
         return {
             "psnr": _summary([each.psnr for each in self.per_image], min),
@@ -72,7 +72,7 @@ class Comparison:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, JSON-ready; inf and nan are strings, which float() reads."""
+        """The figures, JSON-ready; inf and nan are strings, which float() reads."""
         data: dict[str, Any] = without_infinities(
             {
                 "samples": len(self.per_image),
@@ -175,7 +175,7 @@ def measure(
 def _distances(
     features: Callable[[Tensor], Tensor], expected: Tensor, drawn: Tensor
 ) -> Sequence[float]:
-    """Relative distance of the features of each image, 0 where they are equal."""
+    """The relative distance of the features of each image, 0 where they are equal."""
     both = []
     for images in (expected, drawn):
         values = features(images)

@@ -37,7 +37,7 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _square_root(symmetric: Tensor) -> Tensor:
-    """The square root of a positive semidefinite (d, d) matrix; values rounded below 0 count as 0."""
+    """The square root of a positive semidefinite (d, d) matrix; rounding below 0 counts as 0."""
     values, vectors = torch.linalg.eigh(symmetric)
     return cast(Tensor, (vectors * values.clamp_min(0).sqrt()) @ vectors.T)
 
@@ -90,7 +90,7 @@ def bootstrap_interval(
     """A bootstrap interval (low, high) of the Frechet distance over the choice of generated images.
 
     features_a: (n, d) generated features, resampled with replacement `samples` times.
-    features_b: (m, d) reference features, kept.
+    features_b: (m, d) reference features, not resampled.
     Percentiles of the resampled distances, moved so that their mean is the distance of
     features_a itself: fewer distinct rows make every resampled distance larger, often by more than
     the interval is wide. Not below 0. The bias of a finite set against an infinite one stays in:

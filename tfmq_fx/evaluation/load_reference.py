@@ -1,4 +1,4 @@
-"""The model that another is compared with, by the name or directory given on a command line."""
+"""Load the reference model of a comparison by its name or directory."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def load_reference(name: str, dtype: torch.dtype) -> nn.Module:
             f"{path}: {kind.__name__} cannot be loaded: {type(error).__name__}: {reason}"
         ) from error
     for tensor in (*loaded.parameters(), *loaded.buffers()):
-        tensor.data = tensor.data.clone()  # in the file they start at any byte, see artifact.py
+        tensor.data = tensor.data.clone()  # in the file they start at any byte
     return cast(nn.Module, loaded.eval())

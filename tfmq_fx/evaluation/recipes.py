@@ -1,4 +1,4 @@
-"""The recipes of an evaluation, by name and bits, and with a limit on their learning steps."""
+"""Resolve the recipes of an evaluation by name and bits, and limit their learning steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _FEWEST_TIAR = 1000  # steps of TIAR kept where blocks learn for fewer: they are
 
 
 def nearest(bits: str) -> Config:
-    """Nearest rounding and one static range for every layer, 8 bits for what enters the first."""
+    """The recipe with nearest rounding and one static range for every layer, 8 bits for the input
+    of the first."""
     base = resolve(f"brecq-{bits}")
     spec = dataclasses.replace(base.reconstruction, iters=0)
     return dataclasses.replace(base, name=f"{NEAREST}-{bits}", reconstruction=spec)
@@ -43,7 +44,7 @@ def recipe(name: str, bits: str) -> Config:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Baseline:
-    """A recipe to evaluate. bits: as in "w4a8", or "" for a Config that was given as a value."""
+    """A recipe to evaluate. bits: as in "w4a8", or "" for a Config of the caller's own."""
 
     name: str
     bits: str
@@ -58,35 +59,31 @@ def baselines(
     learning: "published" leaves learning steps as they are, a number is the most steps a block.
     Raises ConfigError for unknown names, bits and rules, for no recipe, and for one twice.
     """
-    check_learning(learning)
+    if learning != PUBLISHED:
+        number = isinstance(learning, int) and not isinstance(learning, bool)
+        if not number or int(learning) < 1:
+            raise ConfigError(
+                f"learning must be {PUBLISHED!r} or a whole number of steps a block of at least 1, "
+                f"got {learning!r}"
+            )
     names = list(NAMES if recipes is None else [recipes] if isinstance(recipes, str) else recipes)
     widths = list(BITS if bits is None else [bits] if isinstance(bits, str) else bits)
-    found = [
+    chosen = [
         Baseline(name, width, recipe(name, width))
         for width in widths
         for name in names
         if not isinstance(name, Config)
     ]
-    found += [Baseline(each.name, "", each) for each in names if isinstance(each, Config)]
-    keys = [(each.name, each.bits) for each in found]
-    if not found or len(set(keys)) < len(keys):
+    chosen += [Baseline(each.name, "", each) for each in names if isinstance(each, Config)]
+    keys = [(each.name, each.bits) for each in chosen]
+    if not chosen or len(set(keys)) < len(keys):
         raise ConfigError(
             f"give each recipe and each width once, at least one; got {', '.join(map(str, names))} "
             f"at {', '.join(widths)}"
         )
-    if isinstance(learning, str):
-        return found
-    return [dataclasses.replace(each, config=capped(each.config, learning)) for each in found]
-
-
-def check_learning(learning: object) -> None:
-    """Raise ConfigError unless this is "published" or a whole number of steps of at least 1."""
-    number = isinstance(learning, int) and not isinstance(learning, bool) and learning >= 1
-    if learning != PUBLISHED and not number:
-        raise ConfigError(
-            f"learning must be {PUBLISHED!r} or a whole number of steps a block of at least 1, got "
-            f"{learning!r}"
-        )
+    if learning == PUBLISHED:
+        return chosen
+    return [dataclasses.replace(each, config=capped(each.config, int(learning))) for each in chosen]
 
 
 def capped(config: Config, iters: int) -> Config:

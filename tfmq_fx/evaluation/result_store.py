@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def subject(self) -> dict[str, Any]:
-        """All fields as JSON gives them back, with the versions that results depend on."""
+        """The fields as JSON returns them, with the versions that results depend on."""
         fields = asdict(self) | {"format": FORMAT, "version": __version__}
         plain: dict[str, Any] = json.loads(json.dumps(fields))
         return plain

@@ -21,13 +21,13 @@ GLYPH_IMAGES = 20_000  # what the denoisers of glyphs were trained on, of seed 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A trained denoiser, how it is sampled, and what its samples are judged by.
+    """A trained denoiser with its scheduler, classifier and reference images.
 
     load: the denoiser, in eval mode, called with the sample, `timestep` (n,) and, where it takes
     one, `class_labels` (n,).  scheduler: a new DDIM scheduler.
     classifier: trained on the same data; its features are those of all Frechet distances.
-    images: the reference images (m, channels, height, width) in [-1, 1].  reference: what they are,
-    in words; it stands for them in the names of results, so other images need other words.
+    images: the reference images (m, channels, height, width) in [-1, 1].  reference: their
+    description; it stands for them in the names of results, so other images need other words.
     shape: of one image.  sample_name: the sample's name among the inputs.
     classes: how many class labels there are; None where no label is an input.
     """

@@ -1,4 +1,4 @@
-"""Rows of an evaluation, each one recipe over its seeds, as Markdown and JSON; none is left out."""
+"""Print the rows of an evaluation, each one recipe over its seeds, as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -85,18 +85,18 @@ class Row:
 
 
 def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of images and pairs beside the rest."""
+    """The figures as one flat dict, those of images and pairs included."""
     rest = {name: v for name, v in figures.items() if name not in ("images", "pairs")}
     return {**(figures["images"] or {}), **(figures["pairs"] or {}), **rest}
 
 
 def markdown(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
-    """All rows, two tables a model, under what holds for all of them: `facts`, by name."""
+    """The rows as two tables a model. facts: lines for the head, by name."""
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
         lines += ["", f"## {model}", "", *_table(own, _IMAGES), "", *_table(own, _MODELS)]
-        notes = dict.fromkeys(  # why something did not sample on the backend asked for
+        notes = dict.fromkeys(  # why something did not sample on the chosen backend
             f"- {f'{row.recipe} {row.bits}'.rstrip()} sampled in eager mode: {note}"
             for row in own
             for result in row.done
@@ -111,7 +111,7 @@ Column = Callable[[Row], str]
 
 
 def _table(rows: Sequence[Row], columns: Mapping[str, Column]) -> list[str]:
-    """One table; a figure that no row has gets no column."""
+    """The lines of one table; a figure that no row has gets no column."""
     texts = {name: [column(row) for row in rows] for name, column in columns.items()}
     shown = {name: column for name, column in texts.items() if any(column)}
     lines = [["", "bits", *shown]]
