@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from tfmq_fx.core.distributed import alone, exchange, from_first, rank, shard_in
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
 
-from .benchmark import BATCH, STEPS, Benchmark, QualityMeter, seeds_of, whole_batches
-from .image_quality import ImageFeatures, extract_features
+from .benchmark import BATCH, STEPS, Benchmark, QualityMeter, whole_batches
+from .image_quality import extract_features
 from .output_files import make_folder, write_files
 from .recipes import FEW, Baseline, baselines
 from .result_store import DONE, FAILED, FULL_PRECISION, Cell, Cells
@@ -127,60 +127,48 @@ def plan(
 
 
 def _compute_missing(
-    subjects: Sequence[Subject], planned: Sequence[Cell], cells: Cells, *, retry: bool, **usual: Any
+    subjects: Sequence[Subject],
+    planned: Sequence[Cell],
+    cells: Cells,
+    *,
+    retry: bool,
+    progress: bool,
+    say: Callable[[str], None],
 ) -> None:
-    """Compute the cells that have no result, each process its share. usual: as for `_compute`."""
+    """Compute the cells that have no result, each process its share, and keep each as soon as it is
+    done. Cells that another run has finished meanwhile are left out."""
 
     def missing(cell: Cell) -> bool:
         result = cells.read(cell)
         return result is None or (retry and result["status"] == FAILED)
 
     with together("evaluation"):
-        todo = from_first([i for i, cell in enumerate(planned) if missing(cell)], "cells")
-        own = [planned[todo[i]] for i in shard_indices(len(todo))]
-        with alone():
-            _compute(subjects, own, missing, cells, **usual)
+        places = from_first([i for i, cell in enumerate(planned) if missing(cell)], "cells")
+        todo = [planned[places[i]] for i in shard_indices(len(places))]
+        bar = tqdm(total=len(todo), disable=not progress, file=sys.stderr, leave=False)
+        with alone(), bar:
+            for subject in subjects:
+                own = [cell for cell in todo if cell.model == subject.name]
+                for cell, meter in _meters(subject, own):
+                    if missing(cell):
+                        bar.set_description(cell.title)
+                        result, images = compute_cell(cell, meter)
+                        cells.write(cell, result, images)
+                        with tqdm.external_write_mode(file=sys.stderr):
+                            say(result_line(cell.title, result))
+                    bar.update()
 
 
-def _compute(
-    subjects: Sequence[Subject],
-    todo: Sequence[Cell],
-    missing: Callable[[Cell], bool],
-    cells: Cells,
-    *,
-    progress: bool,
-    say: Callable[[str], None],
-) -> None:
-    """Compute cells and keep each as soon as it is done, except those that another run has finished
-    meanwhile. todo: seed by seed within a model."""
-    real: dict[str, ImageFeatures] = {}  # two models share their reference images
-    with tqdm(total=len(todo), disable=not progress, file=sys.stderr, leave=False) as bar:
-        for subject in subjects:
-            own = [cell for cell in todo if cell.model == subject.name]
-            if not own:
-                continue
-            bar.set_description(f"{subject.name}: reference images")
-            first = own[0]
-            bench = Benchmark(subject, steps=first.steps, batch=first.batch, device=first.device)
-            if subject.reference not in real:
-                real[subject.reference] = extract_features(subject.classifier(), subject.images())
-            features, meter = real[subject.reference], None
-            for cell in own:
-                if missing(cell):
-                    if meter is None or meter.calibration_seed != seeds_of(cell.seed)[0]:
-                        meter = QualityMeter(
-                            bench,
-                            features,
-                            seed=cell.seed,
-                            samples=cell.samples,
-                            backend=cell.backend,
-                        )
-                    bar.set_description(cell.title)
-                    result, images = compute_cell(cell, meter)
-                    cells.write(cell, result, images)
-                    with tqdm.external_write_mode(file=sys.stderr):
-                        say(result_line(cell.title, result))
-                bar.update()
+def _meters(subject: Subject, todo: Sequence[Cell]) -> Iterator[tuple[Cell, QualityMeter]]:
+    """Each cell of a model, seed by seed, with the meter of its seed."""
+    if not todo:
+        return
+    first = todo[0]
+    bench = Benchmark(subject, steps=first.steps, batch=first.batch, device=first.device)
+    real = extract_features(subject.classifier(), subject.images())
+    for seed in dict.fromkeys(cell.seed for cell in todo):
+        meter = QualityMeter(bench, real, seed=seed, samples=first.samples, backend=first.backend)
+        yield from ((cell, meter) for cell in todo if cell.seed == seed)
 
 
 def gather(planned: Sequence[Cell], cells: Cells) -> list[Row]:
