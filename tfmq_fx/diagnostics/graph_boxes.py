@@ -69,10 +69,6 @@ class Box:
     def flops(self) -> int:
         return sum(op.flops for op in self.ops)
 
-    @property
-    def features(self) -> list[str]:
-        return [name for op in self.ops for name in op.features]
-
     def mix(self) -> dict[Binding, float]:
         """The share of each binding time, earliest first, in parameters; where there are none in
         operations, of which constants do not count beside others."""

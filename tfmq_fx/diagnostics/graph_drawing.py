@@ -74,7 +74,7 @@ def _mix(box: Box) -> str:
 
 
 def _details(box: Box) -> str:
-    """The lines of a tooltip."""
+    """The text of a box's tooltip."""
     if box.kind in ("input", "output"):
         shape = f" {box.ops[0].shape}" if box.ops[0].shape else ""
         return f"{box.kind} {box.title}{shape}: {_mix(box)}"
@@ -87,7 +87,7 @@ def _details(box: Box) -> str:
                 f"parameters, {number(sum(op.flops for op in part), 'FLOPs')}"
             )
     lines.append(f"gives {box.ops[-1].shape}")
-    lines += [f"table row: {name}" for name in box.features]
+    lines += [f"table row: {name}" for op in box.ops for name in op.features]
     return "\n".join(lines)
 
 
