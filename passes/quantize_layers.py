@@ -78,8 +78,8 @@ def quantize_layers(
     for column, name in enumerate(scales):
         for node in calls[name]:
             place = (slice(None), column)
-            scale = call_before(node, operator.getitem, row, place, name=f"scale_{node.name}")
-            node.args, node.kwargs = (layer_input(node), scale), {}
+            read = call_before(node, operator.getitem, row, place, name=f"scale_{node.name}")
+            node.args, node.kwargs = (layer_input(node), read), {}
     return Rewrite(gm, changed, declined)
 
 
