@@ -78,13 +78,8 @@ def quantize_layers(
     for column, name in enumerate(scales):
         for node in calls[name]:
             place = (slice(None), column)
-<<<<<<< HEAD
-            own = call_before(node, operator.getitem, row, place, name=f"scale_{node.name}")
-            node.args, node.kwargs = (layer_input(node), own), {}
-=======
             read = call_before(node, operator.getitem, row, place, name=f"scale_{node.name}")
             node.args, node.kwargs = (layer_input(node), read), {}
->>>>>>> p-f
     return Rewrite(gm, changed, declined)
 
 
