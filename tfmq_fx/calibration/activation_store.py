@@ -84,9 +84,11 @@ class ActivationStore:
     def drop(self, packed: Any) -> None:
         """Free the memory and the files of a packed value."""
         for leaf in pytree.tree_leaves(packed):
-            if isinstance(leaf, _Packed) and isinstance(leaf.held, Path):
+            if not isinstance(leaf, _Packed):
+                continue
+            if isinstance(leaf.held, Path):
                 leaf.held.unlink(missing_ok=True)
-            elif isinstance(leaf, _Packed):
+            else:
                 self.used -= leaf.held.untyped_storage().nbytes()
 
 

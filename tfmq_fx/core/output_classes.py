@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import ArtifactError
 
@@ -67,7 +67,7 @@ def _library_class(name: str) -> type:
     is_output = isinstance(cls, type) and issubclass(cls, getattr(root, base[1]))
     if not is_output or cls.__module__ != module or not dataclasses.is_dataclass(cls):
         raise ArtifactError(f"{name} is not an output type")
-    return cls
+    return cast(type, cls)
 
 
 def _imported(module: str, name: str) -> Any:
