@@ -166,7 +166,7 @@ def test_a_channel_of_massive_mean_leaves_the_rounding_of_the_others_as_good():
         x[:, 3] += mean
         made = quantize(gm, W3, [(torch.zeros(2, WIDTH), torch.tensor([0, 0]))], TIMES).gm
         proj, found = made.get_submodule("proj"), InputStatistics.empty(layer.weight.detach()[None])
-        found.add(x[None], x[None])
+        found.add_sums(found.sums(x[None], x[None]))
         (state,) = round_layer("proj", proj, found, W3, ReconstructionSpec()).states.values()
         with torch.no_grad():
             return float((with_rounded_state(proj, state)(x) - layer(x)).square().mean())

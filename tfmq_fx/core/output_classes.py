@@ -64,8 +64,12 @@ def _library_class(name: str) -> type:
         )
     root = _imported(base[0], name)
     cls = vars(_imported(module, name)).get(qualname)
-    is_output = isinstance(cls, type) and issubclass(cls, getattr(root, base[1]))
-    if not is_output or cls.__module__ != module or not dataclasses.is_dataclass(cls):
+    if (
+        not isinstance(cls, type)
+        or not issubclass(cls, getattr(root, base[1]))
+        or cls.__module__ != module
+        or not hasattr(cls, "__dataclass_fields__")
+    ):
         raise ArtifactError(f"{name} is not an output type")
     return cast(type, cls)
 
