@@ -21,9 +21,8 @@ from tfmq_fx.core.temporary_files import folder_of
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Packed:
-    """A tensor in memory or in a file.  bytes: of its storage."""
+    """A tensor in memory or in a file."""
 
-    bytes: int
     held: Tensor | Path
 
 
@@ -69,14 +68,14 @@ class ActivationStore:
         assert self.limit is not None
         if self.used + size <= self.limit:
             self.used += size
-            return _Packed(size, leaf)
+            return _Packed(leaf)
         if self._directory is None:
             self._directory, self._cleanup = folder_of(self, "spill")
         self._count += 1
         path = self._directory / str(self._count)
         torch.save(leaf, path)
         self.written += size
-        return _Packed(size, path)
+        return _Packed(path)
 
     def unpack(self, packed: Any) -> Any:
         """The value that was packed; tensors in files are read."""
@@ -88,7 +87,7 @@ class ActivationStore:
             if isinstance(leaf, _Packed) and isinstance(leaf.held, Path):
                 leaf.held.unlink(missing_ok=True)
             elif isinstance(leaf, _Packed):
-                self.used -= leaf.bytes
+                self.used -= leaf.held.untyped_storage().nbytes()
 
 
 def _unpack_leaf(leaf: _Packed) -> Tensor:

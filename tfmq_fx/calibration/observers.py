@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from bisect import bisect
 from collections import Counter
@@ -122,11 +123,8 @@ class SampleCache:
         inputs: placeholder values.  batched: which of them carry the batch in dim 0.
         timestep: the position of the timestep (B,) among them.
         """
-        self.offer(
-            inputs[timestep].tolist(),
-            row_bytes(inputs, batched),
-            lambda i: sample_row(inputs, batched, i),
-        )
+        row = functools.partial(sample_row, inputs, batched)
+        self.offer(inputs[timestep].tolist(), row_bytes(inputs, batched), row)
 
     def offer(self, steps: Sequence[float], size: int, row: Callable[[int], Any]) -> None:
         """Offer one sample for each of `steps`, of `size` bytes each.

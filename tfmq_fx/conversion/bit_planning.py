@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -50,6 +50,9 @@ def plan_bits(quantized: fx.GraphModule, job: Job) -> BitPlan:
             f"budget {job.budget!r}: recipe {job.recipe.name!r} has no layer with integer weights "
             "whose bits could be chosen; use one that quantizes weights, as 'w4a8' does"
         )
+    tensors = {t.data_ptr(): t for t in (*quantized.parameters(), *quantized.buffers())}
+    codes = sum(s.layer.codes.nbytes for s in sites if isinstance(s.layer, QuantLayer))
+    fixed_bytes = sum(t.nbytes for t in tensors.values()) - codes
     times: dict[str, LayerTime] = {}
     if asks_for_time(job.budget):
         choose = chooser(device_of(quantized))
@@ -66,7 +69,7 @@ def plan_bits(quantized: fx.GraphModule, job: Job) -> BitPlan:
             timesteps=tuple(job.timesteps.tolist()),
             sites=planned,
             rest=tuple(errors.rest.tolist()),
-            fixed_bytes=_bytes_beside(quantized, sites),
+            fixed_bytes=fixed_bytes,
             float_bytes=job.prepared.nbytes(),
             budget="the recipe",
         )
@@ -127,13 +130,6 @@ def _options(
         exact = torch.zeros_like(errors.rest).masked_fill(errors.rest.isnan(), torch.nan)
         options.append(Option(None, weight.nbytes, time.floating, tuple(exact.tolist())))
     return tuple(options)
-
-
-def _bytes_beside(quantized: fx.GraphModule, sites: Sequence[Site]) -> int:
-    """Bytes of all parameters and buffers but the codes of the planned layers."""
-    tensors = [*quantized.parameters(), *quantized.buffers()]
-    total = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-    return total - sum(s.layer.codes.nbytes for s in sites if isinstance(s.layer, QuantLayer))
 
 
 class _RoundedOptions:

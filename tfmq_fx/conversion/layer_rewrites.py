@@ -84,18 +84,15 @@ def profiles(job: Job, names: Collection[str]) -> dict[str, Profile]:
 
 def unchanged_sites(before: fx.GraphModule, after: fx.GraphModule) -> set[str]:
     """The sites whose layer and input nodes are the same in both graphs."""
-    old = {site.name: site for site in find_sites(before)[0]}
-    return {
-        site.name
-        for site in find_sites(after)[0]
-        if site.name in old
-        and site.layer is old[site.name].layer
-        and _inputs(site) == _inputs(old[site.name])
-    }
 
+    def sites(gm: fx.GraphModule) -> dict[str, tuple[nn.Module, list[str]]]:
+        return {
+            site.name: (site.layer, [used.name for n in site.nodes for used in n.all_input_nodes])
+            for site in find_sites(gm)[0]
+        }
 
-def _inputs(site: Site) -> list[str]:
-    return [used.name for node in site.nodes for used in node.all_input_nodes]
+    old = sites(before)
+    return {name for name, site in sites(after).items() if old.get(name) == site}
 
 
 def profiled_ranges(job: Job, names: Collection[str]) -> dict[str, Ranges]:

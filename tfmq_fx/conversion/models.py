@@ -106,8 +106,7 @@ class Prepared(GraphModel):
     def batched(self) -> list[bool]:
         """Whether each placeholder carries the batch in dim 0."""
         batch = str(timestep_node(self.gm).meta["val"].shape[0])
-        nodes = self.gm.graph.find_nodes(op="placeholder")
-        shapes = [node.meta["val"].shape for node in nodes]
+        shapes = [n.meta["val"].shape for n in self.gm.graph.find_nodes(op="placeholder")]
         return [len(shape) > 0 and str(shape[0]) == batch for shape in shapes]
 
 

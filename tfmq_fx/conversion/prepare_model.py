@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from tfmq_fx.calibration.observers import SampleCache
 from tfmq_fx.capture.call_spec import CallSpec
@@ -176,8 +178,6 @@ def rebuild(
     return prepared
 
 
-def _moved(rows: Rows, device: Any) -> Rows:
-    return {
-        step: [tuple(value.to(device) for value in row) for row in samples]
-        for step, samples in rows.items()
-    }
+def _moved(rows: Rows, device: torch.device | str) -> Rows:
+    moved: Rows = pytree.tree_map_only(Tensor, lambda value: value.to(device), rows)
+    return moved

@@ -86,8 +86,7 @@ class Prologue:
     def set_timesteps(self, timesteps: Any) -> None:
         """Set the schedule of the requests to come.
 
-        timesteps: an int N (0 to N - 1), a tensor (K,) or sequence of values as the model receives
-        them, a scheduler, which is followed when it is set again, or None for no schedule.
+        timesteps: the source of a `Schedule`.
         Rows of other timesteps are dropped; those of the conditions cached are computed at once.
         Raises InputError, and keeps the earlier schedule, where rows cannot be computed.
         """
