@@ -84,10 +84,11 @@ class ActivationStore:
     def drop(self, packed: Any) -> None:
         """Free the memory and the files of a packed value."""
         for leaf in pytree.tree_leaves(packed):
-            if isinstance(leaf, _Packed) and isinstance(leaf.held, Path):
-                leaf.held.unlink(missing_ok=True)
-            elif isinstance(leaf, _Packed):
-                self.used -= leaf.held.untyped_storage().nbytes()
+            held = leaf.held if isinstance(leaf, _Packed) else None
+            if isinstance(held, Path):
+                held.unlink(missing_ok=True)
+            elif held is not None:
+                self.used -= held.untyped_storage().nbytes()
 
 
 def _unpack_leaf(leaf: _Packed) -> Tensor:
