@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.diagnostics.test_graph_drawing import needs_graphviz
 from tests.test_api import TIMES, data
 from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx import Verification, __version__, fold_timesteps, load, report, save
@@ -61,7 +62,7 @@ def test_other_errors_are_not_hidden(monkeypatch):
 def test_analyze_prints_and_writes_what_a_config_is_worth(tmp_path, capsys):
     tiny_unet2d().save_config(tmp_path / "unet")
     capsys.readouterr()  # diffusers says here what it lacks, when it is imported first
-    out = [str(tmp_path / f"found.{suffix}") for suffix in ("json", "txt", "dot", "svg")]
+    out = [str(tmp_path / f"found.{suffix}") for suffix in ("json", "txt", "dot")]
     arguments = ["analyze", str(tmp_path / "unet"), "--steps", "20", "--timestep", "timestep"]
     assert main([*arguments, "--depth", "1", "--out", *out[:2], "--out", *out[2:]]) == 0
     text, err = capsys.readouterr()
@@ -69,8 +70,23 @@ def test_analyze_prints_and_writes_what_a_config_is_worth(tmp_path, capsys):
     assert text.startswith("UNet2DModel: 177,427 parameters") and "for 20 steps" in text
     assert json.loads(Path(out[0]).read_text())["bindings"]["t"]["parameters"] == 18768
     assert Path(out[2]).read_text().startswith('digraph "UNet2DModel"')
-    picture = Path(out[3]).read_text()
-    assert picture.startswith("<svg ") and ">mid_block<" in picture and "linear_1<" not in picture
+
+
+@needs_graphviz
+def test_analyze_draws(tmp_path, capsys):
+    tiny_unet2d().save_config(tmp_path)
+    out = tmp_path / "found.svg"
+    assert main(["analyze", str(tmp_path), "--depth", "1", "--out", str(out)]) == 0
+    picture = out.read_text()
+    assert "<svg " in picture and ">mid_block<" in picture and "linear_1<" not in picture
+
+
+def test_analyze_tells_what_a_picture_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pygraphviz", None)
+    tiny_unet2d().save_config(tmp_path)
+    out = tmp_path / "found.svg"
+    assert main(["analyze", str(tmp_path), "--out", str(out)]) == 1
+    assert 'pip install "tfmq_fx[draw]"' in capsys.readouterr().err and not out.exists()
 
 
 def test_analyze_tells_what_is_wrong(tmp_path, capsys):
