@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from .errors import ArtifactError
 
@@ -71,7 +71,7 @@ def _library_class(name: str) -> type:
         or not hasattr(cls, "__dataclass_fields__")
     ):
         raise ArtifactError(f"{name} is not an output type")
-    return cast(type, cls)
+    return cls
 
 
 def _imported(module: str, name: str) -> Any:
