@@ -208,10 +208,10 @@ def blocks(folder):
         for name, layer in many.gm.named_modules()
         if isinstance(layer, QuantLayer)
     ]
-    # Adam's first steps are as long for a gradient that is next to nothing as for any other, so that
-    # the order of sums decides some codes, and those change what all later blocks learn on: where
-    # processors add in another order for another number of rows, up to 4 % in the last layers.
-    # Before that nearly all codes are the same.
+    # Adam's first steps are as long for a gradient that is next to nothing as for any other: where
+    # a processor adds in another order for another number of rows, that order decides some codes,
+    # and those change what all later blocks learn on (up to 4 % of the codes of the last layers).
+    # Before them nearly all codes are the same.
     assert statistics.median(differing) < 1e-3 and max(differing) < 0.05
     # Errors are squares, relative to the targets', so that their roots are apart by no more than
     # the outputs of both blocks are. Without another code these are apart by what the order of
