@@ -586,10 +586,9 @@ def test_the_eager_backend_is_the_reference(toys):
 
 
 def test_auto_falls_back_to_eager_and_says_why(toys, monkeypatch):
-    from tfmq_fx.backends import float, inductor
-    from tfmq_fx.backends.openvino import lower
+    from tfmq_fx.backends import float, inductor, openvino
 
-    for backend in (inductor, float, lower):
+    for backend in (inductor, float, openvino):
         monkeypatch.setattr(backend, "unavailable", lambda device: "no compiler today")
     compiled = compile(toys["w8a8"], mode="max-autotune")
     assert compiled.backend == "eager"
