@@ -811,5 +811,5 @@ def test_a_save_over_an_earlier_one_replaces_it(toys, tmp_path):
 
 
 def test_the_public_names_are_those_of_the_package():
-    for name in ("prepare", "calibrate", "convert", "compile", "save", "fold_timesteps"):
+    for name in ("prepare", "calibrate", "convert", "compile", "save", "load", "fold_timesteps"):
         assert getattr(tfmq_fx, name) is getattr(tfmq_fx.api, name)

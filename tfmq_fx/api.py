@@ -1,4 +1,4 @@
-"""Public entry points: prepare, calibrate, fold_timesteps, compile, save, bind_request."""
+"""Public entry points: prepare, calibrate, convert, fold_timesteps, compile, save, load."""
 
 from __future__ import annotations
 
