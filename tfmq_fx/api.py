@@ -36,6 +36,7 @@ from .core.presets import resolve
 from .core.timesteps import timestep_values
 from .ir.graph import device_of
 from .prologue.bound_model import Bound
+from .prologue.load_model import load as load
 from .prologue.weight_offload import check_offload
 from .quant.timestep_lookup import check_timesteps
 from .serialization import artifact
