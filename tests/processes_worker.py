@@ -227,8 +227,9 @@ def blocks(folder):
     x = torch.randn(STEPS, *SHAPE, generator=torch.Generator().manual_seed(0))
     t = one.timesteps
     with torch.no_grad():
-        # the same share of a layer's codes is 28 dB below what rounding is off by; layers add up
-        assert sqnr(one(x, t), many(x, t)) > sqnr(toy()(x, t), one(x, t)) + 20
+        # that share of a layer's codes is so far below what rounding is off by; layers add up
+        below = min(20, -10 * math.log10(12 * flipped))
+        assert sqnr(one(x, t), many(x, t)) > sqnr(toy()(x, t), one(x, t)) + below
         assert sqnr(toy()(x, t), many(x, t)) < 20
 
 
@@ -254,28 +255,22 @@ def rounds_and_correction(folder):
 
 
 def images(folder):
-    """Images, and all that was recorded on the way, in the order of one process."""
+    """Images, in the order of one process."""
     denoiser, seen = toy(), []
 
     def spied(x, t, scale):
         seen.append(len(x))
         return denoiser(x, t.expand(len(x))) * scale
 
-    settings = {"num_inference_steps": 3, "batch_size": 2, "record": True}
+    settings = {"num_inference_steps": 3, "batch_size": 2}
     settings["conditions"] = {"scale": torch.arange(1.0, 8.0)[:, None, None, None]}
 
     def drawn(**options):
         return sample(spied, DDIMScheduler(), (7, *SHAPE), **settings, **options)
 
-    many, path = drawn(parallel=True)
+    many = drawn(parallel=True)
     assert seen == [[2, 2, 2, 2, 2, 2], [2, 2, 2, 1, 1, 1]][dist.get_rank()]
-    one, alone = drawn()  # as each process does for itself, unless asked
-    assert torch.equal(many, one)
-    assert all(torch.equal(a, b) for a, b in zip(vars_of(path), vars_of(alone), strict=True))
-
-
-def vars_of(path):
-    return path.timesteps, path.inputs, path.outputs
+    assert torch.equal(many, drawn())  # as each process does for itself, unless asked
 
 
 def exchanged(folder):

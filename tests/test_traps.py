@@ -261,7 +261,7 @@ def test_the_result_does_not_depend_on_the_memory_and_all_samples_are_walked(toy
             super().__init__(gm, chunks, **kwargs)
 
     for module in ("round_weights", "reconstruct_blocks"):
-        monkeypatch.setattr(f"tfmq_fx.passes.{module}.Walk", Counting)
+        monkeypatch.setattr(f"tfmq_fx.passes.{module}.LayerwiseExecutor", Counting)
     row = 3 * 8 * 8 * 4 + 8
     spilled, held = (
         converted(toy, recipe("w4a8", iters=1, samples=12, memory=memory), count=50)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tests.bench.cuda_results import BROKEN, Results, reason_of
 from tests.bench.cuda_timing import is_usable, machine, micros, synchronize
-from tests.bench.problem_size import moved_bytes, operations
+from tests.bench.problem_size import depth, moved_bytes, operations
 from tfmq_fx.backends.codes.arithmetic import packed_half
 from tfmq_fx.backends.codes.problem import Format, Problem
 from tfmq_fx.backends.cuda.autotune import arguments, best_convolutions
@@ -224,7 +224,7 @@ def allowed(problem: Problem) -> float:
     terms is cut at 2^-13 of the sum at most.
     """
     least = 2.0**-7
-    return least + 2.0**-13 * problem.depth / 32 if problem.format == "fp8" else least
+    return least + 2.0**-13 * depth(problem) / 32 if problem.format == "fp8" else least
 
 
 def torch_times(problem: Problem, device: str) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def torch_times(problem: Problem, device: str) -> dict[str, Any]:
         row: dict[str, Any] = {"bf16": micros(calls, device)}
     for name, make in (("int8", _int8_product), ("fp8", _fp8_product)):
         try:
-            products = [make(p.rows, p.out_channels, p.depth, device) for _ in range(count)]
+            products = [make(p.rows, p.out_channels, depth(p), device) for _ in range(count)]
             row[name] = micros(products, device)
         except (RuntimeError, NotImplementedError) as error:  # sizes that torch does not take
             synchronize(device)

@@ -59,7 +59,7 @@ def made(monkeypatch):
     counting(
         sys.modules[round_weights.__name__], "input_statistics", lambda *a: f"layer {a[0].name}"
     )
-    counting(sys.modules[reconstruct_blocks.__name__], "_learnt", lambda *a: f"block {a[2].path}")
+    counting(sys.modules[reconstruct_blocks.__name__], "_best", lambda *a: f"block {a[2].path}")
     return names
 
 

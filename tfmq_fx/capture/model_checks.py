@@ -32,7 +32,7 @@ def check_model(model: object) -> None:
         if type(module).__module__.startswith(_QUANTIZED):
             raise ConfigError(_quantized(path or "the model", type(module)))
         for name, value in {**module._parameters, **module._buffers}.items():
-            if value is not None and not _is_plain(value):
+            if value is not None and not is_plain(value):
                 raise ConfigError(_quantized(f"{path}.{name}" if path else name, type(value)))
     _check_content(model)
 
@@ -61,7 +61,7 @@ def forward_parameters(model: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds]
 
 
-def _is_plain(value: Tensor) -> bool:
+def is_plain(value: Tensor) -> bool:
     """Whether the operators of a tensor are torch's own."""
     kind = type(value)
     functions = (Tensor.__torch_function__, nn.Parameter.__torch_function__)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from tfmq_fx.capture.model_checks import is_plain
 from tfmq_fx.core.errors import ArtifactError
 
 from .json_values import dtype_name, dtype_named, fields
@@ -77,8 +79,8 @@ class Fingerprint:
 
 def is_readable(value: Tensor) -> bool:
     """Whether a tensor's memory holds its elements as they are; that of packed ones does not."""
-    plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
-    return plain and not value.is_meta and not value.is_quantized
+    plain = is_plain(value) and value.layout is torch.strided
+    return plain and not (value.is_meta or value.is_quantized or isinstance(value, FakeTensor))
 
 
 def bits(value: Tensor) -> Tensor:
