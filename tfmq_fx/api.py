@@ -335,11 +335,12 @@ def bind_request(
     if unknown := sorted(set(options) - set(known)):
         raise ConfigError(f"bind_request() has no option {unknown[0]!r}; it has {', '.join(known)}")
     spec = PrologueSpec(**options) if spec is None else spec
-    if isinstance(model, Bound):
+    if isinstance(model, Converted):
         model = model.unbound()
-    elif not isinstance(model, Converted):
+    else:
         model = captured_only(prepare(model, example_inputs, timestep=timestep, config="fp"))
-        gc.collect()  # capture leaves cycles, which keep the weights that are to leave memory
+        if spec.offload != "none":
+            gc.collect()  # capture leaves cycles, which keep the weights that are to leave memory
     check_offload(spec.offload, model.device)
     bound = Bound(model, spec)
     if timesteps is not None:
