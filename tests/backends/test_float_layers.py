@@ -1,4 +1,4 @@
-"""float_layers: layers that no kernel runs, with inputs rounded as by the reference, or not at all."""
+"""float_layers: layers that no kernel runs, with inputs rounded as by the reference or not."""
 
 import pytest
 import torch
