@@ -126,6 +126,7 @@ def vae(channels: int = 4, **more: Any) -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=2,
         latent_channels=channels,
+        shift_factor=0.1,
         **more,
     )
 

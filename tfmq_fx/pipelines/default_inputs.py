@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tfmq_fx.calibration.call_batches import call_batches
 from tfmq_fx.calibration.sampling_pass import takes_batch_size
 from tfmq_fx.core.errors import ConfigError
 
@@ -43,9 +45,8 @@ def call_arguments(
             raise ConfigError(f"give prompts= or {text[0]}=, not both")
         arguments["prompt"] = _checked(prompts)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if unknown := sorted(set(arguments) - set(parameters)):
-        if not open_ended:
-            raise ConfigError(f"a {kind} takes no {unknown[0]}=; it takes {', '.join(parameters)}")
+    if not open_ended and (unknown := sorted(set(arguments) - set(parameters))):
+        raise ConfigError(f"a {kind} takes no {unknown[0]}=; it takes {', '.join(parameters)}")
     if "prompt" in parameters and all(arguments.get(name) is None for name in _TEXTS):
         arguments["prompt"] = [*PROMPTS]
     if arguments.get("prompt") is not None and _lacks_text_encoder(pipeline):
@@ -61,17 +62,36 @@ def call_arguments(
     return arguments
 
 
-def few_rows(arguments: Mapping[str, Any], pipeline: Any) -> dict[str, Any]:
-    """The same call for two samples at most, where prompts or labels alone make the samples."""
-    few = dict(arguments)
-    rows = [name for name, value in arguments.items() if isinstance(value, list) and value]
-    if len(rows) == 1 and rows[0] in ("prompt", "class_labels"):
-        few[rows[0]] = few[rows[0]][:2]
-    if takes_batch_size(pipeline) and not rows:
-        few.setdefault("batch_size", 2)
-    return few
+def in_batches(
+    pipeline: Any, arguments: Mapping[str, Any], size: int | None
+) -> tuple[dict[str, Any], int | None]:
+    """The call that draws the first `size` samples of a call (2 for None), and the batch size that
+    calibration then takes.
+
+    A call whose samples cannot be told apart is left whole, without a batch size, unless `size`
+    says otherwise: ConfigError.
+    """
+    if takes_batch_size(pipeline):
+        return {"batch_size": size or 2, **arguments}, size
+    try:
+        _, first = call_batches((), arguments, size or 2)[0]
+    except ConfigError:
+        if size is not None:
+            raise
+        return dict(arguments), None
+    return first, size or 2
 
 
+def without_decoding(pipeline: Any) -> dict[str, Any]:
+    """The argument that spares a pipeline decoding what it drew; none where it is not known."""
+    try:
+        code = inspect.getsource(type(pipeline).__call__)
+    except (OSError, TypeError):
+        return {}
+    return {"output_type": "latent"} if _LATENT.search(code) else {}
+
+
+_LATENT = re.compile(r"output_type [=!]= \"latent\"")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 

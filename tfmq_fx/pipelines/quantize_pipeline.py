@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tfmq_fx import api, backends
-from tfmq_fx.calibration.sampling_pass import SETTINGS, takes_batch_size
+from tfmq_fx.calibration.sampling_pass import takes_batch_size
 from tfmq_fx.capture.call_inference import Dynamic
 from tfmq_fx.conversion.models import Compiled, Converted
 from tfmq_fx.core.arguments import check_dynamic, check_names, check_whole, path_of
@@ -20,7 +20,7 @@ from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.presets import resolve
 from tfmq_fx.quant.budget import read_budget
 
-from .default_inputs import call_arguments, few_rows
+from .default_inputs import call_arguments, in_batches, without_decoding
 from .denoisers import chosen_denoisers
 from .pipeline_report import PipelineReport
 from .record_inputs import record_inputs
@@ -58,7 +58,8 @@ def quantize_pipeline(
     (`default_inputs.PROMPTS`).  call: further arguments of the pipeline's call, as it takes them:
     an image and a mask, embeddings, a guidance scale, class_labels (left out, eight, evenly over
     the classes).  steps: of the sampler; the results know the timesteps of these.
-    samples (64), batch_size (32): of pipelines that take no prompts or labels.  seed: of sampling.
+    samples (64): of pipelines that take no prompts or labels.  batch_size: samples at a time, 2
+    where left out, and 32 where there are no prompts or labels.  seed: of sampling.
     component: names of the denoisers to quantize; left out, all: unet, transformer, transformer_2,
     prior, decoder and the like.
     budget, checkpoint: as for `convert`; where there are several denoisers, each has the budget and
@@ -74,19 +75,15 @@ def quantize_pipeline(
     if "num_inference_steps" in call or "generator" in call:
         raise ConfigError("give steps= and seed= in place of num_inference_steps and generator")
     arguments = call_arguments(pipeline, prompts, call)
-    if not takes_batch_size(pipeline) and (samples, batch_size) != (None, None):
+    if samples is not None and not takes_batch_size(pipeline):
         raise ConfigError(
-            f"leave out samples and batch_size: a {type(pipeline).__name__} draws as many samples "
-            "as it has prompts, labels or embeddings"
+            f"leave out samples: a {type(pipeline).__name__} draws as many as it has prompts, "
+            "labels or embeddings"
         )
+    first, size = in_batches(pipeline, arguments, batch_size)
     folders = _folders(checkpoint, chosen)
     examples = {
-        name: record_inputs(
-            pipeline,
-            component=name,
-            num_inference_steps=steps,
-            **few_rows(arguments, pipeline),
-        )
+        name: record_inputs(pipeline, component=name, num_inference_steps=steps, **first)
         for name in chosen
     }
     prepared = {
@@ -101,10 +98,10 @@ def quantize_pipeline(
             pipeline,
             num_inference_steps=steps,
             samples=samples,
-            batch_size=batch_size,
+            batch_size=size,
             seed=seed,
             progress=progress,
-            **arguments,
+            **without_decoding(pipeline) | arguments,
         )
     models: dict[str, Converted] = {}
     facts = {"pipeline": type(pipeline).__name__, "steps": steps}

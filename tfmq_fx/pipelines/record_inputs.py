@@ -35,7 +35,7 @@ def record_inputs(
     They are example inputs for `prepare`, with all that the pipeline adds: batches for guidance,
     a ControlNet's residuals, an adapter's features and image embeddings, the channels of a mask.
 
-    pipeline: a diffusers pipeline; called with *args and **kwargs, and stopped at that call. Neither
+    pipeline: a diffusers pipeline, called with *args and **kwargs and stopped at that call. Neither
     it nor its scheduler, denoiser and generators change, nor torch's random state.
     component: which denoiser, such as "transformer_2"; needed where there are several.
     Tensors keep shape, dtype and device.
