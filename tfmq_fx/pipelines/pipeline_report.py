@@ -17,7 +17,8 @@ class PipelineReport(Report):
     reports: the report on each denoiser, by the name of the component.  data: that of the
     denoiser; where there are several, with the layers, weights and bytes of all.
     models: the converted models, to save; what runs may be compiled.
-    replaced: the modules that the pipeline had, which `restore` puts back.
+    pipeline: the pipeline that was given.  replaced: the modules that it had, which `restore` puts
+    back.
     """
 
     def __init__(
@@ -30,14 +31,14 @@ class PipelineReport(Report):
         super().__init__(_together(self.reports))
         self.models = dict(models)
         self.replaced: dict[str, nn.Module] = {n: getattr(pipeline, n) for n in placed}
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         for name, model in placed.items():
             setattr(pipeline, name, model)
 
     def restore(self) -> None:
         """Put the modules that the pipeline had back into their places."""
         for name, module in self.replaced.items():
-            setattr(self._pipeline, name, module)
+            setattr(self.pipeline, name, module)
 
     def __str__(self) -> str:
         return "\n\n".join(f"{name}: {each}" for name, each in self.reports.items())

@@ -112,7 +112,8 @@ def quantize_pipeline(
         if bind is not False:
             spec = bind if isinstance(bind, PrologueSpec) else None
             model = api.bind_request(model, spec=spec)
-        model.record["sampled"] = facts | {"component": name}
+        own = {"component": name, "class": type(chosen[name]).__name__}
+        model.record["sampled"] = facts | own
         models[name] = model
     placed: dict[str, Converted | Compiled] = {**models}
     if compile is not False:

@@ -51,6 +51,8 @@ def record_inputs(
     ((name, module),) = chosen.items()
     own = copied(pipeline)
     setattr(own, name, _stopping(module))
+    if hasattr(own, "set_progress_bar_config"):
+        own.set_progress_bar_config(disable=True)
     with _random_states(kwargs.get("generator")):
         try:
             call_pipeline(own, *args, **kwargs)
