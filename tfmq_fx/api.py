@@ -20,7 +20,7 @@ from tfmq_fx.backends.self_check import Reference
 from .calibration.sampling_pass import sampling_pass
 from .capture.call_inference import Dynamic
 from .capture.capture import capture
-from .capture.inputs import find_timestep, named_inputs
+from .capture.inputs import example_timestep, find_timestep, named_inputs
 from .conversion.convert import convert as convert
 from .conversion.distributed_calibration import run_calibration, run_settings
 from .conversion.models import Compiled, Converted, Prepared
@@ -33,7 +33,7 @@ from .core.errors import ArtifactError, ConfigError
 from .core.inference import outside_inference_mode
 from .core.layer_config import LayerConfig
 from .core.presets import resolve
-from .core.timesteps import timestep_values
+from .core.timesteps import as_received, float_dtype, timestep_values
 from .ir.graph import device_of
 from .prologue.bound_model import Bound
 from .prologue.load_model import load as load
@@ -75,20 +75,19 @@ def prepare(
     inputs = named_inputs(model, example_inputs)
     name = find_timestep(inputs, timestep)
     values = timestep_values(timesteps)
-    if values is not None and values.is_floating_point():
-        inputs[name] = torch.as_tensor(inputs[name]).float()
+    inputs[name] = example_timestep(inputs[name], float_dtype(timesteps))
     if dynamic is None:  # nobody said how long the text will be
         dynamic = ("batch", "text") if example_inputs is None else ("batch",)
     captured = capture(model, inputs, timestep=name, dynamic=dynamic)
     behaves = behaviour(model)
-    dtype = inputs[name].dtype if isinstance(inputs[name], Tensor) else None
+    dtype = inputs[name].dtype
     return observe_graph(
         captured.gm,
         captured.call,
         recipe=recipe,
         overrides=overrides or {},
         source=model,
-        timesteps=None if values is None else check_timesteps(values, dtype or values.dtype),
+        timesteps=None if values is None else check_timesteps(as_received(values, dtype), dtype),
         facts={
             "route": captured.route,
             "seconds": captured.seconds,
@@ -338,7 +337,11 @@ def bind_request(
     if isinstance(model, Converted):
         model = model.unbound()
     else:
-        model = captured_only(prepare(model, example_inputs, timestep=timestep, config="fp"))
+        floats = float_dtype(timesteps)
+        kind = None if floats is None else torch.zeros(1, dtype=floats)
+        prepared = prepare(model, example_inputs, timesteps=kind, timestep=timestep, config="fp")
+        model = captured_only(prepared)
+        del prepared
         if spec.offload != "none":
             gc.collect()  # capture leaves cycles, which keep the weights that are to leave memory
     check_offload(spec.offload, model.device)

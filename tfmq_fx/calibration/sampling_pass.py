@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfmq_fx.capture.call_spec import CallSpec
+from tfmq_fx.capture.input_checks import check_timestep
 from tfmq_fx.capture.model_checks import unwrapped
 from tfmq_fx.core.arguments import check_names, check_whole
 from tfmq_fx.core.distributed import nothing, shard
-from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.errors import ConfigError, InputError
 from tfmq_fx.core.progress import progress_bar
+from tfmq_fx.core.timesteps import is_scheduler
 
-from .ddim import sample
+from .scheduler_sampling import batch_generators, sample
+from .scheduler_steps import rehearse
 
 Settings = Mapping[str, int | None]
 
@@ -65,7 +69,7 @@ def sampling_pass(
     if hasattr(source, "components"):
         return _pipeline_pass(source, args, kwargs, original, settings, chosen, progress)
     others = ", ".join([*(type(value).__name__ for value in args), *kwargs])
-    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step"):
+    if isinstance(source, tuple) and len(source) == 2 and _drives(source[0]):
         if args or not all(isinstance(value, Tensor) for value in kwargs.values()):
             raise ConfigError(
                 "calibrate() with a (scheduler, shape) pair takes the model's further inputs by "
@@ -83,6 +87,11 @@ def sampling_pass(
         raise ConfigError(f"calibrate() with an iterable takes nothing else; got {others}")
     _refuse(settings, SETTINGS, "an iterable brings its own calls, as many as it has")
     return _iterable_pass(source, progress)
+
+
+def _drives(value: Any) -> bool:
+    """Whether `value` is a scheduler, of any kind."""
+    return not isinstance(value, (Tensor, type)) and (hasattr(value, "step") or is_scheduler(value))
 
 
 def _fit(chosen: dict[str, int], settings: Settings, batch: int) -> None:
@@ -115,7 +124,7 @@ def _scheduler_pass(
     chosen: Mapping[str, int],
     progress: bool,
 ) -> SamplingPass:
-    """A pass that draws images of `shape`, one sample's, by DDIM with a copy of `scheduler`."""
+    """A pass that draws images of `shape`, one sample's, with a copy of `scheduler`."""
     sizes = shape if isinstance(shape, Sequence) else ()
     if not sizes or not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
         raise ConfigError(
@@ -125,11 +134,14 @@ def _scheduler_pass(
     options = {name: value for name, value in chosen.items() if name != "samples"}
 
     def run(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
+        call = getattr(denoiser, "call", None)
+        steps = rehearse(scheduler, shape, chosen["num_inference_steps"])
         sample(
-            denoiser,
+            denoiser if call is None else _receiving(denoiser, call, steps),
             copy.deepcopy(scheduler),
             (chosen["samples"], *shape),
             device=getattr(denoiser, "device", "cpu"),
+            dtype=getattr(denoiser, "dtype", torch.float32),
             progress=progress,
             conditions=conditions,
             parallel=True,
@@ -138,6 +150,38 @@ def _scheduler_pass(
         )
 
     return SamplingPass(run, repeatable=True)
+
+
+def _receiving(denoiser: nn.Module, call: CallSpec, steps: Sequence[Tensor]) -> Callable[..., Any]:
+    """A function that calls a captured `denoiser` with the timesteps of a scheduler, `steps`, in a
+    dtype that it takes.
+
+    Raises ConfigError for a timestep that this dtype does not hold.
+    """
+    spec = call.inputs[call.timestep_position]
+
+    def fitting(t: Tensor) -> Tensor:
+        whole = t.is_floating_point() and not spec.dtype.is_floating_point
+        return t.to(spec.dtype) if whole else t
+
+    for t in steps:
+        if float(fitting(t)) != float(t):
+            raise ConfigError(
+                f"the scheduler gives timestep {float(t)} as {t.dtype}, and the model was captured "
+                f"for {spec.dtype}. Prepare it with an example timestep of {t.dtype}, or with "
+                "timesteps=the scheduler after its set_timesteps()"
+            )
+        try:
+            check_timestep(spec, fitting(t), {}, None)
+        except InputError as error:
+            raise ConfigError(
+                f"{error} Give prepare() an example timestep of {t.dtype}, as the scheduler has it"
+            ) from error
+
+    def received(x: Tensor, t: Tensor, **inputs: Tensor) -> Any:
+        return denoiser(x, fitting(t), **inputs)
+
+    return received
 
 
 def _iterable_pass(calls: Iterable[Any], progress: bool) -> SamplingPass:
@@ -187,20 +231,13 @@ def _pipeline_pass(
         pipe = make(denoiser)
         pipe.set_progress_bar_config(disable=not progress)
         options = {**kwargs, "num_inference_steps": chosen["num_inference_steps"]}
-        batches = zip(starts, _generators(chosen["seed"], len(starts)), strict=True)
+        batches = zip(starts, batch_generators(chosen["seed"], len(starts)), strict=True)
         for start, generator in shard(batches, done):
             if counted:
                 options["batch_size"] = min(size, samples - start)
             pipe(*args, **options, generator=generator)
 
     return SamplingPass(run, repeatable=True)
-
-
-def _generators(seed: int, count: int) -> list[torch.Generator]:
-    """One generator for each batch, so that any process can draw any batch."""
-    draw = torch.Generator().manual_seed(seed)
-    seeds = [seed, *torch.randint(2**62, (count - 1,), generator=draw).tolist()]
-    return [torch.Generator().manual_seed(each) for each in seeds]
 
 
 def takes_batch_size(pipeline: Any) -> bool:

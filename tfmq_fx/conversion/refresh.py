@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from tfmq_fx.core.arguments import check_module
 from tfmq_fx.core.errors import CalibrationError, ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
-from tfmq_fx.core.timesteps import timestep_values
+from tfmq_fx.core.timesteps import as_received, timestep_values
 from tfmq_fx.ir.graph import own_modules, timestep_node
 from tfmq_fx.ir.subgraphs import compute_rows
 from tfmq_fx.ir.temporal_block import temporal_block
@@ -69,8 +69,8 @@ def refresh(
         )
     if origin.timesteps is None and values is not None and model.unbound() is model:
         raise ConfigError("this model has no tables: it takes any timesteps as it is")
-    if values is not None and hasattr(timesteps, "timesteps"):
-        values = values.unique()  # some schedulers visit a timestep twice
+    if values is not None:
+        values = as_received(values, model.call.inputs[model.call.timestep_position].dtype)
     new = model.unbound()
     if values is None and not _has_calibrated_timesteps(new, origin):
         values = new.timesteps
