@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_fx.capture.call_spec import CallSpec
-from tfmq_fx.capture.input_checks import check_timestep
 from tfmq_fx.capture.model_checks import unwrapped
 from tfmq_fx.core.arguments import check_names, check_whole
 from tfmq_fx.core.distributed import nothing, shard
-from tfmq_fx.core.errors import ConfigError, InputError
+from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.progress import progress_bar
 from tfmq_fx.core.timesteps import is_scheduler
 
@@ -153,33 +152,16 @@ def _scheduler_pass(
 
 
 def _receiving(denoiser: nn.Module, call: CallSpec, steps: Sequence[Tensor]) -> Callable[..., Any]:
-    """A function that calls a captured `denoiser` with the timesteps of a scheduler, `steps`, in a
-    dtype that it takes.
+    """A function that calls a captured `denoiser` at `steps`, the timesteps of a scheduler.
 
-    Raises ConfigError for a timestep that this dtype does not hold.
+    They arrive as the scheduler gives them; as whole numbers, where the graph takes those and holds
+    all of them.
     """
-    spec = call.inputs[call.timestep_position]
-
-    def fitting(t: Tensor) -> Tensor:
-        whole = t.is_floating_point() and not spec.dtype.is_floating_point
-        return t.to(spec.dtype) if whole else t
-
-    for t in steps:
-        if float(fitting(t)) != float(t):
-            raise ConfigError(
-                f"the scheduler gives timestep {float(t)} as {t.dtype}, and the model was captured "
-                f"for {spec.dtype}. Prepare it with an example timestep of {t.dtype}, or with "
-                "timesteps=the scheduler after its set_timesteps()"
-            )
-        try:
-            check_timestep(spec, fitting(t), {}, None)
-        except InputError as error:
-            raise ConfigError(
-                f"{error} Give prepare() an example timestep of {t.dtype}, as the scheduler has it"
-            ) from error
+    kind = call.inputs[call.timestep_position].dtype
+    whole = not kind.is_floating_point and all(float(t.to(kind)) == float(t) for t in steps)
 
     def received(x: Tensor, t: Tensor, **inputs: Tensor) -> Any:
-        return denoiser(x, fitting(t), **inputs)
+        return denoiser(x, t.to(kind) if whole else t, **inputs)
 
     return received
 
