@@ -160,8 +160,8 @@ def _receiving(denoiser: nn.Module, call: CallSpec, steps: Sequence[Tensor]) -> 
     kind = call.inputs[call.timestep_position].dtype
     whole = not kind.is_floating_point and all(float(t.to(kind)) == float(t) for t in steps)
 
-    def received(x: Tensor, t: Tensor, **inputs: Tensor) -> Any:
-        return denoiser(x, t.to(kind) if whole else t, **inputs)
+    def received(x: Tensor, t: Any, **inputs: Tensor) -> Any:
+        return denoiser(x, torch.as_tensor(t).to(kind) if whole else t, **inputs)
 
     return received
 

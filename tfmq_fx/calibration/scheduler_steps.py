@@ -77,7 +77,8 @@ def rehearse(scheduler: Any, shape: Sequence[int], num_inference_steps: int) -> 
     empty, named = inspect.Parameter.empty, (inspect.Parameter.VAR_KEYWORD,)
     needed = [n for n, p in takes.items() if p.default is empty and p.kind not in named]
     needed = [name for name in needed if name not in _SUPPLIED]
-    if more := [name for name in needed if name not in _USUAL][: len(needed) - len(_USUAL)]:
+    more = [name for name in needed if name not in _USUAL]
+    if len(needed) > len(_USUAL):
         raise ConfigError(f"{kind}.step() needs {', '.join(more)} as well. {_DRIVEN}")
 
     def answer(x: Tensor, t: Tensor) -> Tensor:
