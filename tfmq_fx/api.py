@@ -58,8 +58,9 @@ def prepare(
 
     example_inputs: arguments of model.forward as a tuple or a dict; left out, they are derived from
     a diffusers model's config.  timesteps: the finite set the model will be called with: an int N
-    (0 to N - 1), a 1-d tensor or sequence of integers or floats, or a scheduler; left out, the
-    steps that calibration visits.  timestep: the name of that input; left out, it is found by name.
+    (0 to N - 1), a 1-d tensor or sequence of integers or floats, or a scheduler, whose distinct
+    values count; left out, the steps that calibration visits.  Where they are floats and the
+    example's timestep is whole, the graph takes floats of their dtype.  timestep: the name of that input; left out, it is found by name.
     config: a preset name or a Config.  overrides: module name patterns (fnmatch) -> LayerConfig.
     dynamic: the sizes the graph leaves free: of "batch", "text" (the number of its tokens) and
     "spatial" (height and width) those that are named; or, one by one, {input: {dim: name}}.  Left
@@ -113,8 +114,9 @@ def calibrate(
     """Run one full-precision sampling pass through `prepared` and return it.
 
     source: a diffusers pipeline (called with *args and **kwargs), a (scheduler, shape) pair with
-    shape that of one sample (**kwargs: the model's further inputs by name, a row for each sample),
-    or any iterable of inputs (tuples or dicts of arguments).
+    shape that of one sample (**kwargs: the model's further inputs by name, a row for each sample;
+    the scheduler's steps are taken by copies, with eta 0 and seeded noise), or any iterable of
+    inputs (tuples or dicts of arguments).
     num_inference_steps (50 where left out), samples (64), batch_size (32), seed (0): of the
     sampling. An iterable brings its own, and prompts, class labels or embeddings the number of
     samples: ConfigError where they are given as well.

@@ -113,6 +113,8 @@ def test_a_pipeline_calibrates_at_the_steps_that_it_takes(name: str) -> None:
 def test_a_model_calibrated_in_the_middle_serves_the_whole_way() -> None:
     """Its ranges end where calibration began; beyond, those of the end are taken."""
     model = prepared(torch.int64)
+    half = pipeline("Img2Img", diffusers.DDIMScheduler())
+    visited(model, half, 4, image=IMAGE, strength=0.5)
     done = convert(model, progress=False)
     assert done.timesteps is not None
     pipe = pipeline("", diffusers.DDIMScheduler())

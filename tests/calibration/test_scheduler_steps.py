@@ -162,6 +162,35 @@ def test_the_rehearsal_tells_the_timesteps_and_leaves_the_scheduler_alone() -> N
         rehearse(shifting, SHAPE, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        (
+            "EulerDiscreteScheduler",
+            {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+        ),
+    ],
+)
+def test_settings_of_a_scheduler_decide_the_steps(name: str, config: dict[str, Any]) -> None:
+    steps = make(name, 5, **config).timesteps
+    model = shared(steps.dtype, torch.float32)
+    before = Counter(model.cache.visits)
+    calibrated(make(name, **config), model)
+    assert set(Counter(model.cache.visits) - before) == set(steps.tolist())
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "UnCLIPScheduler"])
+def test_models_may_answer_with_a_variance_as_well(name: str) -> None:
+    scheduler = make(name, variance_type="learned_range")
+    assert len(rehearse(scheduler, SHAPE, 5)) == 5
+    image = sample(
+        lambda x, t: torch.cat([x, x], 1) / 4, scheduler, (2, *SHAPE), num_inference_steps=5
+    )
+    assert image.shape == (2, *SHAPE) and torch.isfinite(image).all()
+
+
 def test_a_scheduler_of_ones_own_drives() -> None:
     class Halving:
         def set_timesteps(self, count: int) -> None:

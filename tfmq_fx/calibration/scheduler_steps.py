@@ -18,6 +18,7 @@ _DRIVEN = (
     "Heun, DPM-Solver, UniPC and flow-matching families. Otherwise calibrate with the pipeline, or "
     "with an iterable of the model's calls"
 )
+_VARIANCE = "variance_type"  # of a scheduler's config: "learned" where models answer with both
 _USUAL = ("model_output", "timestep", "sample")
 _SUPPLIED = ("eta", "generator", "prev_timestep", "return_dict")  # arguments of step() given here
 
@@ -81,9 +82,11 @@ def rehearse(scheduler: Any, shape: Sequence[int], num_inference_steps: int) -> 
     if len(needed) > len(_USUAL):
         raise ConfigError(f"{kind}.step() needs {', '.join(more)} as well. {_DRIVEN}")
 
+    learns_variance = "learned" in str(getattr(getattr(scheduler, "config", None), _VARIANCE, ""))
+
     def answer(x: Tensor, t: Tensor) -> Tensor:
         met.append(t)
-        return torch.zeros_like(x)
+        return torch.zeros_like(x if not learns_variance else torch.cat([x, x], 1))
 
     noise = torch.zeros(1, *shape, dtype=torch.float32)
     try:
