@@ -60,7 +60,8 @@ def prepare(
     a diffusers model's config.  timesteps: the finite set the model will be called with: an int N
     (0 to N - 1), a 1-d tensor or sequence of integers or floats, or a scheduler, whose distinct
     values count; left out, the steps that calibration visits.  Where they are floats and the
-    example's timestep is whole, the graph takes floats of their dtype.  timestep: the name of that input; left out, it is found by name.
+    example's timestep is whole, the graph takes floats of their dtype.  timestep: the name of that
+    input; left out, it is found by name.
     config: a preset name or a Config.  overrides: module name patterns (fnmatch) -> LayerConfig.
     dynamic: the sizes the graph leaves free: of "batch", "text" (the number of its tokens) and
     "spatial" (height and width) those that are named; or, one by one, {input: {dim: name}}.  Left

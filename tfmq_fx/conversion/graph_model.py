@@ -46,6 +46,7 @@ class GraphModel(nn.Module):
 
     gm: fx.GraphModule
     watch: StalenessCheck | None = None  # of the model that the graph was made from
+    origin: Provenance | None = None  # what else it was made from
     why_no_gradient = (
         "no gradient with respect to the timestep, whose values are read from a table. Detach it"
     )

@@ -11,7 +11,7 @@ import math
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,9 +25,7 @@ from tfmq_fx.quant.timestep_lookup import check_timesteps
 from tfmq_fx.quant.timestep_table import TABLE, QuantTimestepTable
 
 from .feature_rows import FeatureRows
-
-if TYPE_CHECKING:
-    from .models import Converted
+from .graph_model import GraphModel
 
 _MOST = 1024  # timesteps added; where calls bring more, those that came first go again
 _log = logging.getLogger(__name__)
@@ -43,7 +41,7 @@ class UnvisitedTimesteps:
     met: the timesteps added so far.  interpolated: those of them that have interpolated ranges.
     """
 
-    def __init__(self, model: Converted) -> None:
+    def __init__(self, model: GraphModel) -> None:
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
         self.forget()
@@ -116,7 +114,7 @@ class UnvisitedTimesteps:
             self.met = [*self.met[len(dropped) :], *new]
             self.interpolated += added.interpolated
 
-    def _rows(self, model: Converted, new: list[float]) -> Tables:
+    def _rows(self, model: GraphModel, new: list[float]) -> Tables:
         """The model's tables at the timesteps `new` alone."""
         gm, origin = model.gm, model.origin
         keys = check_timesteps(new, timestep_node(gm).meta["val"].dtype)
@@ -134,7 +132,7 @@ class UnvisitedTimesteps:
                 f"{model.why_unknown(new[0])}, and its rows cannot be computed: {error}"
             ) from error
 
-    def _source_of(self, model: Converted, step: float) -> nn.Module:
+    def _source_of(self, model: GraphModel, step: float) -> nn.Module:
         """The model that `model` was made from.  Raises InputError where it is gone."""
         source = None if model.watch is None or model.origin is None else model.watch.source
         if source is None:
@@ -145,7 +143,7 @@ class UnvisitedTimesteps:
             )
         return source
 
-    def _computed_by(self, model: Converted, source: nn.Module) -> FeatureRows:
+    def _computed_by(self, model: GraphModel, source: nn.Module) -> FeatureRows:
         """What computes the features, with the weights that the source has now."""
         watch, origin = model.watch, model.origin
         assert watch is not None and origin is not None
