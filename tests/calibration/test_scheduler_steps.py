@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.schedulers import NAMES, make
 from tests.toys import seeded
-from tfmq_fx import ConfigError, InputError, calibrate, prepare
+from tfmq_fx import ConfigError, calibrate, prepare
 from tfmq_fx.calibration.scheduler_sampling import initial_noise, sample
 from tfmq_fx.calibration.scheduler_steps import denoised, rehearse
 
@@ -141,14 +141,16 @@ def test_a_model_gets_its_dtype_and_timesteps_as_the_scheduler_has_them() -> Non
             kinds.clear()
 
 
-def test_whole_floats_reach_a_graph_of_whole_timesteps_and_others_do_not() -> None:
+def test_whole_floats_reach_a_graph_of_whole_timesteps_and_others_another_graph() -> None:
     four = make("EulerDiscreteScheduler", 4)
     assert four.timesteps.tolist() == [999.0, 666.0, 333.0, 0.0]
     whole = prepared()
     calibrated(make("EulerDiscreteScheduler"), whole, num_inference_steps=4)
     assert sorted(whole.cache.visits) == [0, 333, 666, 999]
-    with pytest.raises(InputError, match=r"captured for torch\.int64, got torch\.float32"):
-        calibrated(make("EulerDiscreteScheduler"), whole, num_inference_steps=5)
+    assert whole.call.inputs[1].dtype == torch.int64
+    other = calibrated(make("EulerDiscreteScheduler"), prepared(), num_inference_steps=5)
+    assert other.call.inputs[1].dtype == torch.float32  # captured again by its first call
+    assert sorted(other.cache.visits) == [0.0, 249.75, 499.5, 749.25, 999.0]
 
 
 def test_the_rehearsal_tells_the_timesteps_and_leaves_the_scheduler_alone() -> None:

@@ -97,6 +97,12 @@ class Prepared(GraphModel):
         self.cache.add(inputs, self.batched(), self.call.timestep_position)
         return outputs
 
+    def take_graph(self, other: Prepared) -> None:
+        """Take the graph of `other`, the same model captured for another call, before anything was
+        recorded."""
+        self.gm, self.observed, self.call = other.gm, other.observed, other.call
+        self.__dict__["unmerged"], self.behaviour = other.unmerged, other.behaviour
+
     def observers(self) -> list[RangeObserver]:
         """The observers of the layers' input ranges."""
         return [m for m in self.observed.modules() if isinstance(m, RangeObserver)]
@@ -249,12 +255,13 @@ class Compiled(GraphModel):
         super().__init__(lowering.gm, converted.call, converted.model_config)
         self.gm.meta["timesteps"] = converted.timesteps
         self.runner, self.backend, self.check = runner, backend, check
+        self.options: dict[str, Any] = {}  # of compile(), for another form of the model
         self.millis = dict(millis or {})
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
         self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch
         self._feed, self._lookup_keys = converted.feed, converted.lookup_keys
-        self._reference, self._handed_over = weakref.ref(converted), False
+        self.reference, self._handed_over = weakref.ref(converted), False
         self._batched = batched_inputs(converted.gm)
         install_removed(self.gm, self.record.get("removed", {}))
 
@@ -270,7 +277,7 @@ class Compiled(GraphModel):
 
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
-        if unknown := self.unknown_timesteps(inputs):
+        if not torch.compiler.is_compiling() and (unknown := self.unknown_timesteps(inputs)):
             return self._on_reference(inputs, unknown)
         if self.backend == "eager":
             return self._run(inputs)
@@ -278,13 +285,13 @@ class Compiled(GraphModel):
             return with_nan(self._run(inputs), inputs, self._batched)
         if is_finite(inputs):
             return self._run(inputs)
-        if (reference := self._reference()) is not None:
+        if (reference := self.reference()) is not None:
             return reference.run(inputs)
         return with_nan(self._run(inputs), inputs, self._batched)
 
     def _on_reference(self, inputs: list[Tensor], unknown: Sequence[float]) -> Any:
         """The answer of the converted model.  Raises InputError where it is gone."""
-        reference = self._reference()
+        reference = self.reference()
         if reference is None:
             raise InputError(
                 f"{self.why_unknown(unknown[0])}, and the converted model that could answer is "

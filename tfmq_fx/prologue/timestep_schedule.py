@@ -39,7 +39,8 @@ class Schedule:
         if self._scheduler is not None:
             self._refresh()
             if self._set is not None and not self._values:
-                shown = ", ".join(map(str, timestep_values(source).tolist()[:4]))
+                values = timestep_values(source)
+                shown = ", ".join(map(str, [] if values is None else values.tolist()[:4]))
                 raise ConfigError(
                     f"the scheduler's timesteps cannot be received as {dtype}: {shown}, ... "
                     "Capture the model anew, with a float timestep: prepare(..., timesteps=the "
