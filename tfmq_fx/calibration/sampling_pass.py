@@ -154,14 +154,15 @@ def _scheduler_pass(
 def _receiving(denoiser: nn.Module, call: CallSpec, steps: Sequence[Tensor]) -> Callable[..., Any]:
     """A function that calls a captured `denoiser` at `steps`, the timesteps of a scheduler.
 
-    They arrive as the scheduler gives them; as whole numbers, where the graph takes those and holds
-    all of them.
+    They arrive in the dtype that the scheduler gives, or as whole numbers, where the graph takes
+    those and holds all of them; one for each sample, as models written by hand often want them.
     """
     kind = call.inputs[call.timestep_position].dtype
     whole = not kind.is_floating_point and all(float(t.to(kind)) == float(t) for t in steps)
 
     def received(x: Tensor, t: Any, **inputs: Tensor) -> Any:
-        return denoiser(x, torch.as_tensor(t).to(kind) if whole else t, **inputs)
+        row = torch.as_tensor(t, device=x.device).expand(len(x))
+        return denoiser(x, row.to(kind) if whole else row, **inputs)
 
     return received
 
