@@ -48,6 +48,7 @@ class GraphModel(nn.Module):
 
     gm: fx.GraphModule
     watch: StalenessCheck | None = None  # of the model that the graph was made from
+    origin: Provenance | None = None  # what else it was made from
     why_no_gradient = (
         "no gradient with respect to the timestep, whose values are read from a table. Detach it"
     )
@@ -120,16 +121,26 @@ class GraphModel(nn.Module):
 
     def check_timesteps(self, inputs: list[Tensor]) -> None:
         """Raise InputError naming any timestep that the graph has no rows for."""
-        keys = self.lookup_keys
-        if keys is None:
-            return
-        if unknown := find_unknown(keys, self.timestep_of(inputs)):
+        if unknown := self.unknown_timesteps(inputs):
             raise InputError(
-                f"{self.call.timestep}: {unknown[0]} is not among the {len(keys)} timesteps this "
-                f"model was made for ({keys[0].item()} to {keys[-1].item()}). Prepare it again "
-                "with timesteps= that include it (left out, it takes those that calibration "
-                "visits), or set the scheduler as in calibration."
+                f"{self.why_unknown(unknown[0])}. Prepare it again with timesteps= that include it "
+                "(left out, it takes those that calibration visits), or set the scheduler as in "
+                "calibration."
             )
+
+    def unknown_timesteps(self, inputs: Sequence[Tensor]) -> list[int | float]:
+        """The distinct timesteps of a call that the graph has no rows for, ascending."""
+        keys = self.lookup_keys
+        return [] if keys is None else find_unknown(keys, self.timestep_of(inputs))
+
+    def why_unknown(self, step: float) -> str:
+        """The beginning of an error message for a timestep that the graph has no rows for."""
+        keys = self.timesteps
+        assert keys is not None
+        return (
+            f"{self.call.timestep}: {step} is not among the {len(keys)} timesteps this model was "
+            f"made for ({keys[0].item()} to {keys[-1].item()})"
+        )
 
     def timestep_of(self, values: Sequence[T]) -> T:
         """The value of the timestep among the values of all placeholders."""

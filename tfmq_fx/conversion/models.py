@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -31,6 +32,9 @@ from tfmq_fx.serialization.removed_layers import install_removed
 from tfmq_fx.serialization.staleness import StalenessCheck
 
 from .graph_model import GraphModel
+from .unvisited_timesteps import UnvisitedTimesteps
+
+_log = logging.getLogger(__name__)
 
 
 class Prepared(GraphModel):
@@ -120,7 +124,8 @@ class Converted(GraphModel):
 
     gm: the graph, open to inspection.  recipe: its configuration.  record: JSON-ready facts for
     `report`.  origin: all else that `refresh` needs, or None.  watch: checks whether the source
-    still has its weights; copies share it, pickled and saved models have none.
+    still has its weights; copies share it, pickled and saved models have none.  unvisited: rows for
+    the timesteps of calls that the model was not made for.
     """
 
     def __init__(
@@ -136,7 +141,26 @@ class Converted(GraphModel):
     ) -> None:
         super().__init__(gm, call, model_config)
         self.recipe, self.record, self.origin, self.watch = recipe, record, origin, watch
+        self.unvisited = UnvisitedTimesteps(self)
         install_removed(gm, record.get("removed", {}))
+
+    def check_timesteps(self, inputs: list[Tensor]) -> None:
+        """Add rows for the timesteps that the graph has none for.
+
+        Raises InputError, naming one, where they cannot be made.
+        """
+        if unknown := self.unknown_timesteps(inputs):
+            self.unvisited.add(unknown)
+
+    def run(self, inputs: list[Tensor]) -> Any:
+        if torch.compiler.is_compiling():
+            return self.gm(*inputs)
+        return self.unvisited.on(self.gm)(*inputs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.unvisited.forget()
+        return self
 
     @property
     def bit_plan(self) -> BitPlan | None:
@@ -204,7 +228,9 @@ class Compiled(GraphModel):
     Its outputs have no gradient, and raise where one is needed: the converted model has one.
 
     On the CPU, inputs with NaN and Inf are passed to the converted model while that is in memory;
-    after that, and on other devices, samples with NaN in an input are NaN as a whole.
+    after that, and on other devices, samples with NaN in an input are NaN as a whole.  Timesteps
+    that the model was not made for run on the converted model, too, which has or makes rows for
+    them (one log line says so), and raise InputError where it is gone: keep a reference to it.
 
     backend: its name.  lowered: how many layers run as integers.  declined: [layer, reason] of the
     other layers.  millis: the time of a call by backend, where several were measured.  check: the
@@ -235,7 +261,7 @@ class Compiled(GraphModel):
         self.declined = [[d.site, d.reason] for d in lowering.declined]
         self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch
         self._feed, self._lookup_keys = converted.feed, converted.lookup_keys
-        self.reference = weakref.ref(converted)
+        self.reference, self._handed_over = weakref.ref(converted), False
         self._batched = batched_inputs(converted.gm)
         install_removed(self.gm, self.record.get("removed", {}))
 
@@ -246,8 +272,13 @@ class Compiled(GraphModel):
     def without_gradient(self) -> Sequence[str]:
         return self.call.names
 
+    def check_timesteps(self, inputs: list[Tensor]) -> None:
+        """Leave timesteps to `run`, which hands those without rows to the converted model."""
+
     @torch.no_grad()
     def run(self, inputs: list[Tensor]) -> Any:
+        if not torch.compiler.is_compiling() and (unknown := self.unknown_timesteps(inputs)):
+            return self._on_reference(inputs, unknown)
         if self.backend == "eager":
             return self._run(inputs)
         if inputs[0].device.type != "cpu":  # checking for NaN first would wait for the device
@@ -257,6 +288,26 @@ class Compiled(GraphModel):
         if (reference := self.reference()) is not None:
             return reference.run(inputs)
         return with_nan(self._run(inputs), inputs, self._batched)
+
+    def _on_reference(self, inputs: list[Tensor], unknown: Sequence[float]) -> Any:
+        """The answer of the converted model.  Raises InputError where it is gone."""
+        reference = self.reference()
+        if reference is None:
+            raise InputError(
+                f"{self.why_unknown(unknown[0])}, and the converted model that could answer is "
+                "gone: keep a reference to it, or make one with tfmq_fx.refresh(model, source, "
+                "timesteps=...) and compile that."
+            )
+        if not self._handed_over:
+            self._handed_over = True
+            _log.warning(
+                "timestep %s was not compiled: it, and others that the model was not made for, "
+                "run on the converted model, which is slower. Compile what tfmq_fx.refresh(model, "
+                "source, timesteps=...) makes to have them compiled",
+                unknown[0],
+            )
+        reference.check_timesteps(inputs)
+        return reference.run(inputs)
 
     def _run(self, inputs: list[Tensor]) -> Any:
         return self.runner(*(inputs if self._feed is None else self._feed(inputs)))

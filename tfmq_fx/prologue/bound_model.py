@@ -62,7 +62,8 @@ class Bound(Converted):
     def run(self, inputs: list[Tensor]) -> Any:
         if torch.compiler.is_compiling():  # somebody compiles the whole: nothing may be kept
             return self.gm(*inputs)
-        return self.step(*self.prologue.step_inputs(inputs))
+        values = self.prologue.step_inputs(inputs)
+        return self.unvisited.on(self.step)(*values)
 
     def set_timesteps(self, timesteps: Any) -> None:
         """Set the timesteps of the requests to come, and compute the values of current conditions.
@@ -111,7 +112,7 @@ class Bound(Converted):
         steps = self.spec.steps or (_STEPS if known is None else len(known))
         split = split_prologue(self.gm, self.conditions, steps=steps)
         self.__dict__["step"] = split.step  # no submodule: its tensors are the graph's
-        self.prologue = Prologue(self.gm, split, self.spec, self.call, schedule)
+        self.prologue = Prologue(self.gm, split, self.spec, self.call, schedule, self.unvisited)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.prologue.restore()
