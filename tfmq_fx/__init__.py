@@ -31,6 +31,7 @@ from .core.errors import CalibrationError as CalibrationError
 from .core.errors import CaptureError as CaptureError
 from .core.errors import ConfigError as ConfigError
 from .core.errors import CoverageWarning as CoverageWarning
+from .core.errors import FrozenError as FrozenError
 from .core.errors import GraphError as GraphError
 from .core.errors import InputError as InputError
 from .core.errors import StaleError as StaleError

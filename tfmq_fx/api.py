@@ -278,6 +278,7 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
         extra={
             "record": model.record,
             "model_config": _json_entries(model.model_config),
+            "source": None if model.outline is None else model.outline.to_json(),
             "prologue": to_dict(model.spec) if isinstance(model, Bound) else None,
         },
         origin=None if origin is None else origin.to_parts(calibration=calibration),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from tfmq_fx.capture.call_spec import CallSpec
-from tfmq_fx.core.errors import ConfigError, InputError
+from tfmq_fx.core.errors import ConfigError, FrozenError, InputError
 from tfmq_fx.ir.dtype_casts import cast_obstacle
 from tfmq_fx.ir.graph import KEYS
 from tfmq_fx.passes.correct_outputs import CORRECTION
@@ -20,6 +23,8 @@ from tfmq_fx.passes.quantize_products import SCALES as PRODUCT_SCALES
 from tfmq_fx.quant.timestep_lookup import find_unknown
 from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.staleness import StalenessCheck
+
+from .source_outline import SourceOutline
 
 T = TypeVar("T")
 
@@ -42,19 +47,31 @@ class GraphModel(nn.Module):
 
     gm: the graph, open to inspection.  call: how arguments and outputs map to it.
     config: the original's `.config` (what diffusers pipelines read), or None.
+    outline: answers for the original's other attributes, parts and methods, where it is known; an
+    attribute that would have changed the original cannot be set (FrozenError).
     """
 
     gm: fx.GraphModule
+    call: CallSpec
+    model_config: Any
+    outline: SourceOutline | None = None
     watch: StalenessCheck | None = None  # of the model that the graph was made from
     why_no_gradient = (
         "no gradient with respect to the timestep, whose values are read from a table. Detach it"
     )
 
-    def __init__(self, gm: fx.GraphModule, call: CallSpec, model_config: Any = None) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        call: CallSpec,
+        model_config: Any = None,
+        outline: SourceOutline | None = None,
+    ) -> None:
         super().__init__()
         self.gm = gm
         self.call = call
         self.model_config = model_config
+        self.outline = outline
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -62,9 +79,31 @@ class GraphModel(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             gm = self.__dict__.get("_modules", {}).get("gm")
+            outline = self.__dict__.get("outline")
             if gm is not None and name in gm._modules:
-                return gm._modules[name]
+                part = gm._modules[name]
+                whole = outline is not None and type(part) is nn.Module and outline.has_part(name)
+                return outline.get(name) if outline is not None and whole else part
+            if outline is None or name.startswith("__"):
+                raise
+        try:
+            return outline.get(name)
+        except AttributeError:
+            if isinstance(self.model_config, Mapping) and name in self.model_config:
+                return self.model_config[name]
             raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        outline = self.__dict__.get("outline")
+        if outline is not None and not (name in self.__dict__ or self._is_own(name)):
+            outline.check_set(name, value)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def _is_own(cls, name: str) -> bool:
+        """Whether models of this class have an attribute `name` of their own."""
+        declared = (inspect.get_annotations(kind) for kind in cls.__mro__)
+        return hasattr(cls, name) or any(name in names for names in declared)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, in its own type. Raises InputError for a call not captured, and
@@ -89,6 +128,19 @@ class GraphModel(nn.Module):
     def run(self, inputs: list[Tensor]) -> Any:
         """The graph's flat outputs."""
         return self.gm(*inputs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, which a graph does not follow: it is captured in eval mode.
+
+        Raises FrozenError where layers compute otherwise in training mode.
+        """
+        for path, layer in self.gm.named_modules() if mode else ():
+            if (isinstance(layer, _DropoutNd) and layer.p) or isinstance(layer, _NormBase):
+                raise FrozenError(
+                    f"train(): {path} ({type(layer).__name__}) computes otherwise in training, and "
+                    "the graph was captured in eval mode. Train the source, then capture it."
+                )
+        return super().train(mode)
 
     def forget_source(self) -> None:
         """Stop checking whether the source's weights have changed, and copy memory shared with it.
@@ -133,6 +185,20 @@ class GraphModel(nn.Module):
         return self.model_config
 
     @property
+    def _internal_dict(self) -> Any:
+        """The configuration under the name by which diffusers replaces it."""
+        return self.model_config
+
+    @_internal_dict.setter
+    def _internal_dict(self, config: Any) -> None:
+        self.model_config = config
+
+    def register_to_config(self, **entries: Any) -> None:
+        """Set entries of the configuration, which pipelines read; the graph does not."""
+        kind = ModelConfig if self.model_config is None else type(self.model_config)
+        self.model_config = kind({**(self.model_config or {}), **entries})
+
+    @property
     def dtype(self) -> torch.dtype:
         """The floating dtype the model computes in."""
         for spec in self.call.inputs:
@@ -174,6 +240,8 @@ class GraphModel(nn.Module):
         if (probe.device, probe.dtype) != before:
             retarget(self.gm, before, (probe.device, probe.dtype))
             self.call = self.call.moved(device=probe.device.type, dtype=probe.dtype)
+            if self.outline is not None:
+                self.outline = self.outline.moved(fn)
             if (keys := self.timesteps) is not None:
                 self.gm.meta["timesteps"] = keys.to(probe.device)
         return self

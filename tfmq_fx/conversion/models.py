@@ -31,6 +31,7 @@ from tfmq_fx.serialization.removed_layers import install_removed
 from tfmq_fx.serialization.staleness import StalenessCheck
 
 from .graph_model import GraphModel
+from .source_outline import SourceOutline
 
 
 class Prepared(GraphModel):
@@ -44,6 +45,12 @@ class Prepared(GraphModel):
 
     source: nn.Module
     unmerged: fx.GraphModule
+    observed: fx.GraphModule
+    recipe: Config
+    overrides: dict[str, LayerConfig]
+    cache: SampleCache
+    sampling: SamplingPass | None  # the last calibration, to be run again
+    behaviour: Behaviour
     why_no_gradient = (
         "a prepared model only observes and has no gradient. Call the model itself, or the "
         "converted one"
@@ -61,11 +68,12 @@ class Prepared(GraphModel):
         unmerged: fx.GraphModule | None = None,
         behaviour: Behaviour | None = None,
     ) -> None:
-        super().__init__(captured, call, getattr(source, "config", None))
+        config = getattr(source, "config", None)
+        super().__init__(captured, call, config, SourceOutline.of(source))
         self.observed, self.recipe, self.overrides = observed, recipe, dict(overrides)
         spec = recipe.reconstruction
         self.cache = SampleCache(capacity=spec.cache, seed=spec.seed)
-        self.sampling: SamplingPass | None = None  # the last calibration, to be run again
+        self.sampling = None
         # In __dict__ these modules are no submodules, and so not in the state_dict.
         self.__dict__["source"] = source
         self.__dict__["unmerged"] = captured if unmerged is None else unmerged
@@ -117,6 +125,10 @@ class Converted(GraphModel):
     still has its weights; copies share it, pickled and saved models have none.
     """
 
+    recipe: Config
+    record: dict[str, Any]
+    origin: Provenance | None
+
     def __init__(
         self,
         gm: fx.GraphModule,
@@ -125,10 +137,11 @@ class Converted(GraphModel):
         recipe: Config,
         record: dict[str, Any],
         model_config: Any = None,
+        outline: SourceOutline | None = None,
         origin: Provenance | None = None,
         watch: StalenessCheck | None = None,
     ) -> None:
-        super().__init__(gm, call, model_config)
+        super().__init__(gm, call, model_config, outline)
         self.recipe, self.record, self.origin, self.watch = recipe, record, origin, watch
         install_removed(gm, record.get("removed", {}))
 
@@ -140,7 +153,7 @@ class Converted(GraphModel):
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor besides the graph and its call."""
-        names = ("recipe", "record", "model_config", "origin", "watch")
+        names = ("recipe", "record", "model_config", "outline", "origin", "watch")
         return {name: getattr(self, name) for name in names}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
@@ -151,8 +164,10 @@ class Converted(GraphModel):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As it is saved: torch's own pickle of a graph traces it again and loses its metadata.
-        origin = None if self.origin is None else self.origin.portable()
-        settings = self.settings() | {"origin": origin, "watch": None}
+        portable = {
+            n: getattr(self, n) and getattr(self, n).portable() for n in ("origin", "outline")
+        }
+        settings = self.settings() | portable | {"watch": None}
         return _unpickled, (to_json(self.gm), tensors_of(self.gm), self.call, settings)
 
     def unbound(self) -> Converted:
@@ -205,6 +220,18 @@ class Compiled(GraphModel):
     comparison with the reference, or None.
     """
 
+    recipe: Config
+    record: dict[str, Any]
+    runner: Callable[..., Any]
+    backend: str
+    check: Check | None
+    millis: dict[str, float]
+    lowered: int
+    declined: list[list[str]]
+    _feed: Callable[[list[Tensor]], list[Tensor]] | None
+    _lookup_keys: Tensor | None
+    _reference: weakref.ref[Converted]
+    _batched: list[bool]
     why_no_gradient = (
         "a compiled model is for inference and has no gradient. Call the converted model that it "
         "was compiled from, whose gradient passes straight through the rounding"
@@ -220,7 +247,7 @@ class Compiled(GraphModel):
         millis: Mapping[str, float] | None = None,
         check: Check | None = None,
     ) -> None:
-        super().__init__(lowering.gm, converted.call, converted.model_config)
+        super().__init__(lowering.gm, converted.call, converted.model_config, converted.outline)
         self.gm.meta["timesteps"] = converted.timesteps
         self.runner, self.backend, self.check = runner, backend, check
         self.millis = dict(millis or {})

@@ -28,6 +28,9 @@ class Bound(Converted):
     from it and share its modules.  Values are computed without gradients.
     """
 
+    spec: PrologueSpec
+    conditions: tuple[str, ...]
+    prologue: Prologue
     step: fx.GraphModule  # from inputs of the model and then values of the prologue to its outputs
     why_no_gradient = (
         "no gradient with respect to what a request fixes, whose values are kept. Detach it, or "

@@ -11,6 +11,7 @@ from torch import fx
 
 from tfmq_fx.conversion.graph_model import ModelConfig
 from tfmq_fx.conversion.models import Converted
+from tfmq_fx.conversion.source_outline import SourceOutline
 from tfmq_fx.core.arguments import check_many, path_of
 from tfmq_fx.core.config import Config, PrologueSpec
 from tfmq_fx.core.config_json import from_dict
@@ -52,18 +53,20 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
             raise ConfigError(f"load(outputs=) takes classes, not {each!r:.80}")
     loaded = artifact.load(path)
     with naming(path / artifact.GRAPH_FILE):
-        extra = keys(loaded.extra, "extra", "record model_config", "prologue")
+        extra = keys(loaded.extra, "extra", "record model_config", "prologue source")
         typed(extra, "extra", record=dict, model_config=dict | None)
         call = call_from_json(loaded.call, "call", outputs)
         check_fits(call, loaded.gm, "call")
         call = dataclasses.replace(call, copied=writes_in_place(loaded.gm))
         config, prologue = extra["model_config"], extra.get("prologue")
+        source = extra.get("source")
         model = Converted(
             loaded.gm,
             call,
             recipe=_configuration(loaded.config, "config", Config),
             record=_checked_record(extra["record"], loaded.gm, "extra.record"),
             model_config=None if config is None else ModelConfig(config),
+            outline=None if source is None else SourceOutline.from_json(source, "extra.source"),
         )
         if prologue is not None:
             model = Bound(model, _configuration(prologue, "extra.prologue", PrologueSpec))
