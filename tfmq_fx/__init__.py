@@ -50,6 +50,10 @@ from .diagnostics.verification_result import Verification as Verification
 from .diagnostics.verify import verify as verify
 from .evaluation.compare import compare as compare
 from .evaluation.image_comparison import Comparison as Comparison
+from .pipelines.diffusers_registration import register_with_diffusers as _register
+from .pipelines.quantization_config import TFMQConfig as TFMQConfig
 from .prologue.bound_model import Bound as Bound
 from .prologue.load_model import load as load
 from .quant.bit_plan import BitPlan as BitPlan
+
+_register()

@@ -44,6 +44,24 @@ def frozen_copy(
     return _Copier(move).module(module, _OWN)
 
 
+def grafted(part: Any, held: nn.Module) -> Any:
+    """Return a frozen `part` with the layers and tensors that a graph holds in its place.
+
+    held: the container of them in the graph.
+    """
+    new = object.__new__(type(part))
+    tables = {k: dict(getattr(part, k)) for k in ("_modules", "_parameters", "_buffers")}
+    for name, layer in held._modules.items():
+        inner = part._modules.get(name)
+        whole = isinstance(inner, FrozenModule) and type(layer) is nn.Module
+        tables["_modules"][name] = grafted(inner, layer) if whole and layer else layer
+    tables["_parameters"].update(held._parameters)
+    tables["_buffers"].update(held._buffers)
+    frozen = {name: FrozenDict(table) for name, table in tables.items()}
+    new.__dict__.update(vars(part) | frozen)
+    return new
+
+
 def is_same(old: Any, new: Any) -> bool:
     """Whether writing `new` over `old` changes nothing."""
     if isinstance(old, (*_PLAIN, list, tuple, dict)) and type(new) in (type(old), *_bases(old)):

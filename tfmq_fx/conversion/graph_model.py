@@ -24,6 +24,7 @@ from tfmq_fx.quant.timestep_lookup import find_unknown
 from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.staleness import StalenessCheck
 
+from .diffusers_form import DiffusersForm
 from .source_outline import SourceOutline
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class ModelConfig(dict[str, Any]):
             raise AttributeError(f"the model's config has no {name!r}") from error
 
 
-class GraphModel(nn.Module):
+class GraphModel(DiffusersForm, nn.Module):
     """A graph called like the model it came from: same arguments, same output type.
 
     gm: the graph, open to inspection.  call: how arguments and outputs map to it.
@@ -82,8 +83,8 @@ class GraphModel(nn.Module):
             outline = self.__dict__.get("outline")
             if gm is not None and name in gm._modules:
                 part = gm._modules[name]
-                whole = outline is not None and type(part) is nn.Module and outline.has_part(name)
-                return outline.get(name) if outline is not None and whole else part
+                known = outline is not None and type(part) is nn.Module
+                return outline.part(name, part) if outline is not None and known else part
             if outline is None or name.startswith("__"):
                 raise
         try:
@@ -229,7 +230,7 @@ class GraphModel(nn.Module):
         self.gm.print_readable()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = (self.device, self.dtype)
+        before = (torch.device(self.call.inputs[0].device), self.dtype)  # of the graph's constants
         probe = fn(torch.empty(0, device=self.device, dtype=self.dtype))
         if probe.dtype != self.dtype:
             self._check_cast(self.dtype, probe.dtype)

@@ -16,7 +16,7 @@ from tfmq_fx.calibration.observers import RangeObserver, SampleCache
 from tfmq_fx.calibration.sampling_pass import SamplingPass
 from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.core.config import Config
-from tfmq_fx.core.errors import ConfigError, InputError
+from tfmq_fx.core.errors import ArtifactError, ConfigError, InputError
 from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.stages import stage_of
@@ -101,6 +101,9 @@ class Prepared(GraphModel):
         self.cache.add(inputs, self.batched(), self.call.timestep_position)
         return outputs
 
+    def saved_form(self) -> Any:
+        raise ArtifactError("a prepared model cannot be saved: calibrate and convert it first")
+
     def observers(self) -> list[RangeObserver]:
         """The observers of the layers' input ranges."""
         return [m for m in self.observed.modules() if isinstance(m, RangeObserver)]
@@ -180,6 +183,10 @@ class Converted(GraphModel):
         timesteps: the schedule of the requests; left out, the schedule stays.
         """
         return model
+
+    def prologue_settings(self) -> dict[str, Any] | None:
+        """The settings of a prologue, JSON-ready, where the model has one."""
+        return None
 
     @property
     def runnable(self) -> fx.GraphModule:
@@ -277,6 +284,14 @@ class Compiled(GraphModel):
         if (reference := self._reference()) is not None:
             return reference.run(inputs)
         return with_nan(self._run(inputs), inputs, self._batched)
+
+    def saved_form(self) -> Any:
+        if (converted := self._reference()) is not None:
+            return converted
+        raise ArtifactError(
+            "a compiled model is saved as the converted model that it was compiled from, which is "
+            "no longer in memory. Keep it, or save it before compiling, and compile after loading"
+        )
 
     def _run(self, inputs: list[Tensor]) -> Any:
         return self.runner(*(inputs if self._feed is None else self._feed(inputs)))

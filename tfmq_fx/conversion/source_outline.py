@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tfmq_fx.core.errors import ArtifactError, FrozenError
 from tfmq_fx.serialization.json_values import decode, encode, keys, typed
 
-from .frozen_copy import frozen_copy, is_same, original_class
+from .frozen_copy import frozen_copy, grafted, is_same, original_class
 
 
 class SourceOutline:
@@ -90,9 +90,14 @@ class SourceOutline:
         self._check(value, f"{name!r}")
         return value
 
-    def has_part(self, name: str) -> bool:
-        """Whether `name` is a module of the source."""
-        return self._copy is not None and name in self._copy._modules
+    def part(self, name: str, held: nn.Module) -> nn.Module:
+        """Return the part `name` of the source, with the layers of the graph in it.
+
+        held: their container in the graph, which is returned where the part is not known.
+        """
+        if self._copy is None or self._copy._modules.get(name) is None:
+            return held
+        return grafted(self._copy._modules[name], held)  # type: ignore[no-any-return]
 
     def check_set(self, name: str, value: Any) -> None:
         """Raise FrozenError where setting an attribute would have changed the source, which the

@@ -7,8 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
+from tfmq_fx.conversion.diffusers_form import DiffusersForm
 from tfmq_fx.conversion.graph_model import ModelConfig
 from tfmq_fx.conversion.models import Converted
 from tfmq_fx.conversion.source_outline import SourceOutline
@@ -36,9 +38,16 @@ _RECORD = {
 
 
 @outside_inference_mode
-def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
-    """The model that `save` wrote; its outputs are bit-identical.
+def load(
+    path: str | Path,
+    *,
+    outputs: Collection[type] = (),
+    device: str | torch.device | None = None,
+) -> Converted:
+    """The model that `save` or `save_pretrained` wrote; its outputs are bit-identical.
 
+    device: where to put it; each tensor is moved as it is read, so that memory holds one of them.
+    None: the CPU.
     outputs: your own dataclasses and named tuples that the model returns or takes; those of
     diffusers and transformers are found automatically. No other class is looked up or imported, so
     that a file from somewhere else runs no code.
@@ -51,7 +60,11 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
     for each in outputs:
         if not isinstance(each, type):
             raise ConfigError(f"load(outputs=) takes classes, not {each!r:.80}")
-    loaded = artifact.load(path)
+    try:
+        place = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"load(device={device!r:.80}): there is no such device") from error
+    loaded = artifact.load(path, place)
     with naming(path / artifact.GRAPH_FILE):
         extra = keys(loaded.extra, "extra", "record model_config", "prologue source")
         typed(extra, "extra", record=dict, model_config=dict | None)
@@ -73,7 +86,10 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
     if loaded.origin is not None:
         with naming(path / artifact.ORIGIN_FILE):
             model.origin = Provenance.from_parts(*loaded.origin, outputs)
-    return model
+    return model if place is None else model.to(place)
+
+
+DiffusersForm.reader = staticmethod(load)
 
 
 def _configuration(data: Any, where: str, kind: type) -> Any:
