@@ -32,7 +32,7 @@ def register_with_diffusers() -> None:
         sys.meta_path.insert(0, _Finder(missing))
 
 
-class TFMQDenoiser(ABC):
+class TFMQDenoiser(ABC):  # noqa: B024
     """What stands for a denoiser in a pipeline: a model of diffusers, or one of ours.
 
     Both are registered with it, so that `from_pretrained(folder, unet=ours)` finds ours to be of
