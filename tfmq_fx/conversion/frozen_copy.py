@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tfmq_fx.core.errors import FrozenError
 
 _OWN, _NESTED = 1 << 16, 1 << 12  # elements of a tensor kept with its values: of the root, of parts
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, enum.Enum)
+_PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type, enum.Enum)
 _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, slice, range)
 _PLAIN += (logging.Filterer,)  # loggers, which belong to the process
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
@@ -228,8 +228,9 @@ class _Copier:
     def _instance(self, original: Any, fill: Callable[[dict[str, Any]], None]) -> Any:
         if id(original) in self._done:
             return self._done[id(original)]
+        kind: Any = type(original)
         try:
-            new = object.__new__(_frozen_class(type(original)))
+            new = object.__new__(_frozen_class(kind))
         except TypeError:  # a class that cannot be derived from, or lies in C
             return _DROP
         self._done[id(original)] = new

@@ -31,19 +31,19 @@ class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     use_keep_in_fp32_modules = True  # as without a quantizer
-    quantization_config: TFMQConfig
 
-    def __init__(self, quantization_config: TFMQConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._asked: TFMQConfig = quantization_config
         self._dtype: torch.dtype | None = None
         self._device: torch.device | None = None
         self._folder: Path | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            self.quantization_config.recipe()
+            self._asked.recipe()
 
-    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
         self._dtype = torch_dtype
         return torch_dtype
 
@@ -85,7 +85,7 @@ class TFMQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return model if self._dtype in (None, model.dtype) else model.to(self._dtype)
 
     def _quantized(self, model: nn.Module) -> Converted:
-        asked = self.quantization_config
+        asked = self._asked
         source = object.__new__(type(model))  # `model` itself becomes the result
         source.__dict__ = dict(vars(model))
         if self._device is not None:

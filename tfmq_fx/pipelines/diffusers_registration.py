@@ -48,7 +48,8 @@ def _add_models(module: Any) -> None:
     module.LOADABLE_CLASSES["tfmq_fx"] = dict.fromkeys(_MODELS, methods)
     TFMQDenoiser.register(ModelMixin)
     TFMQDenoiser.register(GraphModel)
-    diffusers.TFMQDenoiser = TFMQDenoiser  # where diffusers looks for a class of that name
+    namespace: Any = diffusers
+    namespace.TFMQDenoiser = TFMQDenoiser  # where diffusers looks for a class of that name
     module.ALL_IMPORTABLE_CLASSES.update(dict.fromkeys((*_MODELS, "TFMQDenoiser"), methods))
 
 

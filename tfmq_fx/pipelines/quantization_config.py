@@ -74,7 +74,7 @@ class TFMQConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data for `from_dict`."""
         config = to_dict(self.config) if isinstance(self.config, Config) else self.config
-        data = {"quant_method": QUANT_METHOD, "config": config}
+        data: dict[str, Any] = {"quant_method": QUANT_METHOD, "config": config}
         if self.timesteps is not None:
             data["timesteps"] = copy.copy(self.timesteps)
         if self.dynamic is not None:

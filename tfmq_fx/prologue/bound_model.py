@@ -30,7 +30,7 @@ class Bound(Converted):
     """
 
     spec: PrologueSpec
-    conditions: tuple[str, ...]
+    conditions: list[str]
     prologue: Prologue
     step: fx.GraphModule  # from inputs of the model and then values of the prologue to its outputs
     why_no_gradient = (

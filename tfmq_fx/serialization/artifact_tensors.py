@@ -77,7 +77,7 @@ def read_tensors(path: Path, device: torch.device | None = None) -> dict[str, Te
                 raise ArtifactError(f"{path}: {name} is of {entry['dtype']}, which is not read")
             memory = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
             file.seek(8 + size + begin)
-            if file.readinto(memory.numpy()) != end - begin:
+            if file.readinto(memory.numpy().data) != end - begin:
                 raise ArtifactError(f"{path} was cut while it was read")
             tensor = memory.view(dtype).reshape(entry["shape"])
             tensors[name] = tensor if device is None else tensor.to(device)
