@@ -46,7 +46,7 @@ def make(name):
 def test_a_model_answers_for_what_pipelines_read(name):
     source = make(name)
     outline, compared = SourceOutline.of(source), 0
-    for read in names():
+    for read in (*names(), "_reset_stateful_cache", "enable_freeu"):
         expected = ask(source, read)
         if hasattr(GraphModel, read) or isinstance(expected, Tensor):
             continue  # answered by the graph's own class; a weight
@@ -137,6 +137,12 @@ def test_what_changes_nothing_may_be_called(exact):
         next(iter(exact.attn_processors.values())).scale = 2.0
 
 
+def test_pipelines_offload_the_layers_of_the_graph(exact):
+    assert not hasattr(exact, "enable_group_offload")
+    with pytest.raises(FrozenError, match=r"apply_group_offloading\(model"):
+        exact.enable_group_offload(torch.device("cpu"))
+
+
 def test_sizes_of_layers_can_be_read_through_the_parts(unet, exact):
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     assert exact.mid_block.get_submodule(layer.partition(".")[2]).in_features == 8
@@ -160,3 +166,15 @@ def test_the_numbers_of_rotary_tables_can_be_read():
     net = zoo.model("hunyuan-dit")
     exact = bind_request(net)
     assert (exact.inner_dim, exact.num_heads) == (net.inner_dim, net.num_heads)
+
+
+def test_a_pipeline_with_caches_in_its_blocks_ends_as_it_should():
+    """Pipelines reset the caches of every part that has any."""
+    net = zoo.model("flux-schnell")
+    exact = bind_request(net)
+    assert hasattr(net, "_reset_stateful_cache") and not exact.is_cache_enabled
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.FluxPipeline(scheduler, None, None, None, None, None, exact)
+    pipe.maybe_free_model_hooks()
+    with pytest.raises(FrozenError, match=r"enable_cache\(\)"):
+        exact.enable_cache(diffusers.FirstBlockCacheConfig())

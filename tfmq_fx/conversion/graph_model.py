@@ -225,6 +225,14 @@ class GraphModel(DiffusersForm, nn.Module):
         """A context that does nothing; diffusers' pipelines enter it around each call."""
         return contextlib.nullcontext()
 
+    @property
+    def is_cache_enabled(self) -> bool:
+        """No: diffusers' caches are hooks of the source's blocks, which a graph has not."""
+        return False
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """Nothing: there are no caches; diffusers' pipelines call it when they end."""
+
     def print_readable(self) -> None:
         """Print the graph as code, look-up nodes and quantized layers included."""
         self.gm.print_readable()

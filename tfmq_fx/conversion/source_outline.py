@@ -78,6 +78,11 @@ class SourceOutline:
                 f"was made from, and plain attributes ({', '.join(self.attributes) or 'none'}). "
                 f"Ask a {self.kind} itself, and change one before it is captured."
             )
+        if name == _OFFLOAD:
+            raise FrozenError(
+                f"{name}() moves the weights of a {self.kind}, and this model has its own: call "
+                "diffusers.hooks.apply_group_offloading(model, ...), as pipelines do"
+            )
         static = inspect.getattr_static(self._copy, name, None)
         if isinstance(static, (classmethod, staticmethod)):
             return getattr(original_class(self._copy), name)
@@ -146,6 +151,8 @@ def _has_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
 
 
+# Absent, so that pipelines offload the graph's own layers: they ask hasattr() first.
+_OFFLOAD = "enable_group_offload"
 _NEEDS_WEIGHTS = (
     "needs weights, which the captured graph holds in forms of its own. Keep the source and ask it "
     "(its own class computes this from its own weights)"
