@@ -41,7 +41,10 @@ def make(name):
         return diffusers.PriorTransformer(2, 4, 1, embedding_dim=8)
 
 
-@pytest.mark.parametrize("name", ["prior", *zoo.ENTRIES])
+KINDS = {zoo.config(name)["_class_name"]: name for name in zoo.ENTRIES}
+
+
+@pytest.mark.parametrize("name", ["prior", *KINDS.values()])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_model_answers_for_what_pipelines_read(name):
     source = make(name)
