@@ -1,8 +1,10 @@
 """A model answers for what its source has besides the graph, and refuses what it cannot follow."""
 
+import collections
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -217,3 +219,31 @@ def test_what_leads_back_to_the_source_is_left_out():
         outline.get("method")
     with pytest.raises(AttributeError):
         outline.get("function")
+
+
+Point = collections.namedtuple("Point", "x y")
+
+
+class Link:
+    following = None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit
+def test_any_attribute_may_lie_on_a_model():
+    """What cannot be copied is left out: locks, chains that are too long, scripted parts."""
+    net = seeded(Net).eval()
+    net.lock, net.generator, net.library = threading.Lock(), torch.Generator(), torch
+    net.chain = link = Link()
+    net.deep = level = []
+    for _ in range(3000):
+        link.following, inner = Link(), []
+        level.append(inner)
+        link, level = link.following, inner
+    net.scripted, net.point = torch.jit.script(nn.ReLU()), Point(1, 2)
+    net.queue = collections.deque([1])
+    outline = SourceOutline.of(net)
+    assert outline.get("point") == Point(1, 2) and outline.get("chain").following is not None
+    for name in ("lock", "generator", "library", "scripted", "queue", "deep"):
+        with pytest.raises(AttributeError):
+            outline.get(name)
+    assert "deep" not in outline.attributes

@@ -24,6 +24,7 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _INTERNAL = frozenset(vars(nn.Module()))
 # What libraries put on an instance to move weights, whose references lead back to the source.
 _LEFT_OUT = frozenset({"forward", "to", "cuda", "_hf_hook", "_old_forward", "_diffusers_hook"})
+_DEEPEST = 40  # levels of values in values; what has more, such as a linked list, is left out
 _DROP = object()
 
 _REMEDY = (
@@ -183,6 +184,7 @@ class _Copier:
 
     def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
         self._move = move
+        self._depth = 0
         self._done: dict[int, Any] = {}
         self._originals: list[Any] = []  # whose ids are in use while this copies
 
@@ -194,7 +196,8 @@ class _Copier:
                 new[name] = OrderedDict() if isinstance(value, dict) else value
             parameters = {k: self._parameter(p, limit) for k, p in module._parameters.items()}
             buffers = {k: self.value(b, limit) for k, b in module._buffers.items()}
-            parts = {k: p and self.module(p) for k, p in module._modules.items()}
+            parts = {k: self.value(p) for k, p in module._modules.items()}
+            parts = {k: p for k, p in parts.items() if p is not _DROP}
             new["_parameters"] = FrozenDict(parameters)
             new["_buffers"] = FrozenDict(buffers)
             new["_modules"] = FrozenDict(parts)
@@ -202,10 +205,21 @@ class _Copier:
                 new[name] = FrozenDict()
             self._fill(new, {k: v for k, v in state.items() if k not in _INTERNAL}, limit)
 
+        if isinstance(module, torch.jit.ScriptModule):  # whose classes cannot be derived from
+            return _DROP
         return self._instance(module, fill)
 
     def value(self, value: Any, limit: int = _NESTED) -> Any:
         """Return a copy of `value`, or _DROP."""
+        if self._depth > _DEEPEST:
+            return _DROP
+        self._depth += 1
+        try:
+            return self._copied(value, limit)
+        finally:
+            self._depth -= 1
+
+    def _copied(self, value: Any, limit: int) -> Any:
         if isinstance(value, _PLAIN) or _is_free(value):
             return value
         if isinstance(value, Tensor):

@@ -173,10 +173,8 @@ class Converted(GraphModel):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As it is saved: torch's own pickle of a graph traces it again and loses its metadata.
-        portable = {
-            n: getattr(self, n) and getattr(self, n).portable() for n in ("origin", "outline")
-        }
-        settings = self.settings() | portable | {"watch": None}
+        origin = None if self.origin is None else self.origin.portable()
+        settings = self.settings() | {"origin": origin, "watch": None}
         return _unpickled, (to_json(self.gm), tensors_of(self.gm), self.call, settings)
 
     def unbound(self) -> Converted:

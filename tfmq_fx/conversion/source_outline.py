@@ -39,13 +39,15 @@ class SourceOutline:
                 continue
             try:
                 attributes[name] = decode(encode(value, name), name)
-            except ArtifactError:  # it is no plain data
+            except (ArtifactError, RecursionError):  # no plain data, or too deep for a file
                 continue
         return cls(type(source).__name__, attributes, frozen_copy(source))
 
-    def portable(self) -> SourceOutline:
-        """Return what a saved or pickled model keeps: plain attributes."""
-        return SourceOutline(self.kind, self.attributes)
+    def __deepcopy__(self, memo: dict[int, Any]) -> SourceOutline:
+        return self  # nothing of it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SourceOutline, (self.kind, self.attributes)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> SourceOutline:
         """Return the outline with its tensors moved or cast as those of the model."""
