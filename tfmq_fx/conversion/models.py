@@ -218,8 +218,8 @@ def _unpickled(
 
 
 class Compiled(GraphModel):
-    """A converted model that runs on a backend. It cannot be saved: save the converted model, and
-    compile after loading.
+    """A converted model that runs on a backend. `save` refuses it: save the converted model, and
+    compile after loading; `save_pretrained` writes that one while it is in memory.
 
     Its outputs have no gradient, and raise where one is needed: the converted model has one.
 
@@ -242,7 +242,7 @@ class Compiled(GraphModel):
     declined: list[list[str]]
     _feed: Callable[[list[Tensor]], list[Tensor]] | None
     _lookup_keys: Tensor | None
-    _reference: weakref.ref[Converted]
+    reference: weakref.ref[Converted]
     _batched: list[bool]
     why_no_gradient = (
         "a compiled model is for inference and has no gradient. Call the converted model that it "
@@ -292,7 +292,7 @@ class Compiled(GraphModel):
         return with_nan(self._run(inputs), inputs, self._batched)
 
     def saved_form(self) -> Any:
-        if (converted := self._reference()) is not None:
+        if (converted := self.reference()) is not None:
             return converted
         raise ArtifactError(
             "a compiled model is saved as the converted model that it was compiled from, which is "
