@@ -45,7 +45,7 @@ def make(folder: Path) -> None:
         for parameter in unet.parameters():
             parameter.uniform_(-0.02, 0.02)
     recipe: Any = PRESETS["w8a8-dynamic"]
-    weights = dataclasses.replace(recipe.layers.weights, bits=4)
+    weights = dataclasses.replace(recipe.layers.weights, bits=4, search=1)  # what is quick
     layers = dataclasses.replace(recipe.layers, weights=weights)
     temporal = dataclasses.replace(recipe.temporal, mode="table")
     recipe = dataclasses.replace(recipe, layers=layers, temporal=temporal)
