@@ -17,7 +17,7 @@ from tfmq_fx.calibration.observers import RangeObserver, SampleCache
 from tfmq_fx.calibration.sampling_pass import SamplingPass
 from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.core.config import Config
-from tfmq_fx.core.errors import ConfigError, InputError
+from tfmq_fx.core.errors import ArtifactError, ConfigError, InputError
 from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.stages import stage_of
@@ -35,6 +35,7 @@ from .graph_model import GraphModel
 from .unvisited_timesteps import UnvisitedTimesteps
 
 _log = logging.getLogger(__name__)
+from .source_outline import SourceOutline
 
 
 class Prepared(GraphModel):
@@ -48,6 +49,12 @@ class Prepared(GraphModel):
 
     source: nn.Module
     unmerged: fx.GraphModule
+    observed: fx.GraphModule
+    recipe: Config
+    overrides: dict[str, LayerConfig]
+    cache: SampleCache
+    sampling: SamplingPass | None  # the last calibration, to be run again
+    behaviour: Behaviour
     why_no_gradient = (
         "a prepared model only observes and has no gradient. Call the model itself, or the "
         "converted one"
@@ -65,11 +72,12 @@ class Prepared(GraphModel):
         unmerged: fx.GraphModule | None = None,
         behaviour: Behaviour | None = None,
     ) -> None:
-        super().__init__(captured, call, getattr(source, "config", None))
+        config = getattr(source, "config", None)
+        super().__init__(captured, call, config, SourceOutline.of(source))
         self.observed, self.recipe, self.overrides = observed, recipe, dict(overrides)
         spec = recipe.reconstruction
         self.cache = SampleCache(capacity=spec.cache, seed=spec.seed)
-        self.sampling: SamplingPass | None = None  # the last calibration, to be run again
+        self.sampling = None
         # In __dict__ these modules are no submodules, and so not in the state_dict.
         self.__dict__["source"] = source
         self.__dict__["unmerged"] = captured if unmerged is None else unmerged
@@ -96,6 +104,9 @@ class Prepared(GraphModel):
         outputs = self.observed(*inputs)
         self.cache.add(inputs, self.batched(), self.call.timestep_position)
         return outputs
+
+    def saved_form(self) -> Any:
+        raise ArtifactError("a prepared model cannot be saved: calibrate and convert it first")
 
     def take_graph(self, other: Prepared) -> None:
         """Take the graph of `other`, the same model captured for another call, before anything was
@@ -128,6 +139,10 @@ class Converted(GraphModel):
     the timesteps of calls that the model was not made for.
     """
 
+    recipe: Config
+    record: dict[str, Any]
+    origin: Provenance | None
+
     def __init__(
         self,
         gm: fx.GraphModule,
@@ -136,10 +151,11 @@ class Converted(GraphModel):
         recipe: Config,
         record: dict[str, Any],
         model_config: Any = None,
+        outline: SourceOutline | None = None,
         origin: Provenance | None = None,
         watch: StalenessCheck | None = None,
     ) -> None:
-        super().__init__(gm, call, model_config)
+        super().__init__(gm, call, model_config, outline)
         self.recipe, self.record, self.origin, self.watch = recipe, record, origin, watch
         self.unvisited = UnvisitedTimesteps(self)
         install_removed(gm, record.get("removed", {}))
@@ -170,7 +186,7 @@ class Converted(GraphModel):
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor besides the graph and its call."""
-        names = ("recipe", "record", "model_config", "origin", "watch")
+        names = ("recipe", "record", "model_config", "outline", "origin", "watch")
         return {name: getattr(self, name) for name in names}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
@@ -195,6 +211,10 @@ class Converted(GraphModel):
         timesteps: the schedule of the requests; left out, the schedule stays.
         """
         return model
+
+    def prologue_settings(self) -> dict[str, Any] | None:
+        """The settings of a prologue, JSON-ready, where the model has one."""
+        return None
 
     @property
     def runnable(self) -> fx.GraphModule:
@@ -222,8 +242,8 @@ def _unpickled(
 
 
 class Compiled(GraphModel):
-    """A converted model that runs on a backend. It cannot be saved: save the converted model, and
-    compile after loading.
+    """A converted model that runs on a backend. `save` refuses it: save the converted model, and
+    compile after loading; `save_pretrained` writes that one while it is in memory.
 
     Its outputs have no gradient, and raise where one is needed: the converted model has one.
 
@@ -237,6 +257,19 @@ class Compiled(GraphModel):
     comparison with the reference, or None.
     """
 
+    recipe: Config
+    record: dict[str, Any]
+    runner: Callable[..., Any]
+    backend: str
+    check: Check | None
+    options: dict[str, Any]  # of compile(), for another form of the model
+    millis: dict[str, float]
+    lowered: int
+    declined: list[list[str]]
+    _feed: Callable[[list[Tensor]], list[Tensor]] | None
+    _lookup_keys: Tensor | None
+    reference: weakref.ref[Converted]
+    _batched: list[bool]
     why_no_gradient = (
         "a compiled model is for inference and has no gradient. Call the converted model that it "
         "was compiled from, whose gradient passes straight through the rounding"
@@ -252,10 +285,10 @@ class Compiled(GraphModel):
         millis: Mapping[str, float] | None = None,
         check: Check | None = None,
     ) -> None:
-        super().__init__(lowering.gm, converted.call, converted.model_config)
+        super().__init__(lowering.gm, converted.call, converted.model_config, converted.outline)
         self.gm.meta["timesteps"] = converted.timesteps
         self.runner, self.backend, self.check = runner, backend, check
-        self.options: dict[str, Any] = {}  # of compile(), for another form of the model
+        self.options = {}
         self.millis = dict(millis or {})
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
@@ -308,6 +341,14 @@ class Compiled(GraphModel):
             )
         reference.check_timesteps(inputs)
         return reference.run(inputs)
+
+    def saved_form(self) -> Any:
+        if (converted := self.reference()) is not None:
+            return converted
+        raise ArtifactError(
+            "a compiled model is saved as the converted model that it was compiled from, which is "
+            "no longer in memory. Keep it, or save it before compiling, and compile after loading"
+        )
 
     def _run(self, inputs: list[Tensor]) -> Any:
         return self.runner(*(inputs if self._feed is None else self._feed(inputs)))
