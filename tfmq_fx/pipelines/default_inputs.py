@@ -115,7 +115,7 @@ def _lacks_text_encoder(pipeline: Any) -> bool:
 
 def _labels(pipeline: Any) -> list[int]:
     """Labels evenly over the classes."""
-    count = len(getattr(pipeline, "labels", None) or ())
+    count = 0
     for part in pipeline.components.values():
         config = getattr(part, "config", None)
         for name in ("num_class_embeds", "num_embeds_ada_norm"):
