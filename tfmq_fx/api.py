@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,9 @@ from .conversion.distributed_calibration import run_calibration, run_settings
 from .conversion.models import Compiled, Converted, Prepared
 from .conversion.other_forms import captured_again
 from .conversion.prepare_model import capture_facts, captured_only, observe_graph
+from .conversion.save_model import save_model
 from .core.arguments import check_dynamic, check_names, path_of
 from .core.config import Config, PrologueSpec
-from .core.config_json import to_dict
 from .core.distributed import check_same, rank, together, world
 from .core.errors import ArtifactError, ConfigError, InputError
 from .core.inference import outside_inference_mode
@@ -41,7 +39,6 @@ from .prologue.bound_model import Bound
 from .prologue.load_model import load as load
 from .prologue.weight_offload import check_offload
 from .quant.timestep_lookup import check_timesteps
-from .serialization import artifact
 from .serialization.module_settings import behaviour
 
 
@@ -266,8 +263,6 @@ def _inputs(
     return inputs if model.feed is None else [*map(model.feed, inputs)]
 
 
-@outside_inference_mode
-@together("save()")
 def save(model: Converted, path: str | Path, *, calibration: bool = False) -> None:
     """Write `model` to the directory `path`: the graph as JSON, tensors as safetensors, no pickle.
 
@@ -283,39 +278,7 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
             f"save() takes what convert() or fold_timesteps() returned, not a "
             f"{type(model).__name__}; compile after loading"
         )
-    path, origin = path_of(path, "path", ArtifactError), model.origin
-    if calibration and origin is not None and origin.calibrated and origin.calibration is None:
-        raise ArtifactError(
-            "save(calibration=True) of a model that was loaded without its calibration: there is "
-            "none to keep. Leave the option out, or convert the source again"
-        )
-    if model.watch is not None:
-        model.watch.check_contents()
-    if rank():
-        return
-    artifact.save(
-        path,
-        gm=model.gm,
-        call=model.call.to_dict(),
-        config=to_dict(model.recipe),
-        extra={
-            "record": model.record,
-            "model_config": _json_entries(model.model_config),
-            "prologue": to_dict(model.spec) if isinstance(model, Bound) else None,
-        },
-        origin=None if origin is None else origin.to_parts(calibration=calibration),
-    )
-
-
-def _json_entries(config: Any) -> dict[str, Any] | None:
-    """Return the entries of a model configuration that JSON can hold."""
-    if not isinstance(config, Mapping):
-        return None
-    entries: dict[str, Any] = {}
-    for key, value in config.items():
-        with contextlib.suppress(TypeError):
-            entries[key] = json.loads(json.dumps(value))
-    return entries
+    save_model(model, path, calibration=calibration)
 
 
 @outside_inference_mode

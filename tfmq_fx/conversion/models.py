@@ -16,7 +16,7 @@ from tfmq_fx.calibration.observers import RangeObserver, SampleCache
 from tfmq_fx.calibration.sampling_pass import SamplingPass
 from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.core.config import Config
-from tfmq_fx.core.errors import ConfigError, InputError
+from tfmq_fx.core.errors import ArtifactError, ConfigError, InputError
 from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.stages import stage_of
@@ -31,6 +31,7 @@ from tfmq_fx.serialization.removed_layers import install_removed
 from tfmq_fx.serialization.staleness import StalenessCheck
 
 from .graph_model import GraphModel
+from .source_outline import SourceOutline
 
 
 class Prepared(GraphModel):
@@ -44,6 +45,12 @@ class Prepared(GraphModel):
 
     source: nn.Module
     unmerged: fx.GraphModule
+    observed: fx.GraphModule
+    recipe: Config
+    overrides: dict[str, LayerConfig]
+    cache: SampleCache
+    sampling: SamplingPass | None  # the last calibration, to be run again
+    behaviour: Behaviour
     why_no_gradient = (
         "a prepared model only observes and has no gradient. Call the model itself, or the "
         "converted one"
@@ -61,11 +68,12 @@ class Prepared(GraphModel):
         unmerged: fx.GraphModule | None = None,
         behaviour: Behaviour | None = None,
     ) -> None:
-        super().__init__(captured, call, getattr(source, "config", None))
+        config = getattr(source, "config", None)
+        super().__init__(captured, call, config, SourceOutline.of(source))
         self.observed, self.recipe, self.overrides = observed, recipe, dict(overrides)
         spec = recipe.reconstruction
         self.cache = SampleCache(capacity=spec.cache, seed=spec.seed)
-        self.sampling: SamplingPass | None = None  # the last calibration, to be run again
+        self.sampling = None
         # In __dict__ these modules are no submodules, and so not in the state_dict.
         self.__dict__["source"] = source
         self.__dict__["unmerged"] = captured if unmerged is None else unmerged
@@ -92,6 +100,9 @@ class Prepared(GraphModel):
         outputs = self.observed(*inputs)
         self.cache.add(inputs, self.batched(), self.call.timestep_position)
         return outputs
+
+    def saved_form(self) -> Any:
+        raise ArtifactError("a prepared model cannot be saved: calibrate and convert it first")
 
     def take_graph(self, other: Prepared) -> None:
         """Take the graph of `other`, the same model captured for another call, before anything was
@@ -123,6 +134,10 @@ class Converted(GraphModel):
     still has its weights; copies share it, pickled and saved models have none.
     """
 
+    recipe: Config
+    record: dict[str, Any]
+    origin: Provenance | None
+
     def __init__(
         self,
         gm: fx.GraphModule,
@@ -131,10 +146,11 @@ class Converted(GraphModel):
         recipe: Config,
         record: dict[str, Any],
         model_config: Any = None,
+        outline: SourceOutline | None = None,
         origin: Provenance | None = None,
         watch: StalenessCheck | None = None,
     ) -> None:
-        super().__init__(gm, call, model_config)
+        super().__init__(gm, call, model_config, outline)
         self.recipe, self.record, self.origin, self.watch = recipe, record, origin, watch
         install_removed(gm, record.get("removed", {}))
 
@@ -146,7 +162,7 @@ class Converted(GraphModel):
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor besides the graph and its call."""
-        names = ("recipe", "record", "model_config", "origin", "watch")
+        names = ("recipe", "record", "model_config", "outline", "origin", "watch")
         return {name: getattr(self, name) for name in names}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
@@ -157,8 +173,10 @@ class Converted(GraphModel):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As it is saved: torch's own pickle of a graph traces it again and loses its metadata.
-        origin = None if self.origin is None else self.origin.portable()
-        settings = self.settings() | {"origin": origin, "watch": None}
+        portable = {
+            n: getattr(self, n) and getattr(self, n).portable() for n in ("origin", "outline")
+        }
+        settings = self.settings() | portable | {"watch": None}
         return _unpickled, (to_json(self.gm), tensors_of(self.gm), self.call, settings)
 
     def unbound(self) -> Converted:
@@ -171,6 +189,10 @@ class Converted(GraphModel):
         timesteps: the schedule of the requests; left out, the schedule stays.
         """
         return model
+
+    def prologue_settings(self) -> dict[str, Any] | None:
+        """The settings of a prologue, JSON-ready, where the model has one."""
+        return None
 
     @property
     def runnable(self) -> fx.GraphModule:
@@ -211,6 +233,19 @@ class Compiled(GraphModel):
     comparison with the reference, or None.
     """
 
+    recipe: Config
+    record: dict[str, Any]
+    runner: Callable[..., Any]
+    backend: str
+    check: Check | None
+    options: dict[str, Any]  # of compile(), for another form of the model
+    millis: dict[str, float]
+    lowered: int
+    declined: list[list[str]]
+    _feed: Callable[[list[Tensor]], list[Tensor]] | None
+    _lookup_keys: Tensor | None
+    _reference: weakref.ref[Converted]
+    _batched: list[bool]
     why_no_gradient = (
         "a compiled model is for inference and has no gradient. Call the converted model that it "
         "was compiled from, whose gradient passes straight through the rounding"
@@ -226,10 +261,10 @@ class Compiled(GraphModel):
         millis: Mapping[str, float] | None = None,
         check: Check | None = None,
     ) -> None:
-        super().__init__(lowering.gm, converted.call, converted.model_config)
+        super().__init__(lowering.gm, converted.call, converted.model_config, converted.outline)
         self.gm.meta["timesteps"] = converted.timesteps
         self.runner, self.backend, self.check = runner, backend, check
-        self.options: dict[str, Any] = {}  # of compile(), for another form of the model
+        self.options = {}
         self.millis = dict(millis or {})
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
@@ -257,6 +292,14 @@ class Compiled(GraphModel):
         if (reference := self.reference()) is not None:
             return reference.run(inputs)
         return with_nan(self._run(inputs), inputs, self._batched)
+
+    def saved_form(self) -> Any:
+        if (converted := self._reference()) is not None:
+            return converted
+        raise ArtifactError(
+            "a compiled model is saved as the converted model that it was compiled from, which is "
+            "no longer in memory. Keep it, or save it before compiling, and compile after loading"
+        )
 
     def _run(self, inputs: list[Tensor]) -> Any:
         return self.runner(*(inputs if self._feed is None else self._feed(inputs)))

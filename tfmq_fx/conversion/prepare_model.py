@@ -60,6 +60,7 @@ def captured_only(prepared: Prepared) -> Converted:
         recipe=prepared.recipe,
         record=vars(record),
         model_config=prepared.model_config,
+        outline=prepared.outline,
         origin=origin,
         watch=watch,
     )

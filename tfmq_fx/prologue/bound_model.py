@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.conversion.models import Converted
 from tfmq_fx.core.config import PrologueSpec
+from tfmq_fx.core.config_json import to_dict
 from tfmq_fx.ir.request_cut import has_lookups
 from tfmq_fx.passes.split_prologue import split_prologue
 
@@ -28,6 +29,9 @@ class Bound(Converted):
     from it and share its modules.  Values are computed without gradients.
     """
 
+    spec: PrologueSpec
+    conditions: list[str]
+    prologue: Prologue
     step: fx.GraphModule  # from inputs of the model and then values of the prologue to its outputs
     why_no_gradient = (
         "no gradient with respect to what a request fixes, whose values are kept. Detach it, or "
@@ -63,6 +67,9 @@ class Bound(Converted):
         if torch.compiler.is_compiling():  # somebody compiles the whole: nothing may be kept
             return self.gm(*inputs)
         return self.step(*self.prologue.step_inputs(inputs))
+
+    def prologue_settings(self) -> dict[str, Any] | None:
+        return to_dict(self.spec)
 
     def set_timesteps(self, timesteps: Any) -> None:
         """Set the timesteps of the requests to come, and compute the values of current conditions.
