@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 import tfmq_fx
@@ -60,7 +61,7 @@ def test_quantize_writes_a_pipeline_of_the_same_form(made: tuple[Path, int], sou
     assert status == 0
     parts = {path.name for path in source.iterdir()}
     assert {path.name for path in out.iterdir()} == parts
-    pipe = load_pipeline(out)
+    pipe = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipe.unet, tfmq_fx.Converted) and len(pipe.unet.timesteps) == 3
     facts = pipe.unet.record["sampled"]
     assert facts["steps"] == 3 and facts["class"] == "UNet2DConditionModel"
@@ -137,16 +138,18 @@ def test_bench_compares_with_the_compiled_original(
     assert "has no quantized denoiser: make one with tfmq-fx quantize" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("moment", ["save", "convert"])
+@pytest.mark.parametrize(
+    "moment", [(tfmq_fx.Converted, "save_pretrained"), (tfmq_fx.api, "convert")]
+)
 def test_an_interrupted_run_leaves_nothing(
-    moment: str,
+    moment: tuple[Any, str],
     classes: Path,
     quick: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(tfmq_fx.api, moment, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(*moment, lambda *_, **__: signal.raise_signal(signal.SIGINT))
     arguments = ["quantize", str(classes), str(tmp_path / "out"), "--steps", "2", "--quiet"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may ignore it
     try:
