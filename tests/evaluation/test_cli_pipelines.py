@@ -222,7 +222,20 @@ def test_prompts_are_lines_or_a_list(tmp_path: Path) -> None:
         read_prompts(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("command", ["quantize", "sample", "bench"])
+def test_report_is_on_the_denoisers_of_a_pipeline(
+    made: tuple[Path, int], source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(made[0])]) == 0
+    expected = tfmq_fx.report(tfmq_fx.load(made[0] / "unet"))
+    assert capsys.readouterr().out == f"unet: {expected}\n"
+    assert main(["report", str(source)]) == 1
+    assert "has no quantized denoiser" in capsys.readouterr().err
+
+
+COMMANDS = ["quantize", "sample", "bench", "demo", "report", "analyze", "verify", "evaluate"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples_and_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
