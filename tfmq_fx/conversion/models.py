@@ -32,10 +32,10 @@ from tfmq_fx.serialization.removed_layers import install_removed
 from tfmq_fx.serialization.staleness import StalenessCheck
 
 from .graph_model import GraphModel
+from .source_outline import SourceOutline
 from .unvisited_timesteps import UnvisitedTimesteps
 
 _log = logging.getLogger(__name__)
-from .source_outline import SourceOutline
 
 
 class Prepared(GraphModel):
