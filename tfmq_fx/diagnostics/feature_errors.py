@@ -88,7 +88,7 @@ def feature_errors(
     graph = extract(model, list(nodes.values()), [timestep_node(model)])
     result = []
     for (name, node), values in zip(nodes.items(), compute_rows(graph, timesteps), strict=True):
-        actual = values.view_as(rows[name])
+        actual = _like(values, rows[name])
         (errors,) = relative_errors((actual,), (rows[name],))
         stored = _stored(model, node, rows[name])
         result.append(FeatureError(name, rows[name], stored, actual, errors.cpu()))
@@ -120,3 +120,11 @@ def _stored(model: fx.GraphModule, node: fx.Node, rows: Tensor) -> Tensor | None
     if not isinstance(table, QuantTimestepTable):
         return None
     return restore_rows(*cache_rows(rows.flatten(1), table.bits)).to(rows.dtype).view_as(rows)
+
+
+def _like(values: Tensor, rows: Tensor) -> Tensor:
+    """Values of a feature in the shape of its rows (K, ...), repeated where the model holds one for
+    all frames."""
+    if values.numel() == rows.numel():
+        return values.view_as(rows)
+    return values.reshape(len(rows), 1, *rows.shape[2:]).expand_as(rows)
