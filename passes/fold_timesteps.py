@@ -24,7 +24,7 @@ from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass, prune
 from tfmq_fx.ir.node_info import is_view, op_name
 from tfmq_fx.ir.request_cut import tensors_of
 from tfmq_fx.ir.row_copies import rows_per_sample
-from tfmq_fx.ir.subgraphs import as_input, compute_rows
+from tfmq_fx.ir.subgraphs import as_input, compute_rows, fixed_batch
 from tfmq_fx.ir.temporal_block import Feature, TemporalBlock, temporal_block
 from tfmq_fx.quant.timestep_lookup import check_timesteps
 from tfmq_fx.quant.timestep_table import FEATURE, TABLE
@@ -38,9 +38,10 @@ def fold_timesteps(
 
     timesteps: (K,) finite, unique, in any order, of values the timestep's dtype can hold.
     only: names of the features to fold (`temporal_block(gm).features`); None folds all.
-    Rows are computed one timestep at a time at batch 1.  Outputs at batch 1 are the same bit for
-    bit; at other batch sizes matrix products round differently, as they do in the original (about
-    1e-6 relative in float32).  Raises ConfigError for timesteps or names that cannot be used.
+    Rows are computed one timestep at a time at batch 1; where the graph takes one other batch size
+    only, at that, of which the first sample counts.  Outputs there are the same bit for bit; at
+    other batch sizes matrix products round differently, as they do in the original (about 1e-6
+    relative in float32).  Raises ConfigError for timesteps or names that cannot be used.
     details: features, rows, table_bytes, and weight_bytes, the bytes of parameters that left.
     """
     t = timestep_node(gm)
@@ -93,10 +94,9 @@ def _mixing(block: TemporalBlock, keys: Tensor, rows: Sequence[Tensor]) -> list[
     sample has several rows, they also have to fit better as they are than in the other order.
     """
     graph = block.graph
-    fixed = isinstance(timestep_node(graph).meta["val"].shape[0], int)
-    if not rows or rows[0].is_meta or fixed:
+    if not rows or rows[0].is_meta:
         return [False] * len(rows)
-    picks = torch.tensor([0, len(keys) // 2, len(keys) - 1])
+    picks = torch.linspace(0, len(keys) - 1, fixed_batch(graph) or 3).long()
     batch = graph(as_input(graph, keys[picks.to(keys.device)]))
     mixes = []
     for feature, value, row in zip(block.features, batch, rows, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.subgraphs import compute_rows, extract
-from tfmq_fx.ir.temporal_block import temporal_block
+from tfmq_fx.ir.temporal_block import by_sample, temporal_block
 from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.passes.reconstruct_tib import relative_errors
 from tfmq_fx.quant.timestep_table import FEATURE, QuantTimestepTable, cache_rows, restore_rows
@@ -86,6 +86,8 @@ def feature_errors(
     computed = compute_rows(block.graph, timesteps)
     rows = {f.name: row for f, row in zip(block.features, computed, strict=True)}
     graph = extract(model, list(nodes.values()), [timestep_node(model)])
+    computed_there = {f.name: f for f in block.features if f.name not in by_feature}
+    graph = by_sample(graph, [computed_there.get(name) for name in nodes])
     result = []
     for (name, node), values in zip(nodes.items(), compute_rows(graph, timesteps), strict=True):
         actual = _like(values, rows[name])

@@ -19,12 +19,14 @@ _MERGES = words("reshape view flatten reshape_as view_as")
 
 
 def rows_per_sample(rows: int | torch.SymInt, batch: int | torch.SymInt) -> int | None:
-    """The number c where `rows` is c times the batch whatever the batch is; None where it is not.
+    """The number c where `rows` is c times the batch; None where it is not.
 
-    A batch that is a number counts where it is 1.
+    Where the batch is a number, that `rows` is a multiple of it may be chance.
     """
+    if isinstance(rows, int) and isinstance(batch, int):
+        return rows // batch if rows >= batch and rows % batch == 0 else None
     if isinstance(rows, int) or isinstance(batch, int):
-        return int(rows) if isinstance(rows, int) and batch == 1 else None
+        return None
     times = rows.node.expr / batch.node.expr  # of sympy: no guard is left in the shape environment
     return int(times) if times.is_Integer else None
 
@@ -33,8 +35,8 @@ def batches_adjacent(node: fx.Node, batch: int | torch.SymInt) -> bool | None:
     """Whether the c rows of a sample lie a batch apart in a value (c * batch, ...), not next to
     each other; None where the operation that made them does not tell.
     """
-    if isinstance(batch, int):
-        return False  # of one sample
+    if batch == 1:
+        return False
     while True:
         rows = _rows(node, batch)
         same = [used for used in node.all_input_nodes if _rows(used, batch) == rows]

@@ -116,8 +116,6 @@ def temporal_cut(
 def _obstacle(node: fx.Node, batch: int | torch.SymInt, missing: Collection[str]) -> str:
     """Why a value cannot be a row of a table; "" where it can."""
     value = node.meta.get("val")
-    if isinstance(batch, int) and batch != 1:
-        return f"the graph was captured for batch size {batch} only"
     if missing:
         return f"it takes {', '.join(sorted(missing))} as well as the timestep"
     if not isinstance(value, Tensor):
@@ -160,13 +158,14 @@ def temporal_block(gm: fx.GraphModule) -> TemporalBlock:
         features=tuple(features.values()),
         modules=tuple(path for path in _weighted(gm, inside) if path in used),
         uses=uses,
-        graph=_by_sample(extract(gm, cut, start), features.values()),
+        graph=by_sample(extract(gm, cut, start), features.values()),
         declined=(*declined, *times.notes),
     )
 
 
-def _by_sample(graph: fx.GraphModule, features: Iterable[Feature]) -> fx.GraphModule:
-    """Make an extracted graph return each feature as (B, *shape)."""
+def by_sample(graph: fx.GraphModule, features: Iterable[Feature | None]) -> fx.GraphModule:
+    """An extracted graph, changed to return the value of each feature as (B, *shape); values that
+    have None there stay."""
     (output,) = graph.graph.find_nodes(op="output")
     values: Any = output.args[0]
     with graph.graph.inserting_before(output):
@@ -175,8 +174,8 @@ def _by_sample(graph: fx.GraphModule, features: Iterable[Feature]) -> fx.GraphMo
     return graph
 
 
-def _one_sample_each(feature: Feature, value: fx.Node) -> fx.Node:
-    if not feature.several:
+def _one_sample_each(feature: Feature | None, value: fx.Node) -> fx.Node:
+    if feature is None or not feature.several:
         return value
     if not feature.apart:
         return call_method(value, "reshape", -1, *feature.shape)
