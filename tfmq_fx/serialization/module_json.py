@@ -33,6 +33,7 @@ _SPEC: dict[str, Any] = {
     **dict.fromkeys(("per_timestep", "bias", "dynamic", "integer_keys"), bool),
     **dict.fromkeys(("dtype", "weight_format", "act_format", "padding_mode", "grid"), str),
     **dict.fromkeys(("weight_shape", "stride", "dilation", "kernel_size", "widths"), list),
+    "output_padding": list,
     "act_bits": int | None,
     "padding": list | str,
 }
