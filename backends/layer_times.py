@@ -61,7 +61,11 @@ def layer_time(layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser | No
 def _call_time(layer: QuantLayer, node: fx.Node, choose: Chooser | None) -> LayerTime:
     lacking = obstacle(layer) is not None
     micros: dict[str, float] = {}
-    known = not isinstance(layer, QuantConvTranspose) and len(layer.weight_shape) in (2, 4) and groups_of(layer) == 1
+    known = (
+        not isinstance(layer, QuantConvTranspose)
+        and len(layer.weight_shape) in (2, 4)
+        and groups_of(layer) == 1
+    )
     if choose is not None and known:
         micros = dict(choose(problem_at(layer, node), node.meta["val"].dtype).micros)
     kernels = [taken for name, taken in micros.items() if name != "float"]

@@ -143,7 +143,7 @@ class _RoundedOptions:
         original, config = self.job.reference.get_submodule(site.name), self.job.plan[site.name]
         weight, bias = weight_rows(original), original.bias
         assert isinstance(site.layer, QuantLayer) and config.weights is not None
-        assert (bias is None or isinstance(bias, Tensor))
+        assert bias is None or isinstance(bias, Tensor)
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         specs = [dataclasses.replace(config.weights, bits=bits) for bits in BITS]
         if self.spec.rounding != "second-order":

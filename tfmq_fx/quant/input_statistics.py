@@ -32,9 +32,7 @@ def input_rows(layer: QuantLayer, x: Tensor, picks: Tensor | None = None) -> Ten
     if transposed:  # a convolution of x with gaps, by the flipped kernel
         x, strides = _with_gaps(x, strides), (1,) * len(strides)
     x = F.pad(x, layer.pad_widths, mode=mode)
-    for i, (size, stride, dilation) in enumerate(
-        zip(kernel, strides, layer.dilation, strict=True)
-    ):
+    for i, (size, stride, dilation) in enumerate(zip(kernel, strides, layer.dilation, strict=True)):
         x = x.unfold(2 + i, dilation * (size - 1) + 1, stride)[..., ::dilation]
     # x: (B, C, *positions, *kernel) -> (B * positions, C, *kernel)
     spatial = len(kernel)

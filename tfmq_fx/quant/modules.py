@@ -146,7 +146,9 @@ class QuantConvTranspose(QuantConv):
     def borders(self) -> list[tuple[int, int]]:
         """What is put before and after each spatial dimension of x with its gaps filled, so that a
         convolution with the flipped kernel gives the output; negative where rows are left out."""
-        zipped = zip(self.kernel_size, self.dilation, self.padding, self.output_padding, strict=True)
+        zipped = zip(
+            self.kernel_size, self.dilation, self.padding, self.output_padding, strict=True
+        )
         reach = [(d * (k - 1) - int(p), o) for k, d, p, o in zipped]
         return [(before, before + more) for before, more in reach]
 
