@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from tfmq_fx.core.config import Config
 from tfmq_fx.core.errors import CalibrationError
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.graph_pass import Rewrite
 from tfmq_fx.ir.sites import check_weights, find_sites, left_by_module, plan_sites
+from tfmq_fx.passes.expose_projections import expose_projections
 from tfmq_fx.passes.fold_weights import fold_weights
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.observe_layers import observe_layers
@@ -72,7 +75,7 @@ def observe_graph(
     Raises ConfigError for weights that hold NaN and overrides that match nothing.
     """
     merged = merge_duplicates(captured)
-    folded = fold_weights(merged.gm)
+    folded = with_layers(merged.gm, recipe, overrides)
     gm = folded.gm
     sites, _ = find_sites(gm)
     check_weights(sites)
@@ -95,6 +98,22 @@ def observe_graph(
         unmerged=captured,
         behaviour=behaves,
     )
+
+
+def with_layers(
+    merged: fx.GraphModule, recipe: Config, overrides: Mapping[str, LayerConfig]
+) -> Rewrite:
+    """The graph with a layer for each product with weights that can have one.
+
+    Where nothing is quantized, outputs stay the same bit for bit; else up to the order of float
+    additions.
+    """
+    layers = (recipe.layers, recipe.first, recipe.last, *overrides.values())
+    if all(layer is None or layer.weights is None for layer in layers):
+        return fold_weights(merged)
+    exposed = expose_projections(merged)
+    folded = fold_weights(exposed.gm)
+    return replace(folded, declined=[*exposed.declined, *folded.declined])
 
 
 def record_provenance(

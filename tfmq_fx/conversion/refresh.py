@@ -19,7 +19,6 @@ from tfmq_fx.ir.subgraphs import compute_rows
 from tfmq_fx.ir.temporal_block import temporal_block
 from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.passes.change_timesteps import change_timesteps
-from tfmq_fx.passes.fold_weights import fold_weights
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.quant.timestep_lookup import check_timesteps
@@ -30,7 +29,7 @@ from tfmq_fx.serialization.staleness import StalenessCheck
 
 from .convert import convert
 from .models import Compiled, Converted
-from .prepare_model import captured_only, rebuild
+from .prepare_model import captured_only, rebuild, with_layers
 from .records import pass_record
 from .step import Steps
 from .steps import STEPS
@@ -175,7 +174,8 @@ def _retimed(model: Converted, values: Tensor, source: nn.Module | None) -> Conv
     assert origin is not None and origin.timesteps is not None
     if source is not None:
         captured = origin.captured(source)
-        rows = _rows(captured, values, {n.meta.get(FEATURE) for n in model.gm.graph.nodes})
+        gm = with_layers(merge_duplicates(captured).gm, model.recipe, origin.overrides).gm
+        rows = _rows(gm, values, {n.meta.get(FEATURE) for n in model.gm.graph.nodes})
         watch = watch or StalenessCheck(source, origin.fingerprints, origin.behaviour)
     lookups = [str(n.args[0].target) for n in model.gm.graph.nodes if is_timestep_row(n)]
     measured = [name for name in lookups if not name.startswith(TABLE)]  # tables are computed
@@ -193,9 +193,8 @@ def _retimed(model: Converted, values: Tensor, source: nn.Module | None) -> Conv
     return new
 
 
-def _rows(captured: fx.GraphModule, values: Tensor, features: Container[str]) -> dict[str, Tensor]:
+def _rows(gm: fx.GraphModule, values: Tensor, features: Container[str]) -> dict[str, Tensor]:
     """The rows of `features` at `values`, sorted, computed as folding computes them."""
-    gm = fold_weights(merge_duplicates(captured).gm).gm
     block = temporal_block(gm)
     keys = check_timesteps(values, timestep_node(gm).meta["val"].dtype)
     rows = compute_rows(block.graph, keys)

@@ -42,6 +42,20 @@ _TENSOR = {
     **dict.fromkeys(("parameter", "requires_grad", "persistent"), bool),
 }
 _LAYERS = 100  # of a recurrent network
+_RECURRENT: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.GRU: (),
+    nn.LSTM: ("proj_size",),
+    nn.RNN: ("nonlinearity",),
+}
+_RECURRENT_ARGUMENTS = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+)
 
 
 def modules_json(gm: fx.GraphModule) -> dict[str, Any]:
@@ -312,6 +326,8 @@ def _check_spec(spec: Any, where: str) -> None:
 
 def _arguments(kind: type[nn.Module]) -> list[str]:
     """Return the constructor's arguments that a save may hold; tensors have their own dtype."""
+    if kind in _RECURRENT:  # their signatures are (*args, **kwargs)
+        return [*_RECURRENT_ARGUMENTS, *_RECURRENT[kind]]
     return [
         key
         for key, parameter in inspect.signature(kind).parameters.items()
