@@ -16,11 +16,13 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
 from tfmq_fx.core.module_overrides import is_plain
-from tfmq_fx.core.stages import Stage
+from tfmq_fx.core.stages import REPLACED, Stage
 from tfmq_fx.ir.binding_times import binding_times
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 
-_ARGUMENTS = "query key value key_padding_mask need_weights attn_mask average_attn_weights is_causal"
+_ARGUMENTS = (
+    "query key value key_padding_mask need_weights attn_mask average_attn_weights is_causal"
+)
 _PRODUCTS = (operator.matmul, torch.matmul, torch.ops.aten.matmul.default, torch.mm)
 
 
@@ -40,7 +42,10 @@ def expose_projections(gm: fx.GraphModule) -> Rewrite:
     for path, nodes in attention.items():
         module: Any = gm.get_submodule(path)
         if reason := next(filter(None, (_obstacle(module, node) for node in nodes)), None):
-            declined.append(Declined(path, f"its projections stay in floating point: {reason}"))
+            reason = f"its projections stay in floating point: {reason}"
+            declined.append(Declined(path, reason))
+            for node in nodes:
+                node.meta[REPLACED] = reason
             continue
         for node in nodes:
             _write_out(gm, node, path, module)

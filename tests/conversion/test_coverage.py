@@ -31,7 +31,10 @@ class WideNorm(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.gate = nn.LayerNorm((8, 8)), nn.Parameter(torch.ones(3, 8, 8))
-        self.attention, self.mix = nn.MultiheadAttention(8, 2), nn.Conv2d(3, 3, 3, padding=1)
+        self.attention, self.mix = (
+            nn.MultiheadAttention(8, 2, add_zero_attn=True),
+            nn.Conv2d(3, 3, 3, padding=1),
+        )
         self.idle = nn.Linear(5, 5)
 
     def forward(self, x, t):

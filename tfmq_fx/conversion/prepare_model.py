@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,9 +110,7 @@ def with_layers(
     layers = (recipe.layers, recipe.first, recipe.last, *overrides.values())
     if all(layer is None or layer.weights is None for layer in layers):
         return fold_weights(merged)
-    exposed = expose_projections(merged)
-    folded = fold_weights(exposed.gm)
-    return replace(folded, declined=[*exposed.declined, *folded.declined])
+    return fold_weights(expose_projections(merged).gm)
 
 
 def record_provenance(

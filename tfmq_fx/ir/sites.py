@@ -62,7 +62,9 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
             if isinstance(layer, QuantLayer):
                 calls.setdefault(path, []).append(node)
             elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                continue
+                if any(True for _ in _matrices(gm, node, ())):
+                    kept = f"{type(layer).__name__} keeps its weights in floating point"
+                    declined.append(Declined(path, node.meta.get(REPLACED) or kept))
             elif reason := _why_not(layer, read.get(path)):
                 declined.append(Declined(path, reason))
             elif len(node.args) + len(node.kwargs) > 1:
