@@ -130,7 +130,9 @@ def tables_at(
         else:
             found[name] = table.new_zeros((len(new), table.shape[1]))
             for feature, columns in _features(node):
-                found[name][:, columns] = rows[feature].reshape(len(new), -1).to(table)
+                width = columns.stop - columns.start
+                given = _columns(feature, rows[feature], width)
+                found[name][:, columns] = given.to(table)
     return Tables(
         new,
         frozenset(_buffer(node, 1) for node in lookups),
@@ -187,6 +189,18 @@ def _check_rows(
             raise ConfigError(f"{name}: {len(values)} rows given for {len(new)} timesteps")
 
 
+def _columns(feature: str, rows: Tensor, width: int) -> Tensor:
+    """The rows (K, ...) of a feature as (K, width); a table may hold one row for all frames."""
+    flat = rows.reshape(len(rows), -1)
+    copies = flat.reshape(len(rows), -1, width)
+    if not torch.equal(copies, copies[:, :1].expand_as(copies)):
+        raise ConfigError(
+            f"{feature}: the table holds one row for all frames, which differ in the rows given. "
+            "Prepare and convert the source anew"
+        )
+    return copies[:, 0]
+
+
 def _interpolate(
     table: Tensor, old: Tensor, new: Tensor, log2: Mapping[int, tuple[int, int]]
 ) -> tuple[Tensor, int]:
@@ -230,7 +244,8 @@ def _cached(
             none = torch.zeros(
                 len(new), width, dtype=torch.float32, device=table.scale.device
             )  # nothing reads it
-            feature = rows[names[start]].reshape(len(new), -1) if start in names else none
+            name = names.get(start)
+            feature = none if name is None else _columns(name, rows[name], width)
             features.append(feature.to(none.device))
             start += width
         cached = QuantTimestepTable.from_rows(new, features, bits=table.bits)

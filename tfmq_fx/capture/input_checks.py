@@ -83,15 +83,28 @@ def _freeing(spec: Input, dim: int, fixed: Sequence[str]) -> str:
     return f", or free it: dynamic={{{spec.path!r}: {{{dim}: 'a name', ...}}, ...}}"
 
 
-def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) -> Tensor:
+def largest(timesteps: Any) -> Any:
+    """The largest timestep (batch,) of each sample, from one for each token (batch, ...); anything
+    else unchanged."""
+    if not isinstance(timesteps, Tensor) or timesteps.dim() < 2 or 0 in timesteps.shape:
+        return timesteps
+    return timesteps.flatten(1).amax(1)
+
+
+def check_timestep(
+    spec: Input, value: Any, sizes: dict[str, int], device: Any, dims: int = 1
+) -> Tensor:
     """The timestep as (batch,) of the captured dtype.
 
     Numbers and tensors in double precision are rounded to float32, where the graph takes that;
     all else must be held exactly.
+    dims: the number of dimensions in which forward takes it; all but the first have size one.
     """
     size = spec.shape[0]
     integral = not spec.dtype.is_floating_point
     value = plain_number(value)
+    if isinstance(value, Tensor) and value.dim() == dims > 1 and value[:1].numel() == 1:
+        value = value.flatten()
     expected = f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got"
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex() or value.ndim > 1:
@@ -112,6 +125,11 @@ def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) 
     else:
         raise InputError(f"{expected} {shown(value)}")
     batch = sizes.setdefault(size, rows) if isinstance(size, str) else size
+    if rows != 1 and rows != batch and dims == 0:
+        raise InputError(
+            f"{spec.path}: {rows} timesteps, but the model takes one number for all samples; give "
+            "a number or a 0-d tensor"
+        )
     if rows != 1 and rows != batch:
         raise InputError(f"{spec.path}: {rows} timesteps for a batch of {batch}")
     if not isinstance(value, Tensor):

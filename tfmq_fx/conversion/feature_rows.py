@@ -7,23 +7,28 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
+from tfmq_fx.core.config import Config
 from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.subgraphs import compute_rows
 from tfmq_fx.ir.temporal_block import temporal_block
-from tfmq_fx.passes.fold_weights import fold_weights
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.quant.timestep_lookup import check_timesteps
 from tfmq_fx.serialization.provenance import Provenance
+
+from .exposed_layers import with_layers
 
 
 class FeatureRows:
     """The temporal block of `source`, with its weights, and nothing else of the model.
 
+    recipe: of the conversion, which decides what products with weights became layers.
+
     Raises ConfigError, naming what differs, where `source` is not the model of `origin`.
     """
 
-    def __init__(self, origin: Provenance, source: nn.Module) -> None:
-        gm = fold_weights(merge_duplicates(origin.captured(source)).gm).gm
+    def __init__(self, origin: Provenance, recipe: Config, source: nn.Module) -> None:
+        merged = merge_duplicates(origin.captured(source)).gm
+        gm = with_layers(merged, recipe, origin.overrides).gm
         block = temporal_block(gm)
         self._graph = block.graph
         self._names = [feature.name for feature in block.features]

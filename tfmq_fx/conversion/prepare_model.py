@@ -18,7 +18,6 @@ from tfmq_fx.core.errors import CalibrationError
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.sites import check_weights, find_sites, left_by_module, plan_sites
-from tfmq_fx.passes.fold_weights import fold_weights
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.observe_layers import observe_layers
 from tfmq_fx.serialization.module_settings import Behaviour
@@ -26,6 +25,7 @@ from tfmq_fx.serialization.provenance import Calibration, Provenance, Rows, desc
 from tfmq_fx.serialization.staleness import OutsideTensors, StalenessCheck
 
 from .coverage import parameter_record
+from .exposed_layers import with_layers
 from .models import Converted, Prepared
 from .records import ConversionRecord, site_records
 
@@ -85,7 +85,7 @@ def observe_graph(
     Raises ConfigError for weights that hold NaN and overrides that match nothing.
     """
     merged = merge_duplicates(captured)
-    folded = fold_weights(merged.gm)
+    folded = with_layers(merged.gm, recipe, overrides)
     gm = folded.gm
     sites, _ = find_sites(gm)
     check_weights(sites)

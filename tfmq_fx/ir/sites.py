@@ -62,9 +62,13 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
             if isinstance(layer, QuantLayer):
                 calls.setdefault(path, []).append(node)
             elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                continue
+                if any(True for _ in _matrices(gm, node, ())):
+                    kept = f"{type(layer).__name__} keeps its weights in floating point"
+                    declined.append(Declined(path, node.meta.get(REPLACED) or kept))
             elif reason := _why_not(layer, read.get(path)):
                 declined.append(Declined(path, reason))
+            elif len(node.args) + len(node.kwargs) > 1:
+                declined.append(Declined(path, "it is called with an output size"))
             else:
                 calls.setdefault(path, []).append(node)
         elif op_name(node) in _FUNCTIONS:
@@ -78,8 +82,6 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
 
 def _why_not(layer: nn.Module, read: str | None) -> str | None:
     """Why a layer cannot be quantized, or None; read: its tensor that other nodes read."""
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return "transposed convolution"
     if reason := replaced_forward(layer):
         return reason
     if not kind_of(layer):
@@ -91,8 +93,6 @@ def _why_not(layer: nn.Module, read: str | None) -> str | None:
 
 def _why_function(node: fx.Node, constants: Collection[fx.Node]) -> str:
     """Why a product that is called as a function cannot be quantized as a layer."""
-    if "transpose" in op_name(node):
-        return "transposed convolution"
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     if weight in constants:
         return "called as a function, not as a torch.nn layer"
