@@ -26,7 +26,9 @@ from tfmq_fx.ir.functionalize import functionalize
 from tfmq_fx.ir.graph import named_tensors
 from tfmq_fx.ir.node_info import value_inputs
 
-from .fake_values import SYMBOLIC, FakeValues, SizeTest
+from .data_dependence import Allowances, DataDependent, Unfit
+from .data_values import DataValues
+from .fake_values import SYMBOLIC, SizeTest
 from .proxies import SizeProxy, Sizes, TensorProxy
 from .torch_patches import RECORDED, patched
 
@@ -34,7 +36,7 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 TRACING = threading.RLock()  # torch.fx patches nn.Module for the whole process: one trace at a time
 
 
-class ValueTracer(FakeValues):
+class ValueTracer(DataValues):
     """A tracer for one run of one model.
 
     original: the model that `model` is a copy of. Forwards and hooks put on its parts may refer to
@@ -42,6 +44,7 @@ class ValueTracer(FakeValues):
     inputs: fake tensors of `mode`, one for each placeholder.  call: runs the model on a proxy for
     each input and returns the flat outputs.  The modules of the model are changed only where one
     works in place (inplace=True) without need.
+    allowances: what may be kept of code that depends on data; None: nothing.
     names: symbol of a free size -> symbol with a readable name.  forced: outcomes to pretend, keyed
     by the test with held=True.
     tests: the conditions on sizes that the model's code tested, in order.  outside: tensors that
@@ -59,8 +62,9 @@ class ValueTracer(FakeValues):
         call: Callable[[list[Any]], Any],
         names: Mapping[Any, Any],
         forced: Mapping[SizeTest, bool],
+        allowances: Allowances | None = None,
     ) -> None:
-        super().__init__(mode, names, forced)
+        super().__init__(mode, names, forced, allowances)
         self.last = "before its first operation"  # module and line of the latest operation
         self._model, self._inputs, self._call = model, inputs, call
         self._thread = threading.get_ident()
@@ -181,7 +185,10 @@ class ValueTracer(FakeValues):
         if kind == "placeholder":
             node.meta["val"] = self._inputs[target]
         elif kind != "get_attr":
-            node.meta["val"] = self._compute(node)
+            try:
+                node.meta["val"] = self._compute(node)
+            except DataDependent as error:
+                return self.result_of_held(node, error)
         return self._wrap(node)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
@@ -255,6 +262,8 @@ class ValueTracer(FakeValues):
             return self._copies[m](*args, **kwargs)
         if m not in self._paths:
             return forward(*args, **kwargs)
+        if self.is_opaque(path := self._paths[m]):
+            return self._call_opaque(path, m, forward, args, kwargs)
         reason = replaced_forward(m) if isinstance(m, _LAYERS) else None
         if reason is None:
             return super().call_module(m, forward, args, kwargs)
@@ -264,9 +273,18 @@ class ValueTracer(FakeValues):
         finally:
             self._replaced.pop()
 
+    def _call_opaque(self, path: str, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a module that is called as it is."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except NotImplementedError as error:  # torch.fx has no arguments like these
+            raise Unfit(path, f"it takes more than tensors and constants ({error})") from error
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Traced are modules that compute a weight, layers with another forward, and those made of
         # other modules.
+        if self.is_opaque(module_qualified_name):
+            return True
         return (
             type(m).__module__ != "torch.nn.modules.transformer"
             and super().is_leaf_module(m, module_qualified_name)
