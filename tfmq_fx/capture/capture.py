@@ -118,7 +118,10 @@ def _with_free_sizes(
     call, examples = describe_call(model, example_inputs, timestep, dynamic)
 
     def attempt(free: Mapping[str, Mapping[int, str]]) -> Captured:
-        return _traced_or_exported(model, *describe_call(model, example_inputs, timestep, free))
+        others = describe_call(model, example_inputs, timestep, free)
+        if captured is not None and OPAQUE in captured.gm.meta:
+            return _in_part(model, *others)
+        return _traced_or_exported(model, *others)
 
     def has_free_batch(captured: Captured) -> bool:
         return BATCH not in held_sizes(captured.call, examples) and not mixes_batch(captured.gm)
@@ -133,7 +136,8 @@ def _with_free_sizes(
         if model_error(model, call, examples) is None:
             raise
         refusal = error
-    if captured is None or not has_free_batch(captured):
+    holds = captured is not None and captured.gm.meta.get(EXAMPLES)  # of each sample, likely
+    if not holds and (captured is None or not has_free_batch(captured)):
         for free in less_batch(call):
             with contextlib.suppress(CaptureError):
                 if has_free_batch(other := attempt(free)):
@@ -181,29 +185,27 @@ def _traced_or_exported(model: nn.Module, call: CallSpec, examples: list[Tensor]
             refusal.add_note(f"torch.export does not help: {_first_line(error)}")
             if not isinstance(refusal, DataDependent):
                 raise refusal from error
-            return _in_part(model, call, examples, refusal)
+            try:
+                return _in_part(model, call, examples)
+            except CaptureError as last:
+                if isinstance(last, StateError):
+                    raise
+                refusal.__notes__[-1] += f"\nNor does leaving modules as they are: {_first_line(last)}"
+                raise refusal from last
         route, notes = "export", [f"captured by torch.export, since {_first_line(refusal)}", *notes]
     return Captured(gm, call, route, 0.0, tuple(notes))
 
 
-def _in_part(
-    model: nn.Module, call: CallSpec, examples: list[Tensor], refusal: DataDependent
-) -> Captured:
+def _in_part(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Captured:
     """The graph that leaves modules as they are whose code depends on data, and holds conditions.
 
-    Raises `refusal` where there is none.
+    Raises CaptureError where there is none.
     """
-    try:
-        trace, allowed = trace_in_part(
-            model, call, examples, lambda allowed: _trace(model, call, examples, allowed=allowed)
-        )
-        binding = _binding(model, call, examples, trace, allowed)
-        gm, call, notes = _proved(model, call, examples, trace, binding)
-    except StateError:
-        raise
-    except CaptureError as error:
-        refusal.add_note(f"no part of it can be left as it is: {_first_line(error)}")
-        raise refusal from error
+    trace, allowed = trace_in_part(
+        model, call, examples, lambda allowed: _trace(model, call, examples, allowed=allowed)
+    )
+    binding = _binding(model, call, examples, trace, allowed)
+    gm, call, notes = _proved(model, call, examples, trace, binding)
     return Captured(gm, call, "trace", 0.0, (*remarks(gm), *notes))
 
 
@@ -294,9 +296,14 @@ def _trace(
     tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {}, allowed)
     try:
         graph = tracer.run()
-        if tracer.leaves_values():  # a second run raises where the next call reads them
+        replaced = tracer.replaced
+        if tracer.leaves_values() or replaced is not None:
+            # A second run raises where the next call reads them.
             tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {}, allowed)
-            graph = tracer.run()
+            try:
+                graph = tracer.run()
+            except StateError as error:
+                raise (replaced or error) from error
     except TfmqError:
         raise
     except Exception as error:

@@ -75,27 +75,51 @@ class DataValues(FakeValues):
     def result_of_held(self, node: fx.Node, error: DataDependent) -> Any:
         """The result of an operation whose size depends on conditions alone, computed from the
         example's; raises `error` where it depends on more."""
-        operands = node.all_input_nodes
-        if self._may_hold(operands, single=False):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._example_of)
-            self.computing = True
-            try:
-                result = self._call_node(node, args, kwargs)
-            finally:
-                self.computing = False
+        if op_name(node) == "getitem":
+            return self._picked(node, error)
+        numbers = {n for n in node.all_input_nodes if (n,) != node.args[:1] and self._is_number(n)}
+        if numbers:  # x.reshape(1, n), where n is a tensor
+
+            def operand(used: fx.Node) -> Any:
+                return self._hold(used).item() if used in numbers else self._wrap(used)  # type: ignore[attr-defined]
+
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
             self.graph.erase_node(node)
-            return tree_map_only(Tensor, self._constant, result)
-        if op_name(node) != "getitem" or not self._may_hold(operands[1:], single=False):
+            return self.create_proxy(node.op, node.target, args, kwargs)
+        writes = op_name(node).endswith("_")
+        if writes or not self._may_hold(node.all_input_nodes, single=False):
             raise error
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._example_of)
+        self.computing = True
+        try:
+            result = self._call_node(node, args, kwargs)
+        finally:
+            self.computing = False
+        self.graph.erase_node(node)
+        return tree_map_only(Tensor, lambda value: self._constant(value).clone(), result)
+
+    def _picked(self, node: fx.Node, error: DataDependent) -> Any:
+        """The result of x[mask], as that of x[rows, columns]."""
         x, key = node.args
-        parts: list[Any] = []  # x[mask] picks what x[rows, columns] does
+        if not self._may_hold([n for n in node.all_input_nodes if n is not x], single=False):
+            raise error
+        parts: list[Any] = []
         for part in key if isinstance(key, (tuple, list)) else (key,):
-            value = self._hold(part) if isinstance(part, fx.Node) else part
+            value = fx.node.map_arg(part, self._example_of)
+            if isinstance(value, slice):
+                ends = (value.start, value.stop, value.step)
+                value = slice(*(int(end) if isinstance(end, Tensor) else end for end in ends))
             masks = isinstance(value, Tensor) and value.dtype == torch.bool
             parts += map(self._constant, value.nonzero(as_tuple=True)) if masks else [value]
         self.graph.erase_node(node)
         arguments = (self._wrap(x), tuple(parts))  # type: ignore[attr-defined]
         return self.create_proxy("call_function", operator.getitem, arguments, {})
+
+    def _is_number(self, node: fx.Node) -> bool:
+        """Whether a value is one integer that may be held."""
+        value = node.meta["val"]
+        single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
+        return single and value.dtype != torch.bool and self._may_hold([node], single=True)
 
     def _may_hold(self, nodes: Iterable[fx.Node], *, single: bool) -> bool:
         """Whether to hold values here: not where the module could be opaque instead, which serves
@@ -144,8 +168,10 @@ class DataValues(FakeValues):
         reached = self._computed_from([node], lambda used: used.all_input_nodes)
         value = self._values[node] = self._evaluate(node, reached)
         reads = self._computed_from([node], value_inputs)
-        names = [str(used.target) for used in self.graph.nodes if used in reads]
-        names = [name for name in names if name in self.allowances.examples]
+        if not any(used.op in ("placeholder", "get_attr") for used in reads):
+            return value  # a constant of the code
+        inputs = [used for used in self.graph.find_nodes(op="placeholder") if used in reads]
+        names = [str(used.target) for used in inputs]
         self.held |= {name: self.allowances.examples[name] for name in names}
         arguments = (self._wrap(node), self._constant(value), ", ".join(names), self._line())  # type: ignore[attr-defined]
         self.create_proxy("call_function", check_held, arguments, {})

@@ -49,6 +49,7 @@ class ValueTracer(DataValues):
     by the test with held=True.
     tests: the conditions on sizes that the model's code tested, in order.  outside: tensors that
     the code reads and no module of the model holds, by the names of their copies in the graph.
+    replaced: the error for a buffer that the code replaces, if the next call reads it.
     baked: names of the model's tensors from which its code computed constants, which a graph cannot
     update (a function that holds a weight by itself).
     """
@@ -73,11 +74,13 @@ class ValueTracer(DataValues):
         copies = dict(model.named_modules(remove_duplicate=False))
         self._paths = {module: name for name, module in reversed(copies.items())}
         tensors = [*named_tensors(model), *_all_tensors(original)]
-        self._tensors = {id(tensor): name for name, tensor in reversed(tensors)}
+        # Proxies are what a first run left in buffers: a second one that reads them is refused.
+        self._tensors = {id(t): n for n, t in reversed(tensors) if not isinstance(t, Proxy)}
         self._copies = {m: copies[name] for name, m in original.named_modules() if name in copies}
         self._replaced: list[str] = []  # why the layers that are traced are not taken as layers
         self.outside: dict[str, Tensor] = {}
         self.baked: set[str] = set()
+        self.replaced: StateError | None = None
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
 
     def run(self) -> fx.Graph:
@@ -96,13 +99,17 @@ class ValueTracer(DataValues):
         return graph
 
     def _check_state(self) -> None:
-        """Raise StateError where forward replaced a buffer by another tensor."""
+        """Raise StateError where forward replaced a buffer by what is not traced; note it where it
+        is, for the next call may not read it."""
         before, now = self._buffers, dict(self._model.named_buffers(remove_duplicate=False))
-        if changed := [name for name in {**now, **before} if now.get(name) is not before.get(name)]:
-            raise StateError(
-                f"{changed[0].rpartition('.')[0] or 'the model'}: forward assigns to the buffer "
-                f"{changed[0]}, so one call changes the next; a graph holds no such state"
-            )
+        for name in {**now, **before}:
+            if now.get(name) is not before.get(name):
+                self.replaced = StateError(
+                    f"{name.rpartition('.')[0] or 'the model'}: forward assigns to the buffer "
+                    f"{name}, so one call changes the next; a graph holds no such state"
+                )
+                if not isinstance(now.get(name), TensorProxy):
+                    raise self.replaced
 
     def leaves_values(self) -> bool:
         """Whether the model's code put a traced tensor that depends on an input on a module."""
