@@ -19,6 +19,7 @@ from torch.fx.proxy import Proxy
 from tfmq_fx.core.errors import CaptureError, InputError, StateError, TfmqError
 from tfmq_fx.core.module_overrides import refuse_hooks
 from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import OPAQUE
 from tfmq_fx.ir.graph_pass import prune
 from tfmq_fx.ir.held_values import EXAMPLES
 from tfmq_fx.ir.verifier import check
@@ -33,7 +34,7 @@ from .guards import guard, same_operations
 from .input_checks import BATCH
 from .model_checks import check_model, check_names
 from .nested_values import Branch, Const, Structure, outline
-from .opaque_modules import OPAQUE, remarks, trace_in_part
+from .opaque_modules import remarks, trace_in_part
 from .outside_tensors import BAKED, OUTSIDE
 from .replay import arguments, model_error, replay, structural_clone
 from .torch_patches import plain_transformers

@@ -77,6 +77,8 @@ class DataValues(FakeValues):
         example's; raises `error` where it depends on more."""
         if op_name(node) == "getitem":
             return self._picked(node, error)
+        if op_name(node) == "repeat_interleave":
+            return self._repeated(node, error)
         numbers = {n for n in node.all_input_nodes if (n,) != node.args[:1] and self._is_number(n)}
         if numbers:  # x.reshape(1, n), where n is a tensor
 
@@ -114,6 +116,19 @@ class DataValues(FakeValues):
         self.graph.erase_node(node)
         arguments = (self._wrap(x), tuple(parts))  # type: ignore[attr-defined]
         return self.create_proxy("call_function", operator.getitem, arguments, {})
+
+    def _repeated(self, node: fx.Node, error: DataDependent) -> Any:
+        """The result of repeat_interleave(x, repeats, dim), as that of x.index_select(dim, rows)."""
+        given = {**dict(zip(("x", "repeats", "dim"), node.args, strict=False)), **node.kwargs}
+        x, repeats, dim = given.get("x"), given.get("repeats"), given.get("dim")
+        known = isinstance(x, fx.Node) and isinstance(repeats, fx.Node)
+        if not known or not self._may_hold([repeats], single=False):  # type: ignore[list-item]
+            raise error
+        values = self._wrap(x)  # type: ignore[attr-defined]
+        count = self._hold(repeats)  # type: ignore[arg-type]
+        values, dim = (values.flatten(), 0) if dim is None else (values, dim)
+        rows = torch.arange(int(values.shape[dim]), device=count.device)
+        return values.index_select(dim, self._constant(rows.repeat_interleave(count)))
 
     def _is_number(self, node: fx.Node) -> bool:
         """Whether a value is one integer that may be held."""

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tfmq_fx.core.errors import CaptureError
+from tfmq_fx.ir.graph import OPAQUE
 from tfmq_fx.ir.held_values import checks
 
 from .call_spec import CallSpec
@@ -24,7 +25,6 @@ from .nested_values import Branch, Const, Structure, outline
 from .replay import forked_rng, other_sizes, random_inputs, structural_clone
 
 T = TypeVar("T")
-OPAQUE = "opaque"  # key of a graph's meta: path of each opaque module -> why it is one
 _TRIES = 32  # allowances that are made one after the other
 _SIZES = 4  # other sizes at which the model is tried
 

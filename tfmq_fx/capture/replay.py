@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from tfmq_fx.core.errors import CaptureError, InputError
 from tfmq_fx.ir.graph import same_memory
-from tfmq_fx.ir.held_values import EXAMPLES
+from tfmq_fx.ir.held_values import EXAMPLES, repeated
 
 from .call_spec import CallSpec
 from .input_checks import BATCH
@@ -154,21 +154,13 @@ def random_inputs(
     for spec, example in zip(call.inputs, examples, strict=True):
         shape = [sizes[s] if isinstance(s, str) else s for s in spec.shape]
         value = _random(example, shape, generator)
-        values.append(_repeated(example, shape) if spec.name in held else value)
+        values.append(repeated(example, shape) if spec.name in held else value)
     t = call.timestep_position
     values[t] = _timesteps(examples[t], len(values[t]), seed)
     kwargs = arguments(call, values, len(values[t]))
     if call.return_dict is not None:
         kwargs["return_dict"] = want_dict
     return kwargs
-
-
-def _repeated(example: Tensor, shape: list[int]) -> Tensor:
-    """The elements of the example over and over, in another shape."""
-    for dim, size in enumerate(shape):
-        places = torch.arange(size, device=example.device) % max(example.shape[dim], 1)
-        example = example.index_select(dim, places)
-    return example.clone()
 
 
 def _random(example: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:

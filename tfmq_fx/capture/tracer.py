@@ -10,7 +10,7 @@ import collections
 import contextlib
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from tfmq_fx.core.errors import CaptureError, StateError
 from tfmq_fx.core.module_overrides import is_plain, replaced_forward
 from tfmq_fx.core.stages import REPLACED
 from tfmq_fx.ir.functionalize import functionalize
-from tfmq_fx.ir.graph import named_tensors
+from tfmq_fx.ir.graph import held_tensors, named_tensors
 from tfmq_fx.ir.node_info import value_inputs
 
 from .data_dependence import Allowances, DataDependent, Unfit
@@ -73,7 +73,7 @@ class ValueTracer(DataValues):
         # Reversed: of several names for one module or tensor, the first counts.
         copies = dict(model.named_modules(remove_duplicate=False))
         self._paths = {module: name for name, module in reversed(copies.items())}
-        tensors = [*named_tensors(model), *_all_tensors(original)]
+        tensors = [*named_tensors(model), *held_tensors(original)]
         # Proxies are what a first run left in buffers: a second one that reads them is refused.
         self._tensors = {id(t): n for n, t in reversed(tensors) if not isinstance(t, Proxy)}
         self._copies = {m: copies[name] for name, m in original.named_modules() if name in copies}
@@ -339,12 +339,3 @@ class ValueTracer(DataValues):
         if not names or type(value) is tuple:
             return tuple(parts)
         return collections.namedtuple(type(value).__name__, names)(*parts)
-
-
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All tensors that the modules of a model hold, by name: parameters, buffers and others."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        for held in (module._parameters, module._buffers, vars(module)):
-            for leaf, value in held.items():
-                if isinstance(value, Tensor):
-                    yield f"{path}.{leaf}".removeprefix("."), value

@@ -46,6 +46,7 @@ class GraphModel(nn.Module):
 
     gm: fx.GraphModule
     watch: StalenessCheck | None = None  # of the model that the graph was made from
+    checks: fx.GraphModule | None = None  # of held values, where the graph that runs has none
     why_no_gradient = (
         "no gradient with respect to the timestep, whose values are read from a table. Detach it"
     )
@@ -75,6 +76,8 @@ class GraphModel(nn.Module):
         if self.watch is not None:
             self.watch.check()
         self.check_timesteps(inputs)
+        if self.checks is not None:
+            self.checks(*inputs)
         outputs = self.run(inputs)
         if torch.is_grad_enabled():
             names = self.without_gradient()

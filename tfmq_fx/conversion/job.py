@@ -14,6 +14,7 @@ from tfmq_fx.core.config import Config
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.stages import Stage, stage_of
 from tfmq_fx.ir.graph_pass import Rewrite
+from tfmq_fx.ir.opaque_layers import inner_sites
 from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.ir.temporal_block import TemporalBlock, temporal_block
 from tfmq_fx.quant.bit_plan import BitPlan
@@ -138,7 +139,7 @@ class Job:
             return replace(self, **changes)
         gm = rewrites[-1].gm
         if stage_of(gm) is Stage.CAPTURED:
-            names = [site.name for site in find_sites(gm)[0]]
+            names = [site.name for site in (*find_sites(gm)[0], *inner_sites(gm)[0])]
             plan = changes.get("plan", self.plan)
             plan = {name: plan.get(name, self.recipe.layers) for name in names}
             changes = {"reference": gm, "block": None, **changes, "plan": plan}

@@ -6,6 +6,8 @@ example's; a check in it raises InputError for a call with another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx
 
@@ -59,3 +61,11 @@ def without_checks(gm: fx.GraphModule) -> fx.GraphModule:
     prune(bare.graph)
     bare.recompile()
     return bare
+
+
+def repeated(example: Tensor, shape: Sequence[int]) -> Tensor:
+    """The elements of the example over and over, in another shape."""
+    for dim, size in enumerate(shape):
+        places = torch.arange(size, device=example.device) % max(example.shape[dim], 1)
+        example = example.index_select(dim, places)
+    return example.clone()

@@ -63,7 +63,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
                 calls.setdefault(path, []).append(node)
             elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
                 continue
-            elif reason := _why_not(layer, read.get(path)):
+            elif reason := why_not(layer, read.get(path)):
                 declined.append(Declined(path, reason))
             else:
                 calls.setdefault(path, []).append(node)
@@ -76,7 +76,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
     return sites, list(dict.fromkeys(declined))
 
 
-def _why_not(layer: nn.Module, read: str | None) -> str | None:
+def why_not(layer: nn.Module, read: str | None) -> str | None:
     """Why a layer cannot be quantized, or None; read: its tensor that other nodes read."""
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return "transposed convolution"
@@ -121,7 +121,8 @@ def left_by_module(gm: fx.GraphModule, sites: Collection[Site]) -> dict[str, int
     for node in gm.graph.nodes:
         if node.target in names or node in constants:
             continue
-        sizes = {key: size for key, size in _matrices(gm, node, constants) if key not in seen}
+        found = _matrices(gm, node, constants, names)
+        sizes = {key: size for key, size in found if key not in seen}
         if sizes:
             seen |= sizes.keys()
             counts[_caller(node)] += sum(sizes.values())
@@ -139,12 +140,14 @@ def _caller(node: fx.Node) -> str:
 
 
 def _matrices(
-    gm: fx.GraphModule, node: fx.Node, constants: Collection[fx.Node]
+    gm: fx.GraphModule, node: fx.Node, constants: Collection[fx.Node], names: Collection[str]
 ) -> Iterator[tuple[Any, int]]:
-    """The identity and the size of each weight that a node multiplies with."""
+    """The identity and the size of each weight that a node multiplies with; without those of the
+    layers `names` inside a module that it calls."""
     if node.op == "call_module":
-        for part in gm.get_submodule(str(node.target)).modules():
-            if not isinstance(part, _NO_PRODUCT):
+        for name, part in gm.get_submodule(str(node.target)).named_modules():
+            inner = f"{node.target}.{name}" in names
+            if not isinstance(part, _NO_PRODUCT) and not inner:
                 own = part.parameters(recurse=False)
                 yield from ((id(p), p.numel()) for p in own if p.dim() > 1)
     elif is_heavy(gm, node) and not op_name(node).startswith("embedding"):
