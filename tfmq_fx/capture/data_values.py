@@ -127,8 +127,14 @@ class DataValues(FakeValues):
         values = self._wrap(x)  # type: ignore[attr-defined]
         count = self._hold(repeats)  # type: ignore[arg-type]
         values, dim = (values.flatten(), 0) if dim is None else (values, dim)
-        rows = torch.arange(int(values.shape[dim]), device=count.device)
-        return values.index_select(dim, self._constant(rows.repeat_interleave(count)))
+        size = int(values.shape[dim])
+        self.computing = True
+        try:
+            rows = torch.arange(size, device=count.device).repeat_interleave(count)
+        finally:
+            self.computing = False
+        self.graph.erase_node(node)
+        return values.index_select(dim, self._constant(rows))
 
     def _is_number(self, node: fx.Node) -> bool:
         """Whether a value is one integer that may be held."""
