@@ -18,18 +18,20 @@ from tfmq_fx.backends.auto import compile_fastest, compile_or_fall_back, example
 from tfmq_fx.backends.self_check import Reference
 
 from .calibration.sampling_pass import sampling_pass
-from .capture.call_inference import Dynamic
+from .capture.call_inference import USUAL, Dynamic
 from .capture.capture import capture
 from .capture.inputs import find_timestep, named_inputs
+from .conversion import capture_again as capture_again  # registers how
 from .conversion.convert import convert as convert
 from .conversion.distributed_calibration import run_calibration, run_settings
 from .conversion.models import Compiled, Converted, Prepared
-from .conversion.prepare_model import captured_only, observe_graph
+from .conversion.other_forms import captured_again
+from .conversion.prepare_model import capture_facts, captured_only, observe_graph
 from .core.arguments import check_dynamic, check_names, path_of
 from .core.config import Config, PrologueSpec
 from .core.config_json import to_dict
 from .core.distributed import check_same, rank, together, world
-from .core.errors import ArtifactError, ConfigError
+from .core.errors import ArtifactError, ConfigError, InputError
 from .core.inference import outside_inference_mode
 from .core.layer_config import LayerConfig
 from .core.presets import resolve
@@ -61,9 +63,12 @@ def prepare(
     (0 to N - 1), a 1-d tensor or sequence of integers or floats, or a scheduler; left out, the
     steps that calibration visits.  timestep: the name of that input; left out, it is found by name.
     config: a preset name or a Config.  overrides: module name patterns (fnmatch) -> LayerConfig.
-    dynamic: the sizes the graph leaves free: of "batch", "text" (the number of its tokens) and
-    "spatial" (height and width) those that are named; or, one by one, {input: {dim: name}}.  Left
-    out, "batch", and "text" too where the example inputs are derived.
+    dynamic: the sizes the graph leaves free: of "batch", "text" (the number of its tokens),
+    "spatial" (height and width) and "frames" those that are named; or, one by one, {input: {dim:
+    name}}.  Left out, all of them, wherever the model's own code leaves them free.
+
+    Derived inputs are only a start: as long as nothing is recorded, a call that the graph does not
+    take has the model captured again as it is called.
 
     Calls of the result answer like the original and record ranges and samples.  Raises ConfigError
     for arguments that cannot be used, CaptureError where the model cannot be captured exactly.
@@ -77,9 +82,7 @@ def prepare(
     values = timestep_values(timesteps)
     if values is not None and values.is_floating_point():
         inputs[name] = torch.as_tensor(inputs[name]).float()
-    if dynamic is None:  # nobody said how long the text will be
-        dynamic = ("batch", "text") if example_inputs is None else ("batch",)
-    captured = capture(model, inputs, timestep=name, dynamic=dynamic)
+    captured = capture(model, inputs, timestep=name, dynamic=USUAL if dynamic is None else dynamic)
     behaves = behaviour(model)
     dtype = inputs[name].dtype if isinstance(inputs[name], Tensor) else None
     return observe_graph(
@@ -89,12 +92,7 @@ def prepare(
         overrides=overrides or {},
         source=model,
         timesteps=None if values is None else check_timesteps(values, dtype or values.dtype),
-        facts={
-            "route": captured.route,
-            "seconds": captured.seconds,
-            "guards": [f"{g.text} is {g.holds} ({g.source})" for g in captured.call.guards],
-            "notes": list(captured.notes),
-        },
+        facts=capture_facts(captured),
         behaves=behaves,
     )
 
@@ -158,13 +156,22 @@ def fold_timesteps(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     timestep: str | None = None,
+    dynamic: Dynamic | None = None,
 ) -> Converted:
     """Return `model` with exact tables for everything that depends on the timestep alone.
 
+    timesteps, example_inputs, timestep, dynamic: as for `prepare`.
     Nothing lossy: at batch 1 outputs equal the model's bit for bit at every one of `timesteps`;
     at other batch sizes they are equal up to float reassociation.
     """
-    prepared = prepare(model, example_inputs, timesteps=timesteps, timestep=timestep, config="fp")
+    prepared = prepare(
+        model,
+        example_inputs,
+        timesteps=timesteps,
+        timestep=timestep,
+        config="fp",
+        dynamic=dynamic,
+    )
     return convert(prepared, progress=False)
 
 
@@ -217,7 +224,22 @@ def compile(
         model, result.runner, result.lowering, result.name, millis=result.millis, check=result.check
     )
     compiled.declined[:0] = [["the whole model", reason] for _, reason in result.missing]
+    compiled.options = {"check": check} | {n: v for n, v in options.items() if n != "artifact"}
     return compiled
+
+
+@captured_again.register
+def _compiled_again(model: Compiled, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
+    """Return the form of the converted model for a call, compiled for the same backend."""
+    converted = model.reference()
+    if converted is None:
+        raise InputError(
+            "the converted model that it was compiled from is not in memory. Keep it, or compile "
+            "one that was converted with such inputs"
+        )
+    refusal = InputError("the converted model does not take this call either")
+    form = converted.forms.for_call(converted, args, kwargs, refusal)
+    return compile(form, model.backend, **model.options)
 
 
 def _reference(model: Converted) -> Reference:
@@ -302,6 +324,7 @@ def bind_request(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     timestep: str | None = None,
+    dynamic: Dynamic | None = None,
     spec: PrologueSpec | None = None,
     **options: Any,
 ) -> Bound:
@@ -313,7 +336,8 @@ def bind_request(
     inputs are compared by object and version, or by content.
 
     model: a converted (and loaded) model, whose quantized layers and tables stay as they are; or
-    any denoiser, captured here from example_inputs (as for `prepare`) and left in floating point.
+    any denoiser, captured here from example_inputs, timestep and dynamic (as for `prepare`) and
+    left in floating point.
     timesteps: the schedule, as for `Bound.set_timesteps`; left out, timesteps are met as they come.
     options: of a PrologueSpec, in place of `spec`.
     Exact: outputs equal the model's bit for bit, at any batch size, where all samples are at one
@@ -327,8 +351,11 @@ def bind_request(
             f"bind_request() takes a converted or a plain model, not a {type(model).__name__}; "
             "bind before compiling"
         )
-    if isinstance(model, Converted) and (example_inputs is not None or timestep is not None):
-        raise ConfigError("a converted model is not captured again: leave out its example inputs")
+    captures = (example_inputs, timestep, dynamic)
+    if isinstance(model, Converted) and any(value is not None for value in captures):
+        raise ConfigError(
+            "a converted model is captured already: leave out example_inputs, timestep and dynamic"
+        )
     if spec is not None and not isinstance(spec, PrologueSpec):
         raise ConfigError(f"spec must be a PrologueSpec, not a {type(spec).__name__}")
     known = [field.name for field in dataclasses.fields(PrologueSpec)]
@@ -338,7 +365,9 @@ def bind_request(
     if isinstance(model, Converted):
         model = model.unbound()
     else:
-        model = captured_only(prepare(model, example_inputs, timestep=timestep, config="fp"))
+        model = captured_only(
+            prepare(model, example_inputs, timestep=timestep, config="fp", dynamic=dynamic)
+        )
         if spec.offload != "none":
             gc.collect()  # capture leaves cycles, which keep the weights that are to leave memory
     check_offload(spec.offload, model.device)

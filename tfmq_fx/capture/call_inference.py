@@ -6,7 +6,7 @@ import builtins
 import dataclasses
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from keyword import kwlist
 from typing import Any
 
@@ -23,6 +23,8 @@ from .nested_values import Const, Leaf, outline, per_sample
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_cond", "noise_level")
 _SPATIAL = "spatial"
 _TEXT = "text"
+_FRAMES = "frames"
+USUAL = (BATCH, _TEXT, _SPATIAL, _FRAMES)  # what is free unless the user says otherwise
 # Inputs with a row for each token of the text -> the dim of the tokens.
 _TEXT_DIMS = {
     "encoder_hidden_states": 1,
@@ -32,7 +34,6 @@ _TEXT_DIMS = {
 }
 # Names that the code of a graph may use for other things than arguments.
 _RESERVED = {*kwlist, *dir(builtins), *_GLOBALS, "self", "math", "operator"} - {"input"}
-_KNOWN = {BATCH, _SPATIAL, _TEXT}
 _STEPWISE = ("residual", "block_samples")  # in names of inputs that a ControlNet adds at each step
 
 Dynamic = Collection[str] | Mapping[str, Mapping[int, str]]
@@ -46,10 +47,8 @@ def describe_call(
     Arguments as for `capture`; free sizes of one are doubled in the tensors.  Raises ConfigError
     for unknown names, CaptureError for a timestep that does not fit the sample.
     """
-    if not isinstance(dynamic, Mapping) and (unknown := set(dynamic) - _KNOWN):
-        raise ConfigError(
-            f"dynamic: unknown {sorted(unknown)}; known are {', '.join(sorted(_KNOWN))}"
-        )
+    if not isinstance(dynamic, Mapping) and (unknown := set(dynamic) - set(USUAL)):
+        raise ConfigError(f"dynamic: unknown {sorted(unknown)}; known are {', '.join(USUAL)}")
     parameters = _parameters(model, example_inputs)
     if timestep not in example_inputs:
         raise ConfigError(
@@ -63,7 +62,8 @@ def describe_call(
     if isinstance(dynamic, Mapping):
         free = _named_sizes(paths, tensors, t, dynamic)
     else:
-        free = _usual_sizes(paths, tensors, sample, dynamic)
+        shape = () if sample is None else tensors[sample].shape
+        free = _usual_sizes(paths, tensors, sample, dynamic, _frames_dim(model, shape))
     inputs = _inputs(paths, tensors, free)
     if sample is not None and inputs[sample].shape[0] == BATCH:
         rows = len(tensors[sample])
@@ -197,9 +197,16 @@ def _inputs(
 
 
 def _usual_sizes(
-    paths: list[str], tensors: list[Tensor], sample: int | None, dynamic: Collection[str]
+    paths: list[str],
+    tensors: list[Tensor],
+    sample: int | None,
+    dynamic: Collection[str],
+    frames: int,
 ) -> list[dict[int, str]]:
-    """The free sizes of each input, dim -> name, for `dynamic` as a collection of kinds."""
+    """The free sizes of each input, dim -> name, for `dynamic` as a collection of kinds.
+
+    frames: the dim of the frames in a video (batch, ..., height, width).
+    """
     free: list[dict[int, str]] = [{} for _ in tensors]
     if sample is None:
         return free
@@ -215,6 +222,10 @@ def _usual_sizes(
         elif len(shape) == 3:
             same = [i for i in range(min(tensor.ndim - 1, 2)) if tensor.shape[i] == shape[1]]
             sizes |= {i: "tokens" for i in same if i not in sizes}
+    if _FRAMES in dynamic and len(shape) == 5 and shape[frames] > 1:
+        for sizes, tensor in zip(free, tensors, strict=True):
+            if tensor.ndim == 5 and tensor.shape[frames] == shape[frames]:
+                sizes[frames] = _FRAMES
     dims = {i: _TEXT_DIMS[path] for i, path in enumerate(paths) if path in _TEXT_DIMS}
     dims = {i: dim % tensors[i].ndim for i, dim in dims.items() if tensors[i].ndim >= 2}
     counts = {tensors[i].shape[dim] for i, dim in dims.items()}
@@ -222,6 +233,12 @@ def _usual_sizes(
         for i, dim in dims.items():
             free[i][dim] = _TEXT
     return free
+
+
+def _frames_dim(model: nn.Module, shape: Sequence[int]) -> int:
+    """The dim of the frames in a video of this shape: before the channels, or behind them."""
+    channels = getattr(getattr(model, "config", None), "in_channels", None)
+    return 1 if len(shape) == 5 and shape[2] == channels != shape[1] else 2
 
 
 def _named_sizes(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.utils._device
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -148,6 +148,8 @@ class FakeValues(fx.Tracer):
                     return torch.empty_strided(**self._known[key])
                 result = _evenly_spaced(target, args, kwargs)
                 if result is None:
+                    result = _normalized(target, args)
+                if result is None:
                     result = target(*args, **kwargs)
         except (
             DataDependentOutputException,
@@ -226,3 +228,22 @@ def _evenly_spaced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     settings = {name: value for name, value in kwargs.items() if name in ("dtype", "device")}
     return torch.empty(steps, **settings)
+
+
+def _normalized(target: Any, args: tuple[Any, ...]) -> Any:
+    """The value of a GroupNorm of a contiguous tensor; None for other calls.
+
+    torch decomposes a GroupNorm of free sizes into some fifty operations, only to find the sizes of
+    its input again.
+    """
+    module = getattr(target, "__self__", None)
+    if not isinstance(module, nn.GroupNorm) or target.__func__ is not nn.GroupNorm.forward:
+        return None
+    (x,) = args[:1] or (None,)
+    if not isinstance(x, Tensor) or x.dim() < 3 or not x.is_contiguous():
+        return None
+    channels, weight = x.shape[1], module.weight
+    plain = weight is None or weight.dtype == x.dtype
+    if not plain or not isinstance(channels, int) or channels != module.num_channels:
+        return None
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

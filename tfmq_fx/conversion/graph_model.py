@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from tfmq_fx.capture.call_spec import CallSpec
-from tfmq_fx.core.errors import ConfigError, InputError
+from tfmq_fx.core.errors import ConfigError, InputError, TfmqError
 from tfmq_fx.ir.dtype_casts import cast_obstacle
 from tfmq_fx.ir.graph import KEYS
 from tfmq_fx.passes.correct_outputs import CORRECTION
@@ -20,6 +20,8 @@ from tfmq_fx.passes.quantize_products import SCALES as PRODUCT_SCALES
 from tfmq_fx.quant.timestep_lookup import find_unknown
 from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.staleness import StalenessCheck
+
+from .other_forms import OtherForms, captured_in
 
 T = TypeVar("T")
 
@@ -56,6 +58,7 @@ class GraphModel(nn.Module):
         self.gm = gm
         self.call = call
         self.model_config = model_config
+        self.forms = OtherForms()
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -68,11 +71,19 @@ class GraphModel(nn.Module):
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, in its own type. Raises InputError for a call not captured, and
-        StaleError where the model that this one was made from has other weights since."""
-        inputs, return_dict = self.call.bind(args, kwargs)
+        """The model's output, in its own type.
+
+        A call that the graph does not take (another size that its code fixes, another structure) is
+        answered by a graph captured again from the source: see `other_forms`. Raises InputError
+        where that is not possible, StaleError where the source has other weights since.
+        """
         if torch.compiler.is_compiling():
+            inputs, return_dict = self.call.bind(args, kwargs)
             return self.call.rebuild(self.run(inputs), return_dict)
+        try:
+            inputs, return_dict = self.call.bind(args, kwargs)
+        except InputError as refusal:
+            return self.forms.for_call(self, args, kwargs, refusal)(*args, **kwargs)
         if self.watch is not None:
             self.watch.check()
         self.check_timesteps(inputs)
@@ -84,6 +95,14 @@ class GraphModel(nn.Module):
             lost = [v for n, v in zip(self.call.names, inputs, strict=True) if n in names]
             outputs = without_backward(outputs, lost, f"{', '.join(names)}: {self.why_no_gradient}")
         return self.call.rebuild(outputs, return_dict)
+
+    def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the graph itself answers the call (*args, **kwargs)."""
+        try:
+            self.call.bind(tuple(args), dict(kwargs))
+        except InputError:
+            return False
+        return True
 
     def without_gradient(self) -> Sequence[str]:
         """The placeholders without a gradient: the timestep, where its values select table rows."""
@@ -168,32 +187,44 @@ class GraphModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = (self.device, self.dtype)
         probe = fn(torch.empty(0, device=self.device, dtype=self.dtype))
-        if probe.dtype != self.dtype:
-            self._check_cast(self.dtype, probe.dtype)
+        if probe.dtype != self.dtype and (reason := self._cast_obstacle()):
+            self.take_cast(probe.dtype, reason)
+            return super()._apply(lambda tensor: tensor.to(probe.device), recurse)
         exact = {n: b for n, b in self.gm.named_buffers(recurse=False) if n.startswith(_EXACT)}
         super()._apply(fn, recurse)
         for name, value in exact.items():  # .half() must touch neither keys nor scales
             setattr(self.gm, name, value.to(getattr(self.gm, name).device))
         if (probe.device, probe.dtype) != before:
+            self.forms.clear()
             retarget(self.gm, before, (probe.device, probe.dtype))
             self.call = self.call.moved(device=probe.device.type, dtype=probe.dtype)
             if (keys := self.timesteps) is not None:
                 self.gm.meta["timesteps"] = keys.to(probe.device)
         return self
 
-    def _check_cast(self, old: torch.dtype, new: torch.dtype) -> None:
-        """Raise ConfigError where a cast graph could differ from the graph of a cast model."""
+    def _cast_obstacle(self) -> str | None:
+        """Why a cast of the graph could differ from the graph of a cast model; None if nothing."""
         origin = getattr(self, "origin", None)
         beside: set[str] = set()
         if isinstance(origin, Provenance):
             beside = {*origin.fingerprints, *origin.constants} - set(origin.parameters)
-        if reason := cast_obstacle(self.gm, old, beside):
+        return cast_obstacle(self.gm, self.dtype, beside)
+
+    def take_cast(self, dtype: torch.dtype, reason: str) -> None:
+        """Take the graph that the source has in `dtype`, where this one cannot be cast for
+        `reason`. Raises ConfigError where that is not possible."""
+        try:
+            other = captured_in(self, dtype)
+        except TfmqError as error:
             raise ConfigError(
-                f"this model was captured in {old} and cannot be cast to {new}: {reason}, and a "
-                f"graph does not tell whether the model itself would in {new}. Cast the model and "
-                f"capture it again: model.to({new}), then prepare(), fold_timesteps() or "
-                "bind_request() with inputs of that dtype."
-            )
+                f"this model was captured in {self.dtype} and cannot be cast to {dtype}: {reason}, "
+                f"and a graph does not tell whether the model itself would in {dtype}; nor can the "
+                f"model be captured again in it ({error}). Cast the model and capture it: "
+                f"model.to({dtype}), then prepare(), fold_timesteps() or bind_request() with "
+                "inputs of that dtype."
+            ) from error
+        self.forms.clear()
+        self.gm, self.call = other.gm, other.call
 
 
 def retarget(

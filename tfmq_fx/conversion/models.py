@@ -94,6 +94,12 @@ class Prepared(GraphModel):
         self.cache.add(inputs, self.batched(), self.call.timestep_position)
         return outputs
 
+    def take_graph(self, other: Prepared) -> None:
+        """Take the graph of `other`, the same model captured for another call, before anything was
+        recorded."""
+        self.gm, self.observed, self.call = other.gm, other.observed, other.call
+        self.__dict__["unmerged"], self.behaviour = other.unmerged, other.behaviour
+
     def observers(self) -> list[RangeObserver]:
         """The observers of the layers' input ranges."""
         return [m for m in self.observed.modules() if isinstance(m, RangeObserver)]
@@ -224,13 +230,14 @@ class Compiled(GraphModel):
         super().__init__(lowering.gm, converted.call, converted.model_config)
         self.gm.meta["timesteps"] = converted.timesteps
         self.runner, self.backend, self.check = runner, backend, check
+        self.options: dict[str, Any] = {}  # of compile(), for another form of the model
         self.millis = dict(millis or {})
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
         self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch
         self.__dict__["checks"] = checks_alone(converted.gm)  # no submodule: it shares its tensors
         self._feed, self._lookup_keys = converted.feed, converted.lookup_keys
-        self._reference = weakref.ref(converted)
+        self.reference = weakref.ref(converted)
         self._batched = batched_inputs(converted.gm)
         install_removed(self.gm, self.record.get("removed", {}))
 
@@ -249,7 +256,7 @@ class Compiled(GraphModel):
             return with_nan(self._run(inputs), inputs, self._batched)
         if is_finite(inputs):
             return self._run(inputs)
-        if (reference := self._reference()) is not None:
+        if (reference := self.reference()) is not None:
             return reference.run(inputs)
         return with_nan(self._run(inputs), inputs, self._batched)
 

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_fx.calibration.observers import SampleCache
 from tfmq_fx.capture.call_spec import CallSpec
+from tfmq_fx.capture.capture import Captured
 from tfmq_fx.capture.outside_tensors import OUTSIDE
 from tfmq_fx.core.config import Config
 from tfmq_fx.core.errors import CalibrationError
@@ -28,6 +29,16 @@ from tfmq_fx.serialization.staleness import OutsideTensors, StalenessCheck
 from .coverage import opaque_declined, parameter_record
 from .models import Converted, Prepared
 from .records import ConversionRecord, site_records
+
+
+def capture_facts(captured: Captured) -> dict[str, Any]:
+    """Return what a report says of a capture."""
+    return {
+        "route": captured.route,
+        "seconds": captured.seconds,
+        "guards": [f"{g.text} is {g.holds} ({g.source})" for g in captured.call.guards],
+        "notes": list(captured.notes),
+    }
 
 
 def captured_only(prepared: Prepared) -> Converted:

@@ -56,6 +56,8 @@ def refresh(
     calibration: they are interpolated between its timesteps, always from those, and `report` has
     their number.  Without a source, all timesteps must have rows already, or nothing be tabled.
     steps: those of `convert`; needed where some were your own.
+    A loaded model whose source has the same weights is not made anew, only attached to it: then a
+    call that its graph does not take has the source captured again.
 
     Raises ConfigError where `source` is another model or a step of the conversion is not among
     `steps`, CalibrationError where a loaded model was saved without the calibration that its
@@ -80,7 +82,9 @@ def refresh(
     else:
         # the weights of `source` may be in place already, in memory shared with no other model
         same = (new.watch is None or new.watch.watches(source)) and not origin.changed(source)
-        if timesteps is None or not same:
+        if same and new.watch is None and origin.calibrated and origin.calibration is None:
+            new = _watching(new, origin, source)
+        elif timesteps is None or not same:
             new = _reconverted(new, origin, source, steps, progress)
     if values is not None and origin.timesteps is not None:
         new = _retimed(new, values, source)
@@ -122,8 +126,11 @@ def _has_calibrated_timesteps(model: Converted, origin: Provenance) -> bool:
     return keys is None or origin.timesteps is None or torch.equal(keys.cpu(), origin.timesteps)
 
 
-def _same_steps(origin: Provenance, steps: Steps | None) -> Steps:
-    """The steps that made the model, looked up by name. Raises ConfigError where one is missing."""
+def same_steps(origin: Provenance, steps: Steps | None) -> Steps:
+    """Return the steps that made the model, looked up by name.
+
+    Raises ConfigError where one is missing.
+    """
     known = STEPS if steps is None else steps
     if not isinstance(known, Steps):
         raise ConfigError(f"steps must be a tfmq_fx.Steps, not a {type(known).__name__}")
@@ -139,6 +146,13 @@ def _same_steps(origin: Provenance, steps: Steps | None) -> Steps:
             f"{', '.join(steps.names)}. Pass the same steps, or convert the source anew"
         )
     return Steps(*(known[known.position(name)] for name in names))
+
+
+def _watching(model: Converted, origin: Provenance, source: nn.Module) -> Converted:
+    """A loaded model with the source that it was made from, whose weights are the same: it can be
+    captured again for other calls, and notices when they change."""
+    watch = StalenessCheck(source, origin.fingerprints, origin.behaviour)
+    return Converted(model.gm, model.call, **model.settings() | {"watch": watch})
 
 
 def _reconverted(
@@ -162,7 +176,7 @@ def _reconverted(
         new = captured_only(prepared)
     else:
         new = convert(
-            prepared, bits=model.bit_plan, steps=_same_steps(origin, steps), progress=progress
+            prepared, bits=model.bit_plan, steps=same_steps(origin, steps), progress=progress
         )
     if (new.device, new.dtype) != (model.device, model.dtype):
         new.to(device=model.device, dtype=model.dtype)

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from tfmq_fx.capture.call_inference import Dynamic
 from tfmq_fx.capture.capture import Captured, capture
 from tfmq_fx.capture.inputs import find_timestep, named_inputs
-from tfmq_fx.core.arguments import check_many, check_whole
+from tfmq_fx.core.arguments import check_dynamic, check_many, check_whole
 from tfmq_fx.core.errors import ConfigError, InputError
 from tfmq_fx.core.files import write_whole
 from tfmq_fx.core.inference import outside_inference_mode
@@ -84,13 +85,15 @@ def analyze(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     timestep: str | None = None,
+    dynamic: Dynamic | None = None,
     conditions: Sequence[str] | None = None,
     steps: int = 50,
 ) -> Analysis:
     """Find the binding times of a model and what tables would save; nothing is changed or computed.
 
     model: a module, on the meta device too; or the path of a diffusers config or model directory,
-    of which no weights are read.  example_inputs, timestep: as for `prepare`.  conditions: inputs
+    of which no weights are read.  example_inputs, timestep, dynamic: as for `prepare`, but that the
+    batch alone is free where dynamic is left out, which is quicker.  conditions: inputs
     that are fixed for a request (class labels, text), by name, dotted path or placeholder; left
     out, all but the sample, the timestep and what another network adds at every step.  steps: K,
     the size of the set for which bytes and operations are counted.
@@ -100,7 +103,13 @@ def analyze(
     if isinstance(model, (str, Path)):
         model = meta_model(model)
     inputs = named_inputs(model, example_inputs)
-    captured = capture(model, inputs, timestep=find_timestep(inputs, timestep))
+    check_dynamic(dynamic)
+    captured = capture(
+        model,
+        inputs,
+        timestep=find_timestep(inputs, timestep),
+        dynamic=("batch",) if dynamic is None else dynamic,
+    )
     gm, call = merge_duplicates(captured.gm).gm, captured.call
     times = binding_times(gm, call.named_conditions(conditions))
     opaque = opaque_modules(gm)  # whose results are known at the sizes of the capture

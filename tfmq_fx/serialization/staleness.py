@@ -102,6 +102,11 @@ class StalenessCheck:
     def __deepcopy__(self, memo: dict[int, Any]) -> StalenessCheck:
         return self  # there is one source, and one state of it, for all copies of a model
 
+    @property
+    def source(self) -> nn.Module | None:
+        """The watched model; None where it no longer exists."""
+        return self._source()
+
     def watches(self, source: nn.Module) -> bool:
         """Whether `source` is the watched model, or the watched model no longer exists."""
         return self._source() in (source, None)
