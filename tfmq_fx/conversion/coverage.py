@@ -76,8 +76,12 @@ def parameter_record(
 
 
 def opaque_declined(gm: fx.GraphModule) -> list[Declined]:
-    """Why the weights of opaque modules that are not quantized are not, and their layers."""
-    modules = [Declined(path, f"opaque: {gm.meta[OPAQUE][path]}") for path in opaque_modules(gm)]
+    """Why opaque modules have weights that are not quantized, and which of their layers."""
+    modules = [
+        Declined(path, f"opaque, has matrices of its own: {gm.meta[OPAQUE][path]}")
+        for path, module in opaque_modules(gm).items()
+        if any(parameter.dim() > 1 for parameter in module.parameters())
+    ]
     return [*modules, *inner_sites(gm)[1]]
 
 

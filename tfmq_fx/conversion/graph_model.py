@@ -14,6 +14,7 @@ from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.core.errors import ConfigError, InputError, TfmqError
 from tfmq_fx.ir.dtype_casts import cast_obstacle
 from tfmq_fx.ir.graph import KEYS
+from tfmq_fx.ir.held_values import checks_alone
 from tfmq_fx.passes.correct_outputs import CORRECTION
 from tfmq_fx.passes.quantize_layers import SCALES
 from tfmq_fx.passes.quantize_products import SCALES as PRODUCT_SCALES
@@ -48,7 +49,7 @@ class GraphModel(nn.Module):
 
     gm: fx.GraphModule
     watch: StalenessCheck | None = None  # of the model that the graph was made from
-    checks: fx.GraphModule | None = None  # of held values, where the graph that runs has none
+    _checks: tuple[fx.GraphModule, fx.GraphModule | None] | None = None  # of a graph's held values
     why_no_gradient = (
         "no gradient with respect to the timestep, whose values are read from a table. Detach it"
     )
@@ -81,14 +82,12 @@ class GraphModel(nn.Module):
             inputs, return_dict = self.call.bind(args, kwargs)
             return self.call.rebuild(self.run(inputs), return_dict)
         try:
-            inputs, return_dict = self.call.bind(args, kwargs)
+            inputs, return_dict = self._bind(args, kwargs)
         except InputError as refusal:
             return self.forms.for_call(self, args, kwargs, refusal)(*args, **kwargs)
         if self.watch is not None:
             self.watch.check()
         self.check_timesteps(inputs)
-        if self.checks is not None:
-            self.checks(*inputs)
         outputs = self.run(inputs)
         if torch.is_grad_enabled():
             names = self.without_gradient()
@@ -99,10 +98,21 @@ class GraphModel(nn.Module):
     def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the graph itself answers the call (*args, **kwargs)."""
         try:
-            self.call.bind(tuple(args), dict(kwargs))
+            self._bind(tuple(args), dict(kwargs))
         except InputError:
             return False
         return True
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
+        """The placeholder values for a call, and its return_dict; raises InputError where the graph
+        does not take it, or holds a value that is another here."""
+        inputs, return_dict = self.call.bind(args, kwargs)
+        if self._checks is None or self._checks[0] is not self.gm:
+            # no submodule: it shares the graph's tensors
+            self.__dict__["_checks"] = (self.gm, checks_alone(self.gm))
+        if (held := self._checks[1]) is not None:
+            held(*inputs)
+        return inputs, return_dict
 
     def without_gradient(self) -> Sequence[str]:
         """The placeholders without a gradient: the timestep, where its values select table rows."""
@@ -192,6 +202,7 @@ class GraphModel(nn.Module):
             return super()._apply(lambda tensor: tensor.to(probe.device), recurse)
         exact = {n: b for n, b in self.gm.named_buffers(recurse=False) if n.startswith(_EXACT)}
         super()._apply(fn, recurse)
+        self.__dict__["_checks"] = None
         for name, value in exact.items():  # .half() must touch neither keys nor scales
             setattr(self.gm, name, value.to(getattr(self.gm, name).device))
         if (probe.device, probe.dtype) != before:

@@ -235,7 +235,7 @@ class Compiled(GraphModel):
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
         self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch
-        self.__dict__["checks"] = checks_alone(converted.gm)  # no submodule: it shares its tensors
+        self.__dict__["_checks"] = (self.gm, checks_alone(converted.gm))
         self._feed, self._lookup_keys = converted.feed, converted.lookup_keys
         self.reference = weakref.ref(converted)
         self._batched = batched_inputs(converted.gm)

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tfmq_fx.ir.graph import opaque_modules
-from tfmq_fx.ir.held_values import check_held
 from tfmq_fx.ir.node_info import size_hint
 
 Shape = tuple[int, ...]
@@ -53,8 +52,6 @@ class _Counting(fx.Interpreter):
         self.opaque = {n for p in opaque_modules(gm) for n in gm.graph.find_nodes(op="call_module", target=p)}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is check_held:
-            return None
         if n in self.opaque:
             return tree_map_only(Tensor, _as_captured, n.meta["val"])
         before = self.counter.get_total_flops()

@@ -156,7 +156,7 @@ def relative_widths(model: fx.GraphModule, placeholder: fx.Node, timesteps: int)
     """
     widths = []
     for node in model.graph.find_nodes(op="call_module"):
-        x, scale = node.args[0], node.args[1] if len(node.args) > 1 else None
+        x, scale = (*node.args, None, None)[:2]
         while isinstance(x, fx.Node) and x.target in _REWRITES:
             x = x.all_input_nodes[0]
         if x is not placeholder or not isinstance(scale, fx.Node):

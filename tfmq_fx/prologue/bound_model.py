@@ -12,7 +12,6 @@ from torch import Tensor, fx
 
 from tfmq_fx.conversion.models import Converted
 from tfmq_fx.core.config import PrologueSpec
-from tfmq_fx.ir.held_values import checks_alone
 from tfmq_fx.ir.request_cut import has_lookups
 from tfmq_fx.passes.split_prologue import split_prologue
 
@@ -111,7 +110,6 @@ class Bound(Converted):
         known = self.timesteps
         steps = self.spec.steps or (_STEPS if known is None else len(known))
         split = split_prologue(self.gm, self.conditions, steps=steps)
-        self.__dict__["checks"] = checks_alone(self.gm)
         self.__dict__["step"] = split.step  # no submodule: its tensors are the graph's
         self.prologue = Prologue(self.gm, split, self.spec, self.call, schedule)
 
