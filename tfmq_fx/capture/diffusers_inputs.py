@@ -342,7 +342,8 @@ RULES: dict[str, Callable[[Maker], Any]] = {
     "hidden_states": latents,
     "x": image_list,
     **dict.fromkeys(
-        ("timestep", "timesteps", "t"), lambda make: make.full(*TIMESTEPS.get(make.kind, (1, torch.int64)))
+        ("timestep", "timesteps", "t"),
+        lambda make: make.full(*TIMESTEPS.get(make.kind, (1, torch.int64))),
     ),
     "encoder_hidden_states": text,
     "encoder_hidden_states_t5": second_text,

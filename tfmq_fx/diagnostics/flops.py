@@ -49,7 +49,9 @@ class _Counting(fx.Interpreter):
         super().__init__(gm)
         self.counter = counter
         self.flops: dict[fx.Node, int] = {}
-        self.opaque = {n for p in opaque_modules(gm) for n in gm.graph.find_nodes(op="call_module", target=p)}
+        self.opaque = {
+            n for p in opaque_modules(gm) for n in gm.graph.find_nodes(op="call_module", target=p)
+        }
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.opaque:

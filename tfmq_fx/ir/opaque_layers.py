@@ -20,6 +20,7 @@ from .graph_pass import Declined
 from .node_info import size_hint
 from .sites import Site, why_not
 
+
 def inner_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
     """The convolution and linear layers inside opaque modules, quantized ones included, and those
     that cannot be quantized, with the reason. No node calls them."""
