@@ -49,6 +49,9 @@ from .diagnostics.verification_result import Verification as Verification
 from .diagnostics.verify import verify as verify
 from .evaluation.compare import compare as compare
 from .evaluation.image_comparison import Comparison as Comparison
+from .pipelines.pipeline_report import PipelineReport as PipelineReport
+from .pipelines.quantize_pipeline import quantize_pipeline as quantize_pipeline
+from .pipelines.record_inputs import record_inputs as record_inputs
 from .prologue.bound_model import Bound as Bound
 from .prologue.load_model import load as load
 from .quant.bit_plan import BitPlan as BitPlan

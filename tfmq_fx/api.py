@@ -116,7 +116,8 @@ def calibrate(
     or any iterable of inputs (tuples or dicts of arguments).
     num_inference_steps (50 where left out), samples (64), batch_size (32), seed (0): of the
     sampling. An iterable brings its own, and prompts, class labels or embeddings the number of
-    samples: ConfigError where they are given as well.
+    samples: ConfigError where they are given as well. These are drawn in one batch where batch_size
+    is left out.
     Processes of torch.distributed's group share the batches: all call this, with the same arguments
     (ConfigError where they differ), and end with what one process would have.
     Raises CalibrationError naming the layer where NaN or Inf appears.

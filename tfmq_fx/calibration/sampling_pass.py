@@ -18,6 +18,7 @@ from tfmq_fx.core.distributed import nothing, shard
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.progress import progress_bar
 
+from .call_batches import Call, call_batches
 from .ddim import sample
 
 Settings = Mapping[str, int | None]
@@ -173,25 +174,28 @@ def _pipeline_pass(
     kind = type(pipeline).__name__
     counted = takes_batch_size(pipeline) and not args
     if not counted:
-        why = f"{kind} draws one batch, as many as its prompts, labels or embeddings are"
-        _refuse(settings, ("samples", "batch_size"), why)
+        why = f"{kind} draws as many samples as its prompts, labels or embeddings are"
+        _refuse(settings, ("samples",), why)
     if "prompt" in inspect.signature(pipeline.__call__).parameters and not args and not kwargs:
         raise ConfigError(
             f'a {kind} needs prompts: calibrate(prepared, pipe, ["a photo of ...", ...]), with as '
             "many as there shall be samples"
         )
     samples, size = chosen["samples"], chosen["batch_size"]
-    starts = range(0, samples, size) if counted else range(1)
+    calls: list[Call] = [(tuple(args), dict(kwargs))]
+    if counted:
+        counts = [min(size, samples - start) for start in range(0, samples, size)]
+        calls = [((), {**kwargs, "batch_size": count}) for count in counts]
+    elif settings["batch_size"] is not None:
+        calls = call_batches(args, kwargs, size)
 
     def run(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
         pipe = make(denoiser)
         pipe.set_progress_bar_config(disable=not progress)
-        options = {**kwargs, "num_inference_steps": chosen["num_inference_steps"]}
-        batches = zip(starts, _generators(chosen["seed"], len(starts)), strict=True)
-        for start, generator in shard(batches, done):
-            if counted:
-                options["batch_size"] = min(size, samples - start)
-            pipe(*args, **options, generator=generator)
+        steps = chosen["num_inference_steps"]
+        batches = zip(calls, _generators(chosen["seed"], len(calls)), strict=True)
+        for (given, named), generator in shard(batches, done):
+            pipe(*given, **named, num_inference_steps=steps, generator=generator)
 
     return SamplingPass(run, repeatable=True)
 

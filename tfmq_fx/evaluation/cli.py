@@ -12,10 +12,13 @@ from typing import Any
 from tfmq_fx.core.errors import TfmqError
 from tfmq_fx.core.version import __version__
 
+from . import cli_bench, cli_quantize, cli_sample
+from .cli_options import CODES
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 for an error of the library, 2 for a model
-    that is not ok."""
+    that is not ok, 130 where it was interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
     chosen = _parser().parse_args(words)
     chosen.line = shlex.join(["tfmq-fx", *words])
@@ -27,12 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for note in getattr(error, "__notes__", []):
             print(f"  {note}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("tfmq-fx: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tfmq-fx", description="Quantize diffusion denoisers.")
+    parser = argparse.ArgumentParser(
+        prog="tfmq-fx",
+        description="Quantize diffusion denoisers.",
+        epilog=f"`tfmq-fx COMMAND --help` has examples.\n\n{CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
+
+    for each in (cli_quantize, cli_sample, cli_bench):
+        each.add(commands)
 
     demo = commands.add_parser("demo", help="quantize the digits model four ways and compare")
     demo.set_defaults(run=_demo)
