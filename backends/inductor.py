@@ -101,7 +101,7 @@ class _Eager(nn.Module):
         super().__init__()
         self.module = module
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 

@@ -107,12 +107,14 @@ class DataValues(FakeValues):
             raise error
         parts: list[Any] = []
         for part in key if isinstance(key, (tuple, list)) else (key,):
-            value = fx.node.map_arg(part, self._example_of)
+            value: Any = fx.node.map_arg(part, self._example_of)
             if isinstance(value, slice):
                 ends = (value.start, value.stop, value.step)
                 value = slice(*(int(end) if isinstance(end, Tensor) else end for end in ends))
-            masks = isinstance(value, Tensor) and value.dtype == torch.bool
-            parts += map(self._constant, value.nonzero(as_tuple=True)) if masks else [value]
+            if isinstance(value, Tensor) and value.dtype == torch.bool:
+                parts += map(self._constant, value.nonzero(as_tuple=True))
+            else:
+                parts.append(value)
         self.graph.erase_node(node)
         arguments = (self._wrap(x), tuple(parts))  # type: ignore[attr-defined]
         return self.create_proxy("call_function", operator.getitem, arguments, {})
@@ -315,9 +317,9 @@ class _Sizes:
                     return symbol * (size // a)
                 if size and not a % size and there == a // size * other:
                     return symbol // (a // size)
-            for (a, x), (b, y) in itertools.combinations(self._known.items(), 2):
+            for (p, x), (q, y) in itertools.combinations(self._known.items(), 2):
                 for combine in (operator.mul, operator.add):
-                    if combine(a[0], b[0]) == size and combine(a[1], b[1]) == other:
+                    if combine(p[0], q[0]) == size and combine(p[1], q[1]) == other:
                         return combine(x, y)
         self._fix_all()
         return size

@@ -43,6 +43,7 @@ def trace_in_part(
         raise CaptureError("what depends on data cannot be told on the meta device, without data")
     named = dict(zip(call.names, examples, strict=True))
     allowed = Allowances(named, frozenset(call.conditions))
+    last: CaptureError | None = None
     for _ in range(_TRIES):
         try:
             allowed = _observed(model, call, examples, allowed)

@@ -107,11 +107,12 @@ class GraphModel(nn.Module):
         """The placeholder values for a call, and its return_dict; raises InputError where the graph
         does not take it, or holds a value that is another here."""
         inputs, return_dict = self.call.bind(args, kwargs)
-        if self._checks is None or self._checks[0] is not self.gm:
+        known = self._checks
+        if known is None or known[0] is not self.gm:
             # no submodule: it shares the graph's tensors
-            self.__dict__["_checks"] = (self.gm, checks_alone(self.gm))
-        if (held := self._checks[1]) is not None:
-            held(*inputs)
+            known = self.__dict__["_checks"] = (self.gm, checks_alone(self.gm))
+        if known[1] is not None:
+            known[1](*inputs)
         return inputs, return_dict
 
     def without_gradient(self) -> Sequence[str]:

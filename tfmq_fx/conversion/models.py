@@ -21,8 +21,8 @@ from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.stages import stage_of
 from tfmq_fx.ir.graph import batched_inputs, timestep_node
-from tfmq_fx.ir.held_values import checks_alone, without_checks
 from tfmq_fx.ir.graph_pass import Rewrite
+from tfmq_fx.ir.held_values import checks_alone, without_checks
 from tfmq_fx.quant.bit_plan import BitPlan
 from tfmq_fx.serialization.graph_json import from_json, to_json
 from tfmq_fx.serialization.module_json import owner_of, tensors_of

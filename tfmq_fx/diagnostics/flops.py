@@ -22,8 +22,8 @@ def node_flops(gm: fx.GraphModule, shapes: Sequence[Shape]) -> dict[fx.Node, int
     placeholder order.
 
     Counted: matrix products, convolutions and attention, two for each multiply-add; element-wise
-    operations, norms and embedding look-ups count as none, as is usual.  Opaque modules count as none
-    too: what their code does depends on data.  Nothing is computed.
+    operations, norms and embedding look-ups count as none, as is usual; nor do opaque modules, as
+    what their code does depends on data.  Nothing is computed.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)

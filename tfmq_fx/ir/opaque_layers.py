@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -51,10 +52,10 @@ def measured_at_calls(config: LayerConfig) -> LayerConfig:
     return dataclasses.replace(config, activations=acts)
 
 
-def example_arguments(node: fx.Node) -> tuple[tuple[object, ...], dict[str, object]]:
+def example_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments for a call like `node`, at the sizes of the capture, with random floats."""
 
-    def example(used: fx.Node) -> object:
+    def example(used: fx.Node) -> Any:
         value = used.meta["val"]
         if not isinstance(value, Tensor):
             return size_hint(value)
