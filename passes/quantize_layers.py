@@ -41,8 +41,8 @@ def quantize_layers(
     plan: what each site becomes; sites it leaves in floating point are declined with that reason.
     ranges: the input range of each site that calibration ranges, over `timesteps` (K,).
     ready: layers quantized elsewhere (the temporal block), put in place as they are.
-    A site whose input does not carry the batch in dim 0 gets one static range.  Layers inside opaque
-    modules are planned by name like sites, without calibrated ranges.
+    A site whose input does not carry the batch in dim 0 gets one static range.  Layers inside
+    opaque modules are planned by name like sites, without calibrated ranges.
     """
     sites, declined = find_sites(gm)
     scales: dict[str, Tensor] = {}  # of sites with a scale for each timestep, (K,)

@@ -196,7 +196,8 @@ class SampleCache:
         Samples are spread evenly over timesteps; with `center`, timesteps are drawn from a normal
         distribution about that share of the sorted set, with a deviation of half the set (PTQ4DM);
         then there are fewer than `count` where a timestep has too few samples.
-        held: values that inputs have in every batch, by position: samples stand where they had them.
+        held: values that inputs have in every batch, by position: samples stand where they had
+        them.
         Raises CalibrationError where there is no sample for a place.
         """
         random = np.random.default_rng(seed)

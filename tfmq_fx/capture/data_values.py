@@ -120,7 +120,7 @@ class DataValues(FakeValues):
         return self.create_proxy("call_function", operator.getitem, arguments, {})
 
     def _repeated(self, node: fx.Node, error: DataDependent) -> Any:
-        """The result of repeat_interleave(x, repeats, dim), as that of x.index_select(dim, rows)."""
+        """The result of repeat_interleave(x, repeats, dim), as x.index_select(dim, rows)."""
         given = {**dict(zip(("x", "repeats", "dim"), node.args, strict=False)), **node.kwargs}
         x, repeats, dim = given.get("x"), given.get("repeats"), given.get("dim")
         known = isinstance(x, fx.Node) and isinstance(repeats, fx.Node)

@@ -233,7 +233,7 @@ def sequence(make: Maker) -> int | None:
 
 
 def token_numbers(make: Maker, key: str, tokens: int) -> Tensor | None:
-    """Numbers of tokens (batch, tokens) of a vocabulary, where the config sets its size as `key`."""
+    """Numbers (batch, tokens) of tokens of a vocabulary whose size the config sets as `key`."""
     high = make.get(key)
     if not high:
         return None

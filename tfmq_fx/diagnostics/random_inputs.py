@@ -27,8 +27,8 @@ class RandomInputs:
 
     The batch is 1 where it is free, other free sizes are those of the capture.  Floats are standard
     normal, integers uniform over the rows of the embedding that looks them up, 0 where none is
-    known; booleans are true, and masks by name 1, for nothing is masked.  Inputs of held values are the
-    example's.
+    known; booleans are true, and masks by name 1, for nothing is masked.  Inputs of held
+    values are the example's.
     """
 
     def __init__(
