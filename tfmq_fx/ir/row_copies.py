@@ -58,7 +58,7 @@ def batches_adjacent(node: fx.Node, batch: int | torch.SymInt) -> bool | None:
 
 
 def _rows(node: fx.Node, batch: Any) -> int | None:
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     return rows_per_sample(value.shape[0], batch) if _has_rows(value) else None
 
 
