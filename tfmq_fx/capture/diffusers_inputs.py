@@ -345,8 +345,8 @@ def example_inputs(model: nn.Module, batch: int = 2, *, scale: int = 1) -> dict[
         raise ConfigError(
             f"example_inputs cannot be derived for {make.kind}: neither its config nor a rule says "
             f"what {' and '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'}. Pass "
-            f'them: inputs = tfmq_fx.record_inputs(pipe, "a prompt"); tfmq_fx.prepare(model, '
-            f"inputs); or prepare(model, {{{', '.join(f'{n!r}: ...' for n in names_of(model))}}})"
+            f'example_inputs=: inputs = tfmq_fx.record_inputs(pipe, "a prompt"); '
+            f"tfmq_fx.prepare(model, inputs); or prepare(model, {{{', '.join(f'{n!r}: ...' for n in names_of(model))}}})"
         )
     return inputs
 
