@@ -13,6 +13,7 @@ from tfmq_fx.backends.codes.choice import Chooser
 from tfmq_fx.backends.codes.layers import problem_at
 from tfmq_fx.ir.layer_edits import groups_of
 from tfmq_fx.ir.node_info import size_hint
+from tfmq_fx.quant.modules import QuantConvTranspose
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 from .support import obstacle
@@ -60,7 +61,11 @@ def layer_time(layer: QuantLayer, nodes: Sequence[fx.Node], choose: Chooser | No
 def _call_time(layer: QuantLayer, node: fx.Node, choose: Chooser | None) -> LayerTime:
     lacking = obstacle(layer) is not None
     micros: dict[str, float] = {}
-    known = len(layer.weight_shape) in (2, 4) and groups_of(layer) == 1
+    known = (
+        not isinstance(layer, QuantConvTranspose)
+        and len(layer.weight_shape) in (2, 4)
+        and groups_of(layer) == 1
+    )
     if choose is not None and known:
         micros = dict(choose(problem_at(layer, node), node.meta["val"].dtype).micros)
     kernels = [taken for name, taken in micros.items() if name != "float"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tfmq_fx.quant.modules import QuantConv, QuantLinear
+from tfmq_fx.quant.modules import QuantConv, QuantConvTranspose, QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 CPU = torch.device("cpu")
@@ -27,6 +27,8 @@ def obstacle(layer: QuantLayer, device: str | None = None) -> str | None:
         return f"{layer.weight_format} weights and {layer.act_format} activations"
     if layer.act_bits > 8:
         return f"activations have {layer.act_bits} bits"
+    if isinstance(layer, QuantConvTranspose):
+        return "no int8 kernel for transposed convolutions"
     if isinstance(layer, QuantConv):
         if len(layer.weight_shape) != 4:
             return "int8 kernels exist for 2-d convolutions only"

@@ -32,9 +32,23 @@ _KINDS: dict[Any, type[nn.Module]] = {
     _aten.conv2d.padding: nn.Conv2d,
     _aten.conv3d.default: nn.Conv3d,
     _aten.conv3d.padding: nn.Conv3d,
+    F.conv_transpose1d: nn.ConvTranspose1d,
+    F.conv_transpose2d: nn.ConvTranspose2d,
+    F.conv_transpose3d: nn.ConvTranspose3d,
+    _aten.conv_transpose1d.default: nn.ConvTranspose1d,
+    _aten.conv_transpose2d.input: nn.ConvTranspose2d,
+    _aten.conv_transpose3d.input: nn.ConvTranspose3d,
+}
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_DIMS = {
+    nn.Linear: 2,
+    **dict.fromkeys((nn.Conv1d, nn.ConvTranspose1d), 3),
+    **dict.fromkeys((nn.Conv2d, nn.ConvTranspose2d), 4),
+    **dict.fromkeys((nn.Conv3d, nn.ConvTranspose3d), 5),
 }
 _OPERANDS = ("input", "weight", "bias")
 _SETTINGS = ("stride", "padding", "dilation", "groups")
+_TRANSPOSED_SETTINGS = ("stride", "padding", "output_padding", "groups", "dilation")
 
 
 @graph_pass(takes=Stage.CAPTURED, gives=Stage.CAPTURED)
@@ -54,7 +68,8 @@ def fold_weights(gm: fx.GraphModule) -> Rewrite:
         arguments = _arguments(node)
         if REPLACED in node.meta or not arguments or not constants.may_fold(arguments):
             continue
-        key = (_KINDS[node.target], *(repr(arguments.get(n)) for n in (*_OPERANDS[1:], *_SETTINGS)))
+        named = (*_OPERANDS[1:], *_settings(_KINDS[node.target]))
+        key = (_KINDS[node.target], *(repr(arguments.get(name)) for name in named))
         if key not in layers:
             layer = _layer(_KINDS[node.target], arguments, constants.value)
             if layer is None:
@@ -83,7 +98,13 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a product by name; empty for other nodes."""
     if node.op != "call_function" or node.target not in _KINDS:
         return {}
-    return {**dict(zip((*_OPERANDS, *_SETTINGS), node.args, strict=False)), **node.kwargs}
+    names = (*_OPERANDS, *_settings(_KINDS[node.target]))
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _settings(kind: Any) -> tuple[str, ...]:
+    """The names of a product's arguments behind its bias, in order."""
+    return _TRANSPOSED_SETTINGS if kind in _TRANSPOSED else _SETTINGS
 
 
 class _Constants:
@@ -104,7 +125,7 @@ class _Constants:
         """Whether the weight and bias of a product are constant, its input is not, and its settings
         are numbers."""
         x, weight, bias = (arguments.get(name) for name in _OPERANDS)
-        settings = tree_leaves([arguments[name] for name in _SETTINGS if name in arguments])
+        settings = tree_leaves([v for name, v in arguments.items() if name not in _OPERANDS])
         plain = not any(isinstance(value, fx.Node) for value in settings)
         fixed = weight in self._fixed and (bias is None or bias in self._fixed)
         return plain and fixed and isinstance(x, fx.Node) and x not in self._fixed
@@ -144,19 +165,21 @@ def _layer(
     """The layer with the weight and bias of a product; None where no torch layer holds them."""
     weight = value(arguments["weight"])
     bias = None if arguments.get("bias") is None else value(arguments["bias"])
-    dims = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}[kind]
-    if not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == dims):
+    if not (isinstance(weight, Tensor) and weight.is_floating_point()):
         return None
-    out, width = weight.shape[:2]
+    if weight.dim() != _DIMS[kind]:
+        return None
+    groups, (out, width) = arguments.get("groups", 1), weight.shape[:2]
+    if kind in _TRANSPOSED:
+        out, width = width * groups, out // groups
     if bias is not None and bias.shape != (out,):
         return None
     common: dict[str, Any] = {"bias": bias is not None, "device": "meta"}  # replaced below
     if kind is nn.Linear:
         layer = nn.Linear(width, out, **common)
     else:
-        settings = {n: _setting(arguments[n]) for n in _SETTINGS if n in arguments}
-        size = tuple(weight.shape[2:])
-        layer = kind(width * settings.get("groups", 1), out, size, **settings, **common)
+        settings = {n: _setting(arguments[n]) for n in _settings(kind) if n in arguments}
+        layer = kind(width * groups, out, tuple(weight.shape[2:]), **settings, **common)
     layer.weight = _parameter(weight)
     if bias is not None:
         layer.bias = _parameter(bias)

@@ -21,7 +21,7 @@ from tfmq_fx.ir.opaque_layers import example_arguments, inner_sites
 from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.quant.affine import activation_scales, weight_groups, weight_qparams
 from tfmq_fx.quant.gptq import round_nearest
-from tfmq_fx.quant.modules import kind_of
+from tfmq_fx.quant.modules import kind_of, weight_rows
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 SCALES = "activation_scales"  # buffer: one row of input scales for each timestep
@@ -134,8 +134,8 @@ def _per_timestep(
 
 def _quantized(site: Site, plan: LayerConfig, per_timestep: bool) -> QuantLayer:
     kind = kind_of(site.layer)
-    weight = site.layer.weight
-    assert kind is not None and plan.weights is not None and isinstance(weight, Tensor)
+    assert kind is not None and plan.weights is not None
+    weight = weight_rows(site.layer)
     acts = plan.activations
     layer = kind.from_float(
         site.layer,  # type: ignore[arg-type]  # the class was chosen by the layer's own

@@ -36,6 +36,7 @@ from tfmq_fx.quant.adaround import (
     sum_of_squares,
     with_float_inputs,
 )
+from tfmq_fx.quant.modules import weight_rows
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.serialization.checkpoint import (
     Checkpoint,
@@ -259,12 +260,11 @@ def _best(
     errors = {"before": _error(block, batches, split)}
     for site in unit.sites:
         layer, original = block.get_submodule(site.name), reference.get_submodule(site.name)
-        assert isinstance(layer, QuantLayer) and isinstance(original.weight, Tensor)
+        assert isinstance(layer, QuantLayer)
         assert original.bias is None or isinstance(original.bias, Tensor)
-        soft[site.name] = AdaRoundLayer(
-            layer, start_of(layer, original.weight), quantize_input=True
-        )
-        nearest[site.name] = nearest_of(layer, original.weight, original.bias)
+        weight = weight_rows(original)
+        soft[site.name] = AdaRoundLayer(layer, start_of(layer, weight), quantize_input=True)
+        nearest[site.name] = nearest_of(layer, weight, original.bias)
     errors["nearest"] = _error(_with(block, nearest), batches, split)
     stopped = learn(
         _with(block, soft),

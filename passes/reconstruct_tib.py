@@ -17,6 +17,7 @@ from tfmq_fx.core.stages import Stage
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 from tfmq_fx.ir.subgraphs import at_timesteps
 from tfmq_fx.quant.adaround import AdaRoundLayer, Batch, learn, start_of
+from tfmq_fx.quant.modules import weight_rows
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.serialization.checkpoint import (
     Checkpoint,
@@ -80,8 +81,8 @@ def _learnt(
     trained = fx.GraphModule(gm, gm.graph)
     soft = {}
     for name in sites:
-        layer, original = gm.get_submodule(name), reference.get_submodule(name).weight
-        assert isinstance(layer, QuantLayer) and isinstance(original, Tensor)
+        layer, original = gm.get_submodule(name), weight_rows(reference.get_submodule(name))
+        assert isinstance(layer, QuantLayer)
         soft[name] = AdaRoundLayer(layer, start_of(layer, original), quantize_input=False)
         trained.set_submodule(name, soft[name])
     before = feature_errors(gm, targets, timesteps)

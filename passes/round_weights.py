@@ -26,7 +26,7 @@ from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.quant.affine import QParams, dequantize, weight_qparams
 from tfmq_fx.quant.gptq import refine, round_nearest, round_second_order
 from tfmq_fx.quant.input_statistics import InputStatistics, input_rows, row_count
-from tfmq_fx.quant.modules import QuantConv
+from tfmq_fx.quant.modules import QuantConv, weight_rows
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.serialization.checkpoint import (
     Checkpoint,
@@ -81,7 +81,7 @@ def round_weights(
             if site.name in skip or not isinstance(layer, QuantLayer):
                 declined.append(Declined(site.name, "rounded elsewhere, or in floating point"))
                 continue
-            original = reference.get_submodule(site.name).weight
+            original = weight_rows(reference.get_submodule(site.name))
             assert isinstance(original, Tensor)
 
             def rounded(

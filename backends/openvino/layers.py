@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tfmq_fx.backends.float_layers import IntegerPattern, LoweredLayer
 from tfmq_fx.backends.support import obstacle
 from tfmq_fx.core.stages import Stage
-from tfmq_fx.quant.modules import QuantConv, QuantLinear
+from tfmq_fx.quant.modules import QuantConv, QuantConvTranspose, QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 _LIBRARY = torch.library.Library("tfmq_fx", "FRAGMENT")
@@ -40,6 +40,8 @@ def float_reason(layer: QuantLayer) -> str | None:
     """Why a layer is computed in floating point, or None where its product is of integers."""
     if layer.dynamic:
         return "ranges measured at run time"
+    if isinstance(layer, QuantConvTranspose):
+        return obstacle(layer, "cpu")
     integers = layer.weight_format == layer.act_format == "int" and layer.weight_groups == 1
     bits = layer.act_bits
     if integers and bits is not None and bits <= 8 and isinstance(layer, (QuantConv, QuantLinear)):

@@ -16,12 +16,12 @@ class OnlyPatched(nn.Module):
         self.up = nn.ConvTranspose2d(3, 3, 3, padding=1)
 
     def forward(self, x, t):
-        return self.up(x) * t[:, None, None, None]
+        return self.up(x, output_size=x.shape[2:]) * t[:, None, None, None]
 
 
 def test_a_model_of_which_nothing_can_be_quantized_is_an_error_that_says_what_can_be_done():
     prepared = prepare(OnlyPatched().eval(), example(), config="w8a8-dynamic", timesteps=STEPS)
-    with pytest.raises(ValueError, match=r"up \(transposed convolution\).*config=\"fp\""):
+    with pytest.raises(ValueError, match=r"up \(it is called with an output size\).*config=\"fp\""):
         convert(prepared, progress=False)
     exact = prepare(OnlyPatched().eval(), example(), config="fp", timesteps=STEPS)
     assert report(convert(exact, progress=False)).weight_coverage == 0
@@ -31,7 +31,10 @@ class WideNorm(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.gate = nn.LayerNorm((8, 8)), nn.Parameter(torch.ones(3, 8, 8))
-        self.attention, self.mix = nn.MultiheadAttention(8, 2), nn.Conv2d(3, 3, 3, padding=1)
+        self.attention, self.mix = (
+            nn.MultiheadAttention(8, 2, add_zero_attn=True),
+            nn.Conv2d(3, 3, 3, padding=1),
+        )
         self.idle = nn.Linear(5, 5)
 
     def forward(self, x, t):

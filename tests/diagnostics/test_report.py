@@ -91,19 +91,19 @@ def test_the_text_says_what_the_data_holds(model):
 
 
 def test_what_is_left_alone_is_told_with_the_reason():
-    class Transposed(nn.Module):
+    class Resized(nn.Module):
         def __init__(self):
             super().__init__()
             self.enter = nn.Conv2d(3, 4, 1)
             self.leave = nn.ConvTranspose2d(4, 3, 1)
 
         def forward(self, x, t):
-            return self.leave(self.enter(x) * t[:, None, None, None])
+            return self.leave(self.enter(x) * t[:, None, None, None], output_size=x.shape[2:])
 
-    prepared = prepare(seeded(Transposed).eval(), data(8)[0], timesteps=TIMES, config="fp")
+    prepared = prepare(seeded(Resized).eval(), data(8)[0], timesteps=TIMES, config="fp")
     facts = report(convert(prepared, progress=False))
-    assert facts.data["declined"] == [["leave", "transposed convolution"]]
-    assert "  left in floating point: leave: transposed convolution" in str(facts)
+    assert facts.data["declined"] == [["leave", "it is called with an output size"]]
+    assert "  left in floating point: leave: it is called with an output size" in str(facts)
 
 
 def test_an_exact_model_is_reported_too(toy):

@@ -172,3 +172,32 @@ def test_the_graph_computes_the_same_and_sizes_are_kept():
     for a, b in zip(gm(*example()), done.gm(*example()), strict=True):
         assert torch.equal(a, b)
     assert fold_weights(done.gm).changed == 0
+
+
+class Upsampled(nn.Module):
+    """Transposed convolutions called as functions, with a normalized weight and in groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (
+            nn.Parameter(torch.randn(3, 4, 2, 2)),
+            nn.Parameter(torch.randn(4, 2, 3, 3)),
+        )
+        self.shift = nn.Parameter(torch.randn(4))
+
+    def forward(self, x, t):
+        weight = F.normalize(self.a.flatten(1), dim=1).view_as(self.a)
+        h = F.conv_transpose2d(x, weight, self.shift, stride=2) * t[:, None, None, None]
+        return F.conv_transpose2d(h, self.b, None, 2, 1, 1, 2, 2)
+
+
+def test_transposed_convolutions_with_constant_weights_become_layers():
+    model = Upsampled().eval()
+    inputs = {"x": torch.randn(2, 3, 5, 5), "t": torch.tensor([0.5, 0.25])}
+    gm = capture(model, inputs, timestep="t").gm
+    folded = fold_weights(gm)
+    layers = [site.layer for site in find_sites(folded.gm)[0]]
+    assert [type(layer) for layer in layers] == [nn.ConvTranspose2d] * 2
+    assert layers[1].groups == 2 and layers[1].output_padding == (1, 1)
+    with torch.no_grad():
+        assert torch.equal(folded.gm(*inputs.values())[0], model(**inputs))

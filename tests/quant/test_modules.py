@@ -12,7 +12,13 @@ from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.layer_config import WeightSpec
 from tfmq_fx.quant.affine import activation_scales, quantize, weight_groups, weight_qparams
 from tfmq_fx.quant.gptq import round_nearest
-from tfmq_fx.quant.modules import QuantConv1d, QuantConv2d, QuantLinear, kind_of
+from tfmq_fx.quant.modules import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    kind_of,
+)
 from tfmq_fx.quant.quant_layer import QuantLayer
 
 LAYERS = {
@@ -334,7 +340,7 @@ def test_kinds_go_by_the_forward_that_runs():
     assert kind_of(Named(2, 2, 1)) is QuantConv1d
     assert kind_of(nn.Conv2d(2, 2, 1)) is QuantConv2d
     assert kind_of(Scaled(2, 2)) is None
-    assert kind_of(nn.ConvTranspose2d(2, 2, 1)) is None
+    assert kind_of(nn.ConvTranspose2d(2, 2, 1)) is QuantConvTranspose2d
     assert kind_of(nn.GroupNorm(1, 2)) is None
 
 

@@ -20,7 +20,7 @@ def call_batches(args: Sequence[Any], kwargs: Mapping[str, Any], size: int) -> l
     Raises ConfigError where the numbers of rows differ, and where another list or tensor has as
     many, so that it is not known whose rows these are.
     """
-    first = args[0] if args else None
+    first: Any = args[0] if args else None
     named = {name: value for name, value in kwargs.items() if _makes_samples(name)}
     each = {name: len(value) for name, value in named.items() if _has_rows(value)}
     if _has_rows(first):

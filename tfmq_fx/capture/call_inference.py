@@ -17,7 +17,7 @@ from torch.fx.graph import _custom_builtins as _GLOBALS
 from tfmq_fx.core.errors import CaptureError, ConfigError
 
 from .call_spec import Argument, CallSpec
-from .input_checks import BATCH, Input, plain_number
+from .input_checks import BATCH, Input, largest, plain_number
 from .nested_values import Const, Leaf, outline, per_sample
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_cond", "noise_level")
@@ -40,12 +40,19 @@ Dynamic = Collection[str] | Mapping[str, Mapping[int, str]]
 
 
 def describe_call(
-    model: nn.Module, example_inputs: Mapping[str, Any], timestep: str, dynamic: Dynamic
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    timestep: str,
+    dynamic: Dynamic,
+    form: tuple[int, ...] | None = None,
 ) -> tuple[CallSpec, list[Tensor]]:
     """The CallSpec of a model, without its output, and the example's tensors in order.
 
-    Arguments as for `capture`; free sizes of one are doubled in the tensors.  Raises ConfigError
-    for unknown names, CaptureError for a timestep that does not fit the sample.
+    Arguments as for `capture`; free sizes of one are doubled in the tensors.  form: the shape in
+    which forward gets the timestep (see CallSpec), () where a row of them fails; None: as in the
+    example.  A timestep for each token is an input like any other, and the largest of each sample
+    becomes the timestep of the graph, as a last input that nothing reads.  Raises ConfigError for
+    unknown names, CaptureError for a timestep that does not fit the sample.
     """
     if not isinstance(dynamic, Mapping) and (unknown := set(dynamic) - set(USUAL)):
         raise ConfigError(f"dynamic: unknown {sorted(unknown)}; known are {', '.join(USUAL)}")
@@ -56,14 +63,26 @@ def describe_call(
         )
     arguments, leaves = _arguments(parameters, example_inputs, timestep)
     paths, values = [path for path, _ in leaves], [value for _, value in leaves]
-    t = paths.index(timestep)
+    t, per_token = paths.index(timestep), None
     sample = _sample(paths, values, t)
+    values[t] = given = plain_number(values[t])
+    if isinstance(given, Tensor) and given.shape[1:].numel() > 1:
+        per_token, t = t, len(paths)
+        paths.append(f"{timestep}.largest")
+        values.append(largest(given))
+    elif isinstance(given, Tensor) and given.dim() > 1:
+        values[t] = given.flatten()
+        form = (-1, *given.shape[1:]) if form is None else form
     tensors = _tensors(values, t, sample)
+    if form == ():
+        tensors[t] = tensors[t][:1]
     if isinstance(dynamic, Mapping):
         free = _named_sizes(paths, tensors, t, dynamic)
     else:
         shape = () if sample is None else tensors[sample].shape
         free = _usual_sizes(paths, tensors, sample, dynamic, _frames_dim(model, shape))
+    if form == ():
+        free[t] = {}
     inputs = _inputs(paths, tensors, free)
     if sample is not None and inputs[sample].shape[0] == BATCH:
         rows = len(tensors[sample])
@@ -79,7 +98,9 @@ def describe_call(
         return_dict=parameters["return_dict"].default is not False
         if "return_dict" in parameters
         else None,
-        conditions=_conditions(inputs, t, sample),
+        conditions=_conditions(inputs, [t, per_token], sample),
+        timestep_form=(-1,) if form is None else form,
+        per_token=None if per_token is None else inputs[per_token].name,
     )
     return call, [_doubled(tensor, sizes) for tensor, sizes in zip(tensors, free, strict=True)]
 
@@ -123,13 +144,17 @@ def _arguments(
     return arguments, leaves
 
 
-def _conditions(inputs: tuple[Input, ...], timestep: int, sample: int | None) -> tuple[str, ...]:
+def _conditions(
+    inputs: tuple[Input, ...], timesteps: Sequence[int | None], sample: int | None
+) -> tuple[str, ...]:
     """The names of the inputs that are fixed for a whole request, judged by their paths.
 
     These are all but the sample (or the first argument, where it is a list), timesteps and what
     another network computes at every step.
     """
-    paths = {spec.name: spec.path.split(".")[0] for i, spec in enumerate(inputs) if i != timestep}
+    paths = {
+        spec.name: spec.path.split(".")[0] for i, spec in enumerate(inputs) if i not in timesteps
+    }
     denoised = inputs[sample].path if sample is not None else next(iter(paths.values()), "")
     stepwise = {denoised, *TIMESTEP_NAMES}
     return tuple(
@@ -168,7 +193,7 @@ def _tensors(values: list[Any], timestep: int, sample: int | None) -> list[Tenso
     if t.ndim > 1 or t.numel() not in (1, batch) or t.dtype == torch.bool:
         raise CaptureError(
             f"the timestep has shape {tuple(t.shape)} and {t.dtype}; expected one number for each "
-            f"of the {batch} samples, or one for all"
+            f"of the {batch} samples, one for all, or (batch, tokens) with one for each token"
         )
     tensors = [value.detach() if isinstance(value, Tensor) else value for value in values]
     device = t.device if sample is None else tensors[sample].device

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tfmq_fx.core.errors import ConfigError, InputError
 
-from .input_checks import BATCH, Input, check_tensor, check_timestep, shown
+from .input_checks import BATCH, Input, check_tensor, check_timestep, largest, shown
 from .nested_values import (
     Branch,
     Const,
@@ -67,7 +67,11 @@ class Argument:
 class CallSpec:
     """The facts needed to call the flat graph like the original model.
 
-    timestep: the placeholder that holds the timestep, always a tensor (batch,).
+    timestep: the placeholder that holds the timestep, always a tensor (batch,), or (1,) where
+    forward takes one number for all samples.  timestep_form: the shape in which forward gets it,
+    with -1 for the batch; () is a 0-d tensor.  per_token: the placeholder with a timestep for each
+    token, where there is one; then `timestep` holds the largest of each sample, and forward does
+    not get it.
     return_dict: forward's default of that name; None where forward has no such parameter.
     conditions: placeholders that are fixed for a whole request, judged by name.
     fixed: conditions in the model's code that made sizes in `inputs` numbers.
@@ -83,6 +87,8 @@ class CallSpec:
     guards: tuple[Guard, ...] = ()
     conditions: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
+    timestep_form: tuple[int, ...] = (-1,)
+    per_token: str | None = None
     copied: bool = dataclasses.field(default=False, compare=False)
 
     @property
@@ -94,6 +100,20 @@ class CallSpec:
     def timestep_position(self) -> int:
         """The index of the timestep among the placeholders."""
         return self.names.index(self.timestep)
+
+    @property
+    def timestep_path(self) -> str:
+        """The path of the timestep in the model's arguments."""
+        name = self.per_token or self.timestep
+        return self.inputs[self.names.index(name)].path
+
+    def as_taken(self, values: Sequence[Any]) -> list[Any]:
+        """The placeholder values in order, with the timestep as forward takes it."""
+        taken = list(values)
+        if self.timestep_form != (-1,):
+            t = self.timestep_position
+            taken[t] = taken[t].reshape(self.timestep_form)
+        return taken
 
     def named_conditions(self, names: Sequence[str] | None) -> list[str]:
         """The placeholders of the conditions `names`, or of all conditions.
@@ -136,14 +156,18 @@ class CallSpec:
                 _collect(argument.structure, named[argument.name], argument.name, values)
             elif not argument.omittable:
                 raise InputError(_omitted(argument))
+        t = self.timestep_position
+        if self.per_token is not None:
+            values.insert(t, largest(values[self.names.index(self.per_token)]))
         sizes: dict[str, int] = {}
         device = None
         for spec, value in zip(self.inputs, values, strict=True):
             if spec.name != self.timestep:
                 check_tensor(spec, value, sizes, self.fixed)
                 device = value.device if device is None else device
-        t = self.timestep_position
-        values[t] = check_timestep(self.inputs[t], values[t], sizes, device)
+        values[t] = check_timestep(
+            self.inputs[t], values[t], sizes, device, dims=len(self.timestep_form)
+        )
         for argument in self.arguments:
             structure, value = argument.structure, named.get(argument.name)
             per_sample = isinstance(structure, Branch) and structure.kind == "samples"
@@ -210,6 +234,8 @@ class CallSpec:
             "return_dict": self.return_dict,
             "conditions": list(self.conditions),
             **({"fixed": list(self.fixed)} if self.fixed else {}),
+            **({"timestep_form": list(self.timestep_form)} if self.timestep_form != (-1,) else {}),
+            **({"per_token": self.per_token} if self.per_token else {}),
             "guards": [
                 {**_fields(guard), "expression": dump_expression(guard.expression)}
                 for guard in self.guards

@@ -31,7 +31,7 @@ from .export_route import Exported, export
 from .fake_values import SizeTest
 from .free_sizes import held_sizes, less_batch, mixes_batch, sizes_without
 from .guards import guard, same_operations
-from .input_checks import BATCH
+from .input_checks import BATCH, plain_number
 from .model_checks import check_model, check_names
 from .nested_values import Branch, Const, Structure, outline
 from .opaque_modules import remarks, trace_in_part
@@ -89,7 +89,18 @@ def capture(
         raise CaptureError(f"the graph would refuse the example itself: {refusal}") from refusal
     seconds = time.perf_counter() - start
     log.debug("captured %s in %.2f s", type(model).__name__, seconds)
-    return dataclasses.replace(captured, seconds=seconds, notes=(*captured.notes, *transformers))
+    notes = (*captured.notes, *transformers, *_timestep_notes(captured.call))
+    return dataclasses.replace(captured, seconds=seconds, notes=notes)
+
+
+def _timestep_notes(call: CallSpec) -> list[str]:
+    """What is special about the timestep."""
+    if call.per_token is not None:
+        return [
+            f"{call.timestep_path} has a number for each token: nothing can be tabled, and ranges "
+            "by timestep go by the largest of each sample"
+        ]
+    return [] if call.timestep_form else [f"{call.timestep_path} is one number for all samples"]
 
 
 @contextlib.contextmanager
@@ -118,11 +129,11 @@ def _with_free_sizes(
     """
     call, examples = describe_call(model, example_inputs, timestep, dynamic)
 
-    def attempt(free: Mapping[str, Mapping[int, str]]) -> Captured:
-        others = describe_call(model, example_inputs, timestep, free)
+    def attempt(free: Dynamic, form: tuple[int, ...] | None = None) -> Captured:
+        described = describe_call(model, example_inputs, timestep, free, form)
         if captured is not None and OPAQUE in captured.gm.meta:
-            return _in_part(model, *others)
-        return _traced_or_exported(model, *others)
+            return _in_part(model, *described)
+        return _traced_or_exported(model, *described)
 
     def has_free_batch(captured: Captured) -> bool:
         return BATCH not in held_sizes(captured.call, examples) and not mixes_batch(captured.gm)
@@ -144,6 +155,10 @@ def _with_free_sizes(
                 if has_free_batch(other := attempt(free)):
                     captured = other
                     break
+    no_row = captured is None or not has_free_batch(captured)
+    if no_row and _is_number(example_inputs[timestep]):
+        with contextlib.suppress(CaptureError):
+            captured = attempt(dynamic, ())
     if captured is None:
         assert refusal is not None
         raise refusal
@@ -153,9 +168,15 @@ def _with_free_sizes(
     if not held:
         return captured
     notes = [f"{name} is fixed: captured where {reason}" for name, reason in held.items()]
-    fixed = attempt(sizes_without(captured.call, held))
+    fixed = attempt(sizes_without(captured.call, held), captured.call.timestep_form)
     call = dataclasses.replace(fixed.call, fixed=tuple(held.values()))
     return dataclasses.replace(fixed, call=call, notes=(*notes, *fixed.notes))
+
+
+def _is_number(timestep: Any) -> bool:
+    """Whether a timestep is a number or a 0-d tensor."""
+    timestep = plain_number(timestep)
+    return not isinstance(timestep, Tensor) or timestep.dim() == 0
 
 
 def _refusal(call: CallSpec, example_inputs: Mapping[str, Any]) -> InputError | None:
@@ -286,7 +307,7 @@ def _trace(
             fakes[spec.name] = torch.empty(shape, dtype=spec.dtype, device=example.device)
 
     output: Structure = Const(None)
-    samples = len(examples[call.timestep_position])
+    samples = call.sizes_of(examples).get(BATCH, len(examples[call.timestep_position]))
 
     def run(proxies: list[Any]) -> tuple[Any, ...]:
         nonlocal output
@@ -347,7 +368,7 @@ def _flat(
 def _export(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exported:
     """The model in the form that torch.export gives it."""
     clone = structural_clone(model)
-    samples = len(examples[call.timestep_position])
+    samples = call.sizes_of(examples).get(BATCH, len(examples[call.timestep_position]))
     return export(
         clone,
         lambda *values: _flat(clone, call, list(values), samples),

@@ -83,16 +83,33 @@ def _freeing(spec: Input, dim: int, fixed: Sequence[str]) -> str:
     return f", or free it: dynamic={{{spec.path!r}: {{{dim}: 'a name', ...}}, ...}}"
 
 
-def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) -> Tensor:
-    """The timestep as (batch,) of the captured dtype."""
+def largest(timesteps: Any) -> Any:
+    """The largest timestep (batch,) of each sample, from one for each token (batch, ...); anything
+    else unchanged."""
+    if not isinstance(timesteps, Tensor) or timesteps.dim() < 2 or 0 in timesteps.shape:
+        return timesteps
+    return timesteps.flatten(1).amax(1)
+
+
+def check_timestep(
+    spec: Input, value: Any, sizes: dict[str, int], device: Any, dims: int = 1
+) -> Tensor:
+    """The timestep as (batch,) of the captured dtype.
+
+    Numbers and tensors in double precision are rounded to float32, where the graph takes that;
+    all else must be held exactly.
+    dims: the number of dimensions in which forward takes it; all but the first have size one.
+    """
     size = spec.shape[0]
     integral = not spec.dtype.is_floating_point
     value = plain_number(value)
+    if isinstance(value, Tensor) and value.dim() == dims > 1 and value[:1].numel() == 1:
+        value = value.flatten()
     expected = f"{spec.path}: expected a number, a 0-d tensor or a tensor (batch,), got"
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex() or value.ndim > 1:
             raise InputError(f"{expected} a {value.dtype} tensor of shape {tuple(value.shape)}")
-        if value.dtype.is_floating_point and value.dtype != spec.dtype:
+        if value.dtype.is_floating_point and not _takes(spec.dtype, value):
             raise InputError(
                 f"{spec.path}: captured for {spec.dtype}, got {value.dtype}. Cast the timestep or "
                 f"capture again with that dtype."
@@ -108,6 +125,11 @@ def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) 
     else:
         raise InputError(f"{expected} {shown(value)}")
     batch = sizes.setdefault(size, rows) if isinstance(size, str) else size
+    if rows != 1 and rows != batch and dims == 0:
+        raise InputError(
+            f"{spec.path}: {rows} timesteps, but the model takes one number for all samples; give "
+            "a number or a 0-d tensor"
+        )
     if rows != 1 and rows != batch:
         raise InputError(f"{spec.path}: {rows} timesteps for a batch of {batch}")
     if not isinstance(value, Tensor):
@@ -123,6 +145,20 @@ def check_timestep(spec: Input, value: Any, sizes: dict[str, int], device: Any) 
             if rounded != number:
                 raise InputError(_not_held(spec, number))
     return row if rows == batch else row.expand(batch).contiguous()
+
+
+def _takes(dtype: torch.dtype, value: Tensor) -> bool:
+    """Whether a float tensor can arrive as `dtype`: a double as a single, like any number, others
+    where their values are held exactly, which is read on the CPU alone."""
+    if value.dtype == dtype:
+        return True
+    rounds = (value.dtype, dtype) == (torch.float64, torch.float32)
+    readable = type(value) is Tensor and value.device.type == "cpu"
+    if not dtype.is_floating_point or not readable or torch.compiler.is_compiling():
+        return rounds
+    there = value.detach().double()
+    here = there.to(dtype).double()
+    return bool((here.isfinite() == there.isfinite()).all() if rounds else torch.equal(here, there))
 
 
 def _can_hold(dtype: torch.dtype, value: int | float) -> bool:

@@ -36,6 +36,7 @@ def structural_clone(model: nn.Module) -> nn.Module:
 
 def arguments(call: CallSpec, values: list[Any], samples: int) -> dict[str, Any]:
     """The keyword arguments of forward with `values` as its tensors, for a batch of `samples`."""
+    values = call.as_taken(values)
     return {
         argument.name: rebuild(argument.structure, values[argument.first :], samples)
         for argument in call.arguments
@@ -157,7 +158,7 @@ def random_inputs(
         values.append(repeated(example, shape) if spec.name in held else value)
     t = call.timestep_position
     values[t] = _timesteps(examples[t], len(values[t]), seed)
-    kwargs = arguments(call, values, len(values[t]))
+    kwargs = arguments(call, values, sizes.get(BATCH, len(values[t])))
     if call.return_dict is not None:
         kwargs["return_dict"] = want_dict
     return kwargs

@@ -272,6 +272,8 @@ class ValueTracer(DataValues):
         if self.is_opaque(path := self._paths[m]):
             return self._call_opaque(path, m, forward, args, kwargs)
         reason = replaced_forward(m) if isinstance(m, _LAYERS) else None
+        if reason is None and isinstance(m, _LAYERS) and not args and "input" in kwargs:
+            args, kwargs = (kwargs.pop("input"),), kwargs  # steps look for a layer's input there
         if reason is None:
             return super().call_module(m, forward, args, kwargs)
         self._replaced.append(reason)

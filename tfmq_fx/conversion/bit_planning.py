@@ -20,7 +20,7 @@ from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.passes.round_weights import input_statistics, round_layer
 from tfmq_fx.quant.bit_plan import BitPlan, Option, SiteBits
 from tfmq_fx.quant.budget import asks_for_time
-from tfmq_fx.quant.modules import with_weight
+from tfmq_fx.quant.modules import weight_rows, with_weight
 from tfmq_fx.quant.packing import packed_size
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.serialization.checkpoint import with_rounded_state
@@ -141,9 +141,9 @@ class _RoundedOptions:
 
     def __call__(self, site: Site, walk: LayerwiseExecutor) -> list[QuantLayer]:
         original, config = self.job.reference.get_submodule(site.name), self.job.plan[site.name]
-        weight, bias = original.weight, original.bias
+        weight, bias = weight_rows(original), original.bias
         assert isinstance(site.layer, QuantLayer) and config.weights is not None
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        assert bias is None or isinstance(bias, Tensor)
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         specs = [dataclasses.replace(config.weights, bits=bits) for bits in BITS]
         if self.spec.rounding != "second-order":

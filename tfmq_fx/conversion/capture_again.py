@@ -107,7 +107,7 @@ def _converted_in(model: Converted, dtype: torch.dtype) -> Converted:
     cast = copy.deepcopy(source).to(device=model.device, dtype=dtype)
     kwargs = arguments(model.call, values, len(values[model.call.timestep_position]))
     moved = _moved(whole, dtype, model.device)
-    timestep = model.call.inputs[model.call.timestep_position].path
+    timestep = model.call.timestep_path
     kwargs = {
         name: value if name == timestep else pytree.tree_map_only(Tensor, moved, value)
         for name, value in kwargs.items()
@@ -128,7 +128,9 @@ def _exact(model: Converted, source: nn.Module, args: Values, kwargs: Named) -> 
         new = captured_only(prepared)
     else:
         new = convert(prepared, steps=same_steps(model.origin, None), progress=False)
-    new.origin, new.watch = model.origin, model.watch
+    new.watch = model.watch
+    if source is not _living(model)[1]:  # a copy in another dtype: the source itself is not
+        new.origin = model.origin
     return new
 
 
@@ -174,7 +176,7 @@ def _prepared_for(
 ) -> Prepared:
     """Return the source prepared for a call, by the recipe of `model`."""
     named = named_call(source, args, kwargs)
-    timestep = model.call.inputs[model.call.timestep_position].path
+    timestep = model.call.timestep_path
     if timestep not in named:
         raise InputError(f"the call has no {timestep}")
     try:

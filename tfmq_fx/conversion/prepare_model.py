@@ -19,7 +19,6 @@ from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.opaque_layers import inner_sites
 from tfmq_fx.ir.sites import check_weights, find_sites, left_by_module, plan_sites
-from tfmq_fx.passes.fold_weights import fold_weights
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.observe_layers import observe_layers
 from tfmq_fx.serialization.module_settings import Behaviour
@@ -27,6 +26,7 @@ from tfmq_fx.serialization.provenance import Calibration, Provenance, Rows, desc
 from tfmq_fx.serialization.staleness import OutsideTensors, StalenessCheck
 
 from .coverage import opaque_declined, parameter_record
+from .exposed_layers import with_layers
 from .models import Converted, Prepared
 from .records import ConversionRecord, site_records
 
@@ -42,8 +42,9 @@ def capture_facts(captured: Captured) -> dict[str, Any]:
 
 
 def captured_only(prepared: Prepared) -> Converted:
-    """The captured model as a converted one in which nothing is changed."""
+    """The captured model as a converted one in which nothing is changed, for any timesteps."""
     gm = prepared.gm
+    gm.meta.pop("timesteps", None)
     origin, watch = record_provenance(prepared, None)
     sites, declined = find_sites(gm)
     capture = gm.meta.pop("capture", {})
@@ -61,6 +62,7 @@ def captured_only(prepared: Prepared) -> Converted:
         recipe=prepared.recipe,
         record=vars(record),
         model_config=prepared.model_config,
+        outline=prepared.outline,
         origin=origin,
         watch=watch,
     )
@@ -84,7 +86,7 @@ def observe_graph(
     Raises ConfigError for weights that hold NaN and overrides that match nothing.
     """
     merged = merge_duplicates(captured)
-    folded = fold_weights(merged.gm)
+    folded = with_layers(merged.gm, recipe, overrides)
     gm = folded.gm
     sites, _ = find_sites(gm)
     sites += inner_sites(gm)[0]

@@ -81,7 +81,8 @@ def choose_temporal(
         return TemporalChoice({})
     rows, share = compute_rows(block.graph, timesteps), _share(visits, timesteps)
     result = TemporalChoice({})
-    options = {n: _row_candidates(row, spec, share) for n, row in zip(names, rows, strict=True)}
+    stored = [f.stored(row) for f, row in zip(block.features, rows, strict=True)]
+    options = {n: _row_candidates(row, spec, share) for n, row in zip(names, stored, strict=True)}
     layers = {path: block.graph.get_submodule(path) for path in block.modules}
     module_bytes = {path: sum(p.nbytes for p in m.parameters()) for path, m in layers.items()}
     quantized = None
@@ -94,7 +95,7 @@ def choose_temporal(
     budget = spec.budget
     if budget is None:
         budget = sum(module_bytes.values()) if spec.mode == "select" else _UNLIMITED
-    exact_fits = spec.mode == "select" and sum(row.nbytes for row in rows) <= budget
+    exact_fits = spec.mode == "select" and sum(row.nbytes for row in stored) <= budget
     if quantized is not None:
         if not exact_fits:
             learnt = reconstruct_tib(

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.ir.graph import timestep_node
 from tfmq_fx.ir.subgraphs import compute_rows, extract
-from tfmq_fx.ir.temporal_block import temporal_block
+from tfmq_fx.ir.temporal_block import by_sample, temporal_block
 from tfmq_fx.ir.verifier import is_timestep_row
 from tfmq_fx.passes.reconstruct_tib import relative_errors
 from tfmq_fx.quant.timestep_table import FEATURE, QuantTimestepTable, cache_rows, restore_rows
@@ -86,9 +86,11 @@ def feature_errors(
     computed = compute_rows(block.graph, timesteps)
     rows = {f.name: row for f, row in zip(block.features, computed, strict=True)}
     graph = extract(model, list(nodes.values()), [timestep_node(model)])
+    computed_there = {f.name: f for f in block.features if f.name not in by_feature}
+    graph = by_sample(graph, [computed_there.get(name) for name in nodes])
     result = []
     for (name, node), values in zip(nodes.items(), compute_rows(graph, timesteps), strict=True):
-        actual = values.view_as(rows[name])
+        actual = _like(values, rows[name])
         (errors,) = relative_errors((actual,), (rows[name],))
         stored = _stored(model, node, rows[name])
         result.append(FeatureError(name, rows[name], stored, actual, errors.cpu()))
@@ -120,3 +122,11 @@ def _stored(model: fx.GraphModule, node: fx.Node, rows: Tensor) -> Tensor | None
     if not isinstance(table, QuantTimestepTable):
         return None
     return restore_rows(*cache_rows(rows.flatten(1), table.bits)).to(rows.dtype).view_as(rows)
+
+
+def _like(values: Tensor, rows: Tensor) -> Tensor:
+    """Values of a feature in the shape of its rows (K, ...), repeated where the model holds one for
+    all frames."""
+    if values.numel() == rows.numel():
+        return values.view_as(rows)
+    return values.reshape(len(rows), 1, *rows.shape[2:]).expand_as(rows)

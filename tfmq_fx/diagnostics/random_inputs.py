@@ -58,6 +58,8 @@ class RandomInputs:
                 count = spec.shape[0] if isinstance(spec.shape[0], int) else 1
                 t = self.timesteps[step]
                 values.append(t.to(device=spec.device, dtype=spec.dtype).repeat(count))
+            elif spec.name == self.call.per_token:
+                values.append(torch.full_like(self.value(spec), float(self.timesteps[step])))
             elif spec.name in conditions:
                 values.append(conditions[spec.name])
             else:

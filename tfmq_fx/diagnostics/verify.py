@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.capture.capture import capture
+from tfmq_fx.capture.input_checks import BATCH
 from tfmq_fx.capture.replay import arguments
 from tfmq_fx.conversion.models import Compiled, Converted
 from tfmq_fx.core.arguments import check_many, check_module, check_number, check_whole
@@ -180,15 +181,14 @@ def _captured(
     call = model.call
     values = join(call, [example, example])  # of one sample torch would make a constant
     assert values is not None
-    timestep = call.inputs[call.timestep_position]
-    samples = len(values[call.timestep_position])
+    samples = call.sizes_of(values).get(BATCH, len(values[call.timestep_position]))
     free = {
         spec.path: {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in call.inputs
     }
     try:
         named = arguments(call, values, samples)
-        return capture(reference, named, timestep=timestep.path, dynamic=free).gm
+        return capture(reference, named, timestep=call.timestep_path, dynamic=free).gm
     except TypeError as error:
         raise ConfigError(f"the reference takes other inputs than the model: {error}") from error
 

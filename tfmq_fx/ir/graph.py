@@ -160,3 +160,11 @@ def feature_slice(graph: fx.Graph, row: fx.Node, start: int, width: int, name: s
     with enable_python_dispatcher():
         node.meta["val"] = row.meta["val"][columns]
     return node
+
+
+def call_method(node: fx.Node, method: str, *args: int) -> fx.Node:
+    """A new node that calls a method of `node`, with its value, at the graph's insertion point."""
+    new = node.graph.create_node("call_method", method, (node, *args), name=f"{node.name}_{method}")
+    with enable_python_dispatcher():
+        new.meta = {**node.meta, "val": getattr(node.meta["val"], method)(*args)}
+    return new

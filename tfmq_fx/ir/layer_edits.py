@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
 from tfmq_fx.core.errors import ConfigError
-from tfmq_fx.quant.modules import QUANTIZED
+from tfmq_fx.quant.modules import QUANTIZED, channels_swapped, weight_rows
 
 from .graph_pass import Declined
 from .node_info import writers
@@ -42,8 +42,7 @@ def layer_input(node: fx.Node) -> fx.Node:
 
 def weight_of(layer: nn.Module) -> Tensor:
     """The detached weight of a layer, (out, in / groups, *kernel)."""
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight.detach()
+    return weight_rows(layer).detach()
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
@@ -74,7 +73,12 @@ def layer_with(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     else:
         settings = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
         common |= {name: getattr(layer, name) for name in settings}
-        new = kind(width * layer.groups, out, **common)
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            common["output_padding"] = layer.output_padding
+            new = kind(width * layer.groups, out, **common)
+            weight = channels_swapped(weight, layer.groups)
+        else:
+            new = kind(width * layer.groups, out, **common)
     wants_grad = layer.weight.requires_grad
     new.weight = nn.Parameter(weight, requires_grad=wants_grad)
     if bias is not None:

@@ -65,5 +65,5 @@ def stored_bytes(node: fx.Node) -> int:
     value: Tensor = node.meta["val"]
     sizes = [size_hint(n) for n in value.shape]
     if value.dim() and not isinstance(value.shape[0], int):
-        sizes[0] = 1
+        sizes[0] = int(value.shape[0].node.expr.as_coeff_Mul()[0])  # rows for each sample
     return max(1, math.prod(sizes) * value.element_size())

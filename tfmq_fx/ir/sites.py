@@ -20,7 +20,7 @@ from tfmq_fx.core.stages import REPLACED
 from tfmq_fx.quant.modules import kind_of
 from tfmq_fx.quant.quant_layer import QuantLayer
 
-from .graph import module_path
+from .graph import module_path, opaque_modules
 from .graph_pass import Declined
 from .node_info import is_heavy, is_random, op_name, value_inputs
 
@@ -56,15 +56,20 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
     constants: set[fx.Node] | None = None
     reads = [str(node.target).rpartition(".") for node in gm.graph.find_nodes(op="get_attr")]
     read = {owner: name for owner, _, name in reads}
+    opaque = opaque_modules(gm)  # their layers are counted one by one
     for node in gm.graph.nodes:
         if node.op == "call_module":
             layer, path = gm.get_submodule(str(node.target)), str(node.target)
             if isinstance(layer, QuantLayer):
                 calls.setdefault(path, []).append(node)
             elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                continue
+                kept = f"{type(layer).__name__} keeps its weights in floating point"
+                if path not in opaque and any(True for _ in _matrices(gm, node, (), ())):
+                    declined.append(Declined(path, node.meta.get(REPLACED) or kept))
             elif reason := why_not(layer, read.get(path)):
                 declined.append(Declined(path, reason))
+            elif len(node.args) + len(node.kwargs) > 1:
+                declined.append(Declined(path, "it is called with an output size"))
             else:
                 calls.setdefault(path, []).append(node)
         elif op_name(node) in _FUNCTIONS:
@@ -78,8 +83,6 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
 
 def why_not(layer: nn.Module, read: str | None) -> str | None:
     """Why a layer cannot be quantized, or None; read: its tensor that other nodes read."""
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return "transposed convolution"
     if reason := replaced_forward(layer):
         return reason
     if not kind_of(layer):
@@ -91,8 +94,6 @@ def why_not(layer: nn.Module, read: str | None) -> str | None:
 
 def _why_function(node: fx.Node, constants: Collection[fx.Node]) -> str:
     """Why a product that is called as a function cannot be quantized as a layer."""
-    if "transpose" in op_name(node):
-        return "transposed convolution"
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     if weight in constants:
         return "called as a function, not as a torch.nn layer"

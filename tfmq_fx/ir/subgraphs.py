@@ -46,10 +46,21 @@ def extract(
 def at_timesteps(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
     """The outputs (K, ...) of an extracted `graph` (t (B,) -> tuple) at `timesteps` (K,), in one
     call, or in several where it was captured at one batch size."""
+    size, count = fixed_batch(graph), len(timesteps)
+    if size is None:
+        outputs: tuple[Tensor, ...] = graph(timesteps)
+        return outputs
+    padded = timesteps[torch.arange(-(-count // size) * size).clamp(max=count - 1)]
+    parts = [graph(part) for part in padded.split(size)]
+    return tuple(torch.cat(values)[:count] for values in zip(*parts, strict=True))
+
+
+def fixed_batch(graph: fx.GraphModule) -> int | None:
+    """The batch size that an extracted `graph` (t (B,) -> tuple) was captured for; None where it
+    takes any."""
     (t,) = graph.graph.find_nodes(op="placeholder")
     size = t.meta["val"].shape[0]
-    parts = [graph(part) for part in timesteps.split(size if type(size) is int else len(timesteps))]
-    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+    return size if type(size) is int else None
 
 
 def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
@@ -60,11 +71,15 @@ def as_input(graph: fx.GraphModule, timesteps: Tensor) -> Tensor:
 
 def compute_rows(graph: fx.GraphModule, timesteps: Tensor) -> tuple[Tensor, ...]:
     """The outputs (K, ...) of an extracted `graph` (t (B,) -> tuple) at `timesteps` (K,), computed
-    one timestep at a time as tables are."""
-    steps = as_input(graph, timesteps)
+    one timestep at a time as tables are; at the batch size that the graph was captured for, if it
+    takes no other, of which the first sample counts."""
+    steps, size = as_input(graph, timesteps), fixed_batch(graph) or 1
     with torch.no_grad():
-        rows = [graph(steps[i : i + 1]) for i in range(len(steps))]
-    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+        rows = [graph(step.expand(size).contiguous()) for step in steps.split(1)]
+    return tuple(
+        torch.cat([part[: len(part) // size] for part in parts])
+        for parts in zip(*rows, strict=True)
+    )
 
 
 def extract_nodes(

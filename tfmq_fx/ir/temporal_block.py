@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .binding_times import Binding, BindingTimes, binding_times
-from .graph import module_path, timestep_node
+from .graph import call_method, module_path, timestep_node
 from .graph_pass import Declined
 from .min_cut import minimum_cut, stored_bytes
 from .node_info import has_weights, is_heavy
+from .row_copies import batches_adjacent, rows_per_sample
 from .subgraphs import extract, extract_nodes, missing_inputs
 
 
@@ -28,7 +29,9 @@ class Feature:
     """One value of the temporal block that code outside the block reads.
 
     name: path of the module that computes it, made unique.  node: in the analysed graph.
-    shape: without the batch dimension.
+    shape: of the value for one sample; where the node has several rows for each sample, as for the
+    frames of a video, they are its first dimension.  apart: whether those rows lie a batch apart
+    in the node's value (frames * batch, ...), not next to each other.
     """
 
     name: str
@@ -36,11 +39,24 @@ class Feature:
     shape: tuple[int, ...]
     dtype: torch.dtype
     path: str
+    apart: bool = False
 
     @property
     def width(self) -> int:
         """The number of elements per timestep."""
         return torch.Size(self.shape).numel()
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several rows for each sample."""
+        return bool(len(self.shape) == self.node.meta["val"].dim())
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """The rows (K, *shape) as a table holds them: without the rows for each sample but the
+        first where these are copies of it, bit for bit."""
+        if not self.several or rows.is_meta or not torch.equal(rows, rows[:, :1].expand_as(rows)):
+            return rows
+        return rows[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +64,8 @@ class TemporalBlock:
     """The part of a graph that depends on the timestep alone, up to the cut.
 
     features: its outputs, in graph order.  modules: paths of its modules with weights.
-    uses: feature name -> the modules it needs.  graph: t (B,) -> tuple of features; it shares the
-    modules.  declined: values that stay outside, and why.
+    uses: feature name -> the modules it needs.  graph: t (B,) -> tuple of features (B, *shape); it
+    shares the modules.  declined: values that stay outside, and why.
     """
 
     features: tuple[Feature, ...]
@@ -81,41 +97,39 @@ def temporal_cut(
 
     The cheapest set, in bytes per timestep, between operations with weights (and matrix products)
     that depend on t alone (upto=TC: on t and the conditions) and whatever reads their results: a
-    minimum vertex cut.  Empty where there are none.  Each value is a tensor with the batch as
-    dimension 0, the others static.  Declined are values that cannot be stored.
+    minimum vertex cut.  Empty where there are none.  Each value is a tensor with the batch, or a
+    fixed multiple of it, as dimension 0, the others static.  Declined are values that cannot be
+    stored.
     """
     early = {n for n in gm.graph.nodes if n.op != "output" and times[n].join(upto) is upto}
     heavy = {n for n in early if times[n] is not Binding.CONSTANT and is_heavy(gm, n)}
-    batch = _expr(timestep_node(gm).meta["val"].shape[0])
+    batch = timestep_node(gm).meta["val"].shape[0]
     known = [node for node in early if node.op == "placeholder"]
     reasons = {
-        node: _obstacle(node.meta.get("val"), batch, names)
+        node: _obstacle(node, batch, names)
         for node, names in missing_inputs(gm, early, known).items()
     }
     obstacles = {node: reason for node, reason in reasons.items() if reason}
     return minimum_cut(gm.graph, early, heavy=heavy, obstacles=obstacles, cost=stored_bytes)
 
 
-def _obstacle(value: Any, batch: Any, missing: Collection[str]) -> str:
+def _obstacle(node: fx.Node, batch: int | torch.SymInt, missing: Collection[str]) -> str:
     """Why a value cannot be a row of a table; "" where it can."""
-    if isinstance(batch, int) and batch != 1:
-        return f"the graph was captured for batch size {batch} only"
+    value = node.meta.get("val")
     if missing:
         return f"it takes {', '.join(sorted(missing))} as well as the timestep"
     if not isinstance(value, Tensor):
         return "it is not a tensor"
     if not (value.is_floating_point() or value.is_complex()):
         return f"it holds {value.dtype}"
-    if value.dim() == 0 or _expr(value.shape[0]) != batch:
+    rows = rows_per_sample(value.shape[0], batch) if value.dim() else None
+    if rows is None:
         return f"its shape {tuple(value.shape)} does not begin with the batch"
     if not all(isinstance(size, int) for size in value.shape[1:]):
         return f"its shape {tuple(value.shape)} is not static"
+    if rows > 1 and batches_adjacent(node, batch) is None:
+        return f"the order of its {rows} rows for each sample is not known"
     return ""
-
-
-def _expr(size: int | torch.SymInt) -> Any:
-    """A size that can be compared without leaving a guard in the shape environment."""
-    return size if isinstance(size, int) else size.node.expr
 
 
 def temporal_block(gm: fx.GraphModule) -> TemporalBlock:
@@ -123,11 +137,15 @@ def temporal_block(gm: fx.GraphModule) -> TemporalBlock:
     times, start = binding_times(gm), [timestep_node(gm)]
     cut, declined = temporal_cut(gm, times)
     features: dict[str, Feature] = {}
+    batch = start[0].meta["val"].shape[0]
     for node in cut:
         path, value = producer(node), node.meta["val"]
         numbered = (f"_{n}" if n else "" for n in itertools.count())
         name = next(n for end in numbered if (n := (path or node.name) + end) not in features)
-        features[name] = Feature(name, node, tuple(map(int, value.shape[1:])), value.dtype, path)
+        rows = rows_per_sample(value.shape[0], batch) or 1
+        shape = (*([rows] if rows > 1 else []), *map(int, value.shape[1:]))
+        apart = rows > 1 and bool(batches_adjacent(node, batch))
+        features[name] = Feature(name, node, shape, value.dtype, path, apart)
     uses = {f.name: _weighted(gm, extract_nodes(gm, [f.node], start)) for f in features.values()}
     used = set().union(*uses.values())
     inside = extract_nodes(gm, cut, start)
@@ -140,9 +158,29 @@ def temporal_block(gm: fx.GraphModule) -> TemporalBlock:
         features=tuple(features.values()),
         modules=tuple(path for path in _weighted(gm, inside) if path in used),
         uses=uses,
-        graph=extract(gm, cut, start),
+        graph=by_sample(extract(gm, cut, start), features.values()),
         declined=(*declined, *times.notes),
     )
+
+
+def by_sample(graph: fx.GraphModule, features: Iterable[Feature | None]) -> fx.GraphModule:
+    """An extracted graph, changed to return the value of each feature as (B, *shape); values that
+    have None there stay."""
+    (output,) = graph.graph.find_nodes(op="output")
+    values: Any = output.args[0]
+    with graph.graph.inserting_before(output):
+        output.args = (tuple(map(_one_sample_each, features, values)),)
+    graph.recompile()
+    return graph
+
+
+def _one_sample_each(feature: Feature | None, value: fx.Node) -> fx.Node:
+    if feature is None or not feature.several:
+        return value
+    if not feature.apart:
+        return call_method(value, "reshape", -1, *feature.shape)
+    rows, *rest = feature.shape
+    return call_method(call_method(value, "reshape", rows, -1, *rest), "transpose", 0, 1)
 
 
 def producer(node: fx.Node) -> str:

@@ -44,7 +44,9 @@ def call_arguments(
         if text := [name for name in _TEXTS if arguments.get(name) is not None]:
             raise ConfigError(f"give prompts= or {text[0]}=, not both")
         arguments["prompt"] = _checked(prompts)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    # diffusers' own take **kwargs for what is deprecated, and ignore the rest
+    own = type(pipeline).__module__.startswith("diffusers.")
+    open_ended = not own and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not open_ended and (unknown := sorted(set(arguments) - set(parameters))):
         raise ConfigError(f"a {kind} takes no {unknown[0]}=; it takes {', '.join(parameters)}")
     if "prompt" in parameters and all(arguments.get(name) is None for name in _TEXTS):
@@ -115,7 +117,7 @@ def _lacks_text_encoder(pipeline: Any) -> bool:
 
 def _labels(pipeline: Any) -> list[int]:
     """Labels evenly over the classes."""
-    count = len(getattr(pipeline, "labels", None) or ())
+    count = 0
     for part in pipeline.components.values():
         config = getattr(part, "config", None)
         for name in ("num_class_embeds", "num_embeds_ada_norm"):

@@ -38,7 +38,7 @@ def denoisers(pipeline: Any) -> dict[str, nn.Module]:
             f"{', '.join(f'pipe.{name}' for name in inner)}"
         )
     found = {
-        name: cast(nn.Module, part)
+        name: part
         for name, part in components.items()
         if isinstance(part, nn.Module) and _NAMES.fullmatch(name) and _takes_timestep(part)
     }

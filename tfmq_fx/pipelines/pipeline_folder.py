@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tfmq_fx import api
 from tfmq_fx.core.errors import ArtifactError, ConfigError, TfmqError
 from tfmq_fx.core.temporary_files import folder_beside
 from tfmq_fx.serialization.artifact import GRAPH_FILE
@@ -56,15 +55,15 @@ def load_pipeline(path: Path, device: str | None = None) -> Any:
         raise ConfigError(
             'pipelines need diffusers: pip install "tfmq-fx[diffusers]" transformers'
         ) from error
-    given: dict[str, Any] = {}
-    for name, entry in read_index(path).items():
-        if (path / name / GRAPH_FILE).is_file():
-            given[name] = api.load(path / name)
-        elif entry == [None, None]:  # left out when it was written, as text encoders may be
-            given[name] = None
+    # what was left out when it was written, as text encoders may be
+    absent = {name: None for name, entry in read_index(path).items() if entry == [None, None]}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=True, **given)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            path, local_files_only=True, **absent
+        )
         return pipeline if device is None else pipeline.to(device)
+    except TfmqError:
+        raise
     except Exception as error:  # diffusers fails in many ways on files that do not fit
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
@@ -80,13 +79,11 @@ def write_pipeline(report: PipelineReport, path: Path) -> None:
     """
     check_writable(path)
     own = copied(report.pipeline)
-    for name in report.models:
-        setattr(own, name, None)
+    for name, model in report.models.items():
+        setattr(own, name, model)
     with folder_beside(path, "pipeline") as new:
         try:
             own.save_pretrained(new)
-            for name, model in report.models.items():
-                api.save(model, new / name)
         except TfmqError:
             raise
         except (OSError, RuntimeError) as error:

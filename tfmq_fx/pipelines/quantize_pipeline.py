@@ -104,17 +104,15 @@ def quantize_pipeline(
             **without_decoding(pipeline) | arguments,
         )
     models: dict[str, Converted] = {}
+    spec = bind if isinstance(bind, PrologueSpec) else None
     facts = {"pipeline": type(pipeline).__name__, "steps": steps}
     for name in chosen:
-        model = api.convert(
+        done = api.convert(
             prepared.pop(name), budget=budget, checkpoint=folders[name], progress=progress
         )
-        if bind is not False:
-            spec = bind if isinstance(bind, PrologueSpec) else None
-            model = api.bind_request(model, spec=spec)
+        models[name] = done if bind is False else api.bind_request(done, spec=spec)
         own = {"component": name, "class": type(chosen[name]).__name__}
-        model.record["sampled"] = facts | own
-        models[name] = model
+        models[name].record["sampled"] = facts | own
     placed: dict[str, Converted | Compiled] = {**models}
     if compile is not False:
         backend = "auto" if compile is True else compile

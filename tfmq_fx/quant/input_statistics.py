@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modules import QuantConv
+from .modules import QuantConv, QuantConvTranspose
 from .quant_layer import QuantLayer
 
 
@@ -26,15 +26,18 @@ def input_rows(layer: QuantLayer, x: Tensor, picks: Tensor | None = None) -> Ten
     if not isinstance(layer, QuantConv):
         rows = x.reshape(-1, x.shape[-1])
         return (rows if picks is None else rows[picks])[None]
-    kernel = layer.weight_shape[2:]
+    kernel, strides = layer.weight_shape[2:], layer.stride
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    transposed = isinstance(layer, QuantConvTranspose)
+    if transposed:  # a convolution of x with gaps, by the flipped kernel
+        x, strides = _with_gaps(x, strides), (1,) * len(strides)
     x = F.pad(x, layer.pad_widths, mode=mode)
-    for i, (size, stride, dilation) in enumerate(
-        zip(kernel, layer.stride, layer.dilation, strict=True)
-    ):
+    for i, (size, stride, dilation) in enumerate(zip(kernel, strides, layer.dilation, strict=True)):
         x = x.unfold(2 + i, dilation * (size - 1) + 1, stride)[..., ::dilation]
     # x: (B, C, *positions, *kernel) -> (B * positions, C, *kernel)
     spatial = len(kernel)
+    if transposed:
+        x = x.flip(tuple(range(2 + spatial, 2 + 2 * spatial)))
     x = x.permute(0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
     lead = x.shape[: 1 + spatial]
     if picks is None:
@@ -42,6 +45,14 @@ def input_rows(layer: QuantLayer, x: Tensor, picks: Tensor | None = None) -> Ten
     else:
         x = x[torch.unravel_index(picks.to(x.device), lead)]
     return x.reshape(len(x), layer.groups, -1).transpose(0, 1)
+
+
+def _with_gaps(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x (B, C, *positions) with stride - 1 zeros between the positions of each dimension."""
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    spread[(slice(None), slice(None), *(slice(None, None, s) for s in strides))] = x
+    return spread
 
 
 def row_count(layer: QuantLayer, x: Tensor) -> int:

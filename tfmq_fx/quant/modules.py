@@ -20,7 +20,7 @@ from .quant_layer import QuantLayer
 class QuantLinear(QuantLayer):
     """y = x W^T + b with quantized W (out, in) and, as configured, quantized x (B, ..., in)."""
 
-    settings = ("in_features", "out_features")
+    settings: tuple[str, ...] = ("in_features", "out_features")
 
     @property
     def in_features(self) -> int:
@@ -40,7 +40,7 @@ class QuantConv(QuantLayer):
     """The base class of quantized convolutions; weights are (out, in / groups, *kernel)."""
 
     convolution: Callable[..., Tensor]
-    settings = (
+    settings: tuple[str, ...] = (
         "in_channels",
         "out_channels",
         "kernel_size",
@@ -49,7 +49,7 @@ class QuantConv(QuantLayer):
         "dilation",
         "groups",
     )
-    layer_settings = ("stride", "padding", "dilation", "groups", "padding_mode")
+    layer_settings: tuple[str, ...] = ("stride", "padding", "dilation", "groups", "padding_mode")
 
     def __init__(
         self,
@@ -125,11 +125,78 @@ class QuantConv3d(QuantConv):
     convolution = staticmethod(F.conv3d)
 
 
+class QuantConvTranspose(QuantConv):
+    """The base class of quantized transposed convolutions.
+
+    Weights are (out, in / groups, *kernel), as a convolution's are; torch.nn has them as
+    (in, out / groups, *kernel).
+    """
+
+    settings: tuple[str, ...] = (*QuantConv.settings, "output_padding")
+    layer_settings: tuple[str, ...] = (*QuantConv.layer_settings, "output_padding")
+
+    def __init__(self, *, output_padding: tuple[int, ...], **common: Any) -> None:
+        super().__init__(**common)
+        self.output_padding = tuple(output_padding)
+
+    @classmethod
+    def rows_of(cls, weight: Tensor, layer: Any) -> Tensor:
+        return channels_swapped(weight, layer.groups)
+
+    def borders(self) -> list[tuple[int, int]]:
+        """What is put before and after each spatial dimension of x with its gaps filled, so that a
+        convolution with the flipped kernel gives the output; negative where rows are left out."""
+        padding: Any = self.padding
+        zipped = zip(self.kernel_size, self.dilation, padding, self.output_padding, strict=True)
+        reach = [(d * (k - 1) - int(p), o) for k, d, p, o in zipped]
+        return [(before, before + more) for before, more in reach]
+
+    def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return type(self).convolution(
+            x,
+            channels_swapped(weight, self.groups),
+            bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+def channels_swapped(weight: Tensor, groups: int) -> Tensor:
+    """A weight (a, b / groups, *kernel) as (b, a / groups, *kernel), group by group."""
+    first, second, *kernel = weight.shape
+    split = weight.reshape(groups, first // groups, second, *kernel)
+    return split.transpose(1, 2).reshape(groups * second, first // groups, *kernel)
+
+
+class QuantConvTranspose1d(QuantConvTranspose):
+    """Quantized nn.ConvTranspose1d."""
+
+    convolution = staticmethod(F.conv_transpose1d)
+
+
+class QuantConvTranspose2d(QuantConvTranspose):
+    """Quantized nn.ConvTranspose2d."""
+
+    convolution = staticmethod(F.conv_transpose2d)
+
+
+class QuantConvTranspose3d(QuantConvTranspose):
+    """Quantized nn.ConvTranspose3d."""
+
+    convolution = staticmethod(F.conv_transpose3d)
+
+
 QUANTIZED: dict[type[nn.Module], type[QuantLinear] | type[QuantConv]] = {
     nn.Linear: QuantLinear,
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
 }
 """The quantized class for each layer class that has one; `kind_of` matches subclasses."""
 
@@ -137,13 +204,19 @@ QUANTIZED: dict[type[nn.Module], type[QuantLinear] | type[QuantConv]] = {
 def kind_of(layer: nn.Module) -> type[QuantLinear] | type[QuantConv] | None:
     """The quantized class for `layer`, or None if it cannot be quantized.
 
-    None for transposed convolutions, and for layers that do not compute what their class and
-    settings say.
+    None for layers that do not compute what their class and settings say.
     """
     for kind, quantized in QUANTIZED.items():
         if isinstance(layer, kind) and type(layer).forward is kind.forward:
             return quantized if is_plain(layer) else None
     return None
+
+
+def weight_rows(layer: nn.Module) -> Tensor:
+    """The weight of a torch.nn layer, output channels first: (out, in / groups, ...)."""
+    kind = next(quantized for kind, quantized in QUANTIZED.items() if isinstance(layer, kind))
+    assert isinstance(layer.weight, Tensor)
+    return kind.rows_of(layer.weight, layer)
 
 
 def with_weight(

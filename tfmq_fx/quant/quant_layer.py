@@ -197,7 +197,7 @@ class QuantLayer(RangedModule):
 
         quantization: arguments of QuantLayer.__init__.
         """
-        weight, bias = layer.weight, layer.bias
+        weight, bias = cls.rows_of(layer.weight, layer), layer.bias
         quantized = cls(
             **quantization,
             **{name: getattr(layer, name) for name in cls.layer_settings},
@@ -207,6 +207,11 @@ class QuantLayer(RangedModule):
         ).to(weight.device)
         quantized.bias = None if bias is None else bias.detach().clone()
         return quantized
+
+    @classmethod
+    def rows_of(cls, weight: Tensor, layer: Any) -> Tensor:
+        """The weight of a torch.nn layer as a quantized one has it: output channels first."""
+        return weight
 
     def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float operation: linear or convolution."""

@@ -213,7 +213,7 @@ def check_node(node: fx.Node) -> None:
     for key in node.kwargs:
         if not _is_word(key):
             raise ArtifactError(f"{where}: {key!r} is not a keyword argument")
-        if key == "out":
+        if key == "out" and node.kwargs[key] is not None:
             raise ArtifactError(f"{where}: a saved graph may not write to out={node.kwargs[key]}")
         if key == "rounding_mode" and node.kwargs[key] not in (None, "floor"):
             # The smallest integer over -1 ends the process.

@@ -35,7 +35,7 @@ def call_from_json(data: Any, where: str, outputs: Collection[type] = ()) -> Cal
     outputs: classes that it may name besides those of libraries (see `output_classes`).
     Raises ArtifactError, naming `where` and the place in it.
     """
-    fields(data, where, "conditions fixed", **_CALL)
+    fields(data, where, "conditions fixed timestep_form per_token", **_CALL)
     inputs = tuple(_each(_input, data["inputs"], f"{where}.inputs"))
     sizes = {size for spec in inputs for size in spec.shape}
     arguments = _each(_argument, data["arguments"], f"{where}.arguments", outputs)
@@ -48,6 +48,8 @@ def call_from_json(data: Any, where: str, outputs: Collection[type] = ()) -> Cal
         guards=tuple(_each(_guard, data["guards"], f"{where}.guards", sizes)),
         conditions=words(data.get("conditions", []), f"{where}.conditions"),
         fixed=words(data.get("fixed", []), f"{where}.fixed"),
+        timestep_form=_form(data.get("timestep_form", [-1]), f"{where}.timestep_form"),
+        per_token=_optional_name(data.get("per_token"), f"{where}.per_token"),
     )
     _check_sound(call, where)
     return call
@@ -101,14 +103,34 @@ def _check_sound(call: CallSpec, where: str) -> None:
         if argument.first != first:
             raise ArtifactError(f"{where}.arguments[{i}].first: {argument.first}, not {first}")
         first += count
-    if first != len(call.inputs):
+    derived = int(call.per_token is not None)
+    if first + derived != len(call.inputs):
         raise ArtifactError(f"{where}.inputs: {len(call.inputs)}, but the arguments hold {first}")
     _check_order(call.output, f"{where}.output")
     shapes = {spec.name: spec.shape for spec in call.inputs}
     if len(shapes.get(call.timestep, ())) != 1:
         raise ArtifactError(f"{where}.timestep: {call.timestep!r} is no input of one dimension")
+    if call.per_token is not None and len(shapes.get(call.per_token, ())) < 2:
+        raise ArtifactError(f"{where}.per_token: {call.per_token!r} is no input of two dimensions")
+    if call.per_token is not None and call.timestep != call.names[-1]:
+        raise ArtifactError(f"{where}.timestep: {call.timestep!r} is not the last input")
     if unknown := sorted(set(call.conditions) - set(shapes)):
         raise ArtifactError(f"{where}.conditions: {unknown} are no inputs")
+
+
+def _form(data: Any, where: str) -> tuple[int, ...]:
+    """Return the shape in which a model takes its timestep: (), or -1 and then ones."""
+    form = tuple(data) if type(data) is list else None
+    if form is None or form not in ((), (-1, *[1] * (len(form) - 1))):
+        raise ArtifactError(f"{where}: {data!r:.80} is no shape of a timestep")
+    return form
+
+
+def _optional_name(data: Any, where: str) -> str | None:
+    """Return a name, or None."""
+    if data is not None and type(data) is not str:
+        raise ArtifactError(f"{where}: {data!r:.80} is no name")
+    return data
 
 
 def _check_order(structure: Structure, where: str) -> int:

@@ -34,6 +34,7 @@ _SPEC: dict[str, Any] = {
     **dict.fromkeys(("per_timestep", "bias", "dynamic", "integer_keys"), bool),
     **dict.fromkeys(("dtype", "weight_format", "act_format", "padding_mode", "grid"), str),
     **dict.fromkeys(("weight_shape", "stride", "dilation", "kernel_size", "widths"), list),
+    "output_padding": list,
     "act_bits": int | None,
     "padding": list | str,
 }
@@ -42,6 +43,20 @@ _TENSOR = {
     **dict.fromkeys(("parameter", "requires_grad", "persistent"), bool),
 }
 _LAYERS = 100  # of a recurrent network
+_RECURRENT: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.GRU: (),
+    nn.LSTM: ("proj_size",),
+    nn.RNN: ("nonlinearity",),
+}
+_RECURRENT_ARGUMENTS = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+)
 
 
 def modules_json(gm: fx.GraphModule) -> dict[str, Any]:
@@ -196,6 +211,9 @@ def install_tensors(
         else:
             _check_held(owner, leaf, place.get(leaf), tensor, entry, here)
         place[leaf] = tensor
+    for module in root.modules():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # its list of its parameters
 
 
 def _empty(entry: Any, where: str) -> Tensor:
@@ -318,6 +336,8 @@ def _check_spec(spec: Any, where: str) -> None:
 
 def _arguments(kind: type[nn.Module]) -> list[str]:
     """Return the constructor's arguments that a save may hold; tensors have their own dtype."""
+    if kind in _RECURRENT:  # their signatures are (*args, **kwargs)
+        return [*_RECURRENT_ARGUMENTS, *_RECURRENT[kind]]
     return [
         key
         for key, parameter in inspect.signature(kind).parameters.items()
@@ -337,6 +357,8 @@ def _check_same(module: nn.Module, rebuilt: nn.Module, where: str) -> None:
     for path, part in new_parts.items():
         for name, new in vars(part).items():
             value = getattr(parts[path], name, missing)
+            if name in ("_flat_weights", "_flat_weight_refs") and isinstance(part, nn.RNNBase):
+                continue  # the parameters once more
             if name not in internal and new is not value and new != value:
                 raise ArtifactError(
                     f"{where}: attribute {name!r} of the {kind} is {value!r:.80}, "

@@ -17,7 +17,15 @@ from tfmq_fx.ir.functionalize import inplace_, setitem_
 from tfmq_fx.ir.held_values import check_held
 from tfmq_fx.quant.activation import QuantActivation
 from tfmq_fx.quant.low_rank import LowRank
-from tfmq_fx.quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
+from tfmq_fx.quant.modules import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantLinear,
+)
 from tfmq_fx.quant.timestep_table import QuantTimestepTable
 
 MODULES: Mapping[str, type[nn.Module]] = MappingProxyType(
@@ -27,6 +35,9 @@ MODULES: Mapping[str, type[nn.Module]] = MappingProxyType(
         "QuantConv1d": QuantConv1d,
         "QuantConv2d": QuantConv2d,
         "QuantConv3d": QuantConv3d,
+        "QuantConvTranspose1d": QuantConvTranspose1d,
+        "QuantConvTranspose2d": QuantConvTranspose2d,
+        "QuantConvTranspose3d": QuantConvTranspose3d,
         "QuantLinear": QuantLinear,
         "QuantTimestepTable": QuantTimestepTable,
     }
