@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,51 +45,123 @@ def change_timesteps(
     details: how many timesteps were kept and interpolated, and the features.
     Raises ConfigError for timesteps or rows that cannot be used.
     """
-    tables = [node for node in gm.graph.nodes if is_timestep_row(node)]
-    caches = [node for node in gm.graph.nodes if _cache(gm, node) is not None]
-    old = _keys(gm, tables)
+    old = _keys(gm)
     new = check_timesteps(timesteps, timestep_node(gm).meta["val"].dtype).to(old.device)
-    features = [name for node in (*tables, *caches) for name, _ in _features(node)]
-    # the part of a graph that only hands rows on does not say which features they hold
-    computed = [node for node in tables if _buffer(node, 0).startswith(TABLE)] + caches
+    tables = tables_at(gm, new, rows=rows, calibrated=calibrated)
     unchanged = int((timestep_index(old, new) >= 0).sum())
-    details: dict[str, Any] = {"timesteps": len(new), "kept": unchanged, "interpolated": 0}
-    details["features"] = features
+    details: dict[str, Any] = {"timesteps": len(new), "kept": unchanged}
+    details |= {"interpolated": tables.interpolated, "features": feature_names(gm)}
     if rows is None and calibrated is None and torch.equal(old, new):
         return Rewrite(gm, 0, [], details)
-    _check_rows(
-        features or ["the temporal block"] * bool(computed), rows, new, missing=len(new) - unchanged
+    tables.place(gm)
+    return Rewrite(gm, len(tables.rows) + len(tables.caches), [], details)
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What the look-ups of a graph read, over one set of timesteps.
+
+    keys: (K,), sorted.  key_names: the buffers that hold them.  rows: by buffer, (K, F).  caches:
+    integer tables by the path of their module.  interpolated: how many of the timesteps have rows
+    between those of others.
+    """
+
+    keys: Tensor
+    key_names: frozenset[str]
+    rows: Mapping[str, Tensor]
+    caches: Mapping[str, QuantTimestepTable]
+    interpolated: int
+
+    def place(self, gm: fx.GraphModule) -> None:
+        """Have the look-ups of `gm` read these, in place of what its buffers and modules hold."""
+        for name, rows in self.rows.items():
+            if name in gm._buffers:
+                gm._buffers[name] = rows
+        for name in self.key_names & gm._buffers.keys():
+            gm._buffers[name] = self.keys.clone()
+        for path, cache in self.caches.items():
+            if path in gm._modules:
+                gm._modules[path] = cache
+        gm.meta["timesteps"] = self.keys
+
+
+def tables_of(gm: fx.GraphModule) -> Tables:
+    """The tables that a graph has now."""
+    lookups, caches = _lookups(gm)
+    return Tables(
+        _keys(gm),
+        frozenset(_buffer(node, 1) for node in lookups),
+        {name: getattr(gm, name) for name in (_buffer(node, 0) for node in lookups)},
+        {str(node.target): cache for node, cache in caches.items()},
+        0,
     )
+
+
+def tables_at(
+    gm: fx.GraphModule,
+    new: Tensor,
+    *,
+    rows: Mapping[str, Tensor] | None = None,
+    calibrated: tuple[Tensor, Mapping[str, Tensor]] | None = None,
+) -> Tables:
+    """The tables of a graph for the timesteps `new`, keys as `check_timesteps` returns them.
+
+    rows, calibrated: as for `change_timesteps`.  Raises ConfigError for rows that cannot be used.
+    """
+    lookups, caches = _lookups(gm)
+    old = _keys(gm)
+    features = feature_names(gm)
+    # the part of a graph that only hands rows on does not say which features they hold
+    computed = [node for node in lookups if _buffer(node, 0).startswith(TABLE)] + [*caches]
+    missing = int((timestep_index(old, new) < 0).sum())
+    _check_rows(features or ["the temporal block"] * bool(computed), rows, new, missing=missing)
     known, measured = calibrated or (old, {})
-    for node in tables:
+    found, interpolated = dict[str, Tensor](), 0
+    for node in lookups:
         name = _buffer(node, 0)
         table = getattr(gm, name)
         if not name.startswith(TABLE):
             own = measured.get(name, table).to(table.device)
             log2 = dict(_choices(gm, node))
-            new_rows, filled = _interpolate(own, known.to(old.device), new, log2)
-            details["interpolated"] = max(details["interpolated"], filled)
+            found[name], filled = _interpolate(own, known.to(old.device), new, log2)
+            interpolated = max(interpolated, filled)
         elif rows is None:
-            new_rows = table[timestep_index(old, new)]
+            found[name] = table[timestep_index(old, new)]
         else:
-            new_rows = table.new_zeros((len(new), table.shape[1]))
+            found[name] = table.new_zeros((len(new), table.shape[1]))
             for feature, columns in _features(node):
                 width = columns.stop - columns.start
-                new_rows[:, columns] = _columns(feature, rows[feature], width).to(table)
-        setattr(gm, name, new_rows)  # buffers of a fork are its own
-    for name in {_buffer(node, 1) for node in tables}:
-        setattr(gm, name, new.clone())
-    for node in caches:
-        gm.set_submodule(str(node.target), _cached(gm, node, old, new, rows))
-    gm.meta["timesteps"] = new
-    return Rewrite(gm, len(tables) + len(caches), [], details)
+                found[name][:, columns] = _columns(feature, rows[feature], width).to(table)
+    return Tables(
+        new,
+        frozenset(_buffer(node, 1) for node in lookups),
+        found,
+        {str(node.target): _cached(node, table, old, new, rows) for node, table in caches.items()},
+        interpolated,
+    )
 
 
-def _keys(gm: fx.GraphModule, tables: list[fx.Node]) -> Tensor:
+def feature_names(gm: fx.GraphModule) -> list[str]:
+    """The names of the features that a graph reads from tables."""
+    lookups, caches = _lookups(gm)
+    return [name for node in (*lookups, *caches) for name, _ in _features(node)]
+
+
+def _lookups(
+    gm: fx.GraphModule,
+) -> tuple[list[fx.Node], dict[fx.Node, QuantTimestepTable]]:
+    """The nodes that read rows of tables, and those that call integer tables, with these."""
+    modules = {node: _cache(gm, node) for node in gm.graph.nodes}
+    caches = {node: cache for node, cache in modules.items() if cache is not None}
+    return [node for node in gm.graph.nodes if is_timestep_row(node)], caches
+
+
+def _keys(gm: fx.GraphModule) -> Tensor:
     """The sorted timesteps (K,) that the tables of the graph have rows for."""
     known = gm.meta.get("timesteps")
-    if known is None and tables:
-        known = getattr(gm, _buffer(tables[0], 1))
+    if known is None:
+        reads = [node for node in gm.graph.nodes if is_timestep_row(node)]
+        known = getattr(gm, _buffer(reads[0], 1)) if reads else None
     if not isinstance(known, Tensor):
         raise ConfigError("the graph is over no finite set of timesteps; fold it first")
     return known
@@ -156,15 +229,13 @@ def _interpolate(
 
 
 def _cached(
-    gm: fx.GraphModule,
     node: fx.Node,
+    table: QuantTimestepTable,
     old: Tensor,
     new: Tensor,
     rows: Mapping[str, Tensor] | None,
 ) -> QuantTimestepTable:
-    """The integer table that `node` calls, with rows for the new timesteps."""
-    table = _cache(gm, node)
-    assert table is not None
+    """The integer table `table` that `node` calls, with rows for the new timesteps."""
     if rows is not None:
         names = {columns.start: feature for feature, columns in _features(node)}
         features, start = [], 0

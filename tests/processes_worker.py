@@ -26,8 +26,8 @@ from diffusers import DDIMScheduler
 from tests.test_traps import recipe
 from tests.toys import ToyUNet, seeded, tiny_unet2d
 from tfmq_fx import CalibrationError, ConfigError, api, calibrate, convert, prepare, save
-from tfmq_fx.calibration.ddim import sample
 from tfmq_fx.calibration.observers import RangeObserver, SampleCache
+from tfmq_fx.calibration.scheduler_sampling import sample
 from tfmq_fx.capture.capture import capture
 from tfmq_fx.core import distributed
 from tfmq_fx.core.presets import resolve

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 import tfmq_fx
 from tests.stable_diffusion import pipeline
@@ -20,7 +21,9 @@ def run(blocks: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     """The variables that the blocks leave, and how the model and the pipeline were before."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TFMQ_FX_CACHE", str(folder / "cache"))
-    pipe = pipeline(folder)
+    pipeline(folder).save_pretrained(folder / "stable-diffusion")
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "stable-diffusion")
+    pipe.set_progress_bar_config(disable=True)
     unet = pipe.unet
     before = {key: value.clone() for key, value in unet.state_dict().items()}
     given = {"pipe": pipe}

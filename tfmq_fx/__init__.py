@@ -31,6 +31,7 @@ from .core.errors import CalibrationError as CalibrationError
 from .core.errors import CaptureError as CaptureError
 from .core.errors import ConfigError as ConfigError
 from .core.errors import CoverageWarning as CoverageWarning
+from .core.errors import FrozenError as FrozenError
 from .core.errors import GraphError as GraphError
 from .core.errors import InputError as InputError
 from .core.errors import StaleError as StaleError
@@ -49,6 +50,13 @@ from .diagnostics.verification_result import Verification as Verification
 from .diagnostics.verify import verify as verify
 from .evaluation.compare import compare as compare
 from .evaluation.image_comparison import Comparison as Comparison
+from .pipelines.diffusers_registration import register_with_diffusers as _register
+from .pipelines.pipeline_report import PipelineReport as PipelineReport
+from .pipelines.quantization_config import TFMQConfig as TFMQConfig
+from .pipelines.quantize_pipeline import quantize_pipeline as quantize_pipeline
+from .pipelines.record_inputs import record_inputs as record_inputs
 from .prologue.bound_model import Bound as Bound
 from .prologue.load_model import load as load
 from .quant.bit_plan import BitPlan as BitPlan
+
+_register()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,28 +18,27 @@ from tfmq_fx.backends.self_check import Reference
 from .calibration.sampling_pass import sampling_pass
 from .capture.call_inference import USUAL, Dynamic
 from .capture.capture import capture
-from .capture.inputs import find_timestep, named_inputs
+from .capture.inputs import example_timestep, find_timestep, named_inputs
 from .conversion import capture_again as capture_again  # registers how
 from .conversion.convert import convert as convert
 from .conversion.distributed_calibration import run_calibration, run_settings
 from .conversion.models import Compiled, Converted, Prepared
 from .conversion.other_forms import captured_again
 from .conversion.prepare_model import capture_facts, captured_only, observe_graph
+from .conversion.save_model import save_model
 from .core.arguments import check_dynamic, check_names, path_of
 from .core.config import Config, PrologueSpec
-from .core.config_json import to_dict
 from .core.distributed import check_same, rank, together, world
 from .core.errors import ArtifactError, ConfigError, InputError
 from .core.inference import outside_inference_mode
 from .core.layer_config import LayerConfig
 from .core.presets import resolve
-from .core.timesteps import timestep_values
+from .core.timesteps import as_received, float_dtype, timestep_values
 from .ir.graph import device_of
 from .prologue.bound_model import Bound
 from .prologue.load_model import load as load
 from .prologue.weight_offload import check_offload
 from .quant.timestep_lookup import check_timesteps
-from .serialization import artifact
 from .serialization.module_settings import behaviour
 
 
@@ -60,8 +57,10 @@ def prepare(
 
     example_inputs: arguments of model.forward as a tuple or a dict; left out, they are derived from
     a diffusers model's config.  timesteps: the finite set the model will be called with: an int N
-    (0 to N - 1), a 1-d tensor or sequence of integers or floats, or a scheduler; left out, the
-    steps that calibration visits.  timestep: the name of that input; left out, it is found by name.
+    (0 to N - 1), a 1-d tensor or sequence of integers or floats, or a scheduler, whose distinct
+    values count; left out, the steps that calibration visits.  Where they are floats and the
+    example's timestep is whole, the graph takes floats of their dtype.  timestep: the name of that
+    input; left out, it is found by name.
     config: a preset name or a Config.  overrides: module name patterns (fnmatch) -> LayerConfig.
     dynamic: the sizes the graph leaves free: of "batch", "text" (the number of its tokens),
     "spatial" (height and width) and "frames" those that are named; or, one by one, {input: {dim:
@@ -80,18 +79,17 @@ def prepare(
     inputs = named_inputs(model, example_inputs)
     name = find_timestep(inputs, timestep)
     values = timestep_values(timesteps)
-    if values is not None and values.is_floating_point():
-        inputs[name] = torch.as_tensor(inputs[name]).float()
+    inputs[name] = example_timestep(inputs[name], float_dtype(timesteps))
     captured = capture(model, inputs, timestep=name, dynamic=USUAL if dynamic is None else dynamic)
     behaves = behaviour(model)
-    dtype = inputs[name].dtype if isinstance(inputs[name], Tensor) else None
+    dtype = inputs[name].dtype
     return observe_graph(
         captured.gm,
         captured.call,
         recipe=recipe,
         overrides=overrides or {},
         source=model,
-        timesteps=None if values is None else check_timesteps(values, dtype or values.dtype),
+        timesteps=None if values is None else check_timesteps(as_received(values, dtype), dtype),
         facts=capture_facts(captured),
         behaves=behaves,
     )
@@ -112,11 +110,13 @@ def calibrate(
     """Run one full-precision sampling pass through `prepared` and return it.
 
     source: a diffusers pipeline (called with *args and **kwargs), a (scheduler, shape) pair with
-    shape that of one sample (**kwargs: the model's further inputs by name, a row for each sample),
-    or any iterable of inputs (tuples or dicts of arguments).
+    shape that of one sample (**kwargs: the model's further inputs by name, a row for each sample;
+    the scheduler's steps are taken by copies, with eta 0 and seeded noise), or any iterable of
+    inputs (tuples or dicts of arguments).
     num_inference_steps (50 where left out), samples (64), batch_size (32), seed (0): of the
     sampling. An iterable brings its own, and prompts, class labels or embeddings the number of
-    samples: ConfigError where they are given as well.
+    samples: ConfigError where they are given as well. These are drawn in one batch where batch_size
+    is left out.
     Processes of torch.distributed's group share the batches: all call this, with the same arguments
     (ConfigError where they differ), and end with what one process would have.
     Raises CalibrationError naming the layer where NaN or Inf appears.
@@ -265,8 +265,6 @@ def _inputs(
     return inputs if model.feed is None else [*map(model.feed, inputs)]
 
 
-@outside_inference_mode
-@together("save()")
 def save(model: Converted, path: str | Path, *, calibration: bool = False) -> None:
     """Write `model` to the directory `path`: the graph as JSON, tensors as safetensors, no pickle.
 
@@ -282,39 +280,7 @@ def save(model: Converted, path: str | Path, *, calibration: bool = False) -> No
             f"save() takes what convert() or fold_timesteps() returned, not a "
             f"{type(model).__name__}; compile after loading"
         )
-    path, origin = path_of(path, "path", ArtifactError), model.origin
-    if calibration and origin is not None and origin.calibrated and origin.calibration is None:
-        raise ArtifactError(
-            "save(calibration=True) of a model that was loaded without its calibration: there is "
-            "none to keep. Leave the option out, or convert the source again"
-        )
-    if model.watch is not None:
-        model.watch.check_contents()
-    if rank():
-        return
-    artifact.save(
-        path,
-        gm=model.gm,
-        call=model.call.to_dict(),
-        config=to_dict(model.recipe),
-        extra={
-            "record": model.record,
-            "model_config": _json_entries(model.model_config),
-            "prologue": to_dict(model.spec) if isinstance(model, Bound) else None,
-        },
-        origin=None if origin is None else origin.to_parts(calibration=calibration),
-    )
-
-
-def _json_entries(config: Any) -> dict[str, Any] | None:
-    """Return the entries of a model configuration that JSON can hold."""
-    if not isinstance(config, Mapping):
-        return None
-    entries: dict[str, Any] = {}
-    for key, value in config.items():
-        with contextlib.suppress(TypeError):
-            entries[key] = json.loads(json.dumps(value))
-    return entries
+    save_model(model, path, calibration=calibration)
 
 
 @outside_inference_mode
@@ -365,9 +331,17 @@ def bind_request(
     if isinstance(model, Converted):
         model = model.unbound()
     else:
-        model = captured_only(
-            prepare(model, example_inputs, timestep=timestep, config="fp", dynamic=dynamic)
+        floats = float_dtype(timesteps)
+        prepared = prepare(
+            model,
+            example_inputs,
+            timesteps=None if floats is None else torch.zeros(1, dtype=floats),  # for its dtype
+            timestep=timestep,
+            config="fp",
+            dynamic=dynamic,
         )
+        model = captured_only(prepared)
+        del prepared
         if spec.offload != "none":
             gc.collect()  # capture leaves cycles, which keep the weights that are to leave memory
     check_offload(spec.offload, model.device)

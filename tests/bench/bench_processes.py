@@ -29,7 +29,7 @@ from torch import nn
 
 import tfmq_fx
 from tests.toys import cifar10_unet
-from tfmq_fx.calibration import ddim
+from tfmq_fx.calibration import scheduler_sampling
 from tfmq_fx.core.presets import resolve
 from tfmq_fx.evaluation import digits
 from tfmq_fx.serialization.checkpoint import digest
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     converted = timed("convert", lambda: tfmq_fx.convert(prepared, progress=False))
     images = timed(
         "draw",
-        lambda: ddim.sample(
+        lambda: scheduler_sampling.sample(
             model, source[0], (args.images, *shape), seed=1, parallel=True, **settings
         ),
     )

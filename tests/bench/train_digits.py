@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.bench import training
-from tfmq_fx.calibration import ddim
+from tfmq_fx.calibration import scheduler_sampling
 from tfmq_fx.evaluation import digits
 
 UNET = {
@@ -74,7 +74,7 @@ def evaluate(*, count: int, inference_steps: int, seed: int, grid: Path | None) 
     train, _ = digits.load_images("train")
     heldout, labels = digits.load_images("heldout")
     model = digits.load_classifier()
-    drawn = ddim.sample(
+    drawn = scheduler_sampling.sample(
         digits.load_unet(),
         digits.make_scheduler(),
         (count, 1, digits.IMAGE_SIZE, digits.IMAGE_SIZE),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.bench import training
-from tfmq_fx.calibration import ddim
+from tfmq_fx.calibration import scheduler_sampling
 from tfmq_fx.evaluation import glyphs
 
 TRAIN_IMAGES, TRAIN_SEED = 20_000, 0
@@ -119,7 +119,7 @@ def draw(model: Any, count: int, *, inference_steps: int, seed: int) -> tuple[Te
         asked = torch.arange(len(x)) % glyphs.CLASSES  # every batch starts at class 0
         return model(x, timestep=t.expand(len(x)), class_labels=asked)
 
-    drawn = ddim.sample(
+    drawn = scheduler_sampling.sample(
         denoiser,
         glyphs.make_scheduler(),
         (count, 3, glyphs.IMAGE_SIZE, glyphs.IMAGE_SIZE),

@@ -166,5 +166,6 @@ def test_text_whose_length_the_code_fixes_stays_as_it_was():
 
 
 def test_sizes_that_nobody_knows_are_named():
-    with pytest.raises(ConfigError, match=r"unknown .'words'.; known are batch, spatial, text"):
+    known = "batch, text, spatial, frames"
+    with pytest.raises(ConfigError, match=rf"unknown .'words'.; known are {known}"):
         prepare(Text().eval(), text(7), dynamic=("words",))

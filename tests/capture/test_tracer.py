@@ -268,3 +268,24 @@ class Counts(toys.Small):
 def test_sizes_that_come_from_data_are_refused() -> None:
     with pytest.raises(CaptureError, match=r"the model \(test_tracer.py:\d+\): .*nonzero"):
         capture(Counts(), {"x": torch.randn(2, 4), "t": 1}, timestep="t")
+
+
+class Named(toys.Small):
+    """Calls a layer with its input by name, as motion modules of diffusers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.out(input=self.base(x, t)) + t[:, None]
+
+
+def test_the_input_of_a_layer_is_its_first_argument() -> None:
+    model = toys.seeded(Named).eval()
+    captured = capture(model, {"x": torch.randn(2, 4), "t": 1}, timestep="t")
+    (layer,) = [node for node in captured.gm.graph.nodes if node.target == "out"]
+    assert len(layer.args) == 1 and not layer.kwargs
+    x, t = torch.randn(3, 4), torch.arange(3)
+    with torch.no_grad():
+        assert torch.equal(captured.gm(x, t)[0], model(x, t))

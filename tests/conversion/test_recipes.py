@@ -25,7 +25,7 @@ from tfmq_fx import (
     prepare,
     report,
 )
-from tfmq_fx.calibration.ddim import record_trajectory
+from tfmq_fx.calibration.scheduler_sampling import record_trajectory
 from tfmq_fx.core.config import Config
 from tfmq_fx.core.presets import RECIPES, resolve
 from tfmq_fx.quant.low_rank import LowRank

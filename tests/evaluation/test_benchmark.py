@@ -9,7 +9,7 @@ import torch
 
 from tests.subjects import tiny_subject
 from tfmq_fx.api import compile, save
-from tfmq_fx.calibration import ddim
+from tfmq_fx.calibration import scheduler_sampling
 from tfmq_fx.core.config import Config, ReconstructionSpec, TemporalSpec
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.evaluation import image_metrics
@@ -99,7 +99,9 @@ def test_figures_of_a_coarse_model_are_what_its_parts_say(judge, coarse, tmp_pat
     assert figures.quantize_seconds == seconds
     trajectory = judge.bench.trajectory(judge.sample_seed)
     expected = judge.reference.images
-    torch.testing.assert_close(trajectory.inputs[0], ddim.initial_noise((8, 3, 8, 8), seed=3))
+    torch.testing.assert_close(
+        trajectory.inputs[0], scheduler_sampling.initial_noise((8, 3, 8, 8), seed=3)
+    )
     step = trajectory.timesteps[-1].expand(BATCH)
     with torch.no_grad():
         last = converted(trajectory.inputs[-1], step, class_labels=judge.labels[:BATCH]).sample

@@ -190,7 +190,8 @@ def test_demo_gets_its_arguments(monkeypatch, arguments, expected):
     "arguments, text",
     [
         ([], "the following arguments are required: command"),
-        (["quantize"], "invalid choice: 'quantize'"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["quantize", "a"], "the following arguments are required: OUT"),
         (["report"], "the following arguments are required: model"),
         (["analyze"], "the following arguments are required: model"),
         (["demo", "--samples", "many"], "invalid int value: 'many'"),

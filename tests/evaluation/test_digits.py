@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tfmq_fx.calibration import ddim
+from tfmq_fx.calibration import scheduler_sampling
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.evaluation import digits, image_metrics
 
@@ -152,7 +152,7 @@ def test_unet_removes_noise_it_was_trained_to_remove(unet, heldout):
 
 
 def test_samples_look_like_digits_to_the_classifier(unet, train):
-    drawn = ddim.sample(
+    drawn = scheduler_sampling.sample(
         unet, digits.make_scheduler(), (96, 1, 16, 16), num_inference_steps=10, batch_size=96
     )
     assert drawn.shape == (96, 1, 16, 16)

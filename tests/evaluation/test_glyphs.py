@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tfmq_fx.calibration import ddim
+from tfmq_fx.calibration import scheduler_sampling
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.evaluation import digits, glyphs, image_metrics
 
@@ -170,7 +170,9 @@ def test_unet_draws_what_it_is_asked_for():
     def denoiser(x, t):
         return model(x, t.expand(len(x)), class_labels=asked)
 
-    drawn = ddim.sample(denoiser, glyphs.make_scheduler(), (20, 3, 32, 32), num_inference_steps=10)
+    drawn = scheduler_sampling.sample(
+        denoiser, glyphs.make_scheduler(), (20, 3, 32, 32), num_inference_steps=10
+    )
     # 99.7 % of 2,000 at 20 steps
     logits = glyphs.load_classifier()(drawn.clamp(-1, 1))
     assert float((logits.argmax(1) == asked).float().mean()) >= 0.9
@@ -229,7 +231,9 @@ def test_samples_show_the_glyph_asked_for(dit, images):
     def denoiser(x, t):
         return dit(x, timestep=t.expand(len(x)), class_labels=asked).sample
 
-    drawn = ddim.sample(denoiser, glyphs.make_scheduler(), (50, 3, 32, 32), num_inference_steps=10)
+    drawn = scheduler_sampling.sample(
+        denoiser, glyphs.make_scheduler(), (50, 3, 32, 32), num_inference_steps=10
+    )
     assert drawn.isfinite().all()
     assert drawn.abs().max() <= 1  # the scheduler clips its estimate of the image
     model = glyphs.load_classifier()

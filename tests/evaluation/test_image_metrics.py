@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tfmq_fx.calibration import ddim
+from tfmq_fx.calibration import scheduler_sampling
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.evaluation import image_metrics
 from tfmq_fx.quant import sqnr
@@ -259,10 +259,10 @@ class StubScheduler:
     "wrap", [lambda y: y, lambda y: (y, "more"), lambda y: SimpleNamespace(sample=y)]
 )
 def test_sample_follows_the_scheduler_and_reads_every_kind_of_answer(wrap):
-    images = ddim.sample(
+    images = scheduler_sampling.sample(
         lambda x, t: wrap(x / 2), StubScheduler(), (5, 1, 2, 2), num_inference_steps=3
     )
-    noise = ddim.initial_noise((5, 1, 2, 2), seed=0)
+    noise = scheduler_sampling.initial_noise((5, 1, 2, 2), seed=0)
     assert torch.equal(images, noise * 2 / 8)  # powers of two: exact
 
 
@@ -274,7 +274,7 @@ def test_batch_size_changes_nothing_but_the_batches():
         return x * (t + 1) / 8
 
     def run(batch_size):
-        return ddim.sample(
+        return scheduler_sampling.sample(
             denoiser,
             StubScheduler(),
             (5, 1, 2, 2),
@@ -294,7 +294,7 @@ def test_a_trajectory_keeps_what_the_denoiser_saw_even_if_it_reuses_its_buffer()
     def denoiser(x, t):
         return buffer.copy_(x / 2)
 
-    images, trajectory = ddim.record_trajectory(
+    images, trajectory = scheduler_sampling.record_trajectory(
         denoiser, StubScheduler(), (4, 1, 2, 2), num_inference_steps=3
     )
     assert trajectory.timesteps.tolist() == [2, 1, 0]
@@ -304,15 +304,15 @@ def test_a_trajectory_keeps_what_the_denoiser_saw_even_if_it_reuses_its_buffer()
 
 
 def test_noise_of_a_longer_run_begins_with_that_of_a_shorter_one():
-    short, long = (ddim.initial_noise((n, 3, 5), seed=1) for n in (2, 7))
+    short, long = (scheduler_sampling.initial_noise((n, 3, 5), seed=1) for n in (2, 7))
     assert torch.equal(short, long[:2])
-    assert not torch.equal(short, ddim.initial_noise((2, 3, 5), seed=2))
+    assert not torch.equal(short, scheduler_sampling.initial_noise((2, 3, 5), seed=2))
     assert not torch.equal(long[0], long[1])
 
 
 def test_sample_draws_nothing_from_the_global_generator():
     state = torch.get_rng_state()
-    ddim.sample(lambda x, t: x, StubScheduler(), (2, 3), num_inference_steps=2)
+    scheduler_sampling.sample(lambda x, t: x, StubScheduler(), (2, 3), num_inference_steps=2)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -320,9 +320,9 @@ def test_sample_draws_nothing_from_the_global_generator():
 def test_sample_refuses_bad_options(bad):
     options = {"num_inference_steps": 2, **bad}
     with pytest.raises(ConfigError, match=next(iter(bad))):
-        ddim.sample(lambda x, t: x, StubScheduler(), (2, 3), **options)
+        scheduler_sampling.sample(lambda x, t: x, StubScheduler(), (2, 3), **options)
     with pytest.raises(ConfigError, match="shape"):
-        ddim.sample(lambda x, t: x, StubScheduler(), (0, 3), num_inference_steps=2)
+        scheduler_sampling.sample(lambda x, t: x, StubScheduler(), (0, 3), num_inference_steps=2)
 
 
 def test_a_perfect_denoiser_of_one_image_returns_it():
@@ -334,7 +334,7 @@ def test_a_perfect_denoiser_of_one_image_returns_it():
         keep = scheduler.alphas_cumprod[t]
         return (x - keep.sqrt() * target) / (1 - keep).sqrt()
 
-    images = ddim.sample(denoiser, scheduler, (3, 1, 4, 4), num_inference_steps=10)
+    images = scheduler_sampling.sample(denoiser, scheduler, (3, 1, 4, 4), num_inference_steps=10)
     # x0 is recovered as (x - sqrt(1-a) eps) / sqrt(a) from the last step alone, where a is near 1:
     # a handful of fp32 roundings of values below 4.
     torch.testing.assert_close(

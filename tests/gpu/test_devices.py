@@ -67,6 +67,7 @@ def test_a_prepared_model_stays_where_it_is():
 def test_an_unknown_timestep_never_passes_silently():
     done = copy.deepcopy(lossy()).to(DEVICE)
     (x, t), *_ = data(8)
+    done.forget_source()
     with pytest.raises(InputError, match="7 is not among"):
         done(x.to(DEVICE), torch.full_like(t, 7).to(DEVICE))
     if DEVICE == "cpu":

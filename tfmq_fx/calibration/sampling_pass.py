@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.capture.model_checks import unwrapped
 from tfmq_fx.core.arguments import check_names, check_whole
 from tfmq_fx.core.distributed import nothing, shard
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.progress import progress_bar
+from tfmq_fx.core.timesteps import is_scheduler
 
-from .ddim import sample
+from .call_batches import Call, call_batches
+from .scheduler_sampling import batch_generators, sample
+from .scheduler_steps import rehearse
 
 Settings = Mapping[str, int | None]
 
@@ -65,7 +69,7 @@ def sampling_pass(
     if hasattr(source, "components"):
         return _pipeline_pass(source, args, kwargs, original, settings, chosen, progress)
     others = ", ".join([*(type(value).__name__ for value in args), *kwargs])
-    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "step"):
+    if isinstance(source, tuple) and len(source) == 2 and _drives(source[0]):
         if args or not all(isinstance(value, Tensor) for value in kwargs.values()):
             raise ConfigError(
                 "calibrate() with a (scheduler, shape) pair takes the model's further inputs by "
@@ -83,6 +87,11 @@ def sampling_pass(
         raise ConfigError(f"calibrate() with an iterable takes nothing else; got {others}")
     _refuse(settings, SETTINGS, "an iterable brings its own calls, as many as it has")
     return _iterable_pass(source, progress)
+
+
+def _drives(value: Any) -> bool:
+    """Whether `value` is a scheduler, of any kind."""
+    return not isinstance(value, (Tensor, type)) and (hasattr(value, "step") or is_scheduler(value))
 
 
 def _fit(chosen: dict[str, int], settings: Settings, batch: int) -> None:
@@ -115,7 +124,7 @@ def _scheduler_pass(
     chosen: Mapping[str, int],
     progress: bool,
 ) -> SamplingPass:
-    """A pass that draws images of `shape`, one sample's, by DDIM with a copy of `scheduler`."""
+    """A pass that draws images of `shape`, one sample's, with a copy of `scheduler`."""
     sizes = shape if isinstance(shape, Sequence) else ()
     if not sizes or not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
         raise ConfigError(
@@ -125,11 +134,14 @@ def _scheduler_pass(
     options = {name: value for name, value in chosen.items() if name != "samples"}
 
     def run(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
+        call = getattr(denoiser, "call", None)
+        steps = rehearse(scheduler, shape, chosen["num_inference_steps"])
         sample(
-            denoiser,
+            denoiser if call is None else _receiving(denoiser, call, steps),
             copy.deepcopy(scheduler),
             (chosen["samples"], *shape),
             device=getattr(denoiser, "device", "cpu"),
+            dtype=getattr(denoiser, "dtype", torch.float32),
             progress=progress,
             conditions=conditions,
             parallel=True,
@@ -138,6 +150,22 @@ def _scheduler_pass(
         )
 
     return SamplingPass(run, repeatable=True)
+
+
+def _receiving(denoiser: nn.Module, call: CallSpec, steps: Sequence[Tensor]) -> Callable[..., Any]:
+    """A function that calls a captured `denoiser` at `steps`, the timesteps of a scheduler.
+
+    They arrive in the dtype that the scheduler gives, or as whole numbers, where the graph takes
+    those and holds all of them; one for each sample, as models written by hand often want them.
+    """
+    kind = call.inputs[call.timestep_position].dtype
+    whole = not kind.is_floating_point and all(float(t.to(kind)) == float(t) for t in steps)
+
+    def received(x: Tensor, t: Any, **inputs: Tensor) -> Any:
+        row = torch.as_tensor(t, device=x.device).expand(len(x))
+        return denoiser(x, row.to(kind) if whole else row, **inputs)
+
+    return received
 
 
 def _iterable_pass(calls: Iterable[Any], progress: bool) -> SamplingPass:
@@ -173,34 +201,30 @@ def _pipeline_pass(
     kind = type(pipeline).__name__
     counted = takes_batch_size(pipeline) and not args
     if not counted:
-        why = f"{kind} draws one batch, as many as its prompts, labels or embeddings are"
-        _refuse(settings, ("samples", "batch_size"), why)
+        why = f"{kind} draws as many samples as its prompts, labels or embeddings are"
+        _refuse(settings, ("samples",), why)
     if "prompt" in inspect.signature(pipeline.__call__).parameters and not args and not kwargs:
         raise ConfigError(
             f'a {kind} needs prompts: calibrate(prepared, pipe, ["a photo of ...", ...]), with as '
             "many as there shall be samples"
         )
     samples, size = chosen["samples"], chosen["batch_size"]
-    starts = range(0, samples, size) if counted else range(1)
+    calls: list[Call] = [(tuple(args), dict(kwargs))]
+    if counted:
+        counts = [min(size, samples - start) for start in range(0, samples, size)]
+        calls = [((), {**kwargs, "batch_size": count}) for count in counts]
+    elif settings["batch_size"] is not None:
+        calls = call_batches(args, kwargs, size)
 
     def run(denoiser: nn.Module, done: Callable[[], None] = nothing) -> None:
         pipe = make(denoiser)
         pipe.set_progress_bar_config(disable=not progress)
-        options = {**kwargs, "num_inference_steps": chosen["num_inference_steps"]}
-        batches = zip(starts, _generators(chosen["seed"], len(starts)), strict=True)
-        for start, generator in shard(batches, done):
-            if counted:
-                options["batch_size"] = min(size, samples - start)
-            pipe(*args, **options, generator=generator)
+        steps = chosen["num_inference_steps"]
+        batches = zip(calls, batch_generators(chosen["seed"], len(calls)), strict=True)
+        for (given, named), generator in shard(batches, done):
+            pipe(*given, **named, num_inference_steps=steps, generator=generator)
 
     return SamplingPass(run, repeatable=True)
-
-
-def _generators(seed: int, count: int) -> list[torch.Generator]:
-    """One generator for each batch, so that any process can draw any batch."""
-    draw = torch.Generator().manual_seed(seed)
-    seeds = [seed, *torch.randint(2**62, (count - 1,), generator=draw).tolist()]
-    return [torch.Generator().manual_seed(each) for each in seeds]
 
 
 def takes_batch_size(pipeline: Any) -> bool:

@@ -97,6 +97,9 @@ def check_timestep(
     """The timestep as (batch,) of the captured dtype.
 
     dims: the number of dimensions in which forward takes it; all but the first have size one.
+
+    Numbers and tensors in double precision are rounded to float32, where the graph takes that;
+    all else must be held exactly.
     """
     size = spec.shape[0]
     integral = not spec.dtype.is_floating_point
@@ -107,7 +110,7 @@ def check_timestep(
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex() or value.ndim > 1:
             raise InputError(f"{expected} a {value.dtype} tensor of shape {tuple(value.shape)}")
-        if value.dtype.is_floating_point and value.dtype != spec.dtype:
+        if value.dtype.is_floating_point and not _takes(spec.dtype, value):
             raise InputError(
                 f"{spec.path}: captured for {spec.dtype}, got {value.dtype}. Cast the timestep or "
                 f"capture again with that dtype."
@@ -143,6 +146,20 @@ def check_timestep(
             if rounded != number:
                 raise InputError(_not_held(spec, number))
     return row if rows == batch else row.expand(batch).contiguous()
+
+
+def _takes(dtype: torch.dtype, value: Tensor) -> bool:
+    """Whether a float tensor can arrive as `dtype`: a double as a single, like any number, others
+    where their values are held exactly, which is read on the CPU alone."""
+    if value.dtype == dtype:
+        return True
+    rounds = (value.dtype, dtype) == (torch.float64, torch.float32)
+    readable = type(value) is Tensor and value.device.type == "cpu"
+    if not dtype.is_floating_point or not readable or torch.compiler.is_compiling():
+        return rounds
+    there = value.detach().double()
+    here = there.to(dtype).double()
+    return bool((here.isfinite() == there.isfinite()).all() if rounds else torch.equal(here, there))
 
 
 def _can_hold(dtype: torch.dtype, value: int | float) -> bool:

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from tfmq_fx.core.errors import ConfigError
 
 from .call_inference import TIMESTEP_NAMES
 from .diffusers_inputs import example_inputs as derived_inputs
+from .input_checks import plain_number
 from .model_checks import check_model, forward_parameters
 
 
@@ -72,7 +75,7 @@ def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
         name
         for name, value in inputs.items()
         if (isinstance(value, Real) and not isinstance(value, bool))
-        or (isinstance(value, Tensor) and value.dim() <= 1)
+        or (isinstance(value, (Tensor, np.ndarray)) and value.ndim <= 1)
     ]
     if not named and len(scalar) == 1:
         return scalar[0]
@@ -81,3 +84,19 @@ def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
         f"cannot tell which input is the timestep; candidates are {candidates}. "
         "Pass timestep=<name> to prepare()."
     )
+
+
+def example_timestep(example: Any, floats: torch.dtype | None) -> Any:
+    """The timestep of the example inputs as a tensor, in which whole numbers give way to `floats`,
+    the dtype in which the model will receive its timesteps, if that is a floating one.
+
+    A float example stays as it is, and so does what is no timestep, which capture refuses.
+    """
+    value = plain_number(example)
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        return example
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float32)
+    if floats is None or value.is_floating_point() or value.dtype == torch.bool:
+        return value
+    return value.to(floats)

@@ -256,6 +256,8 @@ class ValueTracer(FakeValues):
         if m not in self._paths:
             return forward(*args, **kwargs)
         reason = replaced_forward(m) if isinstance(m, _LAYERS) else None
+        if reason is None and isinstance(m, _LAYERS) and not args and "input" in kwargs:
+            args, kwargs = (kwargs.pop("input"),), kwargs  # steps look for a layer's input there
         if reason is None:
             return super().call_module(m, forward, args, kwargs)
         self._replaced.append(reason)

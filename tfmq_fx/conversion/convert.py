@@ -187,6 +187,7 @@ def finish(job: Job, steps: Steps) -> Converted:
         recipe=recipe,
         record=vars(record),
         model_config=prepared.model_config,
+        outline=prepared.outline,
         origin=origin,
         watch=watch,
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from tfmq_fx.capture.call_spec import CallSpec
-from tfmq_fx.core.errors import ConfigError, InputError, TfmqError
+from tfmq_fx.core.errors import ConfigError, FrozenError, InputError, TfmqError
 from tfmq_fx.ir.dtype_casts import cast_obstacle
 from tfmq_fx.ir.graph import KEYS
 from tfmq_fx.passes.correct_outputs import CORRECTION
@@ -21,7 +24,9 @@ from tfmq_fx.quant.timestep_lookup import find_unknown
 from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.staleness import StalenessCheck
 
+from .diffusers_form import DiffusersForm
 from .other_forms import OtherForms, captured_in
+from .source_outline import SourceOutline
 
 T = TypeVar("T")
 
@@ -39,24 +44,38 @@ class ModelConfig(dict[str, Any]):
             raise AttributeError(f"the model's config has no {name!r}") from error
 
 
-class GraphModel(nn.Module):
+class GraphModel(DiffusersForm, nn.Module):
     """A graph called like the model it came from: same arguments, same output type.
 
     gm: the graph, open to inspection.  call: how arguments and outputs map to it.
     config: the original's `.config` (what diffusers pipelines read), or None.
+    outline: answers for the original's other attributes, parts and methods, where it is known; an
+    attribute that would have changed the original cannot be set (FrozenError).
     """
 
     gm: fx.GraphModule
+    call: CallSpec
+    model_config: Any
+    outline: SourceOutline | None = None
+    forms: OtherForms
     watch: StalenessCheck | None = None  # of the model that the graph was made from
+    origin: Provenance | None = None  # what else it was made from
     why_no_gradient = (
         "no gradient with respect to the timestep, whose values are read from a table. Detach it"
     )
 
-    def __init__(self, gm: fx.GraphModule, call: CallSpec, model_config: Any = None) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        call: CallSpec,
+        model_config: Any = None,
+        outline: SourceOutline | None = None,
+    ) -> None:
         super().__init__()
         self.gm = gm
         self.call = call
         self.model_config = model_config
+        self.outline = outline
         self.forms = OtherForms()
         self.eval()
 
@@ -65,9 +84,31 @@ class GraphModel(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             gm = self.__dict__.get("_modules", {}).get("gm")
+            outline = self.__dict__.get("outline")
             if gm is not None and name in gm._modules:
-                return gm._modules[name]
+                part = gm._modules[name]
+                known = outline is not None and type(part) is nn.Module
+                return outline.part(name, part) if outline is not None and known else part
+            if outline is None or name.startswith("__"):
+                raise
+        try:
+            return outline.get(name)
+        except AttributeError:
+            if isinstance(self.model_config, Mapping) and name in self.model_config:
+                return self.model_config[name]
             raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        outline = self.__dict__.get("outline")
+        if outline is not None and not (name in self.__dict__ or self._is_own(name)):
+            outline.check_set(name, value)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def _is_own(cls, name: str) -> bool:
+        """Whether models of this class have an attribute `name` of their own."""
+        declared = (inspect.get_annotations(kind) for kind in cls.__mro__)
+        return hasattr(cls, name) or any(name in names for names in declared)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, in its own type.
@@ -109,6 +150,19 @@ class GraphModel(nn.Module):
         """The graph's flat outputs."""
         return self.gm(*inputs)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, which a graph does not follow: it is captured in eval mode.
+
+        Raises FrozenError where layers compute otherwise in training mode.
+        """
+        for path, layer in self.gm.named_modules() if mode else ():
+            if (isinstance(layer, _DropoutNd) and layer.p) or isinstance(layer, _NormBase):
+                raise FrozenError(
+                    f"train(): {path} ({type(layer).__name__}) computes otherwise in training, and "
+                    "the graph was captured in eval mode. Train the source, then capture it."
+                )
+        return super().train(mode)
+
     def forget_source(self) -> None:
         """Stop checking whether the source's weights have changed, and copy memory shared with it.
 
@@ -120,16 +174,26 @@ class GraphModel(nn.Module):
 
     def check_timesteps(self, inputs: list[Tensor]) -> None:
         """Raise InputError naming any timestep that the graph has no rows for."""
-        keys = self.lookup_keys
-        if keys is None:
-            return
-        if unknown := find_unknown(keys, self.timestep_of(inputs)):
+        if unknown := self.unknown_timesteps(inputs):
             raise InputError(
-                f"{self.call.timestep}: {unknown[0]} is not among the {len(keys)} timesteps this "
-                f"model was made for ({keys[0].item()} to {keys[-1].item()}). Prepare it again "
-                "with timesteps= that include it (left out, it takes those that calibration "
-                "visits), or set the scheduler as in calibration."
+                f"{self.why_unknown(unknown[0])}. Prepare it again with timesteps= that include it "
+                "(left out, it takes those that calibration visits), or set the scheduler as in "
+                "calibration."
             )
+
+    def unknown_timesteps(self, inputs: Sequence[Tensor]) -> list[int | float]:
+        """The distinct timesteps of a call that the graph has no rows for, ascending."""
+        keys = self.lookup_keys
+        return [] if keys is None else find_unknown(keys, self.timestep_of(inputs))
+
+    def why_unknown(self, step: float) -> str:
+        """The beginning of an error message for a timestep that the graph has no rows for."""
+        keys = self.timesteps
+        assert keys is not None
+        return (
+            f"{self.call.timestep}: {step} is not among the {len(keys)} timesteps this model was "
+            f"made for ({keys[0].item()} to {keys[-1].item()})"
+        )
 
     def timestep_of(self, values: Sequence[T]) -> T:
         """The value of the timestep among the values of all placeholders."""
@@ -150,6 +214,20 @@ class GraphModel(nn.Module):
     def config(self) -> Any:
         """The original model's configuration."""
         return self.model_config
+
+    @property
+    def _internal_dict(self) -> Any:
+        """The configuration under the name by which diffusers replaces it."""
+        return self.model_config
+
+    @_internal_dict.setter
+    def _internal_dict(self, config: Any) -> None:
+        self.model_config = config
+
+    def register_to_config(self, **entries: Any) -> None:
+        """Set entries of the configuration, which pipelines read; the graph does not."""
+        kind = ModelConfig if self.model_config is None else type(self.model_config)
+        self.model_config = kind({**(self.model_config or {}), **entries})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,15 +255,24 @@ class GraphModel(nn.Module):
         """A context that does nothing; diffusers' pipelines enter it around each call."""
         return contextlib.nullcontext()
 
+    @property
+    def is_cache_enabled(self) -> bool:
+        """No: diffusers' caches are hooks of the source's blocks, which a graph has not."""
+        return False
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """Nothing: there are no caches; diffusers' pipelines call it when they end."""
+
     def print_readable(self) -> None:
         """Print the graph as code, look-up nodes and quantized layers included."""
         self.gm.print_readable()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = (self.device, self.dtype)
+        before = (torch.device(self.call.inputs[0].device), self.dtype)  # of the graph's constants
         probe = fn(torch.empty(0, device=self.device, dtype=self.dtype))
         if probe.dtype != self.dtype and (reason := self._cast_obstacle()):
             self.take_cast(probe.dtype, reason)
+            self._move_outline(fn)
             return super()._apply(lambda tensor: tensor.to(probe.device), recurse)
         exact = {n: b for n, b in self.gm.named_buffers(recurse=False) if n.startswith(_EXACT)}
         super()._apply(fn, recurse)
@@ -193,6 +280,7 @@ class GraphModel(nn.Module):
             setattr(self.gm, name, value.to(getattr(self.gm, name).device))
         if (probe.device, probe.dtype) != before:
             self.forms.clear()
+            self._move_outline(fn)
             retarget(self.gm, before, (probe.device, probe.dtype))
             self.call = self.call.moved(device=probe.device.type, dtype=probe.dtype)
             if (keys := self.timesteps) is not None:
@@ -206,6 +294,10 @@ class GraphModel(nn.Module):
         if isinstance(origin, Provenance):
             beside = {*origin.fingerprints, *origin.constants} - set(origin.parameters)
         return cast_obstacle(self.gm, self.dtype, beside)
+
+    def _move_outline(self, fn: Callable[[Tensor], Tensor]) -> None:
+        if self.outline is not None:
+            self.outline = self.outline.moved(fn)
 
     def take_cast(self, dtype: torch.dtype, reason: str) -> None:
         """Take the graph that the source has in `dtype`, where this one cannot be cast for

@@ -43,8 +43,9 @@ def capture_facts(captured: Captured) -> dict[str, Any]:
 
 
 def captured_only(prepared: Prepared) -> Converted:
-    """The captured model as a converted one in which nothing is changed."""
+    """The captured model as a converted one in which nothing is changed, for any timesteps."""
     gm = prepared.gm
+    gm.meta.pop("timesteps", None)
     origin, watch = record_provenance(prepared, None)
     sites, declined = find_sites(gm)
     capture = gm.meta.pop("capture", {})
@@ -62,6 +63,7 @@ def captured_only(prepared: Prepared) -> Converted:
         recipe=prepared.recipe,
         record=vars(record),
         model_config=prepared.model_config,
+        outline=prepared.outline,
         origin=origin,
         watch=watch,
     )

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Container
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from tfmq_fx.core.arguments import check_module
 from tfmq_fx.core.errors import CalibrationError, ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
-from tfmq_fx.core.timesteps import timestep_values
-from tfmq_fx.ir.graph import own_modules, timestep_node
-from tfmq_fx.ir.subgraphs import compute_rows
-from tfmq_fx.ir.temporal_block import temporal_block
+from tfmq_fx.core.timesteps import as_received, timestep_values
+from tfmq_fx.ir.graph import own_modules
 from tfmq_fx.ir.verifier import is_timestep_row
-from tfmq_fx.passes.change_timesteps import change_timesteps
-from tfmq_fx.passes.merge_duplicates import merge_duplicates
+from tfmq_fx.passes.change_timesteps import change_timesteps, feature_names
 from tfmq_fx.quant.quant_layer import QuantLayer
-from tfmq_fx.quant.timestep_lookup import check_timesteps
-from tfmq_fx.quant.timestep_table import FEATURE, TABLE
+from tfmq_fx.quant.timestep_table import TABLE
 from tfmq_fx.serialization.provenance import Provenance
 from tfmq_fx.serialization.source_tensors import shown
 from tfmq_fx.serialization.staleness import StalenessCheck
 
 from .convert import convert
+from .feature_rows import FeatureRows
 from .models import Compiled, Converted
-from .prepare_model import captured_only, rebuild, with_layers
+from .prepare_model import captured_only, rebuild
 from .records import pass_record
 from .step import Steps
 from .steps import STEPS
@@ -70,8 +66,8 @@ def refresh(
         )
     if origin.timesteps is None and values is not None and model.unbound() is model:
         raise ConfigError("this model has no tables: it takes any timesteps as it is")
-    if values is not None and hasattr(timesteps, "timesteps"):
-        values = values.unique()  # some schedulers visit a timestep twice
+    if values is not None:
+        values = as_received(values, model.call.inputs[model.call.timestep_position].dtype)
     new = model.unbound()
     if values is None and not _has_calibrated_timesteps(new, origin):
         values = new.timesteps
@@ -187,9 +183,7 @@ def _retimed(model: Converted, values: Tensor, source: nn.Module | None) -> Conv
     origin, watch, rows = model.origin, model.watch, None
     assert origin is not None and origin.timesteps is not None
     if source is not None:
-        captured = origin.captured(source)
-        gm = with_layers(merge_duplicates(captured).gm, model.recipe, origin.overrides).gm
-        rows = _rows(gm, values, {n.meta.get(FEATURE) for n in model.gm.graph.nodes})
+        rows = FeatureRows(origin, source, model.recipe).at(values, feature_names(model.gm))
         watch = watch or StalenessCheck(source, origin.fingerprints, origin.behaviour)
     lookups = [str(n.args[0].target) for n in model.gm.graph.nodes if is_timestep_row(n)]
     measured = [name for name in lookups if not name.startswith(TABLE)]  # tables are computed
@@ -205,12 +199,3 @@ def _retimed(model: Converted, values: Tensor, source: nn.Module | None) -> Conv
         scales = {}
     new.origin = dataclasses.replace(origin, scales=scales)
     return new
-
-
-def _rows(gm: fx.GraphModule, values: Tensor, features: Container[str]) -> dict[str, Tensor]:
-    """The rows of `features` at `values`, sorted, computed as folding computes them."""
-    block = temporal_block(gm)
-    keys = check_timesteps(values, timestep_node(gm).meta["val"].dtype)
-    rows = compute_rows(block.graph, keys)
-    named = zip(block.features, rows, strict=True)
-    return {feature.name: row for feature, row in named if feature.name in features}

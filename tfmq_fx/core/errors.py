@@ -17,6 +17,10 @@ class StateError(CaptureError):
     """A call of the model changes the result of the next one, so no graph of it can be right."""
 
 
+class FrozenError(TfmqError, AttributeError):
+    """A captured model is asked for a part of its source that it lacks, or to change like it."""
+
+
 class InputError(TfmqError, ValueError):
     """A call has inputs that the captured graph does not support (shape, dtype, timestep)."""
 

@@ -51,7 +51,7 @@ class Report:
             f"captured by {capture.get('route', '?')} in {capture.get('seconds', 0):.1f} s, "
             f"{capture.get('nodes', 0)} nodes; guards: {guards}",
             *(f"  {note}" for note in capture.get("notes", [])),
-            f"timesteps: {d['timesteps']}{interpolated}",
+            f"timesteps: {d['timesteps']}{interpolated}{_met(d)}",
             f"coverage: {100 * self.weight_coverage:.1f} % of weights, "
             f"{100 * self.activation_coverage:.1f} % of layer inputs are quantized",
         ]
@@ -157,11 +157,30 @@ class Report:
         return lines
 
 
+def _met(data: Mapping[str, Any]) -> str:
+    """The timesteps of calls that the model was not made for, in words."""
+    met = data.get("unvisited")
+    if not met or not met["timesteps"]:
+        return ""
+    how = f"ranges of {met['interpolated']} interpolated, " if met["interpolated"] else ""
+    return f"; {met['timesteps']} more met in calls ({how}features computed)"
+
+
 def _number(site: Mapping[str, Any], side: str) -> str:
     """The bits of a layer's weights or inputs, or "fp8" or "float"."""
     if site.get(f"{side}_format") == "fp8":
         return "fp8"
     return str(site[f"{side}_bits"] or "float")
+
+
+def _unvisited(model: Converted | Compiled) -> dict[str, int] | None:
+    """How many timesteps calls have added to a model, and how many have interpolated ranges."""
+    if isinstance(model, Compiled):
+        return None
+    return {
+        "timesteps": len(model.unvisited.met),
+        "interpolated": model.unvisited.interpolated,
+    }
 
 
 def report(model: Converted | Compiled) -> Report:
@@ -184,6 +203,7 @@ def report(model: Converted | Compiled) -> Report:
             "recipe": model.recipe.name,
             "bytes": model.nbytes(),
             "timesteps": span,
+            "unvisited": _unvisited(model),
             "compiled": compiled,
             "prologue": model.prologue.summary() if isinstance(model, Bound) else None,
             **model.record,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from tfmq_fx import api, backends
-from tfmq_fx.calibration import ddim
+from tfmq_fx.calibration import scheduler_sampling
 from tfmq_fx.capture.capture import capture
 from tfmq_fx.conversion.models import Converted, Prepared
 from tfmq_fx.core.config import Config
@@ -100,14 +100,14 @@ class Benchmark:
         """Images (samples, channels, height, width) drawn with `model`, as `as_function` returns
         it. Processes share the batches."""
         options = self._sampling(samples, seed)
-        images: Tensor = ddim.sample(model, progress=self.progress, **options)
+        images: Tensor = scheduler_sampling.sample(model, progress=self.progress, **options)
         return images
 
-    def trajectory(self, seed: int) -> ddim.Trajectory:
+    def trajectory(self, seed: int) -> scheduler_sampling.Trajectory:
         """The inputs and outputs of the model in eager mode while it draws one batch of images."""
         options = self._sampling(self.batch, seed) | {"parallel": False}
         del options["batch_size"]  # all in one
-        return ddim.record_trajectory(as_function(self.model), **options)[1]
+        return scheduler_sampling.record_trajectory(as_function(self.model), **options)[1]
 
     def _sampling(self, samples: int, seed: int) -> dict[str, Any]:
         return {
@@ -126,7 +126,7 @@ class Benchmark:
         conditions = self.subject.conditions(self.batch)
         return {name: value.to(self.device) for name, value in conditions.items()}
 
-    def sqnr(self, converted: Converted, trajectory: ddim.Trajectory) -> OutputSqnr:
+    def sqnr(self, converted: Converted, trajectory: scheduler_sampling.Trajectory) -> OutputSqnr:
         """Output SQNR of the eager reference on a full-precision trajectory."""
         run, conditions = as_function(converted), self._one_batch()
         outputs = [
@@ -180,7 +180,7 @@ class QualityMeter:
         self.labels = bench.subject.conditions(samples).get("class_labels")
 
     @functools.cached_property
-    def trajectory(self) -> ddim.Trajectory:
+    def trajectory(self) -> scheduler_sampling.Trajectory:
         """The trajectory of full precision on the first batch of the images judged."""
         return self.bench.trajectory(self.sample_seed)
 

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tfmq_fx.core.errors import TfmqError
+from tfmq_fx.core.errors import ConfigError, TfmqError
 from tfmq_fx.core.version import __version__
+
+from . import cli_bench, cli_quantize, cli_sample
+from .cli_options import CODES, command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 for an error of the library, 2 for a model
-    that is not ok."""
+    that is not ok, 130 where it was interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
     chosen = _parser().parse_args(words)
     chosen.line = shlex.join(["tfmq-fx", *words])
@@ -27,26 +30,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for note in getattr(error, "__notes__", []):
             print(f"  {note}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("tfmq-fx: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tfmq-fx", description="Quantize diffusion denoisers.")
+    parser = argparse.ArgumentParser(
+        prog="tfmq-fx",
+        description="Quantize diffusion denoisers.",
+        epilog=f"`tfmq-fx COMMAND --help` has examples.\n\n{CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="quantize the digits model four ways and compare")
+    for each in (cli_quantize, cli_sample, cli_bench):
+        each.add(commands)
+
+    what = "quantize the digits model four ways and compare"
+    demo = command(commands, "demo", what, "  tfmq-fx demo --out demo-out --samples 512\n")
     demo.set_defaults(run=_demo)
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results")
     demo.add_argument("--samples", type=int, default=512, help="images drawn for each FID")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    report = commands.add_parser("report", help="print what was done to a saved model")
+    what = "print what was done to a saved model, or to the denoisers of a pipeline"
+    report = command(commands, "report", what, "  tfmq-fx report unet-w4a8\n  tfmq-fx report out\n")
     report.set_defaults(run=_report)
-    report.add_argument("model", type=Path, help="directory written by tfmq_fx.save")
+    text = "directory written by tfmq_fx.save, or by `tfmq-fx quantize`"
+    report.add_argument("model", type=Path, help=text)
 
-    analyze = commands.add_parser(
-        "analyze", help="show what depends on the timestep alone in a model, from its config"
-    )
+    what = "show what depends on the timestep alone in a model, from its config"
+    analyze = command(commands, "analyze", what, "  tfmq-fx analyze unet/config.json --steps 28\n")
     analyze.set_defaults(run=_analyze)
     analyze.add_argument("model", type=Path, help="diffusers config.json, or a directory with one")
     analyze.add_argument("--steps", type=int, default=50, help="timesteps to count tables for")
@@ -58,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "files to write: .svg or .dot for a picture, .json, .txt"
     analyze.add_argument("--out", metavar="FILE", type=Path, default=[], **several, help=text)
 
-    verify = commands.add_parser(
-        "verify", help="compare a saved model with the one it was made from, and name culprits"
-    )
+    what = "compare a saved model with the one it was made from, and name culprits"
+    examples = "  tfmq-fx verify stable-diffusion/unet out/unet --threshold 25\n"
+    verify = command(commands, "verify", what, examples)
     verify.set_defaults(run=_verify)
     text = 'directory written by diffusers\' save_pretrained, or "digits", "glyphs", "glyphs-unet"'
     verify.add_argument("reference", help=text)
@@ -71,9 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="of the inputs drawn")
     verify.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    evaluate = commands.add_parser(
-        "evaluate", help="compare recipes on the shipped models: quality, bytes and time in a table"
-    )
+    what = "compare recipes on the shipped models: quality, bytes and time in a table"
+    evaluate = command(commands, "evaluate", what, "  tfmq-fx evaluate --small\n")
     evaluate.set_defaults(run=_evaluate)
     _add_evaluate(evaluate)
     return parser
@@ -115,9 +130,18 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 def _report(chosen: argparse.Namespace) -> int:
     from tfmq_fx.diagnostics.report import report
+    from tfmq_fx.pipelines.pipeline_folder import INDEX
     from tfmq_fx.prologue.load_model import load
+    from tfmq_fx.serialization.artifact import GRAPH_FILE
 
-    print(report(load(chosen.model)))
+    models = [chosen.model]
+    if (chosen.model / INDEX).is_file():  # of a pipeline
+        models = sorted(path.parent for path in chosen.model.glob(f"*/{GRAPH_FILE}"))
+        if not models:
+            raise ConfigError(f"{chosen.model} has no quantized denoiser: see tfmq-fx quantize")
+    for model in models:
+        name = "" if model == chosen.model else f"{model.name}: "
+        print(f"{name}{report(load(model))}")
     return 0
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.calibration.ddim import denoised
 from tfmq_fx.calibration.sampling_pass import takes_batch_size, with_denoiser
+from tfmq_fx.calibration.scheduler_steps import denoised
 from tfmq_fx.core.errors import ConfigError
 
 Sampler = Callable[[range], Tensor]  # rows -> images (n, channels, height, width) in [-1, 1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_fx.calibration.ddim import prediction
+from tfmq_fx.calibration.scheduler_steps import prediction
 from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.serialization.checkpoint import digest
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.conversion.models import Converted
 from tfmq_fx.core.config import PrologueSpec
+from tfmq_fx.core.config_json import to_dict
 from tfmq_fx.ir.request_cut import has_lookups
 from tfmq_fx.passes.split_prologue import split_prologue
 
@@ -28,6 +29,9 @@ class Bound(Converted):
     from it and share its modules.  Values are computed without gradients.
     """
 
+    spec: PrologueSpec
+    conditions: list[str]
+    prologue: Prologue
     step: fx.GraphModule  # from inputs of the model and then values of the prologue to its outputs
     why_no_gradient = (
         "no gradient with respect to what a request fixes, whose values are kept. Detach it, or "
@@ -62,7 +66,11 @@ class Bound(Converted):
     def run(self, inputs: list[Tensor]) -> Any:
         if torch.compiler.is_compiling():  # somebody compiles the whole: nothing may be kept
             return self.gm(*inputs)
-        return self.step(*self.prologue.step_inputs(inputs))
+        values = self.prologue.step_inputs(inputs)
+        return self.unvisited.on(self.step)(*values)
+
+    def prologue_settings(self) -> dict[str, Any] | None:
+        return to_dict(self.spec)
 
     def set_timesteps(self, timesteps: Any) -> None:
         """Set the timesteps of the requests to come, and compute the values of current conditions.
@@ -111,7 +119,7 @@ class Bound(Converted):
         steps = self.spec.steps or (_STEPS if known is None else len(known))
         split = split_prologue(self.gm, self.conditions, steps=steps)
         self.__dict__["step"] = split.step  # no submodule: its tensors are the graph's
-        self.prologue = Prologue(self.gm, split, self.spec, self.call, schedule)
+        self.prologue = Prologue(self.gm, split, self.spec, self.call, schedule, self.unvisited)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.prologue.restore()

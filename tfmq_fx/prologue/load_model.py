@@ -7,10 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
+from tfmq_fx.conversion.diffusers_form import DiffusersForm
 from tfmq_fx.conversion.graph_model import ModelConfig
 from tfmq_fx.conversion.models import Converted
+from tfmq_fx.conversion.source_outline import SourceOutline
 from tfmq_fx.core.arguments import check_many, path_of
 from tfmq_fx.core.config import Config, PrologueSpec
 from tfmq_fx.core.config_json import from_dict
@@ -35,9 +38,16 @@ _RECORD = {
 
 
 @outside_inference_mode
-def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
-    """The model that `save` wrote; its outputs are bit-identical.
+def load(
+    path: str | Path,
+    *,
+    outputs: Collection[type] = (),
+    device: str | torch.device | None = None,
+) -> Converted:
+    """The model that `save` or `save_pretrained` wrote; its outputs are bit-identical.
 
+    device: where to put it; each tensor is moved as it is read, so that memory holds one of them.
+    None: the CPU.
     outputs: your own dataclasses and named tuples that the model returns or takes; those of
     diffusers and transformers are found automatically. No other class is looked up or imported, so
     that a file from somewhere else runs no code.
@@ -50,27 +60,36 @@ def load(path: str | Path, *, outputs: Collection[type] = ()) -> Converted:
     for each in outputs:
         if not isinstance(each, type):
             raise ConfigError(f"load(outputs=) takes classes, not {each!r:.80}")
-    loaded = artifact.load(path)
+    try:
+        place = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"load(device={device!r:.80}): there is no such device") from error
+    loaded = artifact.load(path, place)
     with naming(path / artifact.GRAPH_FILE):
-        extra = keys(loaded.extra, "extra", "record model_config", "prologue")
+        extra = keys(loaded.extra, "extra", "record model_config", "prologue source")
         typed(extra, "extra", record=dict, model_config=dict | None)
         call = call_from_json(loaded.call, "call", outputs)
         check_fits(call, loaded.gm, "call")
         call = dataclasses.replace(call, copied=writes_in_place(loaded.gm))
         config, prologue = extra["model_config"], extra.get("prologue")
+        source = extra.get("source")
         model = Converted(
             loaded.gm,
             call,
             recipe=_configuration(loaded.config, "config", Config),
             record=_checked_record(extra["record"], loaded.gm, "extra.record"),
             model_config=None if config is None else ModelConfig(config),
+            outline=None if source is None else SourceOutline.from_json(source, "extra.source"),
         )
         if prologue is not None:
             model = Bound(model, _configuration(prologue, "extra.prologue", PrologueSpec))
     if loaded.origin is not None:
         with naming(path / artifact.ORIGIN_FILE):
             model.origin = Provenance.from_parts(*loaded.origin, outputs)
-    return model
+    return model if place is None else model.to(place)
+
+
+DiffusersForm.reader = staticmethod(load)
 
 
 def _configuration(data: Any, where: str, kind: type) -> Any:

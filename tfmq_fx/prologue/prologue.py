@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from tfmq_fx.capture.call_spec import CallSpec
+from tfmq_fx.conversion.unvisited_timesteps import UnvisitedTimesteps
 from tfmq_fx.core.config import PrologueSpec
 from tfmq_fx.core.errors import ConfigError, InputError
 from tfmq_fx.ir.graph import timestep_node
@@ -50,7 +51,9 @@ class Prologue:
         spec: PrologueSpec,
         call: CallSpec,
         schedule: Schedule | None,
+        unvisited: UnvisitedTimesteps,
     ) -> None:
+        self._unvisited = unvisited
         self.spec, self.kept, self.declined = spec, split.kept, split.declined
         self._names, self._timestep = call.names, call.timestep
         self.parts = [ValueCache(part, spec) for part in split.parts]
@@ -242,7 +245,7 @@ class Prologue:
         return min(_MOST_ROWS, max(_FEW_ROWS, scheduled, self.offloaded.nbytes() // row))
 
     def _extend_tables(self, cache: ValueCache, steps: Sequence[float]) -> None:
-        """Add rows for `steps` to the tables in the part's own graph, with interpolated scales."""
+        """Add rows for `steps` to the tables of the part, with interpolated scales."""
         known = cache.graph.meta.get("timesteps")
         if known is None or not has_lookups(cache.graph):
             return
@@ -255,6 +258,11 @@ class Prologue:
                 f"{self._timestep}: {new[0]} is not among the {len(known)} timesteps this model "
                 "was made for. Set a schedule with set_timesteps(), or use on_miss='compute'."
             )
+        if self._unvisited.serves():
+            self._unvisited.add(new)
+            cache.graph = self._unvisited.on(cache.part.graph)
+            cache.interpolated = self._unvisited.interpolated_on(cache.part.graph)
+            return
         every = torch.cat([known, known.new_tensor(new)])
         try:
             changed = change_timesteps(cache.part.graph, timesteps=every)
@@ -287,6 +295,7 @@ class Prologue:
             if graph is not None:
                 _relink(graph, gm)
         self.offloaded.tensors = {n: attrgetter(n)(gm) for n in self.offloaded.tensors}
+        self._unvisited.forget()
         for cache in self.parts:
             cache.graph = cache.part.graph
         self.forget()

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from tfmq_fx.core.errors import ConfigError
-from tfmq_fx.core.timesteps import timestep_values
+from tfmq_fx.core.timesteps import (
+    as_received,
+    distinct,
+    is_scheduler,
+    scheduler_timesteps,
+    timestep_values,
+)
 from tfmq_fx.quant.timestep_lookup import check_timesteps
 
 
@@ -25,16 +31,20 @@ class Schedule:
     """
 
     def __init__(self, source: Any, dtype: torch.dtype) -> None:
-        self._scheduler: Any = source if hasattr(source, "timesteps") else None
+        self._scheduler: Any = source if is_scheduler(source) else None
         self._dtype = dtype
         self._form = 0
         self._read: Tensor | None = None
         self._values: list[float] = []
         if self._scheduler is not None:
             self._refresh()
-            if source.timesteps is not None and not self._values:
+            if self._set is not None and not self._values:
+                values = timestep_values(source)
+                shown = ", ".join(map(str, [] if values is None else values.tolist()[:4]))
                 raise ConfigError(
-                    f"the scheduler's timesteps cannot be received as {dtype}: {source.timesteps}"
+                    f"the scheduler's timesteps cannot be received as {dtype}: {shown}, ... "
+                    "Capture the model anew, with a float timestep: prepare(..., timesteps=the "
+                    "scheduler), or bind_request() of the model itself"
                 )
         elif (values := timestep_values(source)) is not None:
             self._values = self._keys(values)
@@ -56,15 +66,20 @@ class Schedule:
                         break
         return self._values
 
+    @property
+    def _set(self) -> Any:
+        """The timesteps that the scheduler has now; None where it is not set."""
+        return scheduler_timesteps(self._scheduler)
+
     def _refresh(self) -> None:
-        if self._scheduler.timesteps is not self._read:
-            self._read = self._scheduler.timesteps
+        if self._set is not self._read:
+            self._read = self._set
             forms = dict(self._forms())
             self._values = forms.get(self._form) or next(iter(forms.values()), [])
 
     def _forms(self) -> Iterator[tuple[int, list[float]]]:
         """The forms in which the model may receive the scheduler's timesteps, by number."""
-        if self._scheduler.timesteps is None:
+        if self._set is None:
             return
         raw = timestep_values(self._scheduler)
         assert raw is not None
@@ -83,8 +98,5 @@ class Schedule:
 
     def _keys(self, values: Tensor) -> list[float]:
         # Some schedulers visit a timestep twice, and of neighbours a short dtype makes one.
-        if values.dim() == 1:
-            received = values.to(self._dtype) if self._dtype.is_floating_point else values
-            distinct = dict(zip(received.tolist(), values.tolist(), strict=True))
-            values = torch.tensor([*distinct.values()], dtype=values.dtype)
+        values = as_received(distinct(values), self._dtype)
         return check_timesteps(values, self._dtype).flip(0).tolist()

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ TENSORS_FILE = "model.safetensors"
 ORIGIN_FILE = "origin.json"
 ORIGIN_TENSORS = "origin.safetensors"
 _FILES = {GRAPH_FILE, TENSORS_FILE, ORIGIN_FILE, ORIGIN_TENSORS}
+# The names that diffusers looks for; config.json is for it alone, and not read here.
+DIFFUSERS_CONFIG, DIFFUSERS_TENSORS = "config.json", "diffusion_pytorch_model.safetensors"
 _SAVED_VALUES = ("call", "config", "extra")
 _KEYS = "format format_version torch tensors graph call config extra"
 _SEAL = ',"sha256":"{}"}}'  # ends the JSON; the digest of what is before
@@ -51,7 +53,7 @@ _SEAL_BYTES = 77
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The content of a saved model: its graph with tensors on the CPU, and the values beside it.
+    """The content of a saved model: its graph with tensors, and the values beside it.
 
     origin: JSON data and tensors of its `Provenance`, where they were saved.
     """
@@ -71,10 +73,13 @@ def save(
     config: dict[str, Any],
     extra: dict[str, Any],
     origin: tuple[dict[str, Any], dict[str, Tensor]] | None = None,
+    diffusers_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model into `directory`, which is made, or replaced if it is an earlier save.
 
     call, config, extra: JSON-ready; tuples come back as lists. origin: likewise, and real tensors.
+    diffusers_config: the content of a config.json, which is written beside, and then the tensors
+    have the name that diffusers looks for.
     The new files are complete on disk before an earlier save goes. Raises ArtifactError where the
     graph or a value cannot be saved, where `directory` holds anything else, and where it cannot be
     written.
@@ -95,7 +100,10 @@ def save(
         _check_replaceable(target)
         make_parents(target.parent)
     with _writing(target), folder_beside(target, "new") as new:
-        document["tensors"] = _write_tensors(new / TENSORS_FILE, tensors)
+        weights = TENSORS_FILE if diffusers_config is None else DIFFUSERS_TENSORS
+        document["tensors"] = _write_tensors(new / weights, tensors)
+        if diffusers_config is not None:
+            (new / DIFFUSERS_CONFIG).write_text(json.dumps(diffusers_config, indent=2) + "\n")
         if origin is not None:
             data, beside = origin
             stored = tensors_to_store(beside, {name: {} for name in beside})
@@ -110,19 +118,19 @@ def save(
         sync(target.parent)
 
 
-def load(directory: str | Path) -> Loaded:
-    """Read the model saved in `directory`: in eval mode, its tensors on the CPU.
+def load(directory: str | Path, device: torch.device | None = None) -> Loaded:
+    """Read the model saved in `directory`: in eval mode, its tensors on `device` or the CPU.
 
     Raises ArtifactError if the directory or a file is missing, was not written by tfmq_fx, is of
     a newer or too old format, is truncated or altered, or names what a graph may not hold.
     """
     place = _place(directory)
-    path, weights = place / GRAPH_FILE, place / TENSORS_FILE
+    path, weights = place / GRAPH_FILE, place / _tensors_file(place)
     document = _read_document(place)
     with naming(path):
         _check_listed(place, document)
     with _checked(weights, document["tensors"]):
-        tensors = read_tensors(weights)
+        tensors = read_tensors(weights, device)
     with naming(path):
         gm = from_json(document["graph"], tensors)
         parts = {name: from_plain_json(document[name], name) for name in _SAVED_VALUES}
@@ -137,6 +145,12 @@ def _place(directory: str | Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL, too long a name
         raise ArtifactError(f"{str(directory)!r:.200} is no directory: {error}") from error
     raise ArtifactError(f"{place}: there is no such directory")
+
+
+def _tensors_file(place: Path) -> str:
+    """Return the name of the file of tensors, of two that it may have."""
+    named = (place / TENSORS_FILE).exists() or not (place / DIFFUSERS_TENSORS).exists()
+    return TENSORS_FILE if named else DIFFUSERS_TENSORS
 
 
 def _read_origin(
@@ -169,7 +183,8 @@ def saved_bytes(directory: str | Path) -> int:
     """
     place = present(Path(directory).resolve(), GRAPH_FILE)
     try:
-        return sum((place / name).stat().st_size for name in (GRAPH_FILE, TENSORS_FILE))
+        files = (GRAPH_FILE, _tensors_file(place))
+        return sum((place / name).stat().st_size for name in files)
     except OSError as error:
         raise ArtifactError(f"{place} holds no saved model: {error}") from error
 
@@ -295,7 +310,8 @@ def _check_replaceable(target: Path) -> None:
         ours = False
     if not ours:
         raise ArtifactError(f"{target} is not empty and not a model saved by tfmq_fx; left alone")
-    if foreign := sorted(names - _FILES):
+    own = _FILES if TENSORS_FILE in names else {*_FILES, DIFFUSERS_CONFIG, DIFFUSERS_TENSORS}
+    if foreign := sorted(names - own):
         raise ArtifactError(
             f"{target} holds files that saving it again would delete: {foreign}; "
             "move them or save elsewhere"

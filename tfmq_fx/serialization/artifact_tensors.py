@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,23 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tfmq_fx.core.errors import ArtifactError
+from tfmq_fx.core.reading import open_regular
 
-_DTYPES = {
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.complex64,
-    torch.complex128,
+_NAMED = {  # as safetensors names them
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+_DTYPES = {*_NAMED.values(), torch.complex64, torch.complex128}
 
 
 def tensors_to_store(tensors: dict[str, Tensor], table: dict[str, Any]) -> dict[str, Tensor]:
@@ -55,11 +56,29 @@ def tensors_to_store(tensors: dict[str, Tensor], table: dict[str, Any]) -> dict[
     return stored
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file into memory of their own.
+def read_tensors(path: Path, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Read the tensors of a file into memory of their own, on `device`.
 
     In the file they start at any byte, where torch aligns to 64. Kernels choose their path by
     alignment (5e-7 on a small UNet), and a loaded model is to be bit-identical to the saved one.
+    So each is read to where it stays: mapping the file and copying from it would hold both.
+    Raises SafetensorError where the file is damaged.
     """
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    with safe_open(path, framework="pt"):  # which checks the header and that it fits the file
+        pass
+    tensors: dict[str, Tensor] = {}
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        for name, entry in sorted(entries, key=lambda pair: pair[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if (dtype := _NAMED.get(entry["dtype"])) is None:
+                raise ArtifactError(f"{path}: {name} is of {entry['dtype']}, which is not read")
+            memory = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
+            file.seek(8 + size + begin)
+            if file.readinto(memory.numpy().data) != end - begin:
+                raise ArtifactError(f"{path} was cut while it was read")
+            tensor = memory.view(dtype).reshape(entry["shape"])
+            tensors[name] = tensor if device is None else tensor.to(device)
+    return tensors

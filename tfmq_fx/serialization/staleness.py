@@ -107,6 +107,12 @@ class StalenessCheck:
         """The watched model; None where it no longer exists."""
         return self._source()
 
+    @property
+    def seen(self) -> object:
+        """The state of the source when it was last found unchanged: another object after every
+        move or write."""
+        return self._snapshot
+
     def watches(self, source: nn.Module) -> bool:
         """Whether `source` is the watched model, or the watched model no longer exists."""
         return self._source() in (source, None)

@@ -393,13 +393,17 @@ def test_autocast_on_and_off() -> None:
 
 
 def test_another_dtype_is_captured_anew() -> None:
-    """The graph asks for float32, and does not tell whether the model would in bfloat16 too."""
+    """The graph asks for float32, and does not tell whether the model would in bfloat16 too: a cast
+    is captured from a copy of the source, or refused where there is none."""
     found, values = bind_request(copy.deepcopy(captured()[1]), STEPS), draw()
-    with pytest.raises(ConfigError, match="Cast the model and capture it again"):
-        found.to(torch.bfloat16)
     check(found, values)
     low = {k: v.bfloat16() if v.is_floating_point() else v for k, v in values.items()}
     model = copy.deepcopy(captured()[0]).to(torch.bfloat16)
+    check(copy.deepcopy(found).to(torch.bfloat16), low, model)
+    found.forget_source()
+    with pytest.raises(ConfigError, match=r"Cast the model and capture it: model\.to"):
+        found.to(torch.bfloat16)
+    check(found, values)
     found = bind_request(model, STEPS, low)
     check(found, low, model)
     with pytest.raises(InputError, match=r"captured for torch\.bfloat16, got torch\.float32"):

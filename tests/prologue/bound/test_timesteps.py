@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -151,8 +152,8 @@ def test_setting_the_schedule_computes_at_once() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["fp", "w8a8-dynamic", "cache"])
-def test_rows_whose_weights_are_gone_answer_no_other_timestep(recipe: str) -> None:
-    """What a table lacks is refused, whatever part of the graph holds the table by now."""
+def test_what_a_table_lacks_is_computed_from_the_source_or_refused(recipe: str) -> None:
+    """Whatever part of the graph holds the table by now, no other timestep's row is read."""
     source = seeded(Denoiser).eval()
     x, steps = torch.randn(2, 4), [999.0, 500.0, 20.0, 1.0]
     temporal = dataclasses.replace(PRESETS["w8a8-dynamic"].temporal, mode="cache")
@@ -162,14 +163,22 @@ def test_rows_whose_weights_are_gone_answer_no_other_timestep(recipe: str) -> No
         source, example, timesteps=steps, config=config if recipe == "cache" else recipe
     )
     model = convert(calibrate(prepared, [example], progress=False), progress=False)
-    found = bind_request(model, steps)
-    for step in (500.5, 19.0, 1000.0):
+    others = (500.5, 19.0, 1000.0)
+    known = model(x, 500.0)
+    found, living = copy.deepcopy(model), bind_request(model, steps)
+    made = refresh(model, source, timesteps=[*steps, *others])
+    found.forget_source()
+    found = bind_request(found, steps)
+    for step in others:
         t = torch.full((2,), step)
-        with pytest.raises(InputError, match=rf"t: {step}: .* never interpolated.*refresh\(mod"):
+        assert torch.equal(living(x, t), made(x, t))
+        living.set_timesteps([*steps, step])
+        with pytest.raises(InputError, match=rf"t: {step} is not among .*refresh\(model, source"):
             found(x, t)
-        with pytest.raises(InputError, match="never interpolated"):
+        with pytest.raises(InputError, match=r"temporal features .* not known here"):
             found.set_timesteps([*steps, step])
-        found(x, torch.full((2,), 500.0))  # and stays as it was
+        assert torch.equal(found(x, torch.full((2,), 500.0)), known)  # and stays as it was
+        assert torch.equal(living(x, torch.full((2,), 500.0)), known)
     made = refresh(found, source, timesteps=[*steps, 500.5])  # what the message says to do
     t = torch.full((2,), 500.5)
     exact = fold_timesteps(source, [500.5], example)(x, t)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from tfmq_fx.core.distributed import (
     together,
 )
 from tfmq_fx.core.errors import ConfigError
+
+from .scheduler_steps import begin, denoised, prediction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,13 @@ def initial_noise(shape: Sequence[int], *, seed: int) -> Tensor:
     )
 
 
+def batch_generators(seed: int, count: int) -> list[torch.Generator]:
+    """One generator for each batch, so that any process can draw any batch."""
+    draw = torch.Generator().manual_seed(seed)
+    seeds = [seed, *torch.randint(2**62, (count - 1,), generator=draw).tolist()]
+    return [torch.Generator().manual_seed(each) for each in seeds]
+
+
 @torch.no_grad()
 def sample(
     denoiser: Callable[..., Any],
@@ -66,14 +76,16 @@ def sample(
     conditions: Mapping[str, Tensor] | None = None,
     parallel: bool = False,
     done: Callable[[], None] = nothing,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Images (n, ...) drawn by deterministic DDIM (eta 0), on the CPU.
+    """Images (n, ...) drawn by the steps of a scheduler, with eta 0 where it has one, on the CPU.
 
-    denoiser(x, t): x is (batch, ...) float32 and t a tensor without dimensions, both on `device`;
-    returns a tensor, a tuple that starts with one, or an object with `.sample`.
-    scheduler: a diffusers DDIMScheduler; its timesteps are set here.
+    denoiser(x, t): x is (batch, ...) of `dtype` and t a tensor without dimensions, both on
+    `device`; returns a tensor, a tuple that starts with one, or an object with `.sample`.
+    scheduler: of diffusers; its timesteps are set here, and each batch is drawn by a copy.
     shape: (n, ...) of all images. seed: of the initial noise, which is drawn before batching, as
-    in `initial_noise`; so the images do not depend on batch_size beyond rounding.
+    in `initial_noise`; so the images do not depend on batch_size beyond rounding, where steps add
+    no noise. What they add comes from a generator for each batch.
     conditions: further inputs of the denoiser by name, (n, ...) each, one row for each image.
     parallel: whether processes share the batches (see `distributed`), all of which call this; each
     then has all images, with the bits they have in one process.  done: called by all of them after
@@ -89,20 +101,24 @@ def sample(
             f"{wrong[0]} has {len(rows[wrong[0]])} rows for {shape[0]} samples; give one for each"
         )
     noise = initial_noise(shape, seed=seed)
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    batches = list(zip(range(0, len(noise), batch_size), noise.split(batch_size), strict=True))
+    begin(scheduler, num_inference_steps, device)
+    starts = range(0, len(noise), batch_size)
+    generators = batch_generators(seed, len(starts))
+    batches = list(zip(starts, noise.split(batch_size), generators, strict=True))
     own = len(shard_indices(len(batches))) if parallel else len(batches)
     total = own * len(scheduler.timesteps)
     bar = tqdm(total=total, desc="sample", file=sys.stderr, disable=not progress or rank() > 0)
 
-    def draw(start: int, batch: Tensor) -> Tensor:
+    def draw(start: int, batch: Tensor, generator: torch.Generator) -> Tensor:
         part = {name: v[start : start + batch_size].to(device) for name, v in rows.items()}
 
         def answer(x: Tensor, t: Tensor) -> Any:
             bar.update()
             return denoiser(x, t, **part)
 
-        return denoised(answer, scheduler, batch.to(device), eta=0.0).cpu()
+        own = copy.deepcopy(scheduler)  # many keep what earlier steps gave
+        x = batch.to(device=device, dtype=dtype)
+        return denoised(answer, own, x, generator=generator).cpu()
 
     with bar:
         if not parallel:
@@ -137,26 +153,3 @@ def record_trajectory(
         inputs=torch.stack(inputs),
         outputs=torch.stack(outputs),
     )
-
-
-def prediction(answer: Any) -> Tensor:
-    """The tensor in a denoiser's answer: the answer itself, the first of a tuple, or `.sample`."""
-    first = answer[0] if isinstance(answer, tuple) else answer
-    return cast(Tensor, first if isinstance(first, Tensor) else first.sample)
-
-
-def denoised(
-    denoiser: Callable[[Tensor, Tensor], Any], scheduler: Any, noise: Tensor, **options: Any
-) -> Tensor:
-    """Images (n, ...) that a diffusers scheduler, its timesteps set, draws from `noise`.
-
-    denoiser(x, t): t is without dimensions; its answer is read by `prediction`.  options: of the
-    scheduler's `step`.
-    """
-    # Schedulers of flow matching have neither of the two.
-    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
-    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    for t in scheduler.timesteps:
-        answer = prediction(denoiser(scale(x, t), t))
-        x = scheduler.step(answer, t, x, return_dict=False, **options)[0]
-    return x
