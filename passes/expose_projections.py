@@ -157,7 +157,7 @@ def _write_out(gm: fx.GraphModule, node: fx.Node, path: str, module: Any) -> Non
 
     query, key, value = (by_head(x) for x in _projected(make, module, inputs))
     mask = _mask(make, call)
-    options = {} if mask is None else {"attn_mask": mask}
+    options: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
     mixed = make(F.scaled_dot_product_attention, query, key, value, **options)
     order = (0, 2, 1, 3) if module.batch_first else (2, 0, 1, 3)
     joined = make(torch.flatten, make(torch.permute, mixed, order), 2)

@@ -15,7 +15,7 @@ from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.quant.timestep_lookup import check_timesteps
 from tfmq_fx.serialization.provenance import Provenance
 
-from .prepare_model import with_layers
+from .product_layers import with_layers
 
 
 class FeatureRows:

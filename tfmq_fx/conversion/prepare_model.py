@@ -17,10 +17,7 @@ from tfmq_fx.core.config import Config
 from tfmq_fx.core.errors import CalibrationError
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.ir.graph import timestep_node
-from tfmq_fx.ir.graph_pass import Rewrite
 from tfmq_fx.ir.sites import check_weights, find_sites, left_by_module, plan_sites
-from tfmq_fx.passes.expose_projections import expose_projections
-from tfmq_fx.passes.fold_weights import fold_weights
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.observe_layers import observe_layers
 from tfmq_fx.serialization.module_settings import Behaviour
@@ -29,6 +26,7 @@ from tfmq_fx.serialization.staleness import OutsideTensors, StalenessCheck
 
 from .coverage import parameter_record
 from .models import Converted, Prepared
+from .product_layers import with_layers
 from .records import ConversionRecord, site_records
 
 
@@ -110,20 +108,6 @@ def observe_graph(
         unmerged=captured,
         behaviour=behaves,
     )
-
-
-def with_layers(
-    merged: fx.GraphModule, recipe: Config, overrides: Mapping[str, LayerConfig]
-) -> Rewrite:
-    """The graph with a layer for each product with weights that can have one.
-
-    Where nothing is quantized, outputs stay the same bit for bit; else up to the order of float
-    additions.
-    """
-    layers = (recipe.layers, recipe.first, recipe.last, *overrides.values())
-    if all(layer is None or layer.weights is None for layer in layers):
-        return fold_weights(merged)
-    return fold_weights(expose_projections(merged).gm)
 
 
 def record_provenance(

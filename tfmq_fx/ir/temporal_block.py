@@ -49,7 +49,7 @@ class Feature:
     @property
     def several(self) -> bool:
         """Whether there are several rows for each sample."""
-        return len(self.shape) == self.node.meta["val"].dim()
+        return bool(len(self.shape) == self.node.meta["val"].dim())
 
     def stored(self, rows: Tensor) -> Tensor:
         """The rows (K, *shape) as a table holds them: without the rows for each sample but the

@@ -40,7 +40,7 @@ class QuantConv(QuantLayer):
     """The base class of quantized convolutions; weights are (out, in / groups, *kernel)."""
 
     convolution: Callable[..., Tensor]
-    settings = (
+    settings: tuple[str, ...] = (
         "in_channels",
         "out_channels",
         "kernel_size",
@@ -49,7 +49,7 @@ class QuantConv(QuantLayer):
         "dilation",
         "groups",
     )
-    layer_settings = ("stride", "padding", "dilation", "groups", "padding_mode")
+    layer_settings: tuple[str, ...] = ("stride", "padding", "dilation", "groups", "padding_mode")
 
     def __init__(
         self,
@@ -146,10 +146,10 @@ class QuantConvTranspose(QuantConv):
     def borders(self) -> list[tuple[int, int]]:
         """What is put before and after each spatial dimension of x with its gaps filled, so that a
         convolution with the flipped kernel gives the output; negative where rows are left out."""
-        zipped = zip(
-            self.kernel_size, self.dilation, self.padding, self.output_padding, strict=True
-        )
-        reach = [(d * (k - 1) - int(p), o) for k, d, p, o in zipped]
+        sizes = zip(self.kernel_size, self.dilation, self.output_padding, strict=True)
+        reach = [
+            (d * (k - 1) - int(p), o) for (k, d, o), p in zip(sizes, self.padding, strict=True)
+        ]
         return [(before, before + more) for before, more in reach]
 
     def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
