@@ -31,6 +31,7 @@ from tfmq_fx.core.progress import progress_bar
 from tfmq_fx.core.version import __version__
 from tfmq_fx.ir.graph import device_of, timestep_node
 from tfmq_fx.ir.graph_pass import Rewrite
+from tfmq_fx.ir.held_values import EXAMPLES, repeated
 from tfmq_fx.ir.node_info import size_hint
 from tfmq_fx.quant.quant_layer import QuantLayer
 
@@ -230,7 +231,8 @@ def example_inputs(
 ) -> list[Tensor]:
     """Values for the placeholders of a graph, in the sizes that it was captured with.
 
-    Floats are standard normal times `factor`, integers 0 and booleans true.  timestep: None is the
+    Floats are standard normal times `factor`, integers 0 and booleans true; inputs that held values
+    are computed from are the example's.  timestep: None is the
     middle one of `timesteps`.
     """
     if timestep is None and timesteps is not None:
@@ -242,6 +244,8 @@ def example_inputs(
         sizes = [size_hint(size) for size in like.shape]
         if node is t and timestep is not None:
             value = timestep.expand(sizes)
+        elif node.target in gm.meta.get(EXAMPLES, {}):
+            value = repeated(gm.meta[EXAMPLES][node.target], sizes)
         elif like.is_floating_point():
             value = torch.randn(sizes, dtype=torch.float32, generator=generator)
             value = value * (1.0 if node is t else factor)

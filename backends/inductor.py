@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from tfmq_fx.backends.layer_check import Alone
 from tfmq_fx.backends.support import CPU
 from tfmq_fx.core.errors import ConfigError
-from tfmq_fx.ir.graph import device_of
+from tfmq_fx.ir.graph import device_of, opaque_modules
 from tfmq_fx.ir.graph_pass import Rewrite
 from tfmq_fx.ir.node_info import size_hint
 
@@ -63,7 +63,7 @@ class CpuCallable:
             options = {**options, "options": unguarded | (options.get("options") or {})}
         from tfmq_fx.backends.cpu.nans import mark_nans
 
-        self.compiled = mark_nans(torch.compile(gm, fullgraph=True, **options), gm)
+        self.compiled = mark_nans(_compiled(gm, options), gm)
         self.freezes, self.artifact, self.formats = freezes, artifact, _formats_of(gm)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -82,7 +82,7 @@ class CudaCallable:
     CUDA graphs, results are copied out of their memory, which the next call overwrites."""
 
     def __init__(self, gm: fx.GraphModule, options: dict[str, Any]) -> None:
-        self.compiled, self.formats = torch.compile(gm, fullgraph=True, **options), _formats_of(gm)
+        self.compiled, self.formats = _compiled(gm, options), _formats_of(gm)
         flags = options.get("options") or {}
         recorded = options.get("mode") in ("max-autotune", "reduce-overhead")
         self.copies = recorded or bool(flags.get("triton.cudagraphs"))
@@ -92,6 +92,26 @@ class CudaCallable:
         with _apart():
             results = self.compiled(*values)
             return tree_map_only(Tensor, Tensor.clone, results) if self.copies else results
+
+
+class _Eager(nn.Module):
+    """An opaque module that torch.compile leaves as it is, between two compiled graphs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def _compiled(gm: fx.GraphModule, options: dict[str, Any]) -> Any:
+    """A graph compiled by torch.compile: whole, or around its opaque modules."""
+    opaque = opaque_modules(gm)
+    for path, module in opaque.items():
+        gm.set_submodule(path, _Eager(module))
+    return torch.compile(gm, fullgraph=not opaque, **options)
 
 
 def compile_graph(

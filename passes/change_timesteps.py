@@ -131,7 +131,8 @@ def tables_at(
             found[name] = table.new_zeros((len(new), table.shape[1]))
             for feature, columns in _features(node):
                 width = columns.stop - columns.start
-                found[name][:, columns] = _columns(feature, rows[feature], width).to(table)
+                given = _columns(feature, rows[feature], width)
+                found[name][:, columns] = given.to(table)
     return Tables(
         new,
         frozenset(_buffer(node, 1) for node in lookups),

@@ -14,9 +14,10 @@ from torch import Tensor, fx
 from tfmq_fx.calibration.observers import Ranges
 from tfmq_fx.core.layer_config import ActivationSpec, LayerConfig
 from tfmq_fx.core.stages import Stage
-from tfmq_fx.ir.graph import insert_timestep_row, timestep_node
+from tfmq_fx.ir.graph import insert_timestep_row, opaque_modules, timestep_node
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 from tfmq_fx.ir.layer_edits import call_before, layer_input
+from tfmq_fx.ir.opaque_layers import example_arguments, inner_sites
 from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.quant.affine import activation_scales, weight_groups, weight_qparams
 from tfmq_fx.quant.gptq import round_nearest
@@ -40,7 +41,8 @@ def quantize_layers(
     plan: what each site becomes; sites it leaves in floating point are declined with that reason.
     ranges: the input range of each site that calibration ranges, over `timesteps` (K,).
     ready: layers quantized elsewhere (the temporal block), put in place as they are.
-    A site whose input does not carry the batch in dim 0 gets one static range.
+    A site whose input does not carry the batch in dim 0 gets one static range.  Layers inside
+    opaque modules are planned by name like sites, without calibrated ranges.
     """
     sites, declined = find_sites(gm)
     scales: dict[str, Tensor] = {}  # of sites with a scale for each timestep, (K,)
@@ -74,6 +76,7 @@ def quantize_layers(
     if scales:
         table = torch.stack(list(scales.values()), 1).to(timesteps.device)
         row = insert_timestep_row(gm, SCALES, table, timesteps)
+    changed += _quantize_inner(gm, plan, declined)
     calls = {site.name: site.nodes for site in sites}
     for column, name in enumerate(scales):
         for node in calls[name]:
@@ -81,6 +84,38 @@ def quantize_layers(
             read = call_before(node, operator.getitem, row, place, name=f"scale_{node.name}")
             node.args, node.kwargs = (layer_input(node), read), {}
     return Rewrite(gm, changed, declined)
+
+
+def _quantize_inner(
+    gm: fx.GraphModule, plan: Mapping[str, LayerConfig], declined: list[Declined]
+) -> int:
+    """Quantize the planned layers inside opaque modules; returns how many.
+
+    A module whose code does not take quantized layers stays in floating point.
+    """
+    sites, left = inner_sites(gm)
+    declined += left
+    changed = 0
+    for path, module in opaque_modules(gm).items():
+        inner = [site for site in sites if site.name.startswith(f"{path}.")]
+        planned = [site for site in inner if plan[site.name].weights is not None]
+        kept = "its configuration keeps it in floating point"
+        declined += [Declined(site.name, kept) for site in inner if site not in planned]
+        if not planned:
+            continue
+        for site in planned:
+            gm.set_submodule(site.name, _quantized(site, plan[site.name], per_timestep=False))
+        args, kwargs = example_arguments(gm.graph.find_nodes(op="call_module", target=path)[0])
+        try:
+            module(*args, **kwargs)
+        except Exception as error:  # whatever the model's code raises
+            reason = f"the code of {path} does not take quantized layers: {error}"
+            for site in planned:
+                gm.set_submodule(site.name, site.layer)
+                declined.append(Declined(site.name, reason))
+            continue
+        changed += len(planned)
+    return changed
 
 
 def _per_timestep(

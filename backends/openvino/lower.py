@@ -16,8 +16,9 @@ from tfmq_fx.backends.cpu.kernels import limited
 from tfmq_fx.backends.float_layers import FloatLayer
 from tfmq_fx.backends.saturation import openvino_is_exact, saturates
 from tfmq_fx.backends.support import CPU
-from tfmq_fx.core.errors import ConfigError
+from tfmq_fx.core.errors import BackendError, ConfigError
 from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import opaque_modules
 from tfmq_fx.ir.graph_pass import Declined, Rewrite, graph_pass
 from tfmq_fx.quant.modules import QuantLinear
 from tfmq_fx.quant.quant_layer import QuantLayer
@@ -92,6 +93,11 @@ def compile_graph(
     if unknown:
         raise ConfigError(
             f"backend 'openvino' has no option {', '.join(unknown)}; it takes {', '.join(OPTIONS)}"
+        )
+    if opaque := [*opaque_modules(gm)]:
+        raise BackendError(
+            f"backend 'openvino': {opaque[0]} runs as the model's own code, which OpenVINO cannot "
+            f"take. Use backend='inductor' or 'eager'."
         )
     if precision not in get_args(Precision):
         raise ConfigError(f"precision={precision!r}; choose from {', '.join(get_args(Precision))}")

@@ -83,6 +83,23 @@ def row_bytes(inputs: Sequence[Tensor], batched: Sequence[bool]) -> int:
     return sum((x[:1] if b else x).nbytes for x, b in zip(inputs, batched, strict=True))
 
 
+def _in_place(
+    rows: Sequence[tuple[Tensor, ...]], held: Mapping[int, Tensor], batch: int
+) -> list[tuple[Tensor, ...]]:
+    """The rows in an order in which each batch has the values `held`, some of them repeated."""
+    places = [
+        [row for row in rows if all(torch.equal(row[k][0], v[i]) for k, v in held.items())]
+        for i in range(batch)
+    ]
+    if missing := [i for i, fitting in enumerate(places) if not fitting]:
+        raise CalibrationError(
+            f"no sample of calibration has the values at place {missing[0]} of the batch for which "
+            f"the graph was captured: calibrate with inputs such as the example"
+        )
+    longest = max(map(len, places))
+    return [fitting[n % len(fitting)] for n in range(longest) for fitting in places]
+
+
 class SampleCache:
     """A bounded, seeded sample of the inputs calibration saw, spread evenly over timesteps.
 
@@ -171,6 +188,7 @@ class SampleCache:
         seed: int,
         center: float | None = None,
         whole: bool = False,
+        held: Mapping[int, Tensor] | None = None,
     ) -> list[tuple[Tensor, ...]]:
         """About `count` samples, shuffled, in batches of `batch_size`.
 
@@ -178,11 +196,16 @@ class SampleCache:
         Samples are spread evenly over timesteps; with `center`, timesteps are drawn from a normal
         distribution about that share of the sorted set, with a deviation of half the set (PTQ4DM);
         then there are fewer than `count` where a timestep has too few samples.
+        held: values that inputs have in every batch, by position: samples stand where they had
+        them.
+        Raises CalibrationError where there is no sample for a place.
         """
         random = np.random.default_rng(seed)
         shares = self._shares(count, center, random)
         picked = [row for step in sorted(shares) for row in self.rows[step][: shares[step]]]
         picked = [picked[i] for i in random.permutation(len(picked))][:count]
+        if held:
+            picked = _in_place(picked, held, batch_size)
         if whole:
             lacking = -len(picked) % batch_size
             picked += itertools.islice(itertools.cycle(list(picked)), lacking)

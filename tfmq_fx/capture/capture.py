@@ -19,11 +19,14 @@ from torch.fx.proxy import Proxy
 from tfmq_fx.core.errors import CaptureError, InputError, StateError, TfmqError
 from tfmq_fx.core.module_overrides import refuse_hooks
 from tfmq_fx.core.stages import Stage
+from tfmq_fx.ir.graph import OPAQUE
 from tfmq_fx.ir.graph_pass import prune
+from tfmq_fx.ir.held_values import EXAMPLES
 from tfmq_fx.ir.verifier import check
 
 from .call_inference import Dynamic, describe_call
 from .call_spec import CallSpec
+from .data_dependence import Allowances, DataDependent
 from .export_route import Exported, export
 from .fake_values import SizeTest
 from .free_sizes import held_sizes, less_batch, mixes_batch, sizes_of_rows, sizes_without
@@ -31,6 +34,7 @@ from .guards import guard, same_operations
 from .input_checks import BATCH, plain_number
 from .model_checks import check_model, check_names
 from .nested_values import Branch, Const, Structure, outline
+from .opaque_modules import remarks, trace_in_part
 from .outside_tensors import BAKED, OUTSIDE
 from .replay import arguments, model_error, replay, structural_clone
 from .torch_patches import plain_transformers
@@ -127,6 +131,8 @@ def _with_free_sizes(
 
     def attempt(free: Dynamic, form: tuple[int, ...] | None = None) -> Captured:
         described = describe_call(model, example_inputs, timestep, free, form)
+        if captured is not None and OPAQUE in captured.gm.meta:
+            return _in_part(model, *described)
         return _traced_or_exported(model, *described)
 
     def has_free_batch(captured: Captured) -> bool:
@@ -142,7 +148,8 @@ def _with_free_sizes(
         if model_error(model, call, examples) is None:
             raise
         refusal = error
-    if captured is None or not has_free_batch(captured):
+    holds = captured is not None and captured.gm.meta.get(EXAMPLES)  # of each sample, likely
+    if not holds and (captured is None or not has_free_batch(captured)):
         for free in less_batch(call):
             with contextlib.suppress(CaptureError):
                 if has_free_batch(other := attempt(free)):
@@ -201,9 +208,32 @@ def _traced_or_exported(model: nn.Module, call: CallSpec, examples: list[Tensor]
             gm, call, notes = _proved(model, call, examples, trace, binding)
         except CaptureError as error:
             refusal.add_note(f"torch.export does not help: {_first_line(error)}")
-            raise refusal from error
+            if not isinstance(refusal, DataDependent):
+                raise refusal from error
+            try:
+                return _in_part(model, call, examples)
+            except CaptureError as last:
+                if isinstance(last, StateError):
+                    raise
+                refusal.__notes__[-1] += (
+                    f"\nNor does leaving modules as they are: {_first_line(last)}"
+                )
+                raise refusal from last
         route, notes = "export", [f"captured by torch.export, since {_first_line(refusal)}", *notes]
     return Captured(gm, call, route, 0.0, tuple(notes))
+
+
+def _in_part(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Captured:
+    """The graph that leaves modules as they are whose code depends on data, and holds conditions.
+
+    Raises CaptureError where there is none.
+    """
+    trace, allowed = trace_in_part(
+        model, call, examples, lambda allowed: _trace(model, call, examples, allowed=allowed)
+    )
+    binding = _binding(model, call, examples, trace, allowed)
+    gm, call, notes = _proved(model, call, examples, trace, binding)
+    return Captured(gm, call, "trace", 0.0, (*remarks(gm), *notes))
 
 
 def _proved(
@@ -248,10 +278,12 @@ def _trace(
     examples: list[Tensor],
     forced: Mapping[SizeTest, bool] | None = None,
     exported: Exported | None = None,
+    allowed: Allowances | None = None,
 ) -> _Trace:
     """Trace the model; tests in `forced` have the outcome that is stated there.
 
-    exported: trace this form of the model in place of its code.
+    exported: trace this form of the model in place of its code.  allowed: what may be kept of code
+    that depends on data.
     """
     import sympy  # type: ignore[import-untyped]
     from torch._dynamo.source import ConstantSource  # takes longer to import than all of torch
@@ -288,12 +320,17 @@ def _trace(
         output, leaves = _flat(clone, call, proxies, samples)
         return leaves
 
-    tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {})
+    tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {}, allowed)
     try:
         graph = tracer.run()
-        if tracer.leaves_values():  # a second run raises where the next call reads them
-            tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {})
-            graph = tracer.run()
+        replaced = tracer.replaced
+        if tracer.leaves_values() or replaced is not None:
+            # A second run raises where the next call reads them.
+            tracer = ValueTracer(clone, model, mode, fakes, run, names, forced or {}, allowed)
+            try:
+                graph = tracer.run()
+            except StateError as error:
+                raise (replaced or error) from error
     except TfmqError:
         raise
     except Exception as error:
@@ -310,6 +347,9 @@ def _trace(
     gm.meta.update(stage=Stage.CAPTURED, timestep=call.timestep, conditions=list(call.conditions))
     outside = tracer.outside if exported is None else exported.constants
     read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    if allowed is not None:
+        gm.meta[OPAQUE] = dict(allowed.opaque)
+        gm.meta[EXAMPLES] = tracer.held
     gm.meta[BAKED] = sorted(tracer.baked)
     gm.meta[OUTSIDE] = {name: weakref.ref(v) for name, v in outside.items() if name in read}
     check(gm, Stage.CAPTURED)
@@ -341,7 +381,11 @@ def _export(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exporte
 
 
 def _binding(
-    model: nn.Module, call: CallSpec, examples: list[Tensor], trace: _Trace
+    model: nn.Module,
+    call: CallSpec,
+    examples: list[Tensor],
+    trace: _Trace,
+    allowed: Allowances | None = None,
 ) -> list[SizeTest]:
     """The tests whose outcome changes the operations of the graph.
 
@@ -351,7 +395,7 @@ def _binding(
     def idle(tests: list[SizeTest]) -> bool:
         turned = {dataclasses.replace(test, held=True): not test.held for test in tests}
         try:
-            other = _trace(model, call, examples, turned)
+            other = _trace(model, call, examples, turned, allowed=allowed)
         except TfmqError:
             return False
         return other.output == trace.output and same_operations(trace.gm.graph, other.gm.graph)

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from tfmq_fx.core.errors import ConfigError
 
-TEXT_TOKENS = 16
-CLIP_TOKENS = 77  # text tokens of models that are conditioned on CLIP
-GRID = 16  # side in tokens of packed latents, side in pixels of latents whose config has no size
-FRAMES = 3
+from .input_maker import TEXT_TOKENS, Maker
 
 # Facts that neither names nor config contain. Timesteps: value, dtype (None: the model's); models
 # that are not listed take integers. Flow matching counts time from 0 to 1 or as floats to 1000; SVD
@@ -30,8 +27,12 @@ TIMESTEPS: dict[str, tuple[float, torch.dtype | None]] = {
     "FluxTransformer2DModel": (0.5, None),
     "HunyuanDiT2DModel": (500.0, None),
     "HunyuanVideoTransformer3DModel": (500.0, None),
+    "HunyuanDiT2DControlNetModel": (500.0, None),
+    "HunyuanImageTransformer2DModel": (500.0, None),
+    "HunyuanVideo15Transformer3DModel": (500.0, torch.float32),
     "LTXVideoTransformer3DModel": (500.0, torch.float32),
     "LongCatImageTransformer2DModel": (0.5, None),
+    "Lumina2Transformer2DModel": (0.5, None),
     "OvisImageTransformer2DModel": (0.5, None),
     "QwenImageControlNetModel": (0.5, None),
     "QwenImageTransformer2DModel": (0.5, None),
@@ -46,79 +47,7 @@ FRAMES_FIRST = (  # (batch, frames, channels, ...), where other videos have chan
     "ConsisIDTransformer3DModel",
     "UNetSpatioTemporalConditionModel",
 )
-CLIP_TEXT = ("UNet2DConditionModel", "ControlNetModel")
-IMAGE_TOKENS = {"UNetSpatioTemporalConditionModel": 1}  # conditioned on an image, not on text
-
-
-class Maker:
-    """A source of one model's inputs: sizes from its config, values from one seeded generator."""
-
-    def __init__(self, model: nn.Module, batch: int, scale: int) -> None:
-        self.kind = type(model).__name__
-        self.batch, self.scale = batch, scale
-        self.names = list(inspect.signature(model.forward).parameters)
-        self.config = getattr(model, "config", None)
-        parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        self.dtype, self.device = parameter.dtype, parameter.device
-        on_meta = self.device.type == "meta"
-        self.generator = None if on_meta else torch.Generator(self.device).manual_seed(0)
-
-    def get(self, *keys: str) -> Any:
-        """The first of `keys` that the config sets, or None."""
-        read = getattr(self.config, "get", None) or (lambda key: getattr(self.config, key, None))
-        return next((value for value in map(read, keys) if value is not None), None)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=self.dtype, device=self.device, generator=self.generator)
-
-    def features(self, key: str, *tokens: int) -> Tensor | None:
-        """A normal tensor (batch, *tokens, width), where the config sets the width as `key`."""
-        width = self.get(key)
-        return self.normal(self.batch, *tokens, width) if width else None
-
-    def integers(self, high: int) -> Tensor:
-        """A tensor (batch,) of integers in [0, high)."""
-        return torch.randint(high, (self.batch,), device=self.device, generator=self.generator)
-
-    def full(self, value: float, dtype: torch.dtype | None) -> Tensor:
-        return torch.full((self.batch,), value, dtype=dtype or self.dtype, device=self.device)
-
-    def rows(self, *row: float) -> Tensor:
-        """A tensor (batch, len(row)) with `row` for each sample, in the model's dtype."""
-        return torch.tensor([row] * self.batch, dtype=self.dtype, device=self.device)
-
-    def positions(self, *sides: int) -> Tensor:
-        """The coordinates of a grid, (tokens, len(sides)), the last running fastest."""
-        axes = [torch.arange(side, device=self.device) for side in sides]
-        grid = torch.meshgrid(*axes, indexing="ij")
-        return torch.stack(grid, dim=-1).flatten(0, -2).to(self.dtype)
-
-    def size(self) -> tuple[int, int]:
-        """The height and width of the latents, or of the token grid of packed latents."""
-        size = self.get("sample_size")
-        height, width = size if isinstance(size, (list, tuple)) else (size or GRID, size or GRID)
-        height, width = self.get("sample_height") or height, self.get("sample_width") or width
-        return self.scale * height, self.scale * width
-
-    def pixels(self) -> tuple[float, float]:
-        """The height and width of the image in pixels."""
-        height, width = self.size()
-        return 8.0 * height, 8.0 * width
-
-    def frames(self) -> int:
-        """The number of frames of a video's latents."""
-        if self.get("sample_frames"):
-            each = self.get("temporal_compression_ratio") or 1
-            return int((self.get("sample_frames") - 1) // each + 1)
-        patch = self.get("patch_size")
-        each = self.get("patch_size_t") or (patch[0] if isinstance(patch, (list, tuple)) else 1)
-        return int(FRAMES * each)
-
-    def tokens(self) -> int:
-        """The number of tokens in encoder_hidden_states."""
-        usual = CLIP_TOKENS if self.kind in CLIP_TEXT else TEXT_TOKENS
-        length = self.get("text_len", "max_text_seq_length") or usual
-        return IMAGE_TOKENS.get(self.kind, int(length))
+UNPACKED = "HiDreamImageTransformer2DModel"  # has img_ids, and takes the latents as an image too
 
 
 def latents(make: Maker) -> Tensor | None:
@@ -128,7 +57,8 @@ def latents(make: Maker) -> Tensor | None:
     if channels is None:
         return None
     height, width = make.size()
-    if "img_ids" in make.names or "img_shapes" in make.names:
+    packed = "img_ids" in make.names or "img_shapes" in make.names
+    if packed and make.kind != UNPACKED:
         return make.normal(make.batch, height * width, channels)
     if {"num_frames", "height", "width"} <= set(make.names):
         return make.normal(make.batch, make.frames() * height * width, channels)
@@ -158,6 +88,7 @@ def text(make: Maker) -> Tensor | None:
         "text_embed_dim",
         "text_dim",
         "cap_feat_dim",
+        "context_in_dim",
         "cross_attention_dim",
     )
     if isinstance(width, (list, tuple)):  # one for each block
@@ -200,19 +131,36 @@ def token_ids(make: Maker) -> dict[str, Tensor]:
     }
 
 
-def added_conditions(make: Maker) -> dict[str, Tensor] | None:
-    """The added_cond_kwargs of SDXL (sizes, pooled text), Kandinsky (image) or PixArt-alpha."""
+def adapter_images(make: Maker) -> list[Tensor]:
+    """The image features of each IP-Adapter: (batch, 1 image, width), or (batch, 1 image, tokens,
+    width) where it takes all tokens of CLIP."""
+    features = []
+    for layer in make.model.encoder_hid_proj.image_projection_layers:  # type: ignore[union-attr]
+        linear = next(part for part in layer.modules() if isinstance(part, nn.Linear))
+        tokens = () if type(layer).__name__ == "ImageProjection" else (257,)
+        features.append(make.normal(make.batch, 1, *tokens, linear.in_features))
+    return features
+
+
+def added_conditions(make: Maker) -> dict[str, Any] | None:
+    """The added_cond_kwargs of SDXL (sizes, pooled text), Kandinsky (image), IP-Adapters or
+    PixArt-alpha."""
     kind = make.get("addition_embed_type")
     height, width = make.pixels()
     if kind == "text_time":
         joined = make.get("projection_class_embeddings_input_dim")
         each = make.get("addition_time_embed_dim")
-        return {
+        added: dict[str, Any] = {
             "text_embeds": make.normal(make.batch, joined - 6 * each),
             "time_ids": make.rows(height, width, 0.0, 0.0, height, width),
         }
+        if make.get("encoder_hid_dim_type") == "ip_image_proj":
+            added["image_embeds"] = adapter_images(make)
+        return added
     if kind == "image":
         return {"image_embeds": make.normal(make.batch, make.get("encoder_hid_dim"))}
+    if make.get("encoder_hid_dim_type") == "ip_image_proj":
+        return {"image_embeds": adapter_images(make)}
     additional = make.get("use_additional_conditions")
     if additional is None:  # PixArt-alpha decides by its size then
         additional = make.kind == "PixArtTransformer2DModel" and make.get("sample_size") == 128
@@ -257,6 +205,56 @@ def control_image(make: Maker) -> Tensor | None:
     return make.normal(make.batch, channels, height, width)
 
 
+def second_text(make: Maker) -> Tensor | None:
+    """The features of T5 for models that project those of two text encoders."""
+    widths = make.get("caption_channels")
+    if make.get("llama_layers") and widths:
+        return make.normal(make.batch, TEXT_TOKENS, widths[0])
+    return make.features("cross_attention_dim_t5", make.get("text_len_t5"))
+
+
+def layered_text(make: Maker) -> Tensor | None:
+    """The features of each of the layers of Llama that the model reads."""
+    layers, widths = make.get("llama_layers"), make.get("caption_channels")
+    if not layers or not widths:
+        return None
+    return make.normal(max(layers) + 1, make.batch, TEXT_TOKENS, widths[1])
+
+
+def patches(make: Maker) -> int:
+    """The number of patches of an image."""
+    patch = make.get("patch_size") or 1
+    return math.prod(side // patch for side in make.size())
+
+
+def sequence(make: Maker) -> int | None:
+    """The length of text, timestep and image as one sequence (OmniGen)."""
+    return TEXT_TOKENS + 1 + patches(make) if make.get("vocab_size") else None
+
+
+def token_numbers(make: Maker, key: str, tokens: int) -> Tensor | None:
+    """Numbers (batch, tokens) of tokens of a vocabulary whose size the config sets as `key`."""
+    high = make.get(key)
+    if not high:
+        return None
+    shape = (make.batch, tokens)
+    return torch.randint(high, shape, device=make.device, generator=make.generator)
+
+
+def joint_mask(make: Maker) -> Tensor | None:
+    """A mask (batch, length, length) of ones over a joint sequence."""
+    length = sequence(make)
+    return None if length is None else make.normal(make.batch, length, length) * 0 + 1
+
+
+def joint_positions(make: Maker) -> Tensor | None:
+    """The positions (batch, length) in a joint sequence."""
+    length = sequence(make)
+    if length is None:
+        return None
+    return torch.arange(length, device=make.device).expand(make.batch, length).clone()
+
+
 STYLE = "use_style_cond_and_image_meta_size"  # config key of HunyuanDiT
 RULES: dict[str, Callable[[Maker], Any]] = {
     # only the configs of UNets and ControlNets have a size
@@ -264,11 +262,31 @@ RULES: dict[str, Callable[[Maker], Any]] = {
     "hidden_states": latents,
     "x": image_list,
     **dict.fromkeys(
-        ("timestep", "t"), lambda make: make.full(*TIMESTEPS.get(make.kind, (1, torch.int64)))
+        ("timestep", "timesteps", "t"),
+        lambda make: make.full(*TIMESTEPS.get(make.kind, (1, torch.int64))),
     ),
     "encoder_hidden_states": text,
-    "encoder_hidden_states_t5": lambda make: make.features(
-        "cross_attention_dim_t5", make.get("text_len_t5")
+    "encoder_hidden_states_t5": second_text,
+    "encoder_hidden_states_llama3": layered_text,
+    "encoder_hidden_states_2": lambda make: make.features("text_embed_2_dim", TEXT_TOKENS),
+    "encoder_attention_mask_2": lambda make: (
+        mask(make, TEXT_TOKENS) if make.get("text_embed_2_dim") else None
+    ),
+    "image_embeds": lambda make: (
+        make.get("image_embed_dim")
+        and make.normal(make.batch, 1, make.get("image_embed_dim")) * 0  # zeros: no image
+    ),
+    "pooled_embeds": lambda make: make.features("text_emb_dim"),
+    "input_ids": lambda make: sequence(make) and token_numbers(make, "vocab_size", TEXT_TOKENS),
+    "input_img_latents": lambda make: [],
+    "input_image_sizes": lambda make: {},
+    "attention_mask": joint_mask,
+    "position_ids": joint_positions,
+    "prior_token_id": lambda make: token_numbers(
+        make, "prior_vq_quantizer_codebook_size", patches(make)
+    ),
+    "prior_token_drop": lambda make: torch.zeros(
+        make.batch, patches(make), dtype=torch.bool, device=make.device
     ),
     "encoder_hidden_states_image": lambda make: make.features("image_dim", 257),  # tokens of CLIP
     "cap_feats": lambda make: (
@@ -285,7 +303,7 @@ RULES: dict[str, Callable[[Maker], Any]] = {
     "pooled_projections": lambda make: make.features("pooled_projection_dim"),
     "guidance": lambda make: make.full(3.5, torch.float32) if make.get("guidance_embeds") else None,
     "timestep_cond": lambda make: make.features("time_cond_proj_dim"),
-    "img_ids": lambda make: token_ids(make)["img_ids"],
+    "img_ids": lambda make: None if make.kind == UNPACKED else token_ids(make)["img_ids"],
     "txt_ids": lambda make: token_ids(make)["txt_ids"],
     "img_shapes": lambda make: [[(1, *make.size())]] * make.batch,
     "txt_seq_lens": lambda make: [make.tokens()] * make.batch,
@@ -310,10 +328,11 @@ def example_inputs(model: nn.Module, batch: int = 2, *, scale: int = 1) -> dict[
 
     `scale` multiplies height and width. Optional inputs that the config does not require are left
     out. The values depend on the model's class, config, dtype and device alone. Raises ConfigError
-    naming the parameter that cannot be derived.
+    naming the parameters that cannot be derived, and the call that gives them.
     """
     make = Maker(model, batch, scale)
     inputs: dict[str, Any] = {}
+    missing: list[str] = []
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
@@ -321,8 +340,19 @@ def example_inputs(model: nn.Module, batch: int = 2, *, scale: int = 1) -> dict[
         if value is not None:
             inputs[name] = value
         elif parameter.default is parameter.empty:
-            raise ConfigError(
-                f"example_inputs cannot be derived for {make.kind}: neither its config nor a rule "
-                f"says what {name!r} is. Pass example_inputs=({name}, ...) to prepare()."
-            )
+            missing.append(name)
+    if missing:
+        raise ConfigError(
+            f"example_inputs cannot be derived for {make.kind}: neither its config nor a rule says "
+            f"what {' and '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'}. Pass "
+            f'them: inputs = tfmq_fx.record_inputs(pipe, "a prompt"); tfmq_fx.prepare(model, '
+            f"inputs); or prepare(model, {{{', '.join(f'{n!r}: ...' for n in names_of(model))}}})"
+        )
     return inputs
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """The names of the parameters of forward that have no default."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]

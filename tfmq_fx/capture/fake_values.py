@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from tfmq_fx.core.errors import CaptureError
+from tfmq_fx.ir.held_values import check_held
 
 from .proxies import source_line
 
@@ -58,6 +59,18 @@ class FakeValues(fx.Tracer):
         self._numbers: dict[Any, int] = {}  # expression of a size -> its number in keys
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
         self._writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+
+    def refusal(self, what: str, nodes: Iterable[fx.Node]) -> CaptureError:
+        """The error for code that depends on the data of `nodes`."""
+        raise NotImplementedError
+
+    def is_opaque(self, path: str) -> bool:
+        """Whether the module at `path` is called as it is."""
+        raise NotImplementedError
+
+    def opaque_value(self, node: fx.Node) -> Any:
+        """The value of a call of an opaque module."""
+        raise NotImplementedError
 
     def whereabouts(self) -> str:
         """The module path and source line of the code that is traced."""
@@ -115,6 +128,10 @@ class FakeValues(fx.Tracer):
         target: Any = node.target
         if target is torch.ops.aten.sym_size.int:
             return args[0].shape[args[1]]
+        if target is check_held:
+            return None
+        if node.op == "call_module" and self.is_opaque(target):
+            return self.opaque_value(node)
         if node.op == "call_method":
             args, target = args[1:], getattr(args[0], target)
         elif node.op == "call_module":
@@ -141,11 +158,12 @@ class FakeValues(fx.Tracer):
         ) as error:
             name = getattr(node.target, "__name__", str(node.target))
             what = "size" if isinstance(error, DynamicOutputShapeException) else "value"
-            raise CaptureError(
-                f"{self.whereabouts()}: the {what} of what {name} returns depends on a tensor's "
-                f"data, and a graph has no such {what}s. Compute all positions and mask those that "
-                f"do not count (torch.where), or compute {name} outside of the model and pass its "
-                f"result as an input."
+            raise self.refusal(
+                f"the {what} of what {name} returns depends on a tensor's data, and a graph has no "
+                f"such {what}s. Compute all positions and mask those that do not count "
+                f"(torch.where), or compute {name} outside of the model and pass its result as an "
+                f"input.",
+                tensors,
             ) from error
         finally:
             self.computing = False

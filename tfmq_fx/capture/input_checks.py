@@ -96,10 +96,9 @@ def check_timestep(
 ) -> Tensor:
     """The timestep as (batch,) of the captured dtype.
 
-    dims: the number of dimensions in which forward takes it; all but the first have size one.
-
     Numbers and tensors in double precision are rounded to float32, where the graph takes that;
     all else must be held exactly.
+    dims: the number of dimensions in which forward takes it; all but the first have size one.
     """
     size = spec.shape[0]
     integral = not spec.dtype.is_floating_point

@@ -44,6 +44,7 @@ class Recorder(Protocol):
     def decide(self, value: Any) -> bool: ...
     def fix(self, value: Any, convert: Callable[[Any], Any]) -> Any: ...
     def whereabouts(self) -> str: ...
+    def read(self, proxy: TensorProxy, what: str) -> Tensor: ...
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any: ...
@@ -159,17 +160,13 @@ class TensorProxy(ValueProxy, Tensor):  # type: ignore[misc]
         raise AttributeError(f"'Tensor' object has no attribute {name!r}")
 
 
-def _refusal(what: str) -> Callable[..., Any]:
-    """A method that raises CaptureError, as its result depends on a tensor's data."""
+def _reader(name: str, what: str) -> Callable[..., Any]:
+    """A method that asks the tracer for a tensor's data, on which its result depends."""
 
-    def refuse(self: TensorProxy, *args: Any, **kwargs: Any) -> Any:
-        raise CaptureError(
-            f"{self.tracer.whereabouts()}: {what} of a tensor's data ({self.node.name}) decides "
-            f"what runs next; a graph cannot follow it. Make the decision from shapes or from "
-            f"constants, or move it out of the model."
-        )
+    def read(self: TensorProxy, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.tracer.read(self, what), name)(*args, **kwargs)
 
-    return refuse
+    return read
 
 
 for _name, _what in {
@@ -183,7 +180,7 @@ for _name, _what in {
     "tolist": ".tolist()",
     "numpy": ".numpy()",
 }.items():
-    setattr(TensorProxy, _name, _refusal(_what))
+    setattr(TensorProxy, _name, _reader(_name, _what))
 
 
 def _recorded(target: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from tfmq_fx.core.errors import CaptureError
+from tfmq_fx.core.errors import CaptureError, InputError
 from tfmq_fx.ir.graph import same_memory
+from tfmq_fx.ir.held_values import EXAMPLES, repeated
 
 from .call_spec import CallSpec
 from .input_checks import BATCH
@@ -46,10 +47,10 @@ def arguments(call: CallSpec, values: list[Any], samples: int) -> dict[str, Any]
 def model_error(model: nn.Module, call: CallSpec, examples: list[Tensor]) -> Exception | None:
     """The error that the model raises at the example's sizes in a first or second call, if any."""
     reference, sizes = structural_clone(model), call.sizes_of(examples)
-    with torch.no_grad(), _forked_rng(examples):
+    with torch.no_grad(), forked_rng(examples):
         for seed in (0, 1):
             try:
-                reference(**_inputs(call, examples, sizes, seed, True))
+                reference(**random_inputs(call, examples, sizes, seed, True))
             except Exception as error:
                 return error
     return None
@@ -68,17 +69,17 @@ def replay(
             f"at the example's sizes {sizes}: {type(model).__name__} cannot be called twice "
             f"itself: {type(error).__name__}: {error}"
         )
-    for n, others in enumerate(_other_sizes(call, sizes), start=1):
+    for n, others in enumerate(other_sizes(call, sizes), start=1):
         if _equal(model, gm, call, examples, others, seed=n):
             return []
     return [f"replayed at {sizes} only: no other size that the guards allow could be run"]
 
 
-def _forked_rng(examples: list[Tensor]) -> AbstractContextManager[None]:
+def forked_rng(examples: list[Tensor]) -> AbstractContextManager[None]:
     return torch.random.fork_rng([value.device for value in examples if value.is_cuda][:1])
 
 
-def _other_sizes(call: CallSpec, sizes: dict[str, int]) -> Iterator[dict[str, int]]:
+def other_sizes(call: CallSpec, sizes: dict[str, int]) -> Iterator[dict[str, int]]:
     """Sizes other than the example's that the guards allow; first those that change every size."""
     images: list[dict[str, int]] = [{}]
     others = {name: n + 8 for name, n in sizes.items() if name not in (BATCH, "height", "width")}
@@ -110,12 +111,13 @@ def _equal(
 ) -> bool:
     """Compare graph and model on random inputs; return False if the model fails at these sizes."""
     want_dict = seed == 0
-    kwargs = _inputs(call, examples, sizes, seed, want_dict)
+    held = gm.meta.get(EXAMPLES, ())
+    kwargs = random_inputs(call, examples, sizes, seed, want_dict, held)
     reference = structural_clone(model)
-    with torch.no_grad(), _forked_rng(examples):
+    with torch.no_grad(), forked_rng(examples):
         try:
             if seed == 0:  # state that one call leaves must not change the next
-                reference(**_inputs(call, examples, sizes, seed - 1, want_dict))
+                reference(**random_inputs(call, examples, sizes, seed - 1, want_dict, held))
             torch.manual_seed(seed)
             expected = reference(**kwargs)
         except Exception as error:
@@ -123,9 +125,13 @@ def _equal(
             return False
         torch.manual_seed(seed)
         # again: the model may have taken things out of its lists and dicts
-        bound, _ = call.bind((), _inputs(call, examples, sizes, seed, want_dict))
+        again = random_inputs(call, examples, sizes, seed, want_dict, held)
+        bound, _ = call.bind((), again)
         try:
             actual = call.rebuild(gm(*bound), want_dict)
+        except InputError as error:  # a held value is another at these sizes
+            log.debug("the graph refuses %s: %s", sizes, error)
+            return False
         except Exception as error:
             raise CaptureError(
                 f"replay at {sizes}: the model runs, its graph raises {type(error).__name__}: "
@@ -135,15 +141,21 @@ def _equal(
     return True
 
 
-def _inputs(
-    call: CallSpec, examples: list[Tensor], sizes: dict[str, int], seed: int, want_dict: bool
+def random_inputs(
+    call: CallSpec,
+    examples: list[Tensor],
+    sizes: dict[str, int],
+    seed: int,
+    want_dict: bool,
+    held: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Random arguments of forward at `sizes`."""
+    """Random arguments of forward at `sizes`; the inputs `held` have the example's values."""
     generator = torch.Generator().manual_seed(seed)
-    values = [
-        _random(example, [sizes[s] if isinstance(s, str) else s for s in spec.shape], generator)
-        for spec, example in zip(call.inputs, examples, strict=True)
-    ]
+    values = []
+    for spec, example in zip(call.inputs, examples, strict=True):
+        shape = [sizes[s] if isinstance(s, str) else s for s in spec.shape]
+        value = _random(example, shape, generator)
+        values.append(repeated(example, shape) if spec.name in held else value)
     t = call.timestep_position
     values[t] = _timesteps(examples[t], len(values[t]), seed)
     kwargs = arguments(call, values, sizes.get(BATCH, len(values[t])))

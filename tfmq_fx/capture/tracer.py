@@ -10,7 +10,7 @@ import collections
 import contextlib
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ from tfmq_fx.core.errors import CaptureError, StateError
 from tfmq_fx.core.module_overrides import is_plain, replaced_forward
 from tfmq_fx.core.stages import REPLACED
 from tfmq_fx.ir.functionalize import functionalize
-from tfmq_fx.ir.graph import named_tensors
+from tfmq_fx.ir.graph import held_tensors, named_tensors
 from tfmq_fx.ir.node_info import value_inputs
 
-from .fake_values import SYMBOLIC, FakeValues, SizeTest
+from .data_dependence import Allowances, DataDependent, Unfit
+from .data_values import DataValues
+from .fake_values import SYMBOLIC, SizeTest
 from .proxies import SizeProxy, Sizes, TensorProxy
 from .torch_patches import RECORDED, patched
 
@@ -34,7 +36,7 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 TRACING = threading.RLock()  # torch.fx patches nn.Module for the whole process: one trace at a time
 
 
-class ValueTracer(FakeValues):
+class ValueTracer(DataValues):
     """A tracer for one run of one model.
 
     original: the model that `model` is a copy of. Forwards and hooks put on its parts may refer to
@@ -42,10 +44,12 @@ class ValueTracer(FakeValues):
     inputs: fake tensors of `mode`, one for each placeholder.  call: runs the model on a proxy for
     each input and returns the flat outputs.  The modules of the model are changed only where one
     works in place (inplace=True) without need.
+    allowances: what may be kept of code that depends on data; None: nothing.
     names: symbol of a free size -> symbol with a readable name.  forced: outcomes to pretend, keyed
     by the test with held=True.
     tests: the conditions on sizes that the model's code tested, in order.  outside: tensors that
     the code reads and no module of the model holds, by the names of their copies in the graph.
+    replaced: the error for a buffer that the code replaces, if the next call reads it.
     baked: names of the model's tensors from which its code computed constants, which a graph cannot
     update (a function that holds a weight by itself).
     """
@@ -59,8 +63,9 @@ class ValueTracer(FakeValues):
         call: Callable[[list[Any]], Any],
         names: Mapping[Any, Any],
         forced: Mapping[SizeTest, bool],
+        allowances: Allowances | None = None,
     ) -> None:
-        super().__init__(mode, names, forced)
+        super().__init__(mode, names, forced, allowances)
         self.last = "before its first operation"  # module and line of the latest operation
         self._model, self._inputs, self._call = model, inputs, call
         self._thread = threading.get_ident()
@@ -68,12 +73,14 @@ class ValueTracer(FakeValues):
         # Reversed: of several names for one module or tensor, the first counts.
         copies = dict(model.named_modules(remove_duplicate=False))
         self._paths = {module: name for name, module in reversed(copies.items())}
-        tensors = [*named_tensors(model), *_all_tensors(original)]
-        self._tensors = {id(tensor): name for name, tensor in reversed(tensors)}
+        tensors = [*named_tensors(model), *held_tensors(original)]
+        # Proxies are what a first run left in buffers: a second one that reads them is refused.
+        self._tensors = {id(t): n for n, t in reversed(tensors) if not isinstance(t, Proxy)}
         self._copies = {m: copies[name] for name, m in original.named_modules() if name in copies}
         self._replaced: list[str] = []  # why the layers that are traced are not taken as layers
         self.outside: dict[str, Tensor] = {}
         self.baked: set[str] = set()
+        self.replaced: StateError | None = None
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
 
     def run(self) -> fx.Graph:
@@ -92,13 +99,17 @@ class ValueTracer(FakeValues):
         return graph
 
     def _check_state(self) -> None:
-        """Raise StateError where forward replaced a buffer by another tensor."""
+        """Raise StateError where forward replaced a buffer by what is not traced; note it where it
+        is, for the next call may not read it."""
         before, now = self._buffers, dict(self._model.named_buffers(remove_duplicate=False))
-        if changed := [name for name in {**now, **before} if now.get(name) is not before.get(name)]:
-            raise StateError(
-                f"{changed[0].rpartition('.')[0] or 'the model'}: forward assigns to the buffer "
-                f"{changed[0]}, so one call changes the next; a graph holds no such state"
-            )
+        for name in {**now, **before}:
+            if now.get(name) is not before.get(name):
+                self.replaced = StateError(
+                    f"{name.rpartition('.')[0] or 'the model'}: forward assigns to the buffer "
+                    f"{name}, so one call changes the next; a graph holds no such state"
+                )
+                if not isinstance(now.get(name), TensorProxy):
+                    raise self.replaced
 
     def leaves_values(self) -> bool:
         """Whether the model's code put a traced tensor that depends on an input on a module."""
@@ -181,7 +192,10 @@ class ValueTracer(FakeValues):
         if kind == "placeholder":
             node.meta["val"] = self._inputs[target]
         elif kind != "get_attr":
-            node.meta["val"] = self._compute(node)
+            try:
+                node.meta["val"] = self._compute(node)
+            except DataDependent as error:
+                return self.result_of_held(node, error)
         return self._wrap(node)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
@@ -255,6 +269,8 @@ class ValueTracer(FakeValues):
             return self._copies[m](*args, **kwargs)
         if m not in self._paths:
             return forward(*args, **kwargs)
+        if self.is_opaque(path := self._paths[m]):
+            return self._call_opaque(path, m, forward, args, kwargs)
         reason = replaced_forward(m) if isinstance(m, _LAYERS) else None
         if reason is None and isinstance(m, _LAYERS) and not args and "input" in kwargs:
             args, kwargs = (kwargs.pop("input"),), kwargs  # steps look for a layer's input there
@@ -266,9 +282,18 @@ class ValueTracer(FakeValues):
         finally:
             self._replaced.pop()
 
+    def _call_opaque(self, path: str, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a module that is called as it is."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except NotImplementedError as error:  # torch.fx has no arguments like these
+            raise Unfit(path, f"it takes more than tensors and constants ({error})") from error
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Traced are modules that compute a weight, layers with another forward, and those made of
         # other modules.
+        if self.is_opaque(module_qualified_name):
+            return True
         return (
             type(m).__module__ != "torch.nn.modules.transformer"
             and super().is_leaf_module(m, module_qualified_name)
@@ -316,12 +341,3 @@ class ValueTracer(FakeValues):
         if not names or type(value) is tuple:
             return tuple(parts)
         return collections.namedtuple(type(value).__name__, names)(*parts)
-
-
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All tensors that the modules of a model hold, by name: parameters, buffers and others."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        for held in (module._parameters, module._buffers, vars(module)):
-            for leaf, value in held.items():
-                if isinstance(value, Tensor):
-                    yield f"{path}.{leaf}".removeprefix("."), value

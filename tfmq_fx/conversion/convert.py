@@ -13,13 +13,15 @@ from tfmq_fx.core.errors import ConfigError
 from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.ir.binding_times import Binding, binding_times
 from tfmq_fx.ir.graph import fork, own_modules
+from tfmq_fx.ir.opaque_layers import inner_sites, measured_at_calls
 from tfmq_fx.ir.sites import find_sites, left_by_module, plan_sites, still_there
 from tfmq_fx.quant.bit_plan import BitPlan
+from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.serialization.checkpoint import Checkpoint
 from tfmq_fx.serialization.removed_layers import removed_layers
 
 from .calibration_data import fingerprint, finite_set
-from .coverage import check_coverage, parameter_record
+from .coverage import check_coverage, opaque_declined, parameter_record
 from .job import Job, Samples, StepRecord
 from .models import Converted, Prepared
 from .prepare_model import record_provenance
@@ -111,7 +113,10 @@ def start(
     sites, _ = find_sites(gm)
     times = binding_times(gm, gm.meta.get("conditions", ()))
     early = {s.name for s in sites if all(times[node] is not Binding.X for node in s.nodes)}
-    plan = plan_sites(sites, prepared.recipe, early=early, overrides=prepared.overrides)
+    inner, _ = inner_sites(gm)
+    early |= {site.name for site in inner}
+    plan = plan_sites([*sites, *inner], prepared.recipe, early=early, overrides=prepared.overrides)
+    plan |= {site.name: measured_at_calls(plan[site.name]) for site in inner}
     if any(layer.weights for layer in plan.values()):
         # Only roundings are learnt; and torch 2.13 crashes in the backward of a channels-last
         # GroupNorm whose weight wants a gradient and whose input wants none.
@@ -159,7 +164,9 @@ def finish(job: Job, steps: Steps) -> Converted:
         steps=steps.names,
     )
     sites, declined = find_sites(job.captured)
-    left = still_there(gm, left_by_module(job.captured, sites))
+    inner = [site for site in inner_sites(gm)[0] if isinstance(site.layer, QuantLayer)]
+    left = still_there(gm, left_by_module(job.captured, [*sites, *inner]))
+    declined = [*declined, *opaque_declined(gm)]
     layers = site_records(gm, job.ranges)
     if job.quantizes or (not job.plan and recipe.layers.weights is not None):
         integers = sum(s["weights"] for s in layers.values() if s["weight_bits"])

@@ -12,7 +12,9 @@ from torch import fx, nn
 
 from tfmq_fx.capture.outside_tensors import BAKED
 from tfmq_fx.core.errors import ConfigError, CoverageWarning
+from tfmq_fx.ir.graph import OPAQUE, opaque_modules
 from tfmq_fx.ir.graph_pass import Declined
+from tfmq_fx.ir.opaque_layers import inner_sites
 from tfmq_fx.quant.quant_layer import QuantLayer
 from tfmq_fx.serialization.module_json import tensors_of
 from tfmq_fx.serialization.provenance import Provenance
@@ -38,6 +40,7 @@ def parameter_record(
     """
     used = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
     integers = {n for n in used if isinstance(gm.get_submodule(n), QuantLayer)}
+    integers |= {s.name for s in inner_sites(gm)[0] if isinstance(s.layer, QuantLayer)}
     quantized = {name.rpartition(".")[0] for name in integers} | integers  # parts of a layer, too
     weights: dict[str, list[str]] = {}  # name of a parameter -> layers whose weight it makes
     biases = {name for path in used & set(folded) for name in folded[path]["bias"]}
@@ -70,6 +73,16 @@ def parameter_record(
         counts["model"] += size
     counts["constants"] = sum(value.numel() for value in origin.constants.values())
     return counts
+
+
+def opaque_declined(gm: fx.GraphModule) -> list[Declined]:
+    """Why opaque modules have weights that are not quantized, and which of their layers."""
+    modules = [
+        Declined(path, f"opaque, has matrices of its own: {gm.meta[OPAQUE][path]}")
+        for path, module in opaque_modules(gm).items()
+        if any(parameter.dim() > 1 for parameter in module.parameters())
+    ]
+    return [*modules, *inner_sites(gm)[1]]
 
 
 def check_coverage(quantized: int, left: Mapping[str, int], declined: list[Declined]) -> None:

@@ -15,16 +15,18 @@ from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.quant.timestep_lookup import check_timesteps
 from tfmq_fx.serialization.provenance import Provenance
 
-from .product_layers import with_layers
+from .exposed_layers import with_layers
 
 
 class FeatureRows:
     """The temporal block of `source`, with its weights, and nothing else of the model.
 
+    recipe: of the conversion, which decides what products with weights became layers.
+
     Raises ConfigError, naming what differs, where `source` is not the model of `origin`.
     """
 
-    def __init__(self, origin: Provenance, source: nn.Module, recipe: Config) -> None:
+    def __init__(self, origin: Provenance, recipe: Config, source: nn.Module) -> None:
         merged = merge_duplicates(origin.captured(source)).gm
         gm = with_layers(merged, recipe, origin.overrides).gm
         block = temporal_block(gm)

@@ -17,6 +17,7 @@ from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.core.errors import ConfigError, FrozenError, InputError, TfmqError
 from tfmq_fx.ir.dtype_casts import cast_obstacle
 from tfmq_fx.ir.graph import KEYS
+from tfmq_fx.ir.held_values import checks_alone
 from tfmq_fx.passes.correct_outputs import CORRECTION
 from tfmq_fx.passes.quantize_layers import SCALES
 from tfmq_fx.passes.quantize_products import SCALES as PRODUCT_SCALES
@@ -60,6 +61,7 @@ class GraphModel(DiffusersForm, nn.Module):
     forms: OtherForms
     watch: StalenessCheck | None = None  # of the model that the graph was made from
     origin: Provenance | None = None  # what else it was made from
+    _checks: tuple[fx.GraphModule, fx.GraphModule | None] | None = None  # of a graph's held values
     why_no_gradient = (
         "no gradient with respect to the timestep, whose values are read from a table. Detach it"
     )
@@ -121,7 +123,7 @@ class GraphModel(DiffusersForm, nn.Module):
             inputs, return_dict = self.call.bind(args, kwargs)
             return self.call.rebuild(self.run(inputs), return_dict)
         try:
-            inputs, return_dict = self.call.bind(args, kwargs)
+            inputs, return_dict = self._bind(args, kwargs)
         except InputError as refusal:
             return self.forms.for_call(self, args, kwargs, refusal)(*args, **kwargs)
         if self.watch is not None:
@@ -137,10 +139,22 @@ class GraphModel(DiffusersForm, nn.Module):
     def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the graph itself answers the call (*args, **kwargs)."""
         try:
-            self.call.bind(tuple(args), dict(kwargs))
+            self._bind(tuple(args), dict(kwargs))
         except InputError:
             return False
         return True
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
+        """The placeholder values for a call, and its return_dict; raises InputError where the graph
+        does not take it, or holds a value that is another here."""
+        inputs, return_dict = self.call.bind(args, kwargs)
+        known = self._checks
+        if known is None or known[0] is not self.gm:
+            # no submodule: it shares the graph's tensors
+            known = self.__dict__["_checks"] = (self.gm, checks_alone(self.gm))
+        if known[1] is not None:
+            known[1](*inputs)
+        return inputs, return_dict
 
     def without_gradient(self) -> Sequence[str]:
         """The placeholders without a gradient: the timestep, where its values select table rows."""
@@ -276,6 +290,7 @@ class GraphModel(DiffusersForm, nn.Module):
             return super()._apply(lambda tensor: tensor.to(probe.device), recurse)
         exact = {n: b for n, b in self.gm.named_buffers(recurse=False) if n.startswith(_EXACT)}
         super()._apply(fn, recurse)
+        self.__dict__["_checks"] = None
         for name, value in exact.items():  # .half() must touch neither keys nor scales
             setattr(self.gm, name, value.to(getattr(self.gm, name).device))
         if (probe.device, probe.dtype) != before:

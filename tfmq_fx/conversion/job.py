@@ -14,6 +14,8 @@ from tfmq_fx.core.config import Config
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.stages import Stage, stage_of
 from tfmq_fx.ir.graph_pass import Rewrite
+from tfmq_fx.ir.held_values import EXAMPLES
+from tfmq_fx.ir.opaque_layers import inner_sites
 from tfmq_fx.ir.sites import Site, find_sites
 from tfmq_fx.ir.temporal_block import TemporalBlock, temporal_block
 from tfmq_fx.quant.bit_plan import BitPlan
@@ -48,9 +50,23 @@ class Samples:
             whole=prepared.fixed_batch is not None,
             seed=spec.seed,
             center=spec.center if spec.sampling == "normal" else None,
+            held=self.held(),
         )
         self.used = sum(len(prepared.timestep_of(chunk)) for chunk in chunks)
         return chunks
+
+    def held(self) -> dict[int, Tensor]:
+        """The batched masks and ids, by position, from which the graph holds values."""
+        prepared, held = self._prepared, self._prepared.gm.meta.get(EXAMPLES, {})
+        if prepared.fixed_batch is None:
+            return {}
+        return {
+            position: held[name]
+            for position, (name, batched) in enumerate(
+                zip(prepared.call.names, prepared.batched(), strict=True)
+            )
+            if batched and name in held and not held[name].is_floating_point()
+        }
 
     @functools.cached_property
     def weights(self) -> list[Tensor] | None:
@@ -138,7 +154,7 @@ class Job:
             return replace(self, **changes)
         gm = rewrites[-1].gm
         if stage_of(gm) is Stage.CAPTURED:
-            names = [site.name for site in find_sites(gm)[0]]
+            names = [site.name for site in (*find_sites(gm)[0], *inner_sites(gm)[0])]
             plan = changes.get("plan", self.plan)
             plan = {name: plan.get(name, self.recipe.layers) for name in names}
             changes = {"reference": gm, "block": None, **changes, "plan": plan}

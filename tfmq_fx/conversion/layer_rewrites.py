@@ -34,8 +34,8 @@ def rewrite_layers(job: Job) -> Job:
     spec, fixed = job.recipe.rewrites, job.temporal_block().modules
 
     def quantized() -> list[str]:
-        layers = job.plan.items()
-        return [name for name, layer in layers if layer.weights is not None and name not in fixed]
+        names = [site.name for site in job.sites if site.name not in fixed]
+        return [name for name in names if job.plan[name].weights is not None]
 
     if spec.split_concat:
         split = split_concat(job.gm, only=quantized())

@@ -23,6 +23,7 @@ from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.core.stages import stage_of
 from tfmq_fx.ir.graph import batched_inputs, timestep_node
 from tfmq_fx.ir.graph_pass import Rewrite
+from tfmq_fx.ir.held_values import checks_alone, without_checks
 from tfmq_fx.quant.bit_plan import BitPlan
 from tfmq_fx.serialization.graph_json import from_json, to_json
 from tfmq_fx.serialization.module_json import owner_of, tensors_of
@@ -218,8 +219,8 @@ class Converted(GraphModel):
 
     @property
     def runnable(self) -> fx.GraphModule:
-        """The graph that a backend compiles."""
-        return self.gm
+        """The graph that a backend compiles, without checks of held values."""
+        return without_checks(self.gm)
 
     @property
     def feed(self) -> Callable[[list[Tensor]], list[Tensor]] | None:
@@ -293,6 +294,7 @@ class Compiled(GraphModel):
         self.lowered = int(lowering.details.get("integer", 0))
         self.declined = [[d.site, d.reason] for d in lowering.declined]
         self.recipe, self.record, self.watch = converted.recipe, converted.record, converted.watch
+        self.__dict__["_checks"] = (self.gm, checks_alone(converted.gm))
         self._feed, self._lookup_keys = converted.feed, converted.lookup_keys
         self.reference, self._handed_over = weakref.ref(converted), False
         self._batched = batched_inputs(converted.gm)

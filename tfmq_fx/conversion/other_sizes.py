@@ -21,6 +21,7 @@ from tfmq_fx.core.errors import InputError
 from tfmq_fx.ir.binding_times import binding_times
 from tfmq_fx.ir.graph import fork, set_buffer, timestep_node
 from tfmq_fx.ir.graph_pass import prune
+from tfmq_fx.ir.held_values import EXAMPLES
 from tfmq_fx.ir.verifier import check
 from tfmq_fx.serialization.saved_names import is_own
 
@@ -40,6 +41,7 @@ def with_other_sizes(model: Converted, before: fx.GraphModule, prepared: Prepare
     prune(gm.graph)
     gm.delete_all_unused_submodules()
     _compute_values(gm, fitting.values(), timestep_node(prepared.gm).meta["val"])
+    gm.meta[EXAMPLES] = prepared.gm.meta.get(EXAMPLES, {})
     gm.recompile()
     check(gm, gm.meta["stage"])
     record = copy.deepcopy(model.record) | {"capture": dict(prepared.gm.meta["capture"])}

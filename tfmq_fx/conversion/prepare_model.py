@@ -17,6 +17,7 @@ from tfmq_fx.core.config import Config
 from tfmq_fx.core.errors import CalibrationError
 from tfmq_fx.core.layer_config import LayerConfig
 from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.opaque_layers import inner_sites
 from tfmq_fx.ir.sites import check_weights, find_sites, left_by_module, plan_sites
 from tfmq_fx.passes.merge_duplicates import merge_duplicates
 from tfmq_fx.passes.observe_layers import observe_layers
@@ -24,9 +25,9 @@ from tfmq_fx.serialization.module_settings import Behaviour
 from tfmq_fx.serialization.provenance import Calibration, Provenance, Rows, describe
 from tfmq_fx.serialization.staleness import OutsideTensors, StalenessCheck
 
-from .coverage import parameter_record
+from .coverage import opaque_declined, parameter_record
+from .exposed_layers import with_layers
 from .models import Converted, Prepared
-from .product_layers import with_layers
 from .records import ConversionRecord, site_records
 
 
@@ -50,7 +51,7 @@ def captured_only(prepared: Prepared) -> Converted:
     record = ConversionRecord(
         capture=capture,
         sites=site_records(gm, {}),
-        declined=[[d.site, d.reason] for d in declined],
+        declined=[[d.site, d.reason] for d in (*declined, *opaque_declined(gm))],
         left_weights=sum(left_by_module(gm, sites).values()),
         parameters=parameter_record(gm, origin, prepared.source, capture.get("folded", {})),
         float_bytes=prepared.nbytes(),
@@ -88,6 +89,7 @@ def observe_graph(
     folded = with_layers(merged.gm, recipe, overrides)
     gm = folded.gm
     sites, _ = find_sites(gm)
+    sites += inner_sites(gm)[0]
     check_weights(sites)
     plan_sites(sites, recipe, overrides=overrides)  # refuse a pattern that matches nothing now
     if timesteps is not None:

@@ -11,11 +11,13 @@ from torch import fx
 from tfmq_fx.backends.support import keeps_integer_weights, obstacle
 from tfmq_fx.calibration.observers import Ranges
 from tfmq_fx.ir.graph_pass import Rewrite
+from tfmq_fx.ir.opaque_layers import inner_sites
 from tfmq_fx.ir.sites import find_sites
 from tfmq_fx.quant.activation import QuantActivation
 from tfmq_fx.quant.low_rank import LowRank
 from tfmq_fx.quant.quant_layer import QuantLayer
 
+_OPAQUE = "inside an opaque module, which runs as the model's own code"
 _NO_BLOCK: dict[str, list[Any]] = {"features": [], "modules": [], "shared": [], "declined": []}
 
 
@@ -63,7 +65,8 @@ def pass_record(rewrite: Rewrite) -> dict[str, Any]:
 def site_records(gm: fx.GraphModule, ranges: Mapping[str, Ranges]) -> dict[str, dict[str, Any]]:
     """The record of every convolution and linear layer that is left in the graph."""
     records = {}
-    for site in find_sites(gm)[0]:
+    inner = {site.name for site in inner_sites(gm)[0]}
+    for site in (*find_sites(gm)[0], *inner_sites(gm)[0]):
         layer = site.layer
         record: dict[str, Any] = {
             "kind": type(layer).__name__,
@@ -87,13 +90,17 @@ def site_records(gm: fx.GraphModule, ranges: Mapping[str, Ranges]) -> dict[str, 
                 "weight_groups": layer.weight_groups,
                 "act_bits": layer.act_bits,
                 "act_format": layer.act_format if layer.act_bits else "float",
-                "reference_only": None if keeps_integer_weights(layer) else obstacle(layer),
+                "reference_only": _OPAQUE if site.name in inner else _why_reference(layer),
                 "ranges": layer.range_kind(),
                 "interpolated": seen.interpolated if seen and layer.per_timestep else 0,
                 "bytes": sum(b.nbytes for b in layer.buffers()),
             }
         records[site.name] = record
     return records
+
+
+def _why_reference(layer: QuantLayer) -> str | None:
+    return None if keeps_integer_weights(layer) else obstacle(layer)
 
 
 def branch_weights(gm: fx.GraphModule) -> int:

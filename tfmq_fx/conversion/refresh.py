@@ -183,7 +183,7 @@ def _retimed(model: Converted, values: Tensor, source: nn.Module | None) -> Conv
     origin, watch, rows = model.origin, model.watch, None
     assert origin is not None and origin.timesteps is not None
     if source is not None:
-        rows = FeatureRows(origin, source, model.recipe).at(values, feature_names(model.gm))
+        rows = FeatureRows(origin, model.recipe, source).at(values, feature_names(model.gm))
         watch = watch or StalenessCheck(source, origin.fingerprints, origin.behaviour)
     lookups = [str(n.args[0].target) for n in model.gm.graph.nodes if is_timestep_row(n)]
     measured = [name for name in lookups if not name.startswith(TABLE)]  # tables are computed

@@ -149,7 +149,7 @@ class UnvisitedTimesteps:
         assert watch is not None and origin is not None
         if self._features is None or self._seen is not watch.seen:
             watch.check_contents()
-            self._features, self._seen = FeatureRows(origin, source, model.recipe), watch.seen
+            self._features, self._seen = FeatureRows(origin, model.recipe, source), watch.seen
             weakref.finalize(source, _forget_features, weakref.ref(self)).atexit = False
         return self._features
 

@@ -37,6 +37,8 @@ def _head(d: Mapping[str, Any]) -> list[str]:
         f"  one call with a batch of {d['batch']}: {number(d['flops'], 'FLOPs')}, "
         "two for each multiply-add"
     )
+    if d["opaque"]:
+        lines.append(f"  not counted, as their code depends on data: {', '.join(d['opaque'])}")
     if d["unused_parameters"]:
         lines.append(f"  parameters that no call uses: {d['unused_parameters']:,}")
     return lines

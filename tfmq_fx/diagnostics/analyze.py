@@ -21,6 +21,7 @@ from tfmq_fx.core.errors import ConfigError, InputError
 from tfmq_fx.core.files import write_whole
 from tfmq_fx.core.inference import outside_inference_mode
 from tfmq_fx.ir.binding_times import Binding, BindingTimes, binding_times
+from tfmq_fx.ir.graph import opaque_modules
 from tfmq_fx.ir.node_info import is_heavy
 from tfmq_fx.ir.subgraphs import extract_nodes
 from tfmq_fx.ir.temporal_block import TemporalBlock, producer, temporal_block, temporal_cut
@@ -111,7 +112,8 @@ def analyze(
     )
     gm, call = merge_duplicates(captured.gm).gm, captured.call
     times = binding_times(gm, call.named_conditions(conditions))
-    shapes = _shapes(captured, inputs)
+    opaque = opaque_modules(gm)  # whose results are known at the sizes of the capture
+    shapes = _shapes(captured, {} if opaque else inputs)
     flops = node_flops(gm, shapes)
     owners = _owners(gm, times)
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -135,6 +137,7 @@ def analyze(
         "nodes": len(gm.graph.nodes),
         "capture_seconds": captured.seconds,
         "route": captured.route,
+        "opaque": [*opaque],
         "guards": [f"{g.text} is {g.holds} ({g.source})" for g in call.guards],
         "steps": steps,
         "batch": shapes[call.timestep_position][0],

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from tfmq_fx.ir.graph import opaque_modules
+from tfmq_fx.ir.node_info import size_hint
 
 Shape = tuple[int, ...]
 
@@ -18,7 +22,8 @@ def node_flops(gm: fx.GraphModule, shapes: Sequence[Shape]) -> dict[fx.Node, int
     placeholder order.
 
     Counted: matrix products, convolutions and attention, two for each multiply-add; element-wise
-    operations, norms and embedding look-ups count as none, as is usual.  Nothing is computed.
+    operations, norms and embedding look-ups count as none, as is usual; nor do opaque modules, as
+    what their code does depends on data.  Nothing is computed.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
@@ -44,13 +49,24 @@ class _Counting(fx.Interpreter):
         super().__init__(gm)
         self.counter = counter
         self.flops: dict[fx.Node, int] = {}
+        self.opaque = {
+            n for p in opaque_modules(gm) for n in gm.graph.find_nodes(op="call_module", target=p)
+        }
 
     def run_node(self, n: fx.Node) -> Any:
+        if n in self.opaque:
+            return tree_map_only(Tensor, _as_captured, n.meta["val"])
         before = self.counter.get_total_flops()
         result = super().run_node(n)
         if spent := self.counter.get_total_flops() - before:
             self.flops[n] = spent
         return result
+
+
+def _as_captured(value: Tensor) -> Tensor:
+    """A tensor like a traced one, at the sizes of the capture."""
+    sizes = [size_hint(size) for size in value.shape]
+    return torch.empty(sizes, dtype=value.dtype, device=value.device)
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from tfmq_fx.capture.call_spec import CallSpec
 from tfmq_fx.capture.input_checks import BATCH, Input
+from tfmq_fx.ir.held_values import EXAMPLES, repeated
 from tfmq_fx.ir.node_info import is_view, op_name
 from tfmq_fx.ir.verifier import is_timestep_row
 
@@ -26,7 +27,8 @@ class RandomInputs:
 
     The batch is 1 where it is free, other free sizes are those of the capture.  Floats are standard
     normal, integers uniform over the rows of the embedding that looks them up, 0 where none is
-    known; booleans are true, and masks by name 1, for nothing is masked.
+    known; booleans are true, and masks by name 1, for nothing is masked.  Inputs of held
+    values are the example's.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RandomInputs:
             if name not in call.conditions
         }
         self.rows: Mapping[str, int] = {}
+        self.held: Mapping[str, Tensor] = model.meta.get(EXAMPLES, {})
 
     def example(self, step: int, conditions: Mapping[str, Tensor]) -> Example:
         """The placeholder values at the timestep at position `step` of the set.
@@ -74,6 +77,8 @@ class RandomInputs:
     def value(self, spec: Input) -> Tensor:
         """A value of one placeholder."""
         sizes = self.sizes[spec.name]
+        if spec.name in self.held:
+            return repeated(self.held[spec.name], sizes).to(device=spec.device, dtype=spec.dtype)
         if spec.dtype.is_floating_point:
             value = torch.randn(sizes, dtype=torch.float32, generator=self.generator)
         elif spec.dtype == torch.bool or ("mask" in spec.path and spec.name not in self.rows):
@@ -153,7 +158,7 @@ def relative_widths(model: fx.GraphModule, placeholder: fx.Node, timesteps: int)
     """
     widths = []
     for node in model.graph.find_nodes(op="call_module"):
-        x, scale = node.args[0], node.args[1] if len(node.args) > 1 else None
+        x, scale = (*node.args, None, None)[:2]
         while isinstance(x, fx.Node) and x.target in _REWRITES:
             x = x.all_input_nodes[0]
         if x is not placeholder or not isinstance(scale, fx.Node):

@@ -16,17 +16,31 @@ from tfmq_fx.core.errors import GraphError
 from tfmq_fx.core.inference import ordinary
 from tfmq_fx.quant.timestep_lookup import timestep_row
 
+OPAQUE = "opaque"  # key of a graph's meta: path of each opaque module -> why it is one
 KEYS = "temporal_keys"  # buffer of the timesteps that tables have rows for
 
 
 def fork(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph module that shares modules and parameters with `gm` and owns its graph."""
+    """A graph module that shares modules and parameters with `gm` and owns its graph.
+
+    Of opaque modules it has copies that share all tensors, whose parts can be replaced.
+    """
     # The constructor copies only what the graph refers to, as a tree of fresh containers:
     # replacing a submodule in the fork leaves the original alone.
     forked = fx.GraphModule(gm, copy.deepcopy(gm.graph), type(gm).__name__)
     forked.meta = dict(gm.meta)
+    memo: dict[int, Any] = {}
+    for path, module in opaque_modules(forked).items():
+        memo |= {id(value): value for _, value in held_tensors(module)}
+        forked.set_submodule(path, copy.deepcopy(module, memo))
     forked.train(gm.training)
     return forked
+
+
+def opaque_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """The opaque modules that a graph calls, by path."""
+    called = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
+    return {path: gm.get_submodule(path) for path in gm.meta.get(OPAQUE, {}) if path in called}
 
 
 def same_memory(module: nn.Module) -> dict[int, Any]:
@@ -46,6 +60,15 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters and buffers of a module, under all of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def held_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors that the modules of a model hold, by name: parameters, buffers and others."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for held in (module._parameters, module._buffers, vars(module)):
+            for leaf, value in held.items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{path}.{leaf}".removeprefix("."), value
 
 
 def own_modules(gm: fx.GraphModule) -> None:

@@ -185,7 +185,8 @@ def is_heavy(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def has_weights(module: nn.Module) -> bool:
     """Whether a module holds parameters, as floats or quantized."""
-    quantized = introduced_by(module) in (Stage.QUANTIZED, Stage.LOWERED)
+    stages = map(introduced_by, module.modules())
+    quantized = any(stage in (Stage.QUANTIZED, Stage.LOWERED) for stage in stages)
     return quantized or any(True for _ in module.parameters())
 
 

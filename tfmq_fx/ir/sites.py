@@ -20,7 +20,7 @@ from tfmq_fx.core.stages import REPLACED
 from tfmq_fx.quant.modules import kind_of
 from tfmq_fx.quant.quant_layer import QuantLayer
 
-from .graph import module_path
+from .graph import module_path, opaque_modules
 from .graph_pass import Declined
 from .node_info import is_heavy, is_random, op_name, value_inputs
 
@@ -56,16 +56,17 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
     constants: set[fx.Node] | None = None
     reads = [str(node.target).rpartition(".") for node in gm.graph.find_nodes(op="get_attr")]
     read = {owner: name for owner, _, name in reads}
+    opaque = opaque_modules(gm)  # their layers are counted one by one
     for node in gm.graph.nodes:
         if node.op == "call_module":
             layer, path = gm.get_submodule(str(node.target)), str(node.target)
             if isinstance(layer, QuantLayer):
                 calls.setdefault(path, []).append(node)
             elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                if any(True for _ in _matrices(gm, node, ())):
-                    kept = f"{type(layer).__name__} keeps its weights in floating point"
+                kept = f"{type(layer).__name__} keeps its weights in floating point"
+                if path not in opaque and any(True for _ in _matrices(gm, node, ())):
                     declined.append(Declined(path, node.meta.get(REPLACED) or kept))
-            elif reason := _why_not(layer, read.get(path)):
+            elif reason := why_not(layer, read.get(path)):
                 declined.append(Declined(path, reason))
             elif len(node.args) + len(node.kwargs) > 1:
                 declined.append(Declined(path, "it is called with an output size"))
@@ -80,7 +81,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
     return sites, list(dict.fromkeys(declined))
 
 
-def _why_not(layer: nn.Module, read: str | None) -> str | None:
+def why_not(layer: nn.Module, read: str | None) -> str | None:
     """Why a layer cannot be quantized, or None; read: its tensor that other nodes read."""
     if reason := replaced_forward(layer):
         return reason
@@ -121,7 +122,8 @@ def left_by_module(gm: fx.GraphModule, sites: Collection[Site]) -> dict[str, int
     for node in gm.graph.nodes:
         if node.target in names or node in constants:
             continue
-        sizes = {key: size for key, size in _matrices(gm, node, constants) if key not in seen}
+        found = _matrices(gm, node, constants, names)
+        sizes = {key: size for key, size in found if key not in seen}
         if sizes:
             seen |= sizes.keys()
             counts[_caller(node)] += sum(sizes.values())
@@ -139,12 +141,14 @@ def _caller(node: fx.Node) -> str:
 
 
 def _matrices(
-    gm: fx.GraphModule, node: fx.Node, constants: Collection[fx.Node]
+    gm: fx.GraphModule, node: fx.Node, constants: Collection[fx.Node], names: Collection[str]
 ) -> Iterator[tuple[Any, int]]:
-    """The identity and the size of each weight that a node multiplies with."""
+    """The identity and the size of each weight that a node multiplies with; without those of the
+    layers `names` inside a module that it calls."""
     if node.op == "call_module":
-        for part in gm.get_submodule(str(node.target)).modules():
-            if not isinstance(part, _NO_PRODUCT):
+        for name, part in gm.get_submodule(str(node.target)).named_modules():
+            inner = f"{node.target}.{name}" in names
+            if not isinstance(part, _NO_PRODUCT) and not inner:
                 own = part.parameters(recurse=False)
                 yield from ((id(p), p.numel()) for p in own if p.dim() > 1)
     elif is_heavy(gm, node) and not op_name(node).startswith("embedding"):

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from tfmq_fx.core.errors import GraphError
 
-from .graph import module_paths, timestep_node
+from .graph import OPAQUE, module_paths, timestep_node
 from .node_info import op_name, writers
 
 
@@ -39,7 +39,7 @@ def extract(
             size.meta, env[node] = dict(node.meta), size
     graph.output(tuple(env[node] for node in outputs))
     part = fx.GraphModule(gm, graph, type(gm).__name__)
-    part.meta = {key: gm.meta[key] for key in ("stage", "timestep") if key in gm.meta}
+    part.meta = {key: gm.meta[key] for key in ("stage", "timestep", OPAQUE) if key in gm.meta}
     return part.train(gm.training)
 
 

@@ -147,9 +147,8 @@ class QuantConvTranspose(QuantConv):
         """What is put before and after each spatial dimension of x with its gaps filled, so that a
         convolution with the flipped kernel gives the output; negative where rows are left out."""
         sizes = zip(self.kernel_size, self.dilation, self.output_padding, strict=True)
-        reach = [
-            (d * (k - 1) - int(p), o) for (k, d, o), p in zip(sizes, self.padding, strict=True)
-        ]
+        assert not isinstance(self.padding, str)  # torch.nn takes numbers only
+        reach = [(d * (k - 1) - p, o) for (k, d, o), p in zip(sizes, self.padding, strict=True)]
         return [(before, before + more) for before, more in reach]
 
     def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

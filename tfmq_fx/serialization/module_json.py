@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensor
 from tfmq_fx.core.errors import ArtifactError
 from tfmq_fx.core.module_overrides import has_hooks, replaced_methods
 from tfmq_fx.core.strides import can_lay_out, kept_strides, laid_out
+from tfmq_fx.ir.graph import OPAQUE
 from tfmq_fx.quant.timestep_table import QuantTimestepTable
 
 from .allowlist import check_path, module_class
@@ -68,6 +69,12 @@ def modules_json(gm: fx.GraphModule) -> dict[str, Any]:
         if not called.isdisjoint(parents):
             continue  # rebuilt as a part of another one
         module = gm.get_submodule(path)
+        if path in gm.meta.get(OPAQUE, {}):
+            raise ArtifactError(
+                f"{path}: a {class_name(type(module))} that is opaque ({gm.meta[OPAQUE][path]}): "
+                f"it runs as the model's own code, which no file holds. Convert the model in the "
+                f"process that uses it; convert(checkpoint=FOLDER) keeps the work between processes"
+            )
         first = seen.setdefault(module, path)
         table[path] = {"same_as": first} if first != path else module_json(module, path)
     return table

@@ -1,4 +1,4 @@
-"""Make layers of all products with weights that a recipe may quantize."""
+"""Give a captured graph a layer for each product with weights, so that recipes can quantize it."""
 
 from __future__ import annotations
 
