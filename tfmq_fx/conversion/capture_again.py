@@ -128,7 +128,9 @@ def _exact(model: Converted, source: nn.Module, args: Values, kwargs: Named) -> 
         new = captured_only(prepared)
     else:
         new = convert(prepared, steps=same_steps(model.origin, None), progress=False)
-    new.origin, new.watch = model.origin, model.watch
+    new.watch = model.watch
+    if source is not _living(model)[1]:  # a copy in another dtype: the source itself is not
+        new.origin = model.origin
     return new
 
 

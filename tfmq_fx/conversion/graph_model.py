@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from tfmq_fx.capture.call_spec import CallSpec
+from tfmq_fx.core.config import Config
 from tfmq_fx.core.errors import ConfigError, FrozenError, InputError, TfmqError
 from tfmq_fx.ir.dtype_casts import cast_obstacle
 from tfmq_fx.ir.graph import KEYS
@@ -61,6 +62,7 @@ class GraphModel(DiffusersForm, nn.Module):
     forms: OtherForms
     watch: StalenessCheck | None = None  # of the model that the graph was made from
     origin: Provenance | None = None  # what else it was made from
+    recipe: Config
     _checks: tuple[fx.GraphModule, fx.GraphModule | None] | None = None  # of a graph's held values
     why_no_gradient = (
         "no gradient with respect to the timestep, whose values are read from a table. Detach it"
@@ -287,7 +289,8 @@ class GraphModel(DiffusersForm, nn.Module):
         if probe.dtype != self.dtype and (reason := self._cast_obstacle()):
             self.take_cast(probe.dtype, reason)
             self._move_outline(fn)
-            return super()._apply(lambda tensor: tensor.to(probe.device), recurse)
+            super()._apply(lambda tensor: tensor.to(probe.device), recurse)
+            return self
         exact = {n: b for n, b in self.gm.named_buffers(recurse=False) if n.startswith(_EXACT)}
         super()._apply(fn, recurse)
         self.__dict__["_checks"] = None

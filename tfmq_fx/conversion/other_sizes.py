@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -19,10 +20,12 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from tfmq_fx.core.errors import InputError
 from tfmq_fx.ir.binding_times import binding_times
-from tfmq_fx.ir.graph import fork, set_buffer, timestep_node
+from tfmq_fx.ir.graph import KEYS, fork, set_buffer, timestep_node
 from tfmq_fx.ir.graph_pass import prune
 from tfmq_fx.ir.held_values import EXAMPLES
 from tfmq_fx.ir.verifier import check
+from tfmq_fx.quant.timestep_table import QuantTimestepTable
+from tfmq_fx.serialization.provenance import describe
 from tfmq_fx.serialization.saved_names import is_own
 
 from .models import Converted, Prepared
@@ -40,12 +43,35 @@ def with_other_sizes(model: Converted, before: fx.GraphModule, prepared: Prepare
     fitting.fit()
     prune(gm.graph)
     gm.delete_all_unused_submodules()
+    _retype_keys(gm, model.gm, prepared)
     _compute_values(gm, fitting.values(), timestep_node(prepared.gm).meta["val"])
     gm.meta[EXAMPLES] = prepared.gm.meta.get(EXAMPLES, {})
     gm.recompile()
     check(gm, gm.meta["stage"])
     record = copy.deepcopy(model.record) | {"capture": dict(prepared.gm.meta["capture"])}
-    return Converted(gm, prepared.call, **model.settings() | {"record": record})
+    origin = None
+    if model.origin is not None:  # what a call adds is computed as this form computes it
+        described = describe(prepared.unmerged, prepared.source)
+        origin = replace(model.origin, call=prepared.call, **described)
+    settings = model.settings() | {"record": record, "origin": origin}
+    return Converted(gm, prepared.call, **settings)
+
+
+def _retype_keys(gm: fx.GraphModule, old: fx.GraphModule, prepared: Prepared) -> None:
+    """Give look-ups the keys of a call whose timesteps are floats where there were integers."""
+    timesteps = prepared.timesteps
+    before, after = (timestep_node(each).meta["val"].dtype for each in (old, prepared.gm))
+    if timesteps is None or before.is_floating_point == after.is_floating_point:
+        return
+    if any(isinstance(module, QuantTimestepTable) for module in gm.modules()):
+        raise InputError(
+            f"the call has timesteps in {after}, and the integer tables have {before}. Prepare, "
+            "calibrate and convert the model with such timesteps"
+        )
+    for name, keys in list(gm.named_buffers(recurse=False)):
+        if name.startswith(KEYS):
+            setattr(gm, name, keys.to(timesteps.dtype))
+    gm.meta["timesteps"] = timesteps.to(gm.meta["timesteps"].device)
 
 
 class _Fitting:
@@ -154,27 +180,26 @@ class _Fitting:
         if self._equal(old, new) or (isinstance(old, fx.Node) and old not in self._constant):
             return own
         if self._is_constant(old) and self._is_constant(new):
-            kept = own.name == old.name if isinstance(own, fx.Node) and isinstance(old, fx.Node) \
-                else not isinstance(own, fx.Node) and own == old  # fmt: skip
-            if not kept:
+            if not _stands_for(own, old):
                 raise InputError(
                     f"{where.name}: the conversion replaced {old!r}, which is another for this "
                     "call. Prepare, calibrate and convert the model with such inputs"
                 )
             return fx.node.map_arg(new, lambda node: self._copy(node, where))
         if isinstance(old, slice):
-            return slice(*(self._fitted(*each, where) for each in _parts(old, new, own)))
+            return slice(*(self._fitted(a, b, c, where) for a, b, c in _parts(old, new, own)))
         if isinstance(old, Mapping):
             return {key: self._fitted(old[key], new[key], own[key], where) for key in old}
-        return type(own)(self._fitted(*each, where) for each in _parts(old, new, own))
+        return type(own)(self._fitted(a, b, c, where) for a, b, c in _parts(old, new, own))
 
     def _copy(self, new: fx.Node, where: fx.Node) -> fx.Node:
         """A node of `own` with the value of a node of `after`, in front of `where`."""
         if new not in self._constant:
-            back = next(old for old, paired in self.pairs.items() if paired is new)
-            if back.name not in self._nodes:
-                raise InputError(f"{where.name}: needs {back.name}, which the conversion replaced")
-            return self._nodes[back.name]
+            old = next(old for old, paired in self.pairs.items() if paired is new)
+            if old.name not in self._nodes:
+                raise InputError(f"{where.name}: needs {old.name}, which the conversion replaced")
+            known: fx.Node = self._nodes[old.name]
+            return known
         if new in self._copies:
             return self._copies[new]
         if new.op == "get_attr":
@@ -192,6 +217,13 @@ class _Fitting:
         copied.meta = dict(new.meta)
         self._copies[new] = copied
         return copied
+
+
+def _stands_for(own: Any, old: Any) -> bool:
+    """Whether an argument of the converted graph is still that of the captured one."""
+    if isinstance(own, fx.Node) or isinstance(old, fx.Node):
+        return isinstance(own, fx.Node) and isinstance(old, fx.Node) and own.name == old.name
+    return bool(own == old)
 
 
 def _parts(*values: Any) -> Iterator[tuple[Any, ...]]:

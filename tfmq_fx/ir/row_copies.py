@@ -58,6 +58,9 @@ def batches_adjacent(node: fx.Node, batch: int | torch.SymInt) -> bool | None:
 
 
 def _rows(node: fx.Node, batch: Any) -> int | None:
-    value = node.meta.get("val")
-    rows = isinstance(value, Tensor) and value.dim() > 0
-    return rows_per_sample(value.shape[0], batch) if rows and value is not None else None
+    value: Any = node.meta.get("val")
+    return rows_per_sample(value.shape[0], batch) if _has_rows(value) else None
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

@@ -64,7 +64,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Declined]]:
                 calls.setdefault(path, []).append(node)
             elif not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
                 kept = f"{type(layer).__name__} keeps its weights in floating point"
-                if path not in opaque and any(True for _ in _matrices(gm, node, ())):
+                if path not in opaque and any(True for _ in _matrices(gm, node, (), ())):
                     declined.append(Declined(path, node.meta.get(REPLACED) or kept))
             elif reason := why_not(layer, read.get(path)):
                 declined.append(Declined(path, reason))

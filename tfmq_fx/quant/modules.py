@@ -20,7 +20,7 @@ from .quant_layer import QuantLayer
 class QuantLinear(QuantLayer):
     """y = x W^T + b with quantized W (out, in) and, as configured, quantized x (B, ..., in)."""
 
-    settings = ("in_features", "out_features")
+    settings: tuple[str, ...] = ("in_features", "out_features")
 
     @property
     def in_features(self) -> int:
@@ -132,8 +132,8 @@ class QuantConvTranspose(QuantConv):
     (in, out / groups, *kernel).
     """
 
-    settings = (*QuantConv.settings, "output_padding")
-    layer_settings = (*QuantConv.layer_settings, "output_padding")
+    settings: tuple[str, ...] = (*QuantConv.settings, "output_padding")
+    layer_settings: tuple[str, ...] = (*QuantConv.layer_settings, "output_padding")
 
     def __init__(self, *, output_padding: tuple[int, ...], **common: Any) -> None:
         super().__init__(**common)
@@ -146,9 +146,9 @@ class QuantConvTranspose(QuantConv):
     def borders(self) -> list[tuple[int, int]]:
         """What is put before and after each spatial dimension of x with its gaps filled, so that a
         convolution with the flipped kernel gives the output; negative where rows are left out."""
-        sizes = zip(self.kernel_size, self.dilation, self.output_padding, strict=True)
-        assert not isinstance(self.padding, str)  # torch.nn takes numbers only
-        reach = [(d * (k - 1) - p, o) for (k, d, o), p in zip(sizes, self.padding, strict=True)]
+        padding: Any = self.padding
+        zipped = zip(self.kernel_size, self.dilation, padding, self.output_padding, strict=True)
+        reach = [(d * (k - 1) - int(p), o) for k, d, p, o in zipped]
         return [(before, before + more) for before, more in reach]
 
     def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
