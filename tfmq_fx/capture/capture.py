@@ -29,7 +29,7 @@ from .call_spec import CallSpec
 from .data_dependence import Allowances, DataDependent
 from .export_route import Exported, export
 from .fake_values import SizeTest
-from .free_sizes import held_sizes, less_batch, mixes_batch, sizes_without
+from .free_sizes import held_sizes, less_batch, mixes_batch, sizes_of_rows, sizes_without
 from .guards import guard, same_operations
 from .input_checks import BATCH, plain_number
 from .model_checks import check_model, check_names
@@ -165,6 +165,9 @@ def _with_free_sizes(
     held = held_sizes(captured.call, examples)
     if BATCH not in held and _refusal(captured.call, example_inputs) is not None:
         held[BATCH] = "the model's code requires the example's batch"
+    named = isinstance(dynamic, Mapping)  # what the user frees stays free, without tables
+    for name in set() if named else sizes_of_rows(captured.gm, captured.call) - held.keys():
+        held[name] = "the time embedding has a row for each, of which tables need the number"
     if not held:
         return captured
     notes = [f"{name} is fixed: captured where {reason}" for name, reason in held.items()]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from tfmq_fx.ir.binding_times import Binding, binding_times
 from tfmq_fx.ir.graph import timestep_node
+from tfmq_fx.ir.node_info import is_heavy
 
 from .call_spec import CallSpec, Guard
 from .input_checks import BATCH, Input
@@ -73,6 +76,31 @@ def mixes_batch(gm: fx.GraphModule) -> bool:
         for node in output.all_input_nodes
         for size in node.meta["val"].shape[1:]
     )
+
+
+def sizes_of_rows(gm: fx.GraphModule, call: CallSpec) -> set[str]:
+    """The free sizes by which layers of the timestep alone have several rows for each sample, as
+    for the frames of a video: a table needs them as numbers."""
+    batch = timestep_node(gm).meta["val"].shape[0]
+    if not isinstance(batch, torch.SymInt):
+        return set()
+    times, found = binding_times(gm), set[Any]()
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if times[node] is Binding.T and is_heavy(gm, node) and isinstance(value, Tensor):
+            rows = value.shape[0] if value.dim() else 1
+            if isinstance(rows, torch.SymInt):
+                found |= (rows.node.expr / batch.node.expr).free_symbols
+    pairs = zip(call.inputs, gm.graph.find_nodes(op="placeholder"), strict=True)
+    sizes = [
+        each for spec, n in pairs for each in zip(spec.shape, n.meta["val"].shape, strict=True)
+    ]
+    return {
+        name
+        for name, size in sizes
+        if isinstance(name, str) and name != BATCH and isinstance(size, torch.SymInt)
+        if size.node.expr in found
+    }
 
 
 def _free(spec: Input, less: Collection[str]) -> dict[int, str]:
