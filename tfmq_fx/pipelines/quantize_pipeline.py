@@ -38,7 +38,7 @@ def quantize_pipeline(
     seed: int = 0,
     component: str | Collection[str] | None = None,
     overrides: Mapping[str, LayerConfig] | None = None,
-    dynamic: Dynamic = ("batch", "text"),
+    dynamic: Dynamic | None = None,
     budget: object = None,
     checkpoint: str | Path | None = None,
     bind: bool | PrologueSpec = False,
