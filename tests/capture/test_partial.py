@@ -197,7 +197,7 @@ def test_a_module_that_no_graph_can_call_is_refused_with_the_reason(change):
     model = made(Unpacked, Other)
     with pytest.raises(CaptureError, match=r"part \(test_partial\.py:\d+\)") as caught:
         capture(model, inputs(), timestep="timestep")
-    assert "Nor does leaving modules as they are" in caught.value.__notes__[0]
+    assert "nor does leaving modules as they are" in caught.value.__notes__[0]
 
 
 # Values of conditions

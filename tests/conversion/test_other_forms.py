@@ -139,7 +139,8 @@ def test_a_form_equals_a_conversion_at_those_sizes() -> None:
 
 
 def test_another_structure_is_refused_where_layers_are_quantized() -> None:
-    ours = quantized(Tokens().eval())
+    model = Tokens().eval()
+    ours = quantized(model)
     with pytest.raises(InputError) as info:
         answer(ours, **call(text=text()))
     assert "computes otherwise" in str(info.value.__notes__)
@@ -147,7 +148,8 @@ def test_another_structure_is_refused_where_layers_are_quantized() -> None:
 
 
 def test_what_the_model_itself_refuses_is_refused_with_its_words() -> None:
-    ours = tfmq_fx.fold_timesteps(Tokens().eval(), STEPS, call())
+    model = Tokens().eval()
+    ours = tfmq_fx.fold_timesteps(model, STEPS, call())
     wrong = call()
     wrong["x"] = torch.randn(1, 6, 5)
     with pytest.raises(InputError, match="dimension 2") as info:
@@ -209,7 +211,8 @@ def test_a_compiled_model_compiles_its_other_forms() -> None:
 
 
 def test_copies_begin_without_other_forms() -> None:
-    ours = tfmq_fx.fold_timesteps(Tokens().eval(), STEPS, call())
+    model = Tokens().eval()
+    ours = tfmq_fx.fold_timesteps(model, STEPS, call())
     answer(ours, **call(9))
     assert len(ours.forms) == 1 and len(copy.deepcopy(ours).forms) == 0
 
@@ -250,7 +253,8 @@ def test_a_cast_that_the_graph_does_not_show_is_captured_from_the_source() -> No
 
 
 def test_a_quantized_model_is_not_cast_where_the_graph_does_not_show_how() -> None:
-    ours = quantized(Widened().eval())
+    model = Widened().eval()
+    ours = quantized(model)
     if ours._cast_obstacle() is None:
         pytest.fail("the toy must have what a graph does not show")
     with pytest.raises(ConfigError, match="layers are quantized"):

@@ -216,7 +216,7 @@ def _traced_or_exported(model: nn.Module, call: CallSpec, examples: list[Tensor]
                 if isinstance(last, StateError):
                     raise
                 refusal.__notes__[-1] += (
-                    f"\nNor does leaving modules as they are: {_first_line(last)}"
+                    f"; nor does leaving modules as they are: {_first_line(last)}"
                 )
                 raise refusal from last
         route, notes = "export", [f"captured by torch.export, since {_first_line(refusal)}", *notes]

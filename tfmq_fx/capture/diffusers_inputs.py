@@ -342,11 +342,12 @@ def example_inputs(model: nn.Module, batch: int = 2, *, scale: int = 1) -> dict[
         elif parameter.default is parameter.empty:
             missing.append(name)
     if missing:
+        needed = ", ".join(f"{name!r}: ..." for name in names_of(model))
         raise ConfigError(
             f"example_inputs cannot be derived for {make.kind}: neither its config nor a rule says "
             f"what {' and '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'}. Pass "
-            f'them: inputs = tfmq_fx.record_inputs(pipe, "a prompt"); tfmq_fx.prepare(model, '
-            f"inputs); or prepare(model, {{{', '.join(f'{n!r}: ...' for n in names_of(model))}}})"
+            f'example_inputs=: inputs = tfmq_fx.record_inputs(pipe, "a prompt"); '
+            f"tfmq_fx.prepare(model, inputs); or prepare(model, {{{needed}}})"
         )
     return inputs
 
