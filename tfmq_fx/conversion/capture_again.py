@@ -52,7 +52,7 @@ def _prepared(model: Prepared, args: Values, kwargs: Named) -> Prepared:
             "of the pipeline, prepare(model, tfmq_fx.record_inputs(pipe, ...))"
         )
     new = _prepared_for(model.source, model, args, kwargs)
-    if not model.cache.visits:
+    if not model.cache.visits and new.takes(args, kwargs):
         model.take_graph(new)
         return model
     known = {observer.site: observer for observer in model.observers()}

@@ -80,6 +80,8 @@ class OtherForms:
                     return form
             try:
                 form = captured_again(model, args, kwargs)
+                if not form.takes(args, kwargs):  # it would be captured again without end
+                    raise InputError("the graph captured for this call does not take it either")
             except Exception as error:
                 refusal.add_note(f"not captured again for this call: {_said(error)}")
                 raise refusal from error
