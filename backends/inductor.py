@@ -100,10 +100,10 @@ class _Eager(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.call = torch.compiler.disable(module.__call__)  # a decorator would import Dynamo
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+        return self.call(*args, **kwargs)
 
 
 def _compiled(gm: fx.GraphModule, options: dict[str, Any]) -> Any:

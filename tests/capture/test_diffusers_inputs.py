@@ -164,5 +164,5 @@ class Unheard(nn.Module):
 def test_what_cannot_be_derived_is_named():
     with pytest.raises(ConfigError, match=r"for Unheard: .* what 'mood' is. Pass example_inputs="):
         example_inputs(Unheard(in_channels=3, sample_size=8))
-    with pytest.raises(ConfigError, match="what 'sample' is"):
+    with pytest.raises(ConfigError, match="what 'sample' and 'mood' are"):
         example_inputs(Unheard(in_channels=3))

@@ -46,15 +46,18 @@ def test_arithmetic_of_the_old_dtype_is_refused_and_nothing_changes(kind, dtype)
     source = net(kind)
     model = fold_timesteps(source, 3, (X, T))
     expected = model(X, T)
+    low = copy.deepcopy(source).to(dtype)
+    one = (X[:1].to(dtype), T[:1])
+    with torch.no_grad():  # as long as the source is there, it is captured in the other dtype
+        assert torch.equal(copy.deepcopy(model).to(dtype)(*one), low(*one))
+    model.forget_source()
     with pytest.raises(ConfigError) as caught:
         model.to(dtype)
     text = str(caught.value)
     assert f"captured in torch.float32 and cannot be cast to {dtype}" in text
     assert f"model.to({dtype}), then prepare(), fold_timesteps() or bind_request()" in text
     assert torch.equal(model(X, T), expected) and model.dtype == torch.float32
-    low = copy.deepcopy(source).to(dtype)  # what the message says
-    made = fold_timesteps(low, 3, (X.to(dtype), T))
-    one = (X[:1].to(dtype), T[:1])
+    made = fold_timesteps(low, 3, (X.to(dtype), T))  # what the message says
     with torch.no_grad():
         assert torch.equal(made(*one), low(*one))
 
@@ -73,6 +76,7 @@ def test_what_follows_the_model_is_cast_as_the_model_is():
 def test_a_bound_model_is_refused_too_and_still_runs():
     source = net("plain")
     bound = bind_request(source, [1, 2], (X, T))
+    bound.forget_source()
     with pytest.raises(ConfigError, match=r"asks for float32 \(test_dtype_casts\.py:\d+\)"):
         bound.half()
     with torch.no_grad():

@@ -162,7 +162,7 @@ def _receiving(denoiser: nn.Module, call: CallSpec, steps: Sequence[Tensor]) -> 
     whole = not kind.is_floating_point and all(float(t.to(kind)) == float(t) for t in steps)
 
     def received(x: Tensor, t: Any, **inputs: Tensor) -> Any:
-        row = torch.as_tensor(t, device=x.device).expand(len(x))
+        row = torch.as_tensor(t, device=x.device).expand(len(x)).contiguous()
         return denoiser(x, row.to(kind) if whole else row, **inputs)
 
     return received

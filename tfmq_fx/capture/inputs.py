@@ -67,6 +67,12 @@ def find_timestep(inputs: Mapping[str, Any], timestep: str | None) -> str:
                 f"no input named {timestep!r}; the example inputs are {', '.join(inputs)}. "
                 "Pass timestep=<one of them> to prepare()."
             )
+        value = inputs[timestep]
+        if isinstance(value, Tensor) and value.dim() > 2:
+            raise ConfigError(
+                f"{timestep!r} has shape {tuple(value.shape)}, and a timestep is one number, one "
+                "for each sample, or one for each sample and token. Pass timestep=<another input>."
+            )
         return timestep
     named = [name for name in inputs if name in TIMESTEP_NAMES]
     if len(named) == 1:
