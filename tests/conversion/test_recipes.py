@@ -318,7 +318,7 @@ def test_attention_products_are_quantized_and_told(toy):
     assert len(told.data["products"]) == 4  # q, k, the probabilities, v
     assert {p["bits"] for p in told.data["products"].values()} == {6, 8}
     assert "reference only" in str(told)
-    assert error_of(toy, converted) > 19  # 19.9 dB on processors with AVX2 alone, above 20 elsewhere
+    assert error_of(toy, converted) > 19  # 19.9 dB with AVX2 alone, above 20 elsewhere
 
 
 def test_a_correction_of_the_output_is_measured_and_kept(toy):
