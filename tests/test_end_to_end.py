@@ -30,7 +30,9 @@ from tfmq_fx import (
     report,
     save,
 )
+from tfmq_fx.backends.cpu.kernels import unavailable
 from tfmq_fx.backends.inductor import unavailable
+from tfmq_fx.backends.saturation import onednn_is_exact
 from tfmq_fx.capture.inputs import find_timestep
 from tfmq_fx.capture.nested_values import outline
 from tfmq_fx.quant.quant_layer import QuantLayer
@@ -457,7 +459,13 @@ def test_integer_kernels_for_a_whole_loop(name: str, recipe: str, dynamo: Any) -
     sites = report(done).data["sites"]
     first = ENDS[name][0]
     reason = "runs in floating point: activations have 16 bits"
-    assert compiled.declined == [[first, reason]] and compiled.lowered == len(sites) - 1
+    others = [each for each in compiled.declined if each != [first, reason]]
+    assert [first, reason] in compiled.declined
+    assert compiled.lowered == len(sites) - len(compiled.declined)
+    if unavailable() is None or onednn_is_exact():
+        assert others == []
+    else:  # processors where products of 8-bit weights could saturate run those layers in floats
+        assert all("saturate" in why for _, why in others)
     for form in ("rows", "0-d", "number"):
         for i, (given, out) in enumerate(loop(name, compiled, form, 20)):
             with torch.no_grad():
