@@ -30,7 +30,7 @@ from tfmq_fx import (
     report,
     save,
 )
-from tfmq_fx.backends.cpu.kernels import unavailable
+from tfmq_fx.backends.cpu import kernels
 from tfmq_fx.backends.inductor import unavailable
 from tfmq_fx.backends.saturation import onednn_is_exact
 from tfmq_fx.capture.inputs import find_timestep
@@ -462,7 +462,7 @@ def test_integer_kernels_for_a_whole_loop(name: str, recipe: str, dynamo: Any) -
     others = [each for each in compiled.declined if each != [first, reason]]
     assert [first, reason] in compiled.declined
     assert compiled.lowered == len(sites) - len(compiled.declined)
-    if unavailable() is None or onednn_is_exact():
+    if kernels.unavailable() is None or onednn_is_exact():
         assert others == []
     else:  # processors where products of 8-bit weights could saturate run those layers in floats
         assert all("saturate" in why for _, why in others)
