@@ -158,16 +158,17 @@ def _with_free_sizes(
     no_row = captured is None or not has_free_batch(captured)
     if no_row and _is_number(example_inputs[timestep]):
         with contextlib.suppress(CaptureError):
-            captured = attempt(dynamic, ())
+            other = attempt(dynamic, ())
+            captured = other if captured is None or has_free_batch(other) else captured
     if captured is None:
         assert refusal is not None
         raise refusal
     held = held_sizes(captured.call, examples)
     if BATCH not in held and _refusal(captured.call, example_inputs) is not None:
         held[BATCH] = "the model's code requires the example's batch"
-    named = isinstance(dynamic, Mapping)  # what the user frees stays free, without tables
-    for name in set() if named else sizes_of_rows(captured.gm, captured.call) - held.keys():
-        held[name] = "the time embedding has a row for each, of which tables need the number"
+    if not isinstance(dynamic, Mapping):  # what the user frees stays free, without tables
+        for name in sizes_of_rows(captured.gm, captured.call) - held.keys():
+            held[name] = "the time embedding has a row for each, of which tables need the number"
     if not held:
         return captured
     notes = [f"{name} is fixed: captured where {reason}" for name, reason in held.items()]

@@ -85,6 +85,7 @@ class _Fitting:
             if not deps and node.op not in ("placeholder", "output")
         }  # fmt: skip
         self.pairs: dict[fx.Node, fx.Node] = {}  # of `before` -> of `after`
+        self._back: dict[fx.Node, fx.Node] = {}  # the other way round
         self._same: dict[tuple[fx.Node, fx.Node], bool] = {}
         self._copies: dict[fx.Node, fx.Node] = {}  # constants of `after` -> of `own`
 
@@ -95,7 +96,7 @@ class _Fitting:
             for gm in (self.before, self.after)
         )
         for old, new in zip(olds, news, strict=False):
-            self.pairs[old] = new
+            self.pairs[old], self._back[new] = new, old
             same = old.op == new.op and (old.op == "output" or str(old.target) == str(new.target))
             parts = ((old.args, new.args), (old.kwargs, new.kwargs))
             if not same or not all(self._alike(a, b) for a, b in parts):
@@ -159,11 +160,14 @@ class _Fitting:
             return self._same[old, new]
         if isinstance(old, fx.Node) or isinstance(new, fx.Node):
             return False
-        if isinstance(old, (tuple, list, Mapping, slice)):
+        if type(old) is not type(new):
+            return False
+        if isinstance(old, (tuple, list, Mapping)) and len(old) != len(new):
+            return False
+        if isinstance(old, (tuple, list, Mapping, slice)) and _holds_node((old, new)):
             pairs = list(_parts(old, new))
-            empty = type(old) is type(new) and not old if not isinstance(old, slice) else False
-            return empty or (bool(pairs) and all(self._equal(a, b) for a, b in pairs))
-        return type(old) is type(new) and bool(old == new)
+            return bool(pairs) and all(self._equal(a, b) for a, b in pairs)
+        return bool(old == new)
 
     def _computed_alike(self, old: fx.Node, new: fx.Node) -> bool:
         if old.op != new.op:
@@ -195,7 +199,7 @@ class _Fitting:
     def _copy(self, new: fx.Node, where: fx.Node) -> fx.Node:
         """A node of `own` with the value of a node of `after`, in front of `where`."""
         if new not in self._constant:
-            old = next(old for old, paired in self.pairs.items() if paired is new)
+            old = self._back[new]
             if old.name not in self._nodes:
                 raise InputError(f"{where.name}: needs {old.name}, which the conversion replaced")
             known: fx.Node = self._nodes[old.name]

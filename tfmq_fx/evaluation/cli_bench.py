@@ -52,7 +52,8 @@ def run(chosen: argparse.Namespace) -> int:
     from tfmq_fx.pipelines.pipeline_folder import load_pipeline
     from tfmq_fx.pipelines.record_inputs import record_inputs
 
-    from .denoiser_times import denoiser_times, sqnr
+    from .denoiser_times import denoiser_times, output_sqnr
+    from .result_store import machine
 
     check_whole(chosen.rounds, "--rounds", 1)
     pipeline = load_pipeline(chosen.pipeline, chosen.device)
@@ -80,16 +81,21 @@ def run(chosen: argparse.Namespace) -> int:
             progress=not chosen.quiet,
         )
         best = min(row.median for row in rows[1:] if row.failed is None)
+        quality = None
+        if chosen.reference is not None:
+            quality = output_sqnr(originals[name], inputs, output)
         results[name] = {
             "times": [asdict(row) for row in rows],
             "speedup": best / rows[0].median,
-            "sqnr": None if chosen.reference is None else sqnr(originals[name], inputs, output),
+            "sqnr": None
+            if chosen.reference is None
+            else output_sqnr(originals[name], inputs, output),
             "sizes": {spec.path: list(spec.shape) for spec in model.call.inputs},
         }
     facts = {
         "reference": None if chosen.reference is None else str(chosen.reference),
         "rounds": chosen.rounds,
-        **_machine(),
+        **machine(chosen.device or "cpu"),
         "denoisers": results,
     }
     answer(chosen, facts, _text(facts))
@@ -124,19 +130,6 @@ def _originals(chosen: argparse.Namespace, models: dict[str, Any]) -> dict[str, 
         if chosen.device is not None:
             made[name] = made[name].to(chosen.device)
     return made
-
-
-def _machine() -> dict[str, Any]:
-    import platform
-
-    import torch
-
-    found = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        found = names[0].partition(":")[2].strip() if names else found
-    return {"cpu": found, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def _text(facts: dict[str, Any]) -> str:

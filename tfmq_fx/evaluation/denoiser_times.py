@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from tfmq_fx import api
+from tfmq_fx.calibration.scheduler_steps import prediction
 from tfmq_fx.conversion.models import Converted
 from tfmq_fx.core.errors import BackendError
 from tfmq_fx.core.progress import progress_bar
+from tfmq_fx.quant.sqnr import sqnr
 
 _WARMUPS = 2
 BASELINES = {"torch.compile bf16": torch.bfloat16, "torch.compile fp32": torch.float32}
@@ -75,16 +77,14 @@ def denoiser_times(
     rows = [_row(name, found) for name, found in spans.items()]
     nan = float("nan")
     with torch.no_grad():
-        output = _first(compiled(**inputs))
+        output = prediction(compiled(**inputs))
     return rows + [Times(name, nan, nan, nan, why) for name, why in failed.items()], output
 
 
-def sqnr(reference: nn.Module, inputs: Mapping[str, Any], output: Tensor) -> float:
-    """The signal-to-error ratio in dB of `output` to the reference's at the same inputs."""
+def output_sqnr(reference: nn.Module, inputs: Mapping[str, Any], output: Tensor) -> float:
+    """The SQNR in dB of `output` to the reference's at the same inputs."""
     with torch.no_grad():
-        expected = _first(reference(**inputs)).double()
-    error = (output.double() - expected).pow(2).mean()
-    return float(10 * torch.log10(expected.pow(2).mean() / error))
+        return sqnr(prediction(reference(**inputs)), output)
 
 
 def _baseline(
@@ -112,11 +112,6 @@ def _baseline(
 def _wait(reference: nn.Module) -> None:
     if next(reference.parameters()).device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _first(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else tree_leaves(getattr(output, "sample", output))
-    return found if isinstance(found, Tensor) else found[0]
 
 
 def _row(name: str, spans: list[float]) -> Times:
