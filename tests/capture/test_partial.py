@@ -200,6 +200,41 @@ def test_a_module_that_no_graph_can_call_is_refused_with_the_reason(change):
     assert "nor does leaving modules as they are" in caught.value.__notes__[0]
 
 
+class Shortened(Denoiser):
+    """Goes on with the number of tokens that a part returned, the tokens of a mask alone."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(Kept())
+
+    def forward(self, x, timestep, mask):
+        kept = self.part(x, mask)
+        return self.out(x + kept.sum(1, keepdim=True) / kept.shape[1])
+
+
+class Kept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, mask):
+        return self.inner(x[:, torch.nonzero(mask[0]).flatten()])
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "inductor"])
+def test_sizes_that_depend_on_data_are_those_of_capture_or_refused(backend):
+    """A mask of ones shows nothing of it, neither when sizes are observed nor in the replay."""
+    model, whole, shorter = made(Shortened), inputs(1, TOKENS), inputs(1, TOKENS - 2)
+    ours = converted = tfmq_fx.fold_timesteps(model, STEPS, whole)
+    assert [*ours.gm.meta[OPAQUE]] == ["part"]
+    if backend is not None:
+        ours = tfmq_fx.compile(converted, backend, check=False)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**whole), model(**whole))
+        with pytest.raises(InputError, match="its sizes depend on the data of its inputs"):
+            ours(**shorter)
+        torch.testing.assert_close(ours(**whole), model(**whole))
+
+
 # Values of conditions
 
 

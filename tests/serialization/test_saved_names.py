@@ -29,6 +29,7 @@ CALLED = {
     "inplace_": ("add_", 2),
     "setitem_": (0, 3.0),
     "check_held": (2.0, "mask", "model.py:3"),
+    "checked_sizes": ((2, None), "blocks.0"),
 }
 
 

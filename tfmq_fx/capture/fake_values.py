@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from tfmq_fx.core.errors import CaptureError
-from tfmq_fx.ir.held_values import check_held
+from tfmq_fx.ir.held_values import check_held, checked_sizes
 
 from .proxies import source_line
 
@@ -130,6 +130,8 @@ class FakeValues(fx.Tracer):
             return args[0].shape[args[1]]
         if target is check_held:
             return None
+        if target is checked_sizes:
+            return args[0]
         if node.op == "call_module" and self.is_opaque(target):
             return self.opaque_value(node)
         if node.op == "call_method":

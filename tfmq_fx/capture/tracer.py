@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import Proxy
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tfmq_fx.core.errors import CaptureError, StateError
 from tfmq_fx.core.module_overrides import is_plain, replaced_forward
 from tfmq_fx.core.stages import REPLACED
 from tfmq_fx.ir.functionalize import functionalize
 from tfmq_fx.ir.graph import held_tensors, named_tensors
+from tfmq_fx.ir.held_values import checked_sizes
 from tfmq_fx.ir.node_info import value_inputs
 
 from .data_dependence import Allowances, DataDependent, Unfit
@@ -285,9 +286,21 @@ class ValueTracer(DataValues):
     def _call_opaque(self, path: str, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """The result of a module that is called as it is."""
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
         except NotImplementedError as error:  # torch.fx has no arguments like these
             raise Unfit(path, f"it takes more than tensors and constants ({error})") from error
+
+        def known(size: Any) -> Any:
+            if isinstance(size, int):
+                return size
+            key = size.node.expr
+            return int(key) if key.is_number else self._sizes.get(key)
+
+        def checked(proxy: TensorProxy) -> Any:
+            sizes = tuple(map(known, proxy.value.shape))
+            return self.create_proxy("call_function", checked_sizes, (proxy, sizes, path), {})
+
+        return tree_map_only(TensorProxy, checked, result)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Traced are modules that compute a weight, layers with another forward, and those made of

@@ -37,6 +37,21 @@ def check_held(actual: Tensor, expected: Tensor, inputs: str, source: str) -> No
         )
 
 
+def checked_sizes(value: Tensor, sizes: Sequence[int | None], path: str) -> Tensor:
+    """The tensor that an opaque module returned, if it has the sizes that the graph goes on with.
+
+    sizes: those at capture, None where the graph reads them from the tensor.  path: of the module.
+    Raises InputError for others: they depend on the data of the module's inputs.
+    """
+    if any(b is not None and a != b for a, b in zip(value.shape, sizes, strict=True)):
+        raise InputError(
+            f"{path}: it returned a tensor {tuple(value.shape)}, and the graph goes on with "
+            f"{tuple(sizes)}: its sizes depend on the data of its inputs. Capture again with such "
+            "inputs as the example"
+        )
+    return value
+
+
 def _shown(value: Tensor) -> str:
     if value.numel() <= 16:
         return str(value.tolist())

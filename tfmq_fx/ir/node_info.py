@@ -53,7 +53,7 @@ _VIEWS = words(
     """view reshape view_as reshape_as expand expand_as transpose permute movedim swapaxes t mT
     unsqueeze squeeze flatten unflatten ravel narrow select chunk split unbind tensor_split getitem
     getattr contiguous to type type_as float half bfloat16 double detach alias dropout real imag
-    view_as_real view_as_complex diagonal as_strided unfold"""
+    view_as_real view_as_complex diagonal as_strided unfold checked_sizes"""
 )
 _HEAVY = words(
     """linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from tfmq_fx.ir.functionalize import inplace_, setitem_
-from tfmq_fx.ir.held_values import check_held
+from tfmq_fx.ir.held_values import check_held, checked_sizes
 from tfmq_fx.quant.activation import QuantActivation
 from tfmq_fx.quant.low_rank import LowRank
 from tfmq_fx.quant.modules import (
@@ -45,6 +45,7 @@ MODULES: Mapping[str, type[nn.Module]] = MappingProxyType(
 FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "check_held": check_held,
+        "checked_sizes": checked_sizes,
         "inplace_": inplace_,
         "setitem_": setitem_,
     }
