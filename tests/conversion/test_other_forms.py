@@ -147,6 +147,24 @@ def test_another_structure_is_refused_where_layers_are_quantized() -> None:
     assert "convert it with such inputs" in str(info.value.__notes__)
 
 
+class Divided(Tokens):
+    """Multiplies with a weight that is computed from the number of tokens."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        weight = self.read.weight / int(x.shape[1])
+        shift = self.time(timestep[:, None] * torch.ones(4) / 1000)
+        return self.mlp(nn.functional.linear(x, weight) + shift[:, None])
+
+
+def test_weights_computed_from_sizes_are_refused_where_they_became_layers() -> None:
+    model = Divided().eval()
+    ours = quantized(model)
+    assert sqnr(answer(model, **call()), answer(ours, **call())) > 20
+    with pytest.raises(InputError) as info:
+        answer(ours, **call(9))
+    assert "has other weights for this call" in str(info.value.__notes__)
+
+
 def test_what_the_model_itself_refuses_is_refused_with_its_words() -> None:
     model = Tokens().eval()
     ours = tfmq_fx.fold_timesteps(model, STEPS, call())

@@ -20,7 +20,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from tfmq_fx.core.errors import InputError
 from tfmq_fx.ir.binding_times import binding_times
-from tfmq_fx.ir.graph import KEYS, fork, set_buffer, timestep_node
+from tfmq_fx.ir.graph import KEYS, fork, named_tensors, set_buffer, timestep_node
 from tfmq_fx.ir.graph_pass import prune
 from tfmq_fx.ir.held_values import EXAMPLES
 from tfmq_fx.ir.verifier import check
@@ -104,11 +104,23 @@ class _Fitting:
                     f"the model computes otherwise for this call: {new.name} where there was "
                     f"{old.name}. Prepare, calibrate and convert it with such inputs"
                 )
+            if old.op == "call_module" and not self._same_layer(str(old.target)):
+                raise InputError(
+                    f"{old.target} has other weights for this call, computed from its sizes. "
+                    "Prepare, calibrate and convert the model with such inputs"
+                )
         if len(olds) != len(news):
             raise InputError(
                 f"the model computes otherwise for this call ({len(news)} operations where there "
                 f"were {len(olds)}). Prepare, calibrate and convert it with such inputs"
             )
+
+    def _same_layer(self, path: str) -> bool:
+        """Whether a layer has the same tensors in both graphs; most are the source's own."""
+        a, b = (dict(named_tensors(gm.get_submodule(path))) for gm in (self.before, self.after))
+        return a.keys() == b.keys() and all(
+            a[name].data_ptr() == b[name].data_ptr() or torch.equal(a[name], b[name]) for name in a
+        )
 
     def fit(self) -> None:
         """Put the constants of `after` where those of `before` stood in `own`."""
